@@ -1,0 +1,63 @@
+"""Times the ranking of images against texts, both ways, and its memory against that of a full score matrix."""
+
+import argparse
+import resource
+import sys
+import time
+
+import torch
+
+from harma_ray import metrics
+
+
+def _peak_gib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000, help="number of images")
+    parser.add_argument("--texts-per-image", type=int, default=5, help="captions of each image")
+    parser.add_argument("--distinct-texts", type=int, default=30_000, help="different captions among them, at most")
+    parser.add_argument("--width", type=int, default=512, help="embedding width")
+    parser.add_argument("--chunk-size", type=int, help="queries scored at a time; not given: chosen by the ranking")
+    parser.add_argument("--device", default="cpu", help="device of the embeddings, such as cpu or cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Ranks random embeddings and prints seconds and peak memory."""
+    arguments = _parse_arguments()
+    generator = torch.Generator().manual_seed(0)
+    num_texts = arguments.images * arguments.texts_per_image
+    images = torch.randn(arguments.images, arguments.width, generator=generator)
+    noise = torch.randn(num_texts, arguments.width, generator=generator)
+    image_of_text = torch.arange(arguments.images).repeat_interleave(arguments.texts_per_image)
+    keys = torch.randint(arguments.distinct_texts, (num_texts,), generator=generator)
+    texts = torch.nn.functional.normalize(images[image_of_text] + 6 * noise, dim=1).to(arguments.device)
+    images = torch.nn.functional.normalize(images, dim=1).to(arguments.device)
+    del noise
+    before = _peak_gib()
+
+    started = time.perf_counter()
+    result = metrics.image_text_recalls(images, texts, image_of_text, keys, chunk_size=arguments.chunk_size)
+    ranking_seconds = time.perf_counter() - started
+    peak = _peak_gib()
+    started = time.perf_counter()
+    intervals = metrics.bootstrap_interval(result)
+    bootstrap_seconds = time.perf_counter() - started
+
+    low, high = intervals["r_mean"]
+    print(
+        f"{arguments.images} images x {num_texts} texts, width {arguments.width}, {arguments.device}, both directions"
+    )
+    print(f"ranking    {ranking_seconds:8.2f} s")
+    print(f"bootstrap  {bootstrap_seconds:8.2f} s for 1000 samples")
+    print(f"peak RSS   {peak:8.2f} GiB, of which {before:.2f} GiB before ranking")
+    print(f"full score matrix, float32: {arguments.images * num_texts * 4 / 2**30:.2f} GiB")
+    print(f"r_mean {result.metrics['r_mean']:.2f} [{low:.2f}, {high:.2f}], text {result.metrics['r_mean_text']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Checkpoints of runs: what is trained, not the frozen backbone; written whole or not at all; data, never code.
+
+A checkpoint is a folder ``checkpoints/step_00000420``: ``trainable.safetensors`` (the trainable tensors), ``state.pt``
+(optimiser, schedule, random states; read with ``weights_only=True``) and ``checkpoint.json`` (where the run stood, the
+hash of its configuration, the fingerprint of the backbone). It is written beside its place and renamed, so a killed
+run or a full disk leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from harma_ray.errors import UserError
+from harma_ray.models.weights import check_fit
+
+FOLDER = "checkpoints"
+WEIGHTS_NAME = "trainable.safetensors"
+STATE_NAME = "state.pt"
+META_NAME = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """Where a run stood."""
+
+    step: int
+    """Optimiser steps done."""
+    epoch: float
+    """Epochs done."""
+    metrics: dict[str, float]
+    """The last evaluation's metrics."""
+    progress: dict[str, Any]
+    """The loop's own state: best value, its step, evaluations without improvement."""
+    config_hash: str
+    """`harma_ray.config.config_hash` of the run."""
+    recipe: str
+    """Name of the recipe."""
+    backbone: str
+    """Fingerprint of the frozen base (`backbone_fingerprint`)."""
+    trainable: dict[str, list[int]] = field(default_factory=dict)
+    """Names and shapes of the trainable tensors."""
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the trainable parameters of an (unwrapped) model by name, detached; shared ones once."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Returns the folder of a step's checkpoint."""
+    return run_dir / FOLDER / f"step_{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in (run_dir / FOLDER).glob(f"step_*/{META_NAME}"))
+
+
+def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state: Mapping[str, Any]) -> Path:
+    """Writes a checkpoint.
+
+    Args:
+        run_dir: The run's folder.
+        meta: Where the run stands; ``trainable`` is filled in here.
+        model: The unwrapped model.
+        state: Tensors and plain values: optimiser, schedule, random states.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written; older checkpoints are untouched.
+    """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in trainable_tensors(model).items()}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    final = checkpoint_path(run_dir, meta.step)
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / WEIGHTS_NAME)
+        torch.save(dict(state), partial / STATE_NAME)
+        (partial / META_NAME).write_text(json.dumps({**asdict(meta), "trainable": shapes}, indent=1))
+        for file in partial.iterdir():
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _write_error(final, error) from error
+    return final
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """Reads what a checkpoint says of itself.
+
+    Raises:
+        UserError: If the folder is no checkpoint.
+    """
+    try:
+        return CheckpointMeta(**json.loads((path / META_NAME).read_text()))
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
+
+
+def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMeta:
+    """Loads the trainable tensors of a checkpoint into an (unwrapped) model, strictly.
+
+    Args:
+        path: The checkpoint's folder.
+        model: The model as the task builds it.
+        backbone: Fingerprint of the model's base.
+
+    Raises:
+        UserError: If the checkpoint belongs to another backbone, or names or shapes differ.
+    """
+    meta = read_meta(path)
+    if meta.backbone != backbone:
+        raise UserError(
+            f"checkpoint {path} was trained on a backbone with fingerprint {meta.backbone[:12]}, but this model's is "
+            f"{backbone[:12]}; set model.architecture and model.pretrained to those of the run"
+        )
+    own = trainable_tensors(model)
+    try:
+        tensors = load_file(path / WEIGHTS_NAME)
+    except Exception as error:  # safetensors raises its own type for every kind of damage
+        raise UserError(f"{path / WEIGHTS_NAME} cannot be read ({error}); use an older checkpoint") from error
+    check_fit(own, tensors, str(path))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    return meta
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads the optimiser's and the loop's state of a checkpoint; nothing in the file is executed.
+
+    Raises:
+        UserError: If the file is damaged or holds code.
+    """
+    try:
+        return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path / STATE_NAME} cannot be read ({reason}); use an older checkpoint") from error
+
+
+def prune_checkpoints(run_dir: Path, objective: str, num_best: int) -> None:
+    """Deletes all checkpoints but the last and the `num_best` best by a metric (the earlier one of equals)."""
+    checkpoints = list_checkpoints(run_dir)
+    ranked = sorted(checkpoints, key=lambda path: -read_meta(path).metrics.get(objective, -float("inf")))
+    keep = {*ranked[:num_best], *checkpoints[-1:]}
+    for path in checkpoints:
+        if path not in keep:
+            shutil.rmtree(path)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _write_error(path: Path, error: Exception) -> UserError:
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error).splitlines()[0]
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    way_out = "free some space" if full else "check the folder's permissions and free space"
+    return UserError(f"cannot write checkpoint {path} ({reason}); {way_out} and resume from the previous checkpoint")

@@ -1,0 +1,1 @@
+"""Converters from raw data sets to Parquet shards."""

@@ -1,0 +1,93 @@
+"""Decoding of image files; imports no torch, so that conversion workers start fast. Nothing here keeps state."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from harma_ray.errors import UserError
+
+MAX_PIXELS = 100_000_000
+"""Largest image that is decoded unless the caller says otherwise; 300 MB as RGB."""
+
+# What PIL's readers raise on files that are cut off, damaged or mislabelled: nearly always the first two (of 60,000
+# files with flipped bytes, all), the others by reading its source. `Warning` is for programs that make them errors.
+_DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Warning,
+)
+
+
+class BadImage(UserError):
+    """An image that cannot be used; the message says why, the caller knows its name."""
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a whole image to RGB, upright as its EXIF orientation says.
+
+    Palettes are resolved, transparency is dropped, grey becomes three equal channels, CMYK is converted, bands after
+    the third are dropped. Images of one band with more than 8 bits are stretched from their own smallest to their own
+    largest value, because sensors seldom use the whole range. Of several frames or pages the first is taken.
+
+    Args:
+        data: The image file's bytes, in any format that PIL reads.
+        max_pixels: Largest width times height; checked before anything is decoded. PIL itself warns above 89 million
+            and refuses above 179 million.
+
+    Raises:
+        BadImage: If the data is no image, is cut off or damaged, or is too large.
+    """
+    if not data:
+        raise BadImage("the file is empty")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage(_too_large(f"PIL says: {error}", max_pixels)) from error
+    except UnidentifiedImageError as error:
+        raise BadImage(
+            f"not an image that PIL can read ({len(data)} bytes that begin with {data[:4]!r}); "
+            "convert it to 8-bit RGB PNG, TIFF or JPEG"
+        ) from error
+    except _DECODER_ERRORS as error:
+        raise BadImage(f"damaged or incomplete image ({type(error).__name__}: {error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _stretch(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """Maps one band of wide numbers to 0..255, unless its numbers fit in there already."""
+    values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
+        values = (values - low) * (255 / max(high - low, np.finfo(np.float64).tiny))
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+
+
+def _too_large(size: str, max_pixels: int) -> str:
+    return f"{size}; the limit is {max_pixels:,} pixels: scale the image down"

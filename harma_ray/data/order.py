@@ -1,0 +1,205 @@
+"""Which samples a worker sees, in which order, and how their rows are read from the shards.
+
+A sample is a pair (row, caption): ``int64[2]``. The order of an epoch is a function of (seed, epoch) alone; step `s`
+takes the next ``global_batch_size`` samples and worker `r` of `W` the r-th W-th of them. So the global batches are the
+same for any number of workers, and a run can be resumed at any step.
+
+The shuffle has two levels, so that it never needs the whole split in memory: the row groups (about 1 MiB each) are
+dealt into windows, anew every epoch, and all pairs of a window are permuted together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harma_ray.data.schema import RowIndex, Split, index_rows
+from harma_ray.errors import UserError
+
+MAX_CHUNK_SAMPLES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedSplit:
+    """A split and where its rows lie."""
+
+    split: Split
+    index: RowIndex
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingOrder(IndexedSplit):
+    """The order of the samples of a split in training."""
+
+    seed: int
+    global_batch_size: int
+    window_rows: int
+    """Images that are shuffled together."""
+
+    @property
+    def num_samples(self) -> int:
+        """(image, caption) pairs of the split."""
+        return int(self.index.num_captions.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches in an epoch."""
+        return self.num_samples // self.global_batch_size
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """Returns the samples of an epoch: int64[steps_per_epoch * global_batch_size, 2] of (row, caption)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        groups = self.index.row_group
+        place = rng.permutation(int(groups[-1]) + 1)
+        rows = np.argsort(place[groups], kind="stable")
+        windows = [
+            rng.permutation(_pairs(rows[start : start + self.window_rows], self.index.num_captions))
+            for start in range(0, len(rows), self.window_rows)
+        ]
+        return np.concatenate(windows)[: self.steps_per_epoch * self.global_batch_size]
+
+    def worker_samples(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
+        """Returns the samples of one worker: int64[steps_per_epoch, global_batch_size / world_size, 2]."""
+        share = self.global_batch_size // world_size
+        steps = self.epoch(epoch).reshape(self.steps_per_epoch, world_size, share, 2)
+        return steps[:, rank]
+
+
+class Chunk(Protocol):
+    """The samples that are read at one go: a few numbers, read somewhere else."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of samples."""
+        ...
+
+    def read(self, source: Any) -> pa.Table:
+        """Reads the samples; see `read_samples`; with a column ``epoch``."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingChunk:
+    """Steps ``start`` to ``stop`` of an epoch, as one worker sees them."""
+
+    epoch: int
+    rank: int
+    world_size: int
+    start: int
+    stop: int
+    num_rows: int
+
+    def read(self, source: TrainingOrder) -> pa.Table:
+        """Reads the samples of the steps."""
+        samples = _cached_samples(source, self.epoch, self.rank, self.world_size)[self.start : self.stop]
+        return read_samples(source, samples.reshape(-1, 2), self.epoch)
+
+
+@dataclass(frozen=True)
+class RowsChunk:
+    """Some rows, each once."""
+
+    rows: np.ndarray
+    """int64[n]."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def read(self, source: IndexedSplit) -> pa.Table:
+        """Reads the rows; their ``caption`` is 0."""
+        return read_samples(source, np.stack([self.rows, np.zeros_like(self.rows)], axis=1), 0)
+
+
+@functools.lru_cache(maxsize=2)
+def _cached_samples(order: TrainingOrder, epoch: int, rank: int, world_size: int) -> np.ndarray:
+    return order.worker_samples(epoch, rank, world_size)
+
+
+def training_order(split: Split, *, seed: int, global_batch_size: int, shuffle_window_mb: float) -> TrainingOrder:
+    """Indexes a split for training.
+
+    Raises:
+        UserError: If the split has no captions, or fewer than a global batch.
+    """
+    index = index_rows(split)
+    window_rows = max(1, int(len(index) * shuffle_window_mb * 2**20 / max(1, index.image_bytes)))
+    order = TrainingOrder(split, index, seed, global_batch_size, min(window_rows, len(index)))
+    if not order.num_samples:
+        raise UserError(f"{split.path} has no captions to train on; convert it with captions or a caption template")
+    if not order.steps_per_epoch:
+        raise UserError(
+            f"`train.global_batch_size` must not exceed the {order.num_samples} pairs of {split.path}, "
+            f"got {global_batch_size}; use {order.num_samples} or less"
+        )
+    return order
+
+
+def worker_rows(num_rows: int, rank: int, world_size: int) -> np.ndarray:
+    """Returns the rows that a worker evaluates: int64, contiguous; over all workers every row exactly once."""
+    bounds = np.linspace(0, num_rows, world_size + 1).astype(np.int64)
+    return np.arange(bounds[rank], bounds[rank + 1])
+
+
+def chunk_samples(index: RowIndex, chunk_mb: float) -> int:
+    """Returns how many samples of average size one read task takes for about `chunk_mb` MiB."""
+    return int(np.clip(chunk_mb * 2**20 * len(index) / max(1, index.image_bytes), 1, MAX_CHUNK_SAMPLES))
+
+
+def read_samples(source: IndexedSplit, samples: np.ndarray, epoch: int) -> pa.Table:
+    """Reads the rows of some samples, in their order.
+
+    Args:
+        source: The split and its index.
+        samples: int64[n, 2] of (row, caption).
+        epoch: Value of the column ``epoch``.
+
+    Returns:
+        The columns of the schema and three more, int64: ``row`` and ``caption``, the sample, and ``epoch``.
+
+    Raises:
+        UserError: If a shard cannot be read.
+    """
+    rows, inverse = np.unique(samples[:, 0], return_inverse=True)
+    shard_of_row = source.index.shard[rows]
+    parts = [_read_rows(source, rows[shard_of_row == shard]) for shard in np.unique(shard_of_row)]
+    table = pa.concat_tables(parts).take(pa.array(inverse))
+    extra = {"row": samples[:, 0], "caption": samples[:, 1], "epoch": np.full(len(samples), epoch, np.int64)}
+    for name, values in extra.items():
+        table = table.append_column(name, pa.array(values))
+    return table
+
+
+def iterate_slices(length: int, size: int) -> Iterator[slice]:
+    """Yields slices of at most `size` that cover ``range(length)``."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _pairs(rows: np.ndarray, num_captions: np.ndarray) -> np.ndarray:
+    counts = num_captions[rows]
+    first = np.cumsum(counts) - counts
+    captions = np.arange(counts.sum()) - np.repeat(first, counts)
+    return np.stack([np.repeat(rows, counts), captions], axis=1)
+
+
+def _read_rows(source: IndexedSplit, rows: np.ndarray) -> pa.Table:
+    """Reads ascending rows of one shard."""
+    index = source.index
+    path = source.split.shard_paths()[index.shard[rows[0]]]
+    groups, first_row = np.unique(index.row_group[rows], return_inverse=True)
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            wanted = [int(group) for group in index.group_in_shard[groups]]
+            starts = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in wanted])[:-1]
+            table = file.read_row_groups(wanted, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read shard {path} ({error}); convert the split again") from error
+    return table.take(pa.array(starts[first_row] + index.offset[rows]))

@@ -1,0 +1,97 @@
+"""Batches through Ray Data: chunks are read in tasks, ahead of the worker, in order.
+
+Kept free of torch: the process of a read task starts in half the time and memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.data.datasource import Datasource, ReadTask
+
+from harma_ray.data.order import Chunk, IndexedSplit
+
+if TYPE_CHECKING:
+    from harma_ray.data.stream import Batches
+
+
+def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
+    """Yields batches whose rows follow the chunks' order; one Ray Data execution for all of them.
+
+    Args:
+        source: What the chunks read from; put into the object store once.
+        chunks: One read task each.
+        how: Batch size, decoding and device.
+    """
+    quiet_data()
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    config = how.config
+    dataset = ray.data.read_datasource(
+        _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
+    )
+    options: dict[str, Any] = {
+        "batch_size": how.batch_size, "prefetch_batches": config.prefetch_batches, "device": how.device
+    }  # fmt: skip
+    if config.decode == "tasks":
+        dataset = dataset.map_batches(
+            how.decode, batch_size=how.batch_size, batch_format="pyarrow", num_cpus=config.task_cpus
+        )
+        return iter(dataset.iter_torch_batches(**options))
+    return iter(dataset.iter_torch_batches(collate_fn=_Collate(how), **options))
+
+
+def quiet_data() -> None:
+    """Keeps Ray Data's own chatter in its log files."""
+    for name in ("ray.data", "ray._private", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _ChunkSource(Datasource):
+    """A Ray Data source with one read task a chunk."""
+
+    def __init__(self, source: ray.ObjectRef, chunks: Sequence[Chunk]):
+        super().__init__()
+        self._source, self._chunks = source, chunks
+
+    def get_name(self) -> str:
+        return "Shards"
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: Any = None, data_context: Any = None) -> list:
+        return [
+            ReadTask(
+                functools.partial(_read_chunk, self._source, chunk),
+                BlockMetadata(num_rows=chunk.num_rows, size_bytes=None, input_files=None, exec_stats=None),
+            )
+            for chunk in self._chunks
+        ]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+
+def _read_chunk(source: ray.ObjectRef, chunk: Chunk) -> Iterator[pa.Table]:
+    yield chunk.read(_fetch(source))
+
+
+@functools.lru_cache(maxsize=4)
+def _fetch(reference: ray.ObjectRef) -> IndexedSplit:
+    return ray.get(reference)
+
+
+class _Collate(ArrowBatchCollateFn):
+    def __init__(self, how: Batches):
+        super().__init__()
+        self._how = how
+
+    def __call__(self, batch: pa.Table) -> dict[str, Any]:
+        return self._how.collate(batch)

@@ -1,0 +1,217 @@
+"""The format of a converted data set: one folder a split, Parquet shards, and a manifest that vouches for them.
+
+A data set is a folder with one sub-folder for each split (``train``, ``val``, ``test``). A split holds shards
+``part-00000.parquet``, ... and ``manifest.json``. A split without a manifest is not a split: converters write it last.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harma_ray.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SHARD_BYTES = 64 * 2**20
+"""Target size of a shard, in bytes of encoded images."""
+ROW_GROUP_BYTES = 2**20
+"""Target size of a Parquet row group: the unit of random access, small so that a shuffled read wastes little."""
+
+IMAGE_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("label", pa.int32()),
+        pa.field("label_name", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+"""One row an image: ``image`` holds the file's bytes as they came, ``captions`` the cleaned texts (possibly none)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A Parquet file of a split."""
+
+    file: str
+    """Name inside the split's folder."""
+    rows: int
+    """Number of images."""
+    bytes: int
+    """Size of the file."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """An input that was left out of a split."""
+
+    source: str
+    """Path of the image, or annotation file and row."""
+    reason: str
+    """Why it could not be used."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a split holds and what it was made from."""
+
+    rows: int
+    """Number of images."""
+    captions: int
+    """Number of (image, caption) pairs."""
+    shards: tuple[Shard, ...]
+    """The files, in reading order."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Source files and their SHA-256, or a fingerprint of the listing of an image folder."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """The converter's name and settings, so that a second run knows whether the work is done."""
+    bad: tuple[BadRow, ...] = ()
+    """Inputs that were left out, with the reason."""
+    tool_version: str = ""
+    """Version of harma_ray that wrote the split."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of ``IMAGE_SCHEMA``."""
+
+    def to_json(self) -> str:
+        """Returns the manifest as indented JSON."""
+        return json.dumps(asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str, *, origin: str) -> Manifest:
+        """Parses a manifest.
+
+        Raises:
+            UserError: If the text is no manifest of a version that this program reads.
+        """
+        try:
+            raw = json.loads(text)
+            version = raw["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise UserError(
+                    f"{origin} has schema version {version}, but this program reads version {SCHEMA_VERSION}; "
+                    "convert the data set again"
+                )
+            raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
+            raw["bad"] = tuple(BadRow(**row) for row in raw["bad"])
+            return Manifest(**raw)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{origin} is not a manifest of a converted data set ({error}); convert it again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Split:
+    """An opened split: its folder and its manifest."""
+
+    path: Path
+    """Absolute folder of the split."""
+    manifest: Manifest
+    """The manifest found there."""
+
+    @property
+    def name(self) -> str:
+        """The split's name, such as ``train``."""
+        return self.path.name
+
+    def shard_paths(self) -> list[Path]:
+        """Returns the shard files in reading order."""
+        return [self.path / shard.file for shard in self.manifest.shards]
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Reads some columns of the whole split, in row order; not meant for ``image``."""
+        tables = [pq.read_table(path, columns=columns) for path in self.shard_paths()]
+        return pa.concat_tables(tables)
+
+
+def open_split(data: str | Path, split: str) -> Split:
+    """Opens one split of a data set and checks that its shards are all there.
+
+    Args:
+        data: Folder of the data set.
+        split: Name of the split.
+
+    Raises:
+        UserError: If the folder, the split or a shard is missing, or the manifest cannot be read.
+    """
+    root = Path(data).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"data set folder {root} does not exist; make one with `launch.py convert`")
+    path = root / split
+    manifest_path = path / MANIFEST_NAME
+    if not manifest_path.is_file():
+        there = ", ".join(list_splits(root)) or "none"
+        raise UserError(f"data set {root} has no split `{split}` (splits there: {there}); convert it first")
+    manifest = Manifest.from_json(manifest_path.read_text(), origin=str(manifest_path))
+    if not manifest.rows:
+        raise UserError(f"{path} holds no images")
+    for shard in manifest.shards:
+        file = path / shard.file
+        if not file.is_file() or file.stat().st_size != shard.bytes:
+            raise UserError(f"shard {file} is missing or not of {shard.bytes} bytes; convert the split again")
+    return Split(path, manifest)
+
+
+def list_splits(data: str | Path) -> list[str]:
+    """Returns the names of the complete splits of a data set, train, val and test first."""
+    names = [path.parent.name for path in Path(data).glob(f"*/{MANIFEST_NAME}")]
+    return sorted(names, key=lambda name: (("train", "val", "test") + (name,)).index(name))
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where each row of a split lies and how many captions it has; a few bytes a row."""
+
+    shard: np.ndarray
+    """int32[N], number of the shard."""
+    row_group: np.ndarray
+    """int32[N], number of the row group over the whole split, non-decreasing."""
+    offset: np.ndarray
+    """int64[N], position inside the row group."""
+    num_captions: np.ndarray
+    """int32[N]."""
+    image_bytes: int
+    """Encoded bytes of all images, about."""
+    group_in_shard: np.ndarray
+    """int32[num row groups], number of the group inside its shard."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+def index_rows(split: Split) -> RowIndex:
+    """Reads the positions and caption counts of all rows of a split, without touching image bytes."""
+    shards, groups, offsets, group_in_shard, counts = [], [], [], [], []
+    total_bytes = 0
+    for number, path in enumerate(split.shard_paths()):
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(IMAGE_SCHEMA):
+                raise UserError(f"{path} does not have the columns of a converted data set; convert the split again")
+            image_column = IMAGE_SCHEMA.get_field_index("image")
+            for group in range(file.num_row_groups):
+                metadata = file.metadata.row_group(group)
+                shards.append(np.full(metadata.num_rows, number, np.int32))
+                groups.append(np.full(metadata.num_rows, len(group_in_shard), np.int32))
+                offsets.append(np.arange(metadata.num_rows))
+                group_in_shard.append(group)
+                total_bytes += metadata.column(image_column).total_uncompressed_size
+            captions = file.read(columns=["captions"]).column("captions").combine_chunks()
+            counts.append(captions.value_lengths().to_numpy(zero_copy_only=False))
+    return RowIndex(
+        shard=np.concatenate(shards),
+        row_group=np.concatenate(groups),
+        offset=np.concatenate(offsets),
+        num_captions=np.concatenate(counts).astype(np.int32),
+        image_bytes=total_bytes,
+        group_in_shard=np.asarray(group_in_shard, np.int32),
+    )

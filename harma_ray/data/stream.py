@@ -1,0 +1,198 @@
+"""Streams of batches: every worker sees its own samples, in an order fixed beforehand (see `harma_ray.data.order`).
+
+Who reads is a parameter: `harma_ray.data.ray_stream.ray_batches` reads with Ray Data tasks ahead of the worker;
+`local_batches` reads in the process itself. A training stream is one execution over all remaining steps of a run, so
+an epoch after the first starts at once. Batches are checked against the order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from harma_ray.config import DataConfig
+from harma_ray.data.order import (
+    Chunk,
+    IndexedSplit,
+    RowsChunk,
+    TrainingChunk,
+    TrainingOrder,
+    chunk_samples,
+    iterate_slices,
+    worker_rows,
+)
+from harma_ray.data.schema import Split, index_rows
+from harma_ray.errors import UserError
+from harma_ray.task import Batch, RowTransform
+
+
+@dataclass(frozen=True)
+class Place:
+    """One worker among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"
+    """Where batches go."""
+    decode_threads: int = 1
+    """Threads that decode in this process."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How a reader turns rows into batches."""
+
+    batch_size: int
+    decode: DecodeRows
+    device: str
+    config: DataConfig
+
+    def collate(self, table: pa.Table) -> Batch:
+        """Decodes rows into tensors on CPU."""
+        return {name: torch.as_tensor(array) for name, array in self.decode(table).items()}
+
+
+Reader = Callable[[IndexedSplit, Sequence[Chunk], Batches], Iterator[Batch]]
+
+
+def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
+    """Yields batches whose rows follow the chunks' order, read and decoded in this process as they are asked for."""
+    rest: pa.Table | None = None
+    for chunk in chunks:
+        table = chunk.read(source)
+        table = table if rest is None else pa.concat_tables([rest, table])
+        full = len(table) - len(table) % how.batch_size
+        for part in iterate_slices(full, how.batch_size):
+            yield _to_device(how.collate(table.slice(part.start, how.batch_size)), how.device)
+        rest = table.slice(full)
+    if rest is not None and len(rest):
+        yield _to_device(how.collate(rest), how.device)
+
+
+class TrainingStream:
+    """One worker's training batches."""
+
+    def __init__(self, order: TrainingOrder, transform: RowTransform, config: DataConfig, place: Place, reader: Reader):
+        """Prepares a stream; nothing is read yet.
+
+        Args:
+            order: Order of the samples.
+            transform: Turns rows into arrays.
+            config: How to stream.
+            place: This worker; the number of workers must divide the global batch.
+            reader: Who reads.
+        """
+        self.order, self._config, self._place, self._reader = order, config, place, reader
+        self._decode = DecodeRows(transform, order.seed, place.decode_threads)
+
+    def steps(self, start_step: int, num_epochs: int) -> Iterator[Batch]:
+        """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end."""
+        place, per_epoch = self._place, self.order.steps_per_epoch
+        share = self.order.global_batch_size // place.world_size
+        chunk_steps = max(1, chunk_samples(self.order.index, self._config.chunk_mb) // share)
+        chunks = []
+        for epoch in range(start_step // per_epoch, num_epochs):
+            first = max(0, start_step - epoch * per_epoch)
+            for part in iterate_slices(per_epoch - first, chunk_steps):
+                start, stop = first + part.start, first + part.stop
+                rows = (stop - start) * share
+                chunks.append(TrainingChunk(epoch, place.rank, place.world_size, start, stop, rows))
+        if not chunks:
+            return
+        expected, expected_epoch = np.empty(0), -1
+        how = Batches(share, self._decode, place.device, self._config)
+        for step, batch in enumerate(self._reader(self.order, chunks, how), start_step):
+            epoch = step // per_epoch
+            if epoch != expected_epoch:
+                expected = self.order.worker_samples(epoch, place.rank, place.world_size)
+                expected_epoch = epoch
+            _check_order(batch, expected[step % per_epoch])
+            yield batch
+
+
+class EvaluationStream:
+    """One worker's rows of a split, each exactly once over all workers."""
+
+    def __init__(self, split: Split, config: DataConfig, place: Place, reader: Reader):
+        """Prepares a stream; nothing is read yet. Arguments as for `TrainingStream`."""
+        self.split, self._config, self._place, self._reader = split, config, place, reader
+        self.rows = worker_rows(split.manifest.rows, place.rank, place.world_size)
+
+    @functools.cached_property
+    def _source(self) -> IndexedSplit:
+        return IndexedSplit(self.split, index_rows(self.split))
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Returns light columns of the whole split, in row order."""
+        return self.split.read(list(columns))
+
+    def batches(self, transform: RowTransform, *, batch_size: int) -> Iterable[Batch]:
+        """Yields this worker's rows in order; the last batch may be smaller."""
+        if not len(self.rows):
+            return
+        size = chunk_samples(self._source.index, self._config.chunk_mb)
+        chunks = [RowsChunk(self.rows[part]) for part in iterate_slices(len(self.rows), size)]
+        how = Batches(
+            batch_size, DecodeRows(transform, 0, self._place.decode_threads), self._place.device, self._config
+        )
+        done = 0
+        for batch in self._reader(self._source, chunks, how):
+            rows = self.rows[done : done + len(batch["row"])]
+            _check_order(batch, np.stack([rows, np.zeros_like(rows)], axis=1))
+            done += len(rows)
+            yield batch
+
+
+class DecodeRows:
+    """Applies a row transform to a table of rows; augmentation is seeded by (seed, epoch, row, caption) alone."""
+
+    def __init__(self, transform: RowTransform, seed: int, num_threads: int = 1):
+        """Prepares the transform.
+
+        Args:
+            transform: Turns one row into arrays.
+            seed: The run's seed.
+            num_threads: Rows decoded at a time.
+        """
+        self.transform, self.seed, self.num_threads = transform, seed, num_threads
+
+    def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Returns stacked arrays: the transform's, and ``row`` and ``caption``.
+
+        Raises:
+            UserError: Naming the first row that cannot be used.
+        """
+        rows = table.to_pylist()
+        if self.num_threads > 1 and len(rows) > 1:
+            with ThreadPoolExecutor(self.num_threads) as pool:
+                samples = list(pool.map(self._sample, rows))
+        else:
+            samples = [self._sample(row) for row in rows]
+        arrays = {name: np.stack([np.asarray(sample[name]) for sample in samples]) for name in samples[0]}
+        for name in ("row", "caption"):
+            arrays[name] = np.array([row[name] for row in rows])
+        return arrays
+
+    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, row["epoch"], row["row"], row["caption"]])
+        try:
+            return self.transform(row, rng)
+        except UserError as error:
+            raise UserError(f"row {row['row']} ({row['source']}): {error}") from error
+
+
+def _to_device(batch: Batch, device: str) -> Batch:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _check_order(batch: Batch, expected: np.ndarray) -> None:
+    seen = torch.stack([batch["row"], batch["caption"]], dim=1).cpu().numpy()
+    if not np.array_equal(seen, expected):
+        raise RuntimeError("the reader delivered samples in another order than planned; the stream cannot be trusted")

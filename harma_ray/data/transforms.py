@@ -1,0 +1,202 @@
+"""From an image to a uint8 tensor: the published augmentation and the evaluation resize.
+
+Everything random comes from the generator that the caller passes, nothing from a global one, and nothing here keeps
+state: all functions may be called from many threads. Division by 255 and normalisation happen on the device, elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from harma_ray.data.images import MAX_PIXELS as MAX_PIXELS
+from harma_ray.data.images import BadImage as BadImage
+from harma_ray.data.images import decode_image as decode_image
+from harma_ray.errors import UserError
+
+OPERATIONS = (
+    "identity",
+    "autocontrast",
+    "equalize",
+    "brightness",
+    "sharpness",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+)
+"""What the augmentation draws from."""
+
+_MAX_LEVEL = 10
+_FILL = [128.0, 128.0, 128.0]
+_CROP_ATTEMPTS = 10
+_REFERENCE_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random changes of a training image; the defaults are the published ones (HarMA's code)."""
+
+    min_scale: float = 0.5
+    """Smallest part of the image's area that a crop keeps, in (0, 1]; 1 = no crop, the whole image is resized."""
+    max_scale: float = 1.0
+    """Largest part of the area that a crop keeps, from min_scale to 1."""
+    max_aspect_ratio: float = 4 / 3
+    """A crop's width over height lies between 1 / this and this, log-uniformly; at least 1."""
+    flip_probability: float = 0.5
+    """How often the image is mirrored left to right, 0 to 1."""
+    num_operations: int = 2
+    """Operations drawn for an image, with replacement, from ``OPERATIONS``; 0 = none."""
+    operation_probability: float = 0.5
+    """How often a drawn operation is really applied, 0 to 1."""
+    level: float = 7.0
+    """Strength of the operations, 0 to 10: at 7, brightness and sharpness 1.36, shear 0.21, shift 7/224, 21 degrees."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_scale <= self.max_scale <= 1:
+            raise UserError(
+                "augmentation: 0 < min_scale <= max_scale <= 1 must hold, "
+                f"got min_scale={self.min_scale}, max_scale={self.max_scale}"
+            )
+        if not self.max_aspect_ratio >= 1:
+            raise UserError(f"augmentation: max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
+        for name in ("flip_probability", "operation_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"augmentation: {name} must lie in 0..1, got {getattr(self, name)}")
+        if self.num_operations < 0:
+            raise UserError(f"augmentation: num_operations must not be negative, got {self.num_operations}")
+        if not 0 <= self.level <= _MAX_LEVEL:
+            raise UserError(f"augmentation: level must lie in 0..{_MAX_LEVEL}, got {self.level}")
+
+    @classmethod
+    def none(cls) -> Augmentation:
+        """Returns an augmentation that changes nothing: training images are resized like evaluation images."""
+        return cls(min_scale=1.0, flip_probability=0.0, num_operations=0)
+
+
+PUBLISHED = Augmentation()
+"""The augmentation of the paper's code."""
+
+
+def train_transform(
+    image: Image.Image, rng: np.random.Generator, size: int, augmentation: Augmentation = PUBLISHED
+) -> torch.Tensor:
+    """Crops, mirrors and changes an image at random.
+
+    Args:
+        image: RGB image of any size.
+        rng: Source of all randomness; equal states give equal results.
+        size: Height and width of the result, in pixels.
+        augmentation: What may happen; the published settings by default.
+
+    Returns:
+        uint8[3, size, size].
+    """
+    if augmentation.min_scale < 1:
+        top, left, height, width = _draw_crop(image.height, image.width, rng, augmentation)
+        image = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+    else:
+        image = _resize(image, size)
+    if rng.random() < augmentation.flip_probability:
+        image = F.hflip(image)
+    for name in rng.choice(OPERATIONS, augmentation.num_operations):
+        # Both numbers are drawn even if unused: one image uses equally many whatever happens to it.
+        applied, negative = rng.random(2) < (augmentation.operation_probability, 0.5)
+        if applied:
+            image = apply_operation(image, str(name), augmentation.level, negative=bool(negative))
+    return _to_tensor(image)
+
+
+def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
+    """Resizes a whole RGB image to a square, WITHOUT keeping its aspect ratio (bicubic).
+
+    Returns:
+        uint8[3, size, size].
+    """
+    return _to_tensor(_resize(image, size))
+
+
+def apply_operation(image: Image.Image, name: str, level: float, *, negative: bool = False) -> Image.Image:
+    """Applies one of ``OPERATIONS``.
+
+    Args:
+        image: RGB image.
+        name: The operation.
+        level: Strength, 0 to 10; has no meaning for identity, autocontrast and equalize.
+        negative: Shear, shift or rotate the other way.
+    """
+    strength = level / _MAX_LEVEL
+    signed = -strength if negative else strength
+    match name:
+        case "identity":
+            return image
+        case "autocontrast":
+            return F.autocontrast(image)
+        case "equalize":
+            return F.equalize(image)
+        case "brightness":
+            return F.adjust_brightness(image, 1.8 * strength + 0.1)
+        case "sharpness":
+            return F.adjust_sharpness(image, 1.8 * strength + 0.1)
+        case "shear_x":
+            return _affine(image, shear=(0.3 * signed, 0.0))
+        case "shear_y":
+            return _affine(image, shear=(0.0, 0.3 * signed))
+        case "translate_x":
+            return _affine(image, translate=(10 / _REFERENCE_SIZE * signed * image.width, 0.0))
+        case "translate_y":
+            return _affine(image, translate=(0.0, 10 / _REFERENCE_SIZE * signed * image.height))
+        case "rotate":
+            return F.rotate(image, 30 * signed, InterpolationMode.BILINEAR, fill=_FILL)
+    raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
+
+
+def _affine(
+    image: Image.Image, *, shear: tuple[float, float] = (0.0, 0.0), translate: tuple[float, float] = (0.0, 0.0)
+) -> Image.Image:
+    """Shears about the upper left corner (as tangents) and shifts (in pixels); uncovered pixels become grey."""
+    degrees = [math.degrees(math.atan(value)) for value in shear]
+    return F.affine(
+        image,
+        angle=0.0,
+        translate=list(translate),  # pyright: ignore[reportArgumentType]  # fractions of pixels work on PIL images
+        scale=1.0,
+        shear=degrees,
+        interpolation=InterpolationMode.BILINEAR,
+        fill=_FILL,
+        center=[0, 0],
+    )
+
+
+def _draw_crop(
+    height: int, width: int, rng: np.random.Generator, augmentation: Augmentation
+) -> tuple[int, int, int, int]:
+    """Draws (top, left, height, width) as torchvision's RandomResizedCrop does, but from ``rng``."""
+    limit = math.log(augmentation.max_aspect_ratio)
+    for _ in range(_CROP_ATTEMPTS):
+        area = height * width * rng.uniform(augmentation.min_scale, augmentation.max_scale)
+        ratio = math.exp(rng.uniform(-limit, limit))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    # A long, narrow image: its middle, as wide or high as the ratio allows.
+    crop_width = min(width, round(height * augmentation.max_aspect_ratio))
+    crop_height = min(height, round(width * augmentation.max_aspect_ratio))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    return F.resize(image, [size, size], InterpolationMode.BICUBIC)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    return F.pil_to_tensor(image).contiguous()

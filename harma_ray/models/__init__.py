@@ -1,0 +1,1 @@
+"""Models: CLIP backbones, the adapters that are inserted into them, and what is built on top."""

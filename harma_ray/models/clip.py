@@ -1,0 +1,165 @@
+"""The dual encoder that the recipes train: open_clip's CLIP plus temperatures; and, by import, how to build a CLIP.
+
+Shape letters: B batch, L tokens, D width of the text tower, E embedding.
+"""
+
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from harma_ray.errors import UserError
+from harma_ray.models.backbones import build_clip, image_size, pixel_statistics, tokenize
+from harma_ray.models.weights import backbone_fingerprint
+
+__all__ = ["DualEncoder", "backbone_fingerprint", "build_clip", "image_size", "pixel_statistics", "tokenize"]
+
+TEXT_TOKENS = ("full", "trim")
+
+
+class DualEncoder(nn.Module):
+    """An open_clip CLIP with HarMA's temperature: images and captions in, comparable unit vectors out.
+
+    Args:
+        clip_model: open_clip's `CLIP`, with or without adapters.
+        temperature: start of the learnable temperature; logits are divided by it.
+        affiliation_temperature: start of the affiliation loss's own temperature; None: there is none.
+        text_tokens: "full": all positions of the context, no padding mask, as HarMA's released weights expect;
+            "trim": cut to the longest caption of the batch, padding hidden from the adapters' attention, so that
+            a caption's embedding depends on that caption alone, at a third of the work.
+
+    Attributes:
+        clip: the open_clip model; its parameters lie under `clip.`.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        clip_model: nn.Module,
+        *,
+        temperature: float = 0.07,
+        affiliation_temperature: float | None = None,
+        text_tokens: str = "full",
+    ):
+        super().__init__()
+        pooling = getattr(clip_model, "text_pool_type", None)
+        if not isinstance(clip_model, open_clip.CLIP) or pooling != "argmax":
+            raise UserError(
+                "a dual encoder needs open_clip's `CLIP` with captions pooled at the end-of-text token (`argmax`), "
+                f"got `{type(clip_model).__name__}` with {pooling!r}; choose an architecture such as ViT-B-32"
+            )
+        if text_tokens not in TEXT_TOKENS:
+            raise UserError(f"`text_tokens` must be one of {', '.join(TEXT_TOKENS)}, got {text_tokens!r}")
+        if text_tokens == "trim" and clip_model.attn_mask is None:
+            raise UserError("`text_tokens: trim` needs a causal text tower, or padding would be seen; use `full`")
+        self.clip = clip_model
+        self.text_tokens = text_tokens
+        self.temperature = nn.Parameter(torch.tensor(float(temperature)))
+        self.affiliation_temperature = None
+        if affiliation_temperature is not None:
+            self.affiliation_temperature = nn.Parameter(torch.tensor(float(affiliation_temperature)))
+        mean, std = pixel_statistics(clip_model)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+        self.clip.set_grad_checkpointing(enable)
+
+    def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """Encode pairs.
+
+        Args:
+            image: see `encode_image`.
+            text: see `encode_text`.
+
+        Returns:
+            `image` and `text`, (B, E), fp32, L2-normalised; `temperature` and, if there is one,
+            `affiliation_temperature`, scalars.
+        """
+        outputs = {"text": self.encode_text(text), "image": self.encode_image(image), "temperature": self.temperature}
+        if self.affiliation_temperature is not None:
+            outputs["affiliation_temperature"] = self.affiliation_temperature
+        return outputs
+
+    def encode_image(self, image: Tensor, *, normalize: bool = True) -> Tensor:
+        """Encode images.
+
+        Args:
+            image: (B, 3, H, W) on the model's device, uint8 in [0, 255], or floating point and normalised already.
+            normalize: give unit vectors.
+
+        Returns:
+            (B, E), at least fp32 if normalised.
+        """
+        if image.dtype == torch.uint8:
+            image = (image.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
+        elif not image.is_floating_point():
+            raise ValueError(f"images must be uint8 or floating point, got {image.dtype}")
+        return _unit(self.clip.encode_image(image)) if normalize else self.clip.encode_image(image)
+
+    def encode_text(self, text: Tensor, *, normalize: bool = True) -> Tensor:
+        """Encode captions.
+
+        At the full length this computes open_clip's `CLIP.encode_text`.
+
+        Args:
+            text: token ids, integers (B, L), L at most the context length; end-of-text has the highest id. With
+                `text_tokens: trim`, tokens on the CPU spare a GPU from being waited for.
+            normalize: give unit vectors.
+
+        Returns:
+            (B, E), at least fp32 if normalised.
+        """
+        clip: Any = self.clip
+        padding = None
+        if text.shape[1] > len(clip.positional_embedding):
+            raise UserError(
+                f"captions must have at most {len(clip.positional_embedding)} tokens, got {text.shape[1]}; "
+                "use the architecture's own tokenizer"
+            )
+        if self.text_tokens == "trim":
+            text, padding = _trim(text)
+            padding = padding.to(self.temperature.device, non_blocking=True)
+        text = text.to(self.temperature.device, non_blocking=True)
+        length, dtype = text.shape[1], clip.transformer.get_cast_dtype()
+        causal = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
+        x_BLD = clip.token_embedding(text).to(dtype) + clip.positional_embedding[:length].to(dtype)
+        for block in clip.transformer.resblocks:
+            if clip.transformer.grad_checkpointing and torch.is_grad_enabled():
+                x_BLD = checkpoint(_run_text_block, block, x_BLD, causal, padding, use_reentrant=False)
+            else:
+                x_BLD = _run_text_block(block, x_BLD, causal, padding)
+        end_BD = x_BLD[torch.arange(len(text), device=text.device), text.argmax(dim=-1)]
+        features = clip.ln_final(end_BD)
+        if isinstance(clip.text_projection, nn.Linear):
+            features = clip.text_projection(features)
+        elif clip.text_projection is not None:
+            features = features @ clip.text_projection
+        return _unit(features) if normalize else features
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Return L2-normalised features, computed in fp32 or finer."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def _trim(text: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut (B, L) tokens after the batch's last end-of-text token; also return where the rest is padding, bool."""
+    ends = text.argmax(dim=-1)
+    text = text[:, : int(ends.max()) + 1]
+    return text, torch.arange(text.shape[1], device=text.device) > ends[:, None]
+
+
+def _run_text_block(block: nn.Module, x_BLD: Tensor, causal: Tensor | None, padding: Tensor | None) -> Tensor:
+    """Run one block with the padding mask at its adapter; repeatable, so fit for activation checkpointing."""
+    adapter = getattr(block.mlp, "adapter", None)
+    if adapter is None or padding is None:
+        return block(x_BLD, attn_mask=causal)
+    with adapter.masking(padding):
+        return block(x_BLD, attn_mask=causal)

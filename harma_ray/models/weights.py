@@ -1,0 +1,112 @@
+"""Weights on disk and in memory: reading them without running code, fitting them strictly, fingerprinting them."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from harma_ray.errors import UserError
+from harma_ray.models.adapters import GatedAdapter
+
+_KEYS_SHOWN = 5
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a plain state dict; nothing in the file is ever executed.
+
+    Accepted are `.safetensors` and torch files (any other suffix) that hold names and tensors, bare or as
+    `{"state_dict": ...}` (as training programs write it), with or without a `module.` before every name (as
+    `DistributedDataParallel` writes it).
+
+    Args:
+        path: the file.
+
+    Returns:
+        Name to tensor, on the CPU, in the file's own dtypes.
+
+    Raises:
+        UserError: the file is missing, damaged, holds code, or is no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the weights file must exist, got {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path, device="cpu")
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as weights without running code from it ({reason.strip()}); "
+            "give a file that holds only a state dict, best as .safetensors"
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path} must hold a state dict (names to tensors), got {type(content).__name__}")
+    strangers = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise UserError(
+            f"{path} must hold names and tensors only, got other things under {_few(strangers)}; "
+            "save the state dict alone"
+        )
+    if all(name.startswith("module.") for name in content):
+        return {name.removeprefix("module."): value for name, value in content.items()}
+    return dict(content)
+
+
+def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError unless both hold the same names with the same shapes.
+
+    Args:
+        expected: what the model has.
+        given: what is to be loaded.
+        source: names the origin of `given` in the message.
+    """
+    problems = []
+    missing = [name for name in expected if name not in given]
+    if missing:
+        problems.append(f"{len(missing)} missing ({_few(missing)})")
+    unexpected = [name for name in given if name not in expected]
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected ({_few(unexpected)})")
+    misshapen = [
+        f"{name}: {tuple(given[name].shape)} for {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if misshapen:
+        problems.append(f"{len(misshapen)} of another shape ({_few(misshapen)})")
+    if problems:
+        raise UserError(f"{source} does not fit the model: {'; '.join(problems)}; choose the model it was made for")
+
+
+def backbone_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of a CLIP's own weights, the same before and after adapters are inserted.
+
+    Names, dtypes, shapes and bytes enter, in the order of the names; temperatures of a `DualEncoder` do not. Another
+    device changes nothing, another dtype does. Hashing ViT-B/32 takes about a second.
+
+    Args:
+        model: an open_clip model, or a `DualEncoder` around one.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    clip_model = getattr(model, "clip", model)
+    added = tuple(f"{name}." for name, module in clip_model.named_modules() if isinstance(module, GatedAdapter))
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip_model.state_dict().items()):
+        if not name.startswith(added):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _few(names: list[str]) -> str:
+    """Join the first few names, and say that there are more."""
+    return ", ".join(names[:_KEYS_SHOWN]) + (", ..." if len(names) > _KEYS_SHOWN else "")

@@ -1,0 +1,52 @@
+"""The optimiser and its schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from harma_ray.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device | str = "cpu") -> torch.optim.AdamW:
+    """Returns AdamW over the trainable parameters, some of them without weight decay, chosen by name."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (others if any(part in name for part in config.no_decay) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if not groups:  # zero-shot: an optimiser of nothing, so that the loop needs no second path
+        groups = [{"params": [nn.Parameter(torch.zeros((), device=device))]}]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        fused=torch.device(device).type == "cuda",
+    )
+
+
+def learning_rate_factor(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Returns the share of the peak learning rate that the update after `step` updates uses, in [0, 1].
+
+    Warm-up: step / warm-up steps, so the first update has rate 0, as in the schedule of HarMA's code. After it, on the
+    remaining share x in [0, 1]: linear 1 - x, cosine (1 + cos(pi x)) / 2, constant 1.
+    """
+    warmup = int(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return step / warmup
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if config.schedule == "linear":
+        return 1 - done
+    if config.schedule == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    return 1.0
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int) -> LambdaLR:
+    """Returns the schedule of a run of `total_steps` updates; step it after every update."""
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, config))

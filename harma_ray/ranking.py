@@ -1,0 +1,275 @@
+"""Exact ranking of a gallery by inner product, in chunks: the one ranking function, and the top k.
+
+Shapes: Q queries, G gallery items, E embedding width, C queries of one chunk, P (query, item) pairs.
+"""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harma_ray.errors import UserError
+
+_SCORES_PER_CHUNK = 2**22  # 32 MiB as float64: the default size of the one chunk of the score matrix in memory
+_FRACTION_BITS = 26  # see _fixed_point
+_MAX_NORM = 2.0**63  # the product of two such norms still fits float32
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A set of gallery items for each query, in compressed sparse rows.
+
+    Attributes:
+        indptr: int64 [Q+1], on the CPU; the items of query q are `indices[indptr[q]:indptr[q+1]]`.
+        indices: int64 [P], on the CPU; 0-based gallery positions, strictly increasing within a query.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.indptr.dtype == self.indices.dtype == torch.int64
+        assert self.indptr[0] == 0
+        assert self.indptr[-1] == len(self.indices)
+        sizes = self.sizes
+        assert (sizes >= 0).all()
+        starts_query = torch.zeros(len(self.indices), dtype=torch.bool)
+        starts_query[self.indptr[:-1][sizes > 0]] = True
+        assert (starts_query[1:] | (self.indices.diff() > 0)).all(), "the items of a query must increase"
+
+    @classmethod
+    def from_pairs(cls, query_indices: Tensor, item_indices: Tensor, *, num_queries: int) -> "Groups":
+        """Collects (query, item) pairs, int64 [P] each, in any order; repeated pairs count once."""
+        if not len(query_indices):
+            return cls(torch.zeros(num_queries + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        width = int(item_indices.max()) + 1
+        if query_indices.min() < 0 or query_indices.max() >= num_queries or item_indices.min() < 0:
+            raise UserError(f"query indices must lie in 0..{num_queries - 1} and item indices must not be negative")
+        flat = torch.unique(query_indices.cpu() * width + item_indices.cpu())
+        queries = torch.div(flat, width, rounding_mode="floor")
+        return cls(_row_pointers(torch.bincount(queries, minlength=num_queries)), flat - queries * width)
+
+    @classmethod
+    def from_lists(cls, lists: Iterable[Iterable[int]]) -> "Groups":
+        """Takes one list of gallery positions for each query, in any order."""
+        rows = [list(items) for items in lists]
+        query_indices = torch.tensor([query for query, items in enumerate(rows) for _ in items], dtype=torch.int64)
+        item_indices = torch.tensor([item for items in rows for item in items], dtype=torch.int64)
+        return cls.from_pairs(query_indices, item_indices, num_queries=len(rows))
+
+    @classmethod
+    def from_keys(cls, query_keys: Sequence[Hashable] | Tensor, gallery_keys: Sequence[Hashable] | Tensor) -> "Groups":
+        """Gives each query the gallery items of an equal key: a caption, a class, the index of an image.
+
+        Args:
+            query_keys: one key a query, hashable values or a one-dimensional tensor.
+            gallery_keys: one key a gallery item, the same.
+        """
+        number_of: dict[Hashable, int] = {}
+        numbers_of_items = [number_of.setdefault(key, len(number_of)) for key in _hashable(gallery_keys)]
+        item_numbers = torch.tensor(numbers_of_items, dtype=torch.int64)
+        unknown = len(number_of)
+        query_numbers = torch.tensor([number_of.get(key, unknown) for key in _hashable(query_keys)], dtype=torch.int64)
+        items_by_number = torch.argsort(item_numbers, stable=True)  # stable: increasing within a key
+        items_per_number = torch.bincount(item_numbers, minlength=unknown + 1)
+        first_of_number = _row_pointers(items_per_number)[:-1]
+        sizes = items_per_number[query_numbers]
+        indptr = _row_pointers(sizes)
+        offset_in_query = torch.arange(int(indptr[-1])) - torch.repeat_interleave(indptr[:-1], sizes)
+        first = torch.repeat_interleave(first_of_number[query_numbers], sizes)
+        return cls(indptr, items_by_number[first + offset_in_query])
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of items of each query, int64 [Q]."""
+        return self.indptr.diff()
+
+    def pairs(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """All pairs of queries start..stop-1: query index minus `start`, and item index; int64 [P] each."""
+        bounds = self.indptr[start : None if stop is None else stop + 1]
+        return torch.repeat_interleave(bounds.diff()), self.indices[int(bounds[0]) : int(bounds[-1])]
+
+
+def _row_pointers(sizes: Tensor) -> Tensor:
+    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+
+def _hashable(keys: Sequence[Hashable] | Tensor) -> Sequence[Hashable]:
+    return keys.tolist() if isinstance(keys, Tensor) else keys
+
+
+def _listing(indices: Tensor) -> str:
+    shown = ", ".join(map(str, indices[:5].tolist()))
+    return shown if len(indices) <= 5 else f"{shown}, ... ({len(indices)} in all)"
+
+
+def _fixed_point(embeddings: Tensor, name: str) -> Tensor:
+    """Rounds each row to multiples of 2^-26 of (a power of two just above) its norm, as float64 [rows, E].
+
+    The product of two such rows is an integer below 2^53 times a power of two, and so is every partial sum of it
+    (Cauchy-Schwarz). A float64 matrix product of them therefore has no rounding error in whatever order a library
+    sums: a score is the same in any chunk, tile, number of threads or device, and equal rows score exactly equal.
+    In float32 a score depends on where in the matrix it stands, and ties come and go with the chunk size. The error
+    of the rounding, about 1e-8 of the norm, is that of a float32 product or less.
+    """
+    rows = embeddings.detach().to(torch.float64, copy=True)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    unusable = (~(norms[:, 0] < _MAX_NORM)).nonzero()[:, 0]  # not a number fails the comparison too
+    if len(unusable):
+        raise UserError(
+            f"`{name}` must be finite with norms below {_MAX_NORM:.1e}, but rows {_listing(unusable)} are not"
+        )
+    norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
+    power_of_two = norms / torch.frexp(norms).mantissa  # exact, unlike exp2 or ldexp on some devices
+    step = power_of_two * 2.0**-_FRACTION_BITS
+    return rows.div_(step).round_().mul_(step)
+
+
+def _score_chunks(
+    queries: Tensor,
+    gallery: Tensor,
+    excluded: Groups | None,
+    candidates: Groups | None,
+    chunk_size: int | None,
+    relevants: Sequence[Groups] = (),
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields (start, stop, scores float32 [C, G]); minus infinity where an item is excluded or no candidate."""
+    if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+        shapes = f"{list(queries.shape)} and {list(gallery.shape)}"
+        raise UserError(f"`queries` [Q, E] and `gallery` [G, E] must have the same width, but have shapes {shapes}")
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"`chunk_size` must be at least 1, but got {chunk_size}")
+    num_queries, num_items = len(queries), len(gallery)
+    for groups in (excluded, candidates, *relevants):
+        if groups is not None:
+            _check_fit(groups, num_queries, num_items)
+    device = torch.device("cpu") if gallery.device.type == "mps" else gallery.device  # MPS has no float64
+    columns = _fixed_point(gallery.to(device), "gallery").T
+    rows = _fixed_point(queries.to(device), "queries")
+    chunk_size = chunk_size or max(1, _SCORES_PER_CHUNK // max(1, num_items))
+    for start in range(0, num_queries, chunk_size):
+        stop = min(start + chunk_size, num_queries)
+        scores = (rows[start:stop] @ columns).float()
+        if candidates is not None:
+            pairs = _on_device(device, candidates.pairs(start, stop))
+            every_score, scores = scores, torch.full_like(scores, -torch.inf)
+            scores[pairs] = every_score[pairs]
+        if excluded is not None:
+            scores[_on_device(device, excluded.pairs(start, stop))] = -torch.inf
+        yield start, stop, scores
+
+
+def _check_fit(groups: Groups, num_queries: int, num_items: int) -> None:
+    if len(groups.sizes) != num_queries:
+        raise UserError(f"groups must have one row a query, but got {len(groups.sizes)} for {num_queries} queries")
+    outside = groups.indices[(groups.indices < 0) | (groups.indices >= num_items)]
+    if len(outside):
+        raise UserError(f"groups must hold gallery positions 0..{num_items - 1}, but hold {_listing(outside)}")
+
+
+def _on_device(device: torch.device, pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return pairs[0].to(device), pairs[1].to(device)
+
+
+def rank_first_relevant(
+    queries: Tensor,
+    gallery: Tensor,
+    relevant: Groups,
+    *,
+    excluded: Groups | None = None,
+    candidates: Groups | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Ranks the gallery for each query by inner product and finds the best-placed relevant item.
+
+    Ties count against the model: the rank is the number of items, neither relevant nor excluded, that score at least
+    as high as the best relevant item. Scores are float32 and depend on the two embeddings alone, so ranks do not
+    depend on the chunk size, the order of the gallery or the device, and equal gallery rows always tie.
+
+    Args:
+        queries: [Q, E], any floating dtype and device; normalise for cosine similarity.
+        gallery: [G, E]; the work is done on its device, in float64 (on the CPU if that device is MPS).
+        relevant: right answers of each query; at least one must be neither excluded nor outside the candidates.
+        excluded: items taken out of a query's ranking, such as the query's own image; they may be relevant ones.
+        candidates: if given, a query is ranked among these items alone.
+        chunk_size: queries scored at a time, at about 13 bytes a score; by default as many as make 4 million scores.
+
+    Returns:
+        0-based ranks, int64 [Q], on the CPU.
+
+    Raises:
+        UserError: a query without a usable relevant item, embeddings that are not finite, shapes that do not fit.
+    """
+    ranks = rank_first_relevant_of_each(
+        queries, gallery, [relevant], excluded=excluded, candidates=candidates, chunk_size=chunk_size
+    )
+    return ranks[0]
+
+
+def rank_first_relevant_of_each(
+    queries: Tensor,
+    gallery: Tensor,
+    relevants: Sequence[Groups],
+    *,
+    excluded: Groups | None = None,
+    candidates: Groups | None = None,
+    chunk_size: int | None = None,
+) -> list[Tensor]:
+    """Does `rank_first_relevant` for several notions of relevance at once, over the same scores."""
+    ranks = [torch.empty(len(queries), dtype=torch.int64) for _ in relevants]
+    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, chunk_size, relevants):
+        for relevant, output in zip(relevants, ranks, strict=True):
+            pairs = _on_device(scores.device, relevant.pairs(start, stop))
+            relevant_scores = scores[pairs]
+            best = scores.new_full((stop - start,), -torch.inf).scatter_reduce_(0, pairs[0], relevant_scores, "amax")
+            relevant_ahead = pairs[0][relevant_scores >= best[pairs[0]]]
+            counts = torch.count_nonzero(scores >= best[:, None], dim=1)
+            counts -= torch.bincount(relevant_ahead, minlength=stop - start)
+            output[start:stop] = counts.masked_fill(best == -torch.inf, -1).cpu()
+    for output in ranks:
+        without = (output < 0).nonzero()[:, 0]
+        if len(without):
+            rule = "every query needs a relevant gallery item that is not excluded and, if candidates are given, is one"
+            raise UserError(f"{rule}, but queries {_listing(without)} have none; leave them out or correct the groups")
+    return ranks
+
+
+def top_k(
+    queries: Tensor,
+    gallery: Tensor,
+    k: int,
+    *,
+    excluded: Groups | None = None,
+    candidates: Groups | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Finds the k items with the highest inner product for each query; equal scores in the order of the gallery.
+
+    Takes the arguments of `rank_first_relevant` and has the same scores.
+
+    Returns:
+        Scores, float32 [Q, k], highest first, and gallery positions, int64 [Q, k]; both on the CPU.
+
+    Raises:
+        UserError: a query that has fewer than k items to choose from, and as `rank_first_relevant`.
+    """
+    if not 1 <= k <= len(gallery):
+        raise UserError(f"`k` must lie in 1..{len(gallery)}, the size of the gallery, but got {k}")
+    top_scores = torch.empty(len(queries), k)
+    top_items = torch.empty(len(queries), k, dtype=torch.int64)
+    descending_position = None
+    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, chunk_size):
+        if descending_position is None:
+            descending_position = torch.arange(len(gallery) - 1, -1, -1, device=scores.device)
+        # torch.topk picks among equal values at will, so it gets distinct integers: the score's bits, made to increase
+        # with the score (negative floats order backwards; adding 0 removes minus zero), above the reversed position.
+        bits = (scores + 0.0).view(torch.int32)
+        keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().mul_(2**32).add_(descending_position)
+        items = len(gallery) - 1 - (torch.topk(keys, k, dim=1).values & 0xFFFFFFFF)
+        top_items[start:stop] = items.cpu()
+        top_scores[start:stop] = scores.gather(1, items).cpu()
+    short = (top_scores[:, -1] == -torch.inf).nonzero()[:, 0]
+    if len(short):
+        raise UserError(f"`k` = {k} exceeds the items that queries {_listing(short)} may choose from; use a smaller k")
+    return top_scores, top_items

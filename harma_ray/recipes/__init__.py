@@ -1,0 +1,47 @@
+"""Recipes: a name, published settings, and the task they train. To add one, add a module and name it here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harma_ray.config import RunConfig, build_config, load_yaml
+from harma_ray.errors import UserError
+from harma_ray.recipes import harma
+from harma_ray.task import Task
+
+RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma.RECIPES}
+"""Functions that return a recipe's published settings."""
+
+_TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {harma.HarmaConfig: harma.HarmaTask}
+
+
+def recipe_config(name: str) -> RunConfig:
+    """Returns a recipe's settings.
+
+    Raises:
+        UserError: If there is no such recipe.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=2) or list(RECIPES)
+        raise UserError(f"unknown recipe `{name}`; did you mean {' or '.join(near)}? (all: {', '.join(RECIPES)})")
+    return RECIPES[name]()
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Reads a configuration file, such as the ``config.yaml`` of a run; what it leaves out is the recipe's.
+
+    Raises:
+        UserError: If the file names no recipe, or for any key or value that does not fit.
+    """
+    raw = load_yaml(path)
+    if not isinstance(raw.get("recipe"), str):
+        raise UserError(f"{path} must name its `recipe`; there are {', '.join(RECIPES)}")
+    return build_config(recipe_config(raw["recipe"]), raw, origin=str(path))
+
+
+def make_task(config: RunConfig) -> Task:
+    """Returns the task that a configuration describes."""
+    return _TASKS[type(config)](config)

@@ -1,0 +1,137 @@
+"""The folder of a run: settings, environment, record, checkpoints, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import harma_ray
+from harma_ray.checkpoint import list_checkpoints, load_weights, read_meta
+from harma_ray.config import RunConfig, to_yaml
+from harma_ray.errors import UserError
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.recipes import load_config, make_task
+from harma_ray.task import Task
+
+CONFIG_NAME = "config.yaml"
+ENVIRONMENT_NAME = "environment.json"
+REPORT_NAME = "report.json"
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "ray", "optuna", "pyarrow", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk."""
+
+    path: Path
+    """Absolute folder."""
+    config: RunConfig
+    """Its full settings."""
+
+    @property
+    def task(self) -> Task:
+        """The task that the settings describe."""
+        return make_task(self.config)
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The final report; None while the run is not finished."""
+        path = self.path / REPORT_NAME
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def best_checkpoint(self) -> Path:
+        """Returns the checkpoint with the best objective so far.
+
+        Raises:
+            UserError: If there is none.
+        """
+        objective = self.task.objective
+        rated = [(read_meta(path).metrics.get(objective), path) for path in list_checkpoints(self.path)]
+        rated = [(value, path) for value, path in rated if value is not None]
+        if not rated:
+            raise UserError(f"run {self.path} has no evaluated checkpoint yet")
+        return max(rated, key=lambda pair: pair[0])[1]
+
+    def load_model(self) -> nn.Module:
+        """Returns the model with the best weights, on CPU, in evaluation mode."""
+        model = self.task.build_model()
+        load_weights(self.best_checkpoint(), model, backbone=backbone_fingerprint(model))
+        return model.eval()
+
+
+def create_run(runs: str | Path, name: str | None, config: RunConfig) -> Run:
+    """Makes the folder of a new run and writes its settings and environment.
+
+    Args:
+        runs: Folder of all runs; made if missing.
+        name: Name of the run; None makes one of recipe and time.
+        config: Full settings.
+
+    Raises:
+        UserError: If the name is taken or no folder name, or the folder cannot be written.
+    """
+    name = name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"a run's name must be a plain folder name, got `{name}`")
+    path = Path(runs).expanduser().absolute() / name
+    try:
+        path.mkdir(parents=True)
+        (path / CONFIG_NAME).write_text(to_yaml(config))
+        (path / ENVIRONMENT_NAME).write_text(json.dumps(describe_environment(sys.argv), indent=1))
+    except FileExistsError as error:
+        raise UserError(f"run {path} exists; choose another --name, or continue it with --resume {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot write the run's folder {path} ({error.strerror}); choose another --runs") from error
+    return Run(path, config)
+
+
+def open_run(path: str | Path) -> Run:
+    """Opens the folder of a run.
+
+    Raises:
+        UserError: If it is none, or its settings cannot be read.
+    """
+    path = Path(path).expanduser().absolute()
+    if not (path / CONFIG_NAME).is_file():
+        raise UserError(f"{path} is not the folder of a run (it has no {CONFIG_NAME})")
+    return Run(path, load_config(path / CONFIG_NAME))
+
+
+def describe_environment(command: Sequence[str]) -> dict[str, Any]:
+    """Returns versions, machine, git commit and command line, so that a result can be traced."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": list(command),
+        "harma_ray": harma_ray.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _git_commit() -> str | None:
+    """Returns the commit of the source tree this package runs from, with a plus if it was changed; None outside git."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,99 @@
+"""The one seam of the platform: what a batch means.
+
+The engine owns the loop, the streams, the optimiser, checkpoints and logging; a `Task` owns the model, the row
+transforms, the losses and the evaluation. A task never touches rank, device, files or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor, nn
+
+from harma_ray.data.schema import Split
+
+Batch = dict[str, Tensor]
+"""A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
+
+
+class RowTransform(Protocol):
+    """Turns one row of a shard into the arrays of one sample; runs inside Ray Data, so it must pickle."""
+
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray | Tensor]:
+        """Transforms a row.
+
+        Args:
+            row: The columns of the schema, and ``row`` and ``caption``, the sample.
+            rng: Seeded by (seed, epoch, row, caption) alone; the only source of randomness.
+
+        Returns:
+            Arrays of equal shapes over all rows.
+
+        Raises:
+            UserError: If the row cannot be used; the stream adds the row's source.
+        """
+        ...
+
+
+class EvaluationData(Protocol):
+    """A split as one worker sees it in evaluation."""
+
+    split: Split
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64[n], the rows of this worker; over all workers every row exactly once."""
+        ...
+
+    def batches(self, transform: RowTransform, *, batch_size: int) -> Iterable[Batch]:
+        """Yields this worker's rows in order, on the model's device."""
+        ...
+
+    def table(self, columns: Sequence[str]) -> pa.Table:
+        """Returns light columns (never ``image``) of the WHOLE split, in row order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; the same on every worker."""
+
+    metrics: dict[str, float]
+    """Metric names and values, such as ``r_mean`` in percent."""
+    details: Any = None
+    """The task's own: embeddings, ranks; used for pictures and reports."""
+
+
+class Task(Protocol):
+    """What a batch means."""
+
+    objective: str
+    """Metric of `evaluate` that selects the best epoch; higher is better."""
+
+    def build_model(self) -> nn.Module:
+        """Returns the model on CPU with freezing applied: trainable parameters are those that require a gradient."""
+        ...
+
+    def transform(self, *, training: bool) -> RowTransform:
+        """Returns the transform of training samples or of evaluated rows."""
+        ...
+
+    def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """Returns the terms of the loss, each a scalar; their sum is minimised.
+
+        Calls `model` exactly once, with tensors only. The outputs are tensors whose first dimension is the batch, or
+        scalars.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
+        """Evaluates the (unwrapped) model on a split; called on every worker."""
+        ...
+
+    def monitor(self, model: nn.Module) -> dict[str, float]:
+        """Returns values worth watching, such as the temperature and the gates."""
+        ...

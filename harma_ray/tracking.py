@@ -1,0 +1,96 @@
+"""The record of a run: ``metrics.jsonl`` and TensorBoard events, written by one worker.
+
+Records after the step that a run resumes at are removed first, so a record never tells of steps that were thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS_NAME = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
+
+
+class Tracker:
+    """Writes the record of a run."""
+
+    def __init__(self, run_dir: Path, *, start_step: int):
+        """Opens the record.
+
+        Args:
+            run_dir: The run's folder.
+            start_step: Optimiser steps done; later records are removed.
+        """
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / METRICS_NAME
+        kept = [record for record in read_records(run_dir) if record.get("step", 0) <= start_step]
+        if self._path.exists():
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(partial, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._writer = SummaryWriter(
+            str(run_dir / EVENTS_FOLDER), purge_step=start_step + 1 if start_step else None, flush_secs=10
+        )
+
+    def log(self, kind: str, step: int, values: Mapping[str, float], *, prefix: str = "", **more: Any) -> None:
+        """Records values.
+
+        Args:
+            kind: What is recorded: ``step``, ``evaluation``, ``notice``, ...
+            step: Optimiser steps done.
+            values: Finite or not; JSON gets null where TensorBoard gets NaN.
+            prefix: Group of the tags in TensorBoard, such as ``train/``.
+            more: Further keys of the JSON line.
+        """
+        record = {"kind": kind, "step": step, **more, **{key: _finite(value) for key, value in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        for key, value in values.items():
+            self._writer.add_scalar(prefix + key, value, step)
+
+    def log_image(self, tag: str, step: int, image: Image.Image) -> None:
+        """Records a picture in TensorBoard."""
+        self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+
+    def log_text(self, tag: str, text: str) -> None:
+        """Records a text (Markdown) in TensorBoard."""
+        self._writer.add_text(tag, text)
+
+    def log_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Records settings with final metrics for TensorBoard's HParams page."""
+        plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
+        self._writer.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
+
+    def log_embeddings(self, vectors: Tensor, labels: list[str], thumbnails: Tensor | None, step: int) -> None:
+        """Records vectors [N, E] with labels and thumbnails [N, 3, H, W] in [0, 1] for TensorBoard's projector."""
+        self._writer.add_embedding(vectors, metadata=labels, label_img=thumbnails, global_step=step, tag="val")
+
+    def close(self) -> None:
+        """Flushes and closes the record."""
+        self._writer.close()
+        self._file.close()
+
+
+def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a run; a last line that was cut off by a kill is left out."""
+    path = run_dir / METRICS_NAME
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
