@@ -6,11 +6,9 @@ Train, a Ray Tune trial, or nobody. What it finds in the run's folder decides wh
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -18,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from harma_ray.accumulation import PartialForward
 from harma_ray.checkpoint import (
     CheckpointMeta,
     checkpoint_path,
@@ -32,11 +28,12 @@ from harma_ray.checkpoint import (
     read_meta,
     save_checkpoint,
 )
-from harma_ray.config import RunConfig, TrainConfig, config_hash, to_dict
+from harma_ray.config import RunConfig, config_hash, to_dict
 from harma_ray.data.order import training_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.distributed import barrier, gather_rows
+from harma_ray.engine import Meter, autocast_of, timed, train_step, wrap_model
 from harma_ray.errors import UserError
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.optim import build_optimizer, build_schedule
@@ -68,16 +65,6 @@ class Progress:
     """Time spent in training steps, over all attempts."""
 
 
-@dataclass(frozen=True)
-class Monitor:
-    """What `run_training` needs to draw pictures; kept out of the loop so that it never draws itself."""
-
-    picture: Callable[[Evaluation, Any], Any] | None = None
-    """Draws retrievals of an evaluation of a split."""
-    finish: Callable[[Evaluation, Any, Tracker, int], None] | None = None
-    """Called once at the end with the best evaluation on val."""
-
-
 def run_training(
     task: Task,
     config: RunConfig,
@@ -86,7 +73,6 @@ def run_training(
     place: Place,
     reader: Reader,
     reporter: Reporter = lambda metrics: None,
-    monitor: Monitor = Monitor(),
 ) -> dict[str, Any]:
     """Trains from the run's last checkpoint, or from the start, to the end; evaluates test once, with the best weights.
 
@@ -97,7 +83,6 @@ def run_training(
         place: This worker.
         reader: Who reads the shards.
         reporter: Hears of every evaluation.
-        monitor: Draws pictures.
 
     Returns:
         The final report, as written to ``report.json``.
@@ -130,8 +115,8 @@ def run_training(
     if checkpoints:
         _restore(checkpoints[-1], model, backbone, optimizer, schedule, progress, config, place.rank)
     tracker = Tracker(run_dir, start_step=progress.step) if place.rank == 0 else None
-    forward = _wrap(model, train, place)
-    autocast = _autocast(train, device)
+    forward = wrap_model(model, train, place)
+    autocast = autocast_of(train, device)
 
     def save(epoch: float, metrics: dict[str, float]) -> None:
         rng = gather_rows(torch.get_rng_state()[None].to(device)).cpu()
@@ -170,8 +155,9 @@ def run_training(
             tracker.log("evaluation", progress.step, evaluation.metrics, prefix=f"{selection.split.name}/", epoch=epoch,
                         split=selection.split.name, seconds=round(time.perf_counter() - started, 3))  # fmt: skip
             tracker.log("monitor", progress.step, task.monitor(model), prefix="model/", epoch=epoch)
-            if monitor.picture is not None:
-                tracker.log_image("retrievals", progress.step, monitor.picture(evaluation, selection.split))
+            picture = task.picture(evaluation, selection.split)
+            if picture is not None:
+                tracker.log_image("retrievals", progress.step, picture)
         save(epoch, evaluation.metrics)
         reporter({"epoch": epoch, "step": progress.step, **evaluation.metrics})
         return 0 < train.early_stopping_patience <= progress.without_improvement
@@ -183,10 +169,10 @@ def run_training(
     if trainable and not stopped and progress.step < total_steps:
         stream = TrainingStream(order, task.transform(training=True), data, place, reader)
         batches = stream.steps(progress.step, train.epochs)
-        meter = _Meter(train.global_batch_size)
-        for batch in _timed(batches, meter):
+        meter = Meter(train.global_batch_size)
+        for batch in timed(batches, meter):
             model.train()
-            terms = _step(task, forward, batch, train, autocast)
+            terms = train_step(task, forward, batch, train, autocast)
             loss_values = {name: float(term) for name, term in terms.items()}
             if not all(map(math.isfinite, loss_values.values())):
                 raise TrainingDiverged(_diverged(loss_values, progress.step + 1, place.rank))
@@ -219,7 +205,7 @@ def run_training(
         batches.close()
 
     report = _finish(task, config, run_dir, model, backbone, progress, selection, evaluate, place, reader, tracker,
-                     monitor, stopped, total_steps)  # fmt: skip
+                     stopped, total_steps)  # fmt: skip
     if tracker is not None:
         tracker.close()
     return report
@@ -228,7 +214,7 @@ def run_training(
 def _finish(
     task: Task, config: RunConfig, run_dir: Path, model: nn.Module, backbone: str, progress: Progress,
     selection: EvaluationStream, evaluate: Callable[[EvaluationStream], Evaluation], place: Place, reader: Reader,
-    tracker: Tracker | None, monitor: Monitor, stopped: bool, total_steps: int,
+    tracker: Tracker | None, stopped: bool, total_steps: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Loads the best weights, evaluates test once, and writes the final report."""
     data = config.data
@@ -262,8 +248,9 @@ def _finish(
         tracker.log_hparams(
             flat_settings(config), {f"{split}_{k}": v for split, m in results.items() for k, v in m.items()}
         )
-        if monitor.finish is not None:
-            monitor.finish(selected, selection.split, tracker, progress.step)
+        projection = task.projection(selected, selection.split)
+        if projection is not None:
+            tracker.log_embeddings(projection, progress.step)
         partial = run_dir / f".{REPORT_NAME}.partial"
         partial.write_text(json.dumps(report, indent=1))
         os.replace(partial, run_dir / REPORT_NAME)
@@ -283,22 +270,6 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
     return dict(flatten(to_dict(config), ""))
 
 
-def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
-    """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
-    model = task.build_model().to(place.device)
-    order = training_order(
-        open_split(config.data.path, config.data.train_split),
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        shuffle_window_mb=config.data.shuffle_window_mb,
-    )
-    stream = TrainingStream(order, task.transform(training=True), config.data, place, reader)
-    batches = stream.steps(0, 1)
-    _step(task, model.train(), next(batches), config.train, _autocast(config.train, torch.device(place.device)))
-    batches.close()
-    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-
-
 def _check_batch(config: RunConfig, world_size: int) -> None:
     size = config.train.global_batch_size
     if size % world_size:
@@ -312,40 +283,6 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
             f"`train.accumulation` must not exceed a worker's share of the batch, got {config.train.accumulation} and "
             f"{size // world_size}"
         )
-
-
-def _step(
-    task: Task, forward: nn.Module, batch: dict[str, Tensor], train: TrainConfig,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-) -> dict[str, Tensor]:  # fmt: skip
-    """Runs one forward and backward pass; gradients are left on the parameters."""
-    if train.accumulation == 1:
-        with autocast():
-            terms = task.losses(forward, batch)
-        torch.stack(list(terms.values())).sum().backward()
-    else:
-        partial = PartialForward(forward, train.accumulation)
-        with autocast():
-            terms = task.losses(partial, batch)
-        torch.stack(list(terms.values())).sum().backward()
-        partial.backward(autocast)
-    return {name: term.detach() for name, term in terms.items()}
-
-
-def _wrap(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
-    forward: Any = torch.compile(model) if train.compile else model
-    if place.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
-    return forward
-
-
-def _autocast(train: TrainConfig, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
-    bf16 = train.precision == "bf16"
-    if train.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if not bf16:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
 def _restore(
@@ -374,75 +311,3 @@ def _diverged(terms: dict[str, float], step: int, rank: int) -> str:
         f"the loss is not finite at step {step} on worker {rank} ({listed}); lower optim.learning_rate, set "
         "optim.clip_grad_norm, or train in fp32, and resume from the last checkpoint"
     )
-
-
-def _timed(batches: Iterator[Any], meter: _Meter) -> Iterator[Any]:
-    while True:
-        with meter.waiting():
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
-
-
-class _Meter:
-    """Rates since the last reading."""
-
-    def __init__(self, pairs_per_step: int):
-        self._pairs_per_step = pairs_per_step
-        self._lap_started = time.perf_counter()
-        self.reset()
-
-    def reset(self) -> None:
-        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
-        self._lap_started = self._started
-
-    def count(self) -> None:
-        self._steps += 1
-
-    def lap(self) -> float:
-        return time.perf_counter() - self._lap_started
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - started
-
-    def read(self, device: torch.device) -> dict[str, float]:
-        elapsed = time.perf_counter() - self._started
-        values = {
-            "pairs_per_second": self._steps * self._pairs_per_step / elapsed,
-            "data_wait_fraction": self._waited / elapsed,
-            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
-        if device.type == "cuda":
-            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
-        return values
-
-
-def run_evaluation(
-    task: Task, config: RunConfig, checkpoint: Path | None, split: str, *, place: Place, reader: Reader
-) -> tuple[Evaluation, nn.Module]:
-    """Evaluates a task's model on a split.
-
-    Args:
-        task: What is evaluated.
-        config: Settings; ``data.path`` is the data set.
-        checkpoint: Trained weights; None evaluates the model as it is built.
-        split: Name of the split.
-        place: This worker.
-        reader: Who reads the shards.
-
-    Returns:
-        The evaluation and the model.
-    """
-    device = torch.device(place.device)
-    model = task.build_model()
-    if checkpoint is not None:
-        load_weights(checkpoint, model, backbone=backbone_fingerprint(model))
-    model.to(device).eval()
-    stream = EvaluationStream(open_split(config.data.path, split), config.data, place, reader)
-    with torch.no_grad(), _autocast(config.train, device)():
-        return task.evaluate(model, stream), model

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.data.schema import Split
@@ -68,6 +69,18 @@ class Evaluation:
     """The task's own: embeddings, ranks; used for pictures and reports."""
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Points for TensorBoard's projector."""
+
+    vectors: Tensor
+    """fp32[N, E]."""
+    labels: list[str]
+    """N texts."""
+    thumbnails: Tensor | None
+    """fp32[N, 3, S, S] in [0, 1]."""
+
+
 class Task(Protocol):
     """What a batch means."""
 
@@ -92,6 +105,14 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
         """Evaluates the (unwrapped) model on a split; called on every worker."""
+        ...
+
+    def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
+        """Draws some results of an evaluation, or None; called on worker 0 alone."""
+        ...
+
+    def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
+        """Returns points for TensorBoard's projector, or None; called on worker 0 alone."""
         ...
 
     def monitor(self, model: nn.Module) -> dict[str, float]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from harma_ray.task import Projection
 
 METRICS_NAME = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -70,9 +71,11 @@ class Tracker:
         plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
         self._writer.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
 
-    def log_embeddings(self, vectors: Tensor, labels: list[str], thumbnails: Tensor | None, step: int) -> None:
-        """Records vectors [N, E] with labels and thumbnails [N, 3, H, W] in [0, 1] for TensorBoard's projector."""
-        self._writer.add_embedding(vectors, metadata=labels, label_img=thumbnails, global_step=step, tag="val")
+    def log_embeddings(self, points: Projection, step: int) -> None:
+        """Records points for TensorBoard's projector."""
+        self._writer.add_embedding(
+            points.vectors, metadata=points.labels, label_img=points.thumbnails, global_step=step, tag="embeddings"
+        )
 
     def close(self) -> None:
         """Flushes and closes the record."""

@@ -85,7 +85,7 @@ def _stretch(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
     low, high = values.min(), values.max()
     if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
-        values = (values - low) * (255 / max(high - low, np.finfo(np.float64).tiny))
+        values = (values - low) * (255 / max(high - low, 1e-12))
     return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 

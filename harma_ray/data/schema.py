@@ -165,7 +165,7 @@ def open_split(data: str | Path, split: str) -> Split:
 def list_splits(data: str | Path) -> list[str]:
     """Returns the names of the complete splits of a data set, train, val and test first."""
     names = [path.parent.name for path in Path(data).glob(f"*/{MANIFEST_NAME}")]
-    return sorted(names, key=lambda name: (("train", "val", "test") + (name,)).index(name))
+    return sorted(names, key=lambda name: ("train", "val", "test", name).index(name))
 
 
 @dataclass(frozen=True)

@@ -106,11 +106,11 @@ def train_transform(
         image = _resize(image, size)
     if rng.random() < augmentation.flip_probability:
         image = F.hflip(image)
-    for name in rng.choice(OPERATIONS, augmentation.num_operations):
-        # Both numbers are drawn even if unused: one image uses equally many whatever happens to it.
+    for position in rng.integers(len(OPERATIONS), size=augmentation.num_operations):
+        # Both numbers are drawn even if unused, so that another probability or level moves no later draw.
         applied, negative = rng.random(2) < (augmentation.operation_probability, 0.5)
         if applied:
-            image = apply_operation(image, str(name), augmentation.level, negative=bool(negative))
+            image = apply_operation(image, OPERATIONS[position], augmentation.level, negative=bool(negative))
     return _to_tensor(image)
 
 

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.config import OptimConfig, RunConfig, TrainConfig, above_zero, at_least
 from harma_ray.data.order import worker_rows
+from harma_ray.data.schema import Split
 from harma_ray.data.transforms import Augmentation, decode_image, eval_transform, train_transform
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank, world_size
 from harma_ray.errors import UserError
@@ -29,7 +31,8 @@ from harma_ray.losses import (
 from harma_ray.metrics import RetrievalResult, image_text_recalls
 from harma_ray.models.adapters import GatedAdapter, set_tuning
 from harma_ray.models.clip import DualEncoder, build_clip, image_size, tokenize
-from harma_ray.task import Batch, Evaluation, EvaluationData, RowTransform
+from harma_ray.pictures import read_images, retrieval_sheet
+from harma_ray.task import Batch, Evaluation, EvaluationData, Projection, RowTransform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,19 @@ class HarmaTask:
             details = ImageTextDetails(image_embeddings, text_embeddings, texts, image_of_text, result)
             metrics = result.metrics
         return Evaluation(broadcast_object(metrics), details)
+
+    def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
+        """Draws some queries with their first results."""
+        return retrieval_sheet(evaluation.details, split)
+
+    def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
+        """Returns up to 500 image embeddings, labelled by class (or by first caption), with thumbnails."""
+        vectors = evaluation.details.image_embeddings[:500]
+        columns = split.read(["label_name", "captions"]).slice(0, len(vectors)).to_pylist()
+        labels = [(row["label_name"] or row["captions"][0]).replace("\t", " ") for row in columns]
+        images = read_images(split, np.arange(len(vectors)))
+        thumbnails = torch.stack([eval_transform(image, 32) for image in images]) / 255
+        return Projection(vectors, labels, thumbnails)
 
     def monitor(self, model: nn.Module) -> dict[str, float]:
         """Returns the temperature and, for every adapter, the shares (sigmoid of the gates) it lets through."""

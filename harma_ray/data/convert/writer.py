@@ -139,7 +139,7 @@ def write_split(
 
 
 def _examine(records: Sequence[SourceRecord]) -> tuple[list[int], str | None, list[BadRow]]:
-    """Returns the images' sizes; a hash of the files' names, sizes and times, or None without files; what is missing."""
+    """Returns image sizes, a hash of the files' names, sizes and times (None without files), and what is missing."""
     digest, sizes, missing, files = hashlib.sha256(), [], [], 0
     for record in records:
         if isinstance(record.image, SceneSpec):

@@ -1,0 +1,168 @@
+"""The one place that starts or joins Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from harma_ray.config import RunConfig
+from harma_ray.errors import UserError
+
+OBJECT_STORE_LIMIT = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster offers."""
+
+    cpus: float
+    """CPUs that Ray may give out."""
+    gpus: float
+    """GPUs that Ray may give out."""
+    nodes: int
+    """Machines."""
+    address: str
+    """``local``, or the address that was joined."""
+    dashboard: str
+    """Address of Ray's dashboard, or nothing."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers a job gets, and what each is given."""
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: float
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        device = "a GPU" if self.use_gpu else "no GPU"
+        return f"{self.num_workers} worker(s), each {self.cpus_per_worker:g} CPU and {device}"
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Cluster]:
+    """Joins a cluster, or starts one on this machine, and leaves or stops it at the end.
+
+    Args:
+        address: Of a cluster to join; None takes ``RAY_ADDRESS``, and without that a cluster of this machine's own.
+        num_cpus: CPUs of a cluster that is started; None = all.
+
+    Raises:
+        UserError: If the cluster cannot be reached or started.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for the controller's next poll
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it, Ray prints a warning of the future
+    import ray
+
+    options: dict = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if address:
+        options["address"] = address
+    else:
+        _bring_token()
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        options |= {
+            "address": "local",
+            "num_cpus": num_cpus or os.cpu_count(),
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * memory)),
+        }
+    try:
+        context = ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot reach or start Ray ({reason}); check --address and RAY_ADDRESS") from error
+    try:
+        resources = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        yield Cluster(
+            cpus=resources.get("CPU", 0),
+            gpus=resources.get("GPU", 0),
+            nodes=len(nodes),
+            address=address or "local",
+            dashboard=context.dashboard_url or "",
+        )
+    finally:
+        ray.shutdown()
+
+
+def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
+    """Divides the cluster: workers, their CPUs, and a share for the data tasks of each.
+
+    Raises:
+        UserError: If the workers and one data task each do not fit; Ray itself would wait for ever.
+    """
+    scaling, task_cpus = config.scaling, config.data.task_cpus
+    use_gpu = cluster.gpus >= 1 if scaling.use_gpu is None else scaling.use_gpu
+    if use_gpu and cluster.gpus < 1:
+        raise UserError("`scaling.use_gpu` is true, but the cluster has no GPU; use --cpu, or join another cluster")
+    num_workers = scaling.num_workers
+    if not num_workers:
+        num_workers = int(cluster.gpus) if use_gpu else max(1, min(2, int(cluster.cpus)))
+        while num_workers > 1 and config.train.global_batch_size % num_workers:
+            num_workers -= 1
+    if use_gpu and num_workers > cluster.gpus:
+        raise UserError(f"{num_workers} workers need a GPU each, but the cluster has {cluster.gpus:g}; use --workers")
+    cpus = scaling.cpus_per_worker
+    if not cpus:
+        share = cluster.cpus / num_workers
+        cpus = min(4.0, share / 2) if use_gpu else max(0.5, share - max(task_cpus, share / 2))
+    need = num_workers * (cpus + task_cpus)
+    if need > cluster.cpus + 1e-6:
+        raise UserError(
+            f"{num_workers} workers of {cpus:g} CPU and their data tasks of {task_cpus:g} CPU need {need:g} CPUs, but "
+            f"the cluster has {cluster.cpus:g}; use fewer --workers, or lower scaling.cpus_per_worker or data.task_cpus"
+        )
+    return WorkerPlan(num_workers, use_gpu, cpus)
+
+
+def require_shared_folder(folder: Path, cluster: Cluster) -> None:
+    """Checks on every machine of the cluster that it sees a folder of this one.
+
+    Raises:
+        UserError: If a machine does not see it.
+    """
+    if cluster.nodes < 2:
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    marker = folder / f".shared-{uuid.uuid4().hex}"
+    marker.touch()
+    try:
+        sees = ray.remote(num_cpus=0)(lambda path: os.path.exists(path))
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        answers = ray.get(
+            [
+                sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                    str(marker)
+                )
+                for node in nodes
+            ]
+        )
+    finally:
+        marker.unlink()
+    blind = [node["NodeManagerAddress"] for node, sees_it in zip(nodes, answers, strict=True) if not sees_it]
+    if blind:
+        raise UserError(
+            f"{folder} is not shared: {len(blind)} of {len(nodes)} machines do not see it ({', '.join(blind[:3])}); "
+            "use a folder on storage that all machines mount"
+        )
+
+
+def _bring_token() -> None:
+    """Gives a cluster of our own a random access token, or Ray would write one to the home folder."""
+    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

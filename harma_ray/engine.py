@@ -1,0 +1,156 @@
+"""The parts of the training loop that know about torch's machinery: one step, wrapping, autocast, rates."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harma_ray.accumulation import PartialForward
+from harma_ray.checkpoint import load_weights
+from harma_ray.config import RunConfig, TrainConfig
+from harma_ray.data.order import training_order
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.task import Evaluation, Task
+
+Autocast = Callable[[], contextlib.AbstractContextManager]
+
+
+def train_step(
+    task: Task, forward: nn.Module, batch: dict[str, Tensor], train: TrainConfig,
+    autocast: Autocast,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Runs one forward and backward pass; gradients are left on the parameters."""
+    if train.accumulation == 1:
+        with autocast():
+            terms = task.losses(forward, batch)
+        torch.stack(list(terms.values())).sum().backward()
+    else:
+        partial = PartialForward(forward, train.accumulation)
+        with autocast():
+            terms = task.losses(partial, batch)
+        torch.stack(list(terms.values())).sum().backward()
+        partial.backward(autocast)
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def wrap_model(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
+    """Returns what a step calls: the model, compiled if asked for, averaging gradients over the workers."""
+    forward: Any = torch.compile(model) if train.compile else model
+    if place.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+    return forward
+
+
+def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
+    """Returns a maker of the contexts that models run in: bf16 where asked for or, by default, where a GPU has it."""
+    bf16 = train.precision == "bf16"
+    if train.precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if not bf16:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
+    """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
+    model = task.build_model().to(place.device)
+    order = training_order(
+        open_split(config.data.path, config.data.train_split),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        shuffle_window_mb=config.data.shuffle_window_mb,
+    )
+    stream = TrainingStream(order, task.transform(training=True), config.data, place, reader)
+    batches = stream.steps(0, 1)
+    train_step(task, model.train(), next(batches), config.train, autocast_of(config.train, torch.device(place.device)))
+    batches.close()
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def run_evaluation(
+    task: Task, config: RunConfig, checkpoint: Path | None, split: str, *, place: Place, reader: Reader
+) -> tuple[Evaluation, nn.Module]:
+    """Evaluates a task's model on a split.
+
+    Args:
+        task: What is evaluated.
+        config: Settings; ``data.path`` is the data set.
+        checkpoint: Trained weights; None evaluates the model as it is built.
+        split: Name of the split.
+        place: This worker.
+        reader: Who reads the shards.
+
+    Returns:
+        The evaluation and the model.
+    """
+    device = torch.device(place.device)
+    model = task.build_model()
+    if checkpoint is not None:
+        load_weights(checkpoint, model, backbone=backbone_fingerprint(model))
+    model.to(device).eval()
+    stream = EvaluationStream(open_split(config.data.path, split), config.data, place, reader)
+    with torch.no_grad(), autocast_of(config.train, device)():
+        return task.evaluate(model, stream), model
+
+
+def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
+    """Yields batches and tells the meter how long each was waited for."""
+    while True:
+        with meter.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+class Meter:
+    """Rates since the last reading."""
+
+    def __init__(self, pairs_per_step: int):
+        """Starts measuring."""
+        self._pairs_per_step = pairs_per_step
+        self._lap_started = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was measured, the lap too."""
+        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._lap_started = self._started
+
+    def count(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+
+    def lap(self) -> float:
+        """Returns the seconds since the last reset."""
+        return time.perf_counter() - self._lap_started
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measures a wait for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Returns the rates since the last reading, and memory peaks in MiB (of this process, and of its GPU)."""
+        elapsed = time.perf_counter() - self._started
+        values = {
+            "pairs_per_second": self._steps * self._pairs_per_step / elapsed,
+            "data_wait_fraction": self._waited / elapsed,
+            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        if device.type == "cuda":
+            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        return values

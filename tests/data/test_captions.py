@@ -1,0 +1,59 @@
+import time
+
+import pytest
+
+from harma_ray.data.captions import caption_key, clean_caption
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("There is a piece of farmland .", "there is a piece of farmland"),
+        (",.'!?\"()*#:;~", ""),
+        ("a T-junction and/or road", "a t junction and or road"),
+        ("it's two planes, parked", "its two planes parked"),
+        ("a <person> walks", "a person walks"),
+        ("a < person > stays", "a < person > stays"),
+        ("a<per-son>b", "a<per son>b"),
+        ("many  \t\n houses \n", "many houses"),
+        ("one\ttwo\nthree", "one two three"),
+        ("  ", ""),
+        ("", ""),
+        ("ÉTÉ — déjà", "été — déjà"),
+    ],
+)
+def test_cleaning_follows_the_published_order(text, expected):
+    assert clean_caption(text) == expected
+
+
+def test_hyphen_that_stands_alone_leaves_one_space():
+    assert clean_caption("tree - lined road") == "tree lined road"
+
+
+def test_first_thirty_words_are_kept():
+    words = [f"w{number}" for number in range(40)]
+    assert clean_caption(" ".join(words)) == " ".join(words[:30])
+    assert clean_caption(" ".join(words), max_words=3) == "w0 w1 w2"
+    assert clean_caption(" ".join(words[:30])) == " ".join(words[:30])
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "   ", "\t"])
+def test_caption_of_ten_thousand_words_is_cut_fast(space):
+    text = space.join(["Building,"] * 10_000)
+    start = time.perf_counter()
+    assert clean_caption(text) == " ".join(["building"] * 30)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_cleaning_twice_changes_nothing():
+    once = clean_caption("Some Storage-Tanks (white), by the river; it's <person> sized!")
+    assert clean_caption(once) == once
+
+
+def test_key_is_equal_for_captions_equal_after_cleaning_and_fits_int64():
+    assert caption_key("A road, a house.") == caption_key("a road a house")
+    assert caption_key("a road") != caption_key("a house")
+    long = " ".join(["w"] * 30)
+    assert caption_key(f"{long} a") != caption_key(f"{long} b")
+    assert -(2**63) <= caption_key("") < 2**63
+    assert caption_key("a road") == 5007013775364782195  # the same in every process

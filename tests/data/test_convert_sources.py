@@ -1,0 +1,275 @@
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from harma_ray.data.convert.folders import list_scenes, read_class_folders
+from harma_ray.data.convert.records import SceneSpec
+from harma_ray.data.convert.sources import read_harma, read_karpathy
+from harma_ray.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_json(content, name="rows.json"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write_json
+
+
+def _train_row(number, caption, **changes):
+    row = {"caption": caption, "image": f"train/{number}.jpg", "image_id": number, "label_name": "park", "label": 2}
+    return {**row, **changes}
+
+
+def _eval_row(number, captions=("A road.",), **changes):
+    return {"image": f"val/{number}.jpg", "caption": list(captions), **changes}
+
+
+def _karpathy(*rows):
+    return {"images": [{"filename": f, "split": s, "sentences": [{"raw": t} for t in texts]} for f, s, texts in rows]}
+
+
+# --- HarMA ---
+
+
+def test_training_rows_of_an_image_are_joined_in_order(write, tmp_path):
+    rows = [_train_row(7, "First."), _train_row(3, "Other"), _train_row(7, "Second"), _train_row(7, "First")]
+    records = read_harma(write(rows), tmp_path)
+    assert [(r.image_id, r.captions) for r in records] == [(7, ("first", "second", "first")), (3, ("other",))]
+    first = records[0]
+    assert (first.source, first.image, first.label, first.label_name) == (
+        "train/7.jpg",
+        tmp_path / "train/7.jpg",
+        2,
+        "park",
+    )
+    assert first.origin == "rows.json row 1"
+
+
+def test_evaluation_rows_are_numbered_from_zero_and_may_lack_labels(write, tmp_path):
+    records = read_harma(write([_eval_row(9, ["A Road.", "A-B"]), _eval_row(4, label=5, label_name="pond")]), tmp_path)
+    assert [(r.image_id, r.captions, r.label, r.label_name) for r in records] == [
+        (0, ("a road", "a b"), None, None),
+        (1, ("a road",), 5, "pond"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{broken", "rows.json is not JSON"),
+        ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "is not JSON"),
+        ({"images": []}, "rows.json must be a JSON list of rows.*an object with keys images"),
+        ([], "rows.json must be a JSON list of rows.*an empty list"),
+        ([1], r"rows.json row 1 must look like .*got 1"),
+        ([_train_row(0, "a"), "x"], r"row 2 must look like \{\"caption\": text.*got 'x'"),
+        ([_train_row(0, "a"), _eval_row(1)], r"row 2 must look like \{\"caption\": text.*`caption` = a list of 1"),
+        ([_eval_row(1), _train_row(0, "a")], r"row 2 must look like \{\"image\": path.*`caption` = 'a'"),
+        ([{"caption": "a", "image": "a.jpg"}], r"row 1 .*no `image_id` \(keys: caption, image\)"),
+        ([_train_row("7", "a")], r"row 1 .*`image_id` = '7'"),
+        ([_train_row(True, "a")], r"row 1 .*`image_id` = True"),
+        ([_train_row(-1, "a")], r"row 1: `image_id` must lie in 0\.\.2147483647, got -1"),
+        ([_train_row(0, "a", label="2")], r"row 1 .*`label` = '2'"),
+        ([_train_row(0, "a", label=2**40)], r"`label` must lie in 0\.\.2147483647"),
+        ([_train_row(0, " .,!")], r"row 1: the caption ' \.,!' is empty after cleaning"),
+        ([_eval_row(0, ["ok", ""])], r"row 1: the caption '' is empty after cleaning"),
+        ([_eval_row(0, ["ok", None])], r"row 1: captions must be texts, got None"),
+        ([_eval_row(0, [])], r"row 1: `caption` is an empty list"),
+        ([_eval_row(0), _eval_row(0)], r"row 2: image 'val/0.jpg' is also in rows.json row 1"),
+        (
+            [_train_row(0, "a"), _train_row(0, "b", image="other.jpg")],
+            r"row 2: rows of one image_id .*'other.jpg' here and 'train/0.jpg' in rows.json row 1",
+        ),
+        ([_train_row(0, "a"), _train_row(0, "b", label=3)], r"row 2: rows of one image_id .*3 here and 2 in"),
+        ([_train_row(0, "a"), _train_row(1, "b", image="train/0.jpg")], "row 2: image 'train/0.jpg' is also in"),
+        ([_train_row(0, "a"), _train_row(1, "b", label=3)], "a class has one number and one name"),
+        ([_train_row(0, "a"), _train_row(1, "b", label_name="pond")], "a class has one number and one name"),
+    ],
+)
+def test_wrong_shape_names_file_row_and_what_was_expected(write, tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_harma(write(content), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "/etc/passwd", "", ".", "a\0b"])
+def test_paths_that_leave_the_image_folder_are_refused(write, tmp_path, name):
+    root = tmp_path / "images"
+    root.mkdir()
+    with pytest.raises(UserError, match="row 1: image paths must lie under the image folder"):
+        read_harma(write([_eval_row(0, image=name)]), root)
+
+
+def test_dots_inside_the_image_folder_are_fine(write, tmp_path):
+    records = read_harma(write([_eval_row(0, image="a/../b.jpg")]), tmp_path)
+    assert records[0].image == tmp_path / "b.jpg"
+
+
+def test_missing_files_and_folders_are_named(write, tmp_path):
+    with pytest.raises(UserError, match=r"annotation file .*none.json cannot be read"):
+        read_harma(tmp_path / "none.json", tmp_path)
+    with pytest.raises(UserError, match=r"image folder .*none does not exist"):
+        read_harma(write([_eval_row(0)]), tmp_path / "none")
+
+
+def test_deeply_nested_json_is_refused(write, tmp_path):
+    with pytest.raises(UserError, match=r"nested too deeply|is not JSON"):
+        read_harma(write("[" * 200_000), tmp_path)
+
+
+def test_class_numbers_come_from_names_where_missing(write, tmp_path):
+    named = [_eval_row(n, label_name=name) for n, name in enumerate(["pond", "airport", "pond"])]
+    assert [r.label for r in read_harma(write(named), tmp_path)] == [1, 0, 1]
+    mixed = [_eval_row(0, label_name="pond", label=8), _eval_row(1, label_name="pond"), _eval_row(2)]
+    assert [r.label for r in read_harma(write(mixed), tmp_path)] == [8, 8, None]
+    with pytest.raises(UserError, match="class 'park' has no `label`"):
+        read_harma(write([*mixed, _eval_row(3, label_name="park")]), tmp_path)
+
+
+def test_caption_of_ten_thousand_words_is_cut(write, tmp_path):
+    records = read_harma(write([_eval_row(0, ["house " * 10_000])]), tmp_path)
+    assert records[0].captions == (" ".join(["house"] * 30),)
+
+
+# --- Karpathy ---
+
+
+def test_karpathy_splits_are_read_with_their_sentences(write, tmp_path):
+    content = _karpathy(("a.tif", "train", ["One.", "Two"]), ("b.tif", "test", ["B"]), ("c.tif", "train", ["C"]))
+    splits = read_karpathy(write(content), tmp_path)
+    assert list(splits) == ["train", "test"]
+    assert [(r.image_id, r.source, r.captions) for r in splits["train"]] == [
+        (0, "a.tif", ("one", "two")),
+        (2, "c.tif", ("c",)),
+    ]
+    assert splits["test"][0].origin == "rows.json image 2"
+    assert list(read_karpathy(write(content), tmp_path, ["test"])) == ["test"]
+
+
+def test_karpathy_filepath_goes_before_the_file_name(write, tmp_path):
+    content = _karpathy(("a.tif", "train", ["One."]))
+    content["images"][0]["filepath"] = "sub"
+    assert read_karpathy(write(content), tmp_path)["train"][0].source == "sub/a.tif"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], r"rows.json must look like \{\"images\".*got an empty list"),
+        ({"image": 1}, "got an object with keys image"),
+        ({"images": []}, "must look like"),
+        ({"images": [3]}, r"rows.json image 1 must look like .*got 3"),
+        ({"images": [{"filename": "a"}]}, "image 1 .*no `split`"),
+        ({"images": [{"filename": "a", "split": "train", "sentences": [{"tokens": []}]}]}, "image 1 .*no `raw`"),
+        ({"images": [{"filename": "a", "split": "train", "sentences": []}]}, "image 1: `sentences` is empty"),
+        (_karpathy(("a", "train", ["."])), r"image 1: the caption '\.' is empty"),
+        (_karpathy(("../a", "train", ["a"])), "image 1: image paths must lie under"),
+        (_karpathy(("a", "train", ["a"]), ("a", "train", ["b"])), "image 2: image 'a' is also in rows.json image 1"),
+        (_karpathy(("a", "restval", ["a"])), "has no images of split train, val, test; it has restval"),
+    ],
+)
+def test_wrong_karpathy_shape_names_file_image_and_what_was_expected(write, tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read_karpathy(write(content), tmp_path)
+
+
+def test_absent_karpathy_split_is_named(write, tmp_path):
+    with pytest.raises(UserError, match="has no images of split val; it has train"):
+        read_karpathy(write(_karpathy(("a", "train", ["a"]))), tmp_path, ["train", "val"])
+
+
+# --- class folders ---
+
+
+def _make_images(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+
+
+def test_folders_of_splits_share_their_class_numbers(tmp_path):
+    _make_images(tmp_path, "train/pond/b.png", "train/pond/a.png", "test/airport/x.png", "test/pond/deep/y.jpg")
+    (tmp_path / "train/pond/.hidden.png").write_text("")
+    (tmp_path / "train/pond/notes.txt").write_text("")
+    splits = read_class_folders(tmp_path)
+    assert {split: [(r.source, r.label, r.label_name) for r in rows] for split, rows in splits.items()} == {
+        "train": [("train/pond/a.png", 1, "pond"), ("train/pond/b.png", 1, "pond")],
+        "test": [("test/airport/x.png", 0, "airport"), ("test/pond/deep/y.jpg", 1, "pond")],
+    }
+    assert len({r.image_id for rows in splits.values() for r in rows}) == 4
+    assert all(r.captions == () for rows in splits.values() for r in rows)
+
+
+def test_class_folders_are_split_by_hash(tmp_path):
+    names = [f"{label}/{number}.png" for label in ("a", "b") for number in range(100)]
+    _make_images(tmp_path, *names)
+
+    def places(**options):
+        return {r.source: split for split, rows in read_class_folders(tmp_path, **options).items() for r in rows}
+
+    first = places()
+    assert set(first) == set(names)
+    shares = [list(first.values()).count(split) / 200 for split in ("train", "val", "test")]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.06)
+    assert first == places()
+    assert first != places(seed=1)
+    _make_images(tmp_path, "b/new.png")
+    later = places()
+    assert {name: later[name] for name in first} == first
+    assert set(places(fractions=(1, 0, 0)).values()) == {"train"}
+    assert set(places(fractions=(0.5, 0.5, 0)).values()) == {"train", "val"}
+
+
+def test_caption_template_names_the_class(tmp_path):
+    _make_images(tmp_path, "train/tennis_court/a.png")
+    records = read_class_folders(tmp_path, caption_template="An aerial photograph of {label}.")["train"]
+    assert records[0].captions == ("an aerial photograph of tennis court",)
+    with pytest.raises(UserError, match=re.escape("must contain {label}")):
+        read_class_folders(tmp_path, caption_template="a photo")
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.5), (0.9, 0.2, -0.1), (0.8, 0.1, 0.2)])
+def test_fractions_must_add_up(tmp_path, fractions):
+    with pytest.raises(UserError, match="fractions of train, val, test must be 3 numbers"):
+        read_class_folders(tmp_path, fractions=fractions)
+
+
+def test_folders_that_are_no_class_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no class folders with images"):
+        read_class_folders(tmp_path)
+    _make_images(tmp_path, "a/1.png", "train/a/1.png")
+    with pytest.raises(UserError, match=r"mixes splits .* and other folders \(a\)"):
+        read_class_folders(tmp_path)
+    _make_images(tmp_path, "loose.png")
+    (tmp_path / "a/1.png").unlink()
+    (tmp_path / "a").rmdir()
+    _make_images(tmp_path, "train/loose.png")
+    with pytest.raises(UserError, match="lies in no class folder"):
+        read_class_folders(tmp_path)
+
+
+# --- scenes ---
+
+
+def test_scenes_of_a_split_do_not_depend_on_the_other_counts():
+    settings = {"style": "summer", "size": 32, "seed": 4}
+    small = list_scenes({"train": 3, "val": 2}, **settings)
+    large = list_scenes({"train": 5, "val": 2, "test": 1}, **settings)
+    assert large["train"][:3] == small["train"]
+    assert large["val"] == small["val"]
+    indices = [record.image.index for rows in large.values() for record in rows]
+    assert len(set(indices)) == len(indices)
+    assert small["val"][0].image == SceneSpec(seed=4, index=1, style="summer", size=32)
+    assert [record.image_id for record in large["train"]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", [{"style": "moon"}, {"size": 0}, {"seed": -1}, {"counts": {"train": 0}}])
+def test_impossible_scenes_are_refused(change):
+    settings = {"counts": {"train": 1}, "style": "summer", "size": 32, "seed": 0, **change}
+    with pytest.raises(UserError):
+        list_scenes(settings.pop("counts"), **settings)

@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harma_ray.data.convert.commands import convert_harma, convert_scenes
+from harma_ray.data.convert.inspect import contact_sheet, describe, render_facts
+from harma_ray.data.convert.tasks import map_serially
+from harma_ray.data.convert.writer import WriteSettings
+from harma_ray.data.schema import open_split
+from harma_ray.errors import UserError
+
+
+@pytest.fixture
+def split(tmp_path):
+    rows = []
+    for number in range(10):
+        kind = "png" if number < 7 else "jpg"
+        Image.new("RGB", (20 + number, 30), (number * 20, 0, 0)).save(tmp_path / f"{number}.{kind}")
+        label = {"label": number % 2, "label_name": "river" if number % 2 else "airport"}
+        rows.append({"image": f"{number}.{kind}", "caption": ["A plane.", f"Plane number {number}"], **label})
+    rows.append({"image": "missing.png", "caption": ["gone"], "label": 0, "label_name": "airport"})
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    convert_harma(
+        tmp_path / "val.json",
+        tmp_path,
+        "val",
+        tmp_path / "data",
+        settings=WriteSettings(max_bad=1, row_group_bytes=300),
+        map_tasks=map_serially,
+    )
+    return open_split(tmp_path / "data", "val")
+
+
+def test_facts_are_counted(split):
+    facts = describe(split, verify=True)
+    assert (facts.rows, facts.captions, facts.distinct_captions) == (10, 20, 11)
+    assert facts.classes == {"airport": 5, "river": 5}
+    assert facts.formats == {"PNG": 7, "JPEG": 3}
+    assert facts.caption_words.percentiles == {0: 2, 5: 2, 50: 2.5, 95: 3, 100: 3}
+    # Start, "a", "plane", end: 4 tokens; "plane number 3": 5.
+    assert facts.caption_tokens.percentiles[0] == 4
+    assert facts.caption_tokens.percentiles[100] == 5
+    assert facts.caption_tokens.mean == 4.5
+    assert facts.heights.mean == 30
+    assert (facts.widths.percentiles[0], facts.widths.percentiles[100]) == (20, 29)
+    assert facts.captions_per_image.mean == 2
+    assert [row.source for row in facts.bad] == ["missing.png"]
+    assert facts.undecodable == ()
+    assert facts.bytes == sum(path.stat().st_size for path in split.shard_paths())
+
+
+def test_text_tells_the_facts(split):
+    text = render_facts(describe(split))
+    for part in (
+        "split val",
+        "10 in ",
+        "PNG (7), JPEG (3)",
+        "20, 11 distinct",
+        "airport",
+        "missing.png",
+        "not checked",
+    ):
+        assert part in text
+    assert "all" in render_facts(describe(split, verify=True))
+    assert max(map(len, text.splitlines())) < 250
+
+
+def test_verification_finds_images_that_do_not_decode(split):
+    facts = describe(split, verify=True, max_pixels=30 * 24)
+    assert {row.source for row in facts.undecodable} == {"5.png", "6.png", "7.jpg", "8.jpg", "9.jpg"}
+    assert "all but 5" in render_facts(facts)
+    assert "the limit is 720" in render_facts(facts)
+
+
+def test_split_without_captions_and_classes(tmp_path):
+    from harma_ray.data.convert.commands import convert_folder
+
+    (tmp_path / "images" / "train" / "pond").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "pond" / "a.bmp")
+    convert_folder(tmp_path / "images", tmp_path / "data", map_tasks=map_serially)
+    facts = describe(open_split(tmp_path / "data", "train"))
+    assert (facts.captions, facts.caption_words, facts.formats) == (0, None, {"BMP": 1})
+    assert "tokens" not in render_facts(facts)
+    contact_sheet(open_split(tmp_path / "data", "train"), tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize(("n", "shown"), [(1, 1), (4, 4), (24, 10)])
+def test_contact_sheet_shows_the_chosen_number_of_images(split, tmp_path, n, shown):
+    path = contact_sheet(split, tmp_path / "new folder" / "sheet.png", n)
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape[1] == min(shown, 6) * 184 + 8
+    # The middle of each thumbnail is an image; where no image is, the sheet is white.
+    cell_height = (pixels.shape[0] - 8) // -(-shown // 6)
+    middles = [
+        pixels[8 + i // 6 * cell_height + 88, 8 + i % 6 * 184 + 88] for i in range(-(-shown // 6) * min(shown, 6))
+    ]
+    assert sum((middle != 255).any() for middle in middles) == shown
+
+
+def test_contact_sheet_is_the_same_for_a_seed(split, tmp_path):
+    files = [contact_sheet(split, tmp_path / f"{n}.png", 3, seed=seed).read_bytes() for n, seed in enumerate((0, 0, 1))]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_contact_sheet_needs_images_and_a_place(split, tmp_path):
+    with pytest.raises(UserError, match="needs 1 image or more, got 0"):
+        contact_sheet(split, tmp_path / "a.png", 0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the contact sheet"):
+        contact_sheet(split, tmp_path / "file" / "a.png")
+
+
+def test_scenes_can_be_described(tmp_path):
+    convert_scenes(tmp_path, {"train": 6}, style="summer", size=32, map_tasks=map_serially)
+    facts = describe(open_split(tmp_path, "train"), verify=True)
+    assert facts.rows == 6
+    assert facts.sizes == {(32, 32): 6}
+    assert facts.caption_tokens.percentiles[100] <= 77
