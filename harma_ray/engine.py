@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,14 @@ def parameters_without_gradient(task: Task, config: RunConfig, place: Place, rea
 
 
 def run_evaluation(
-    task: Task, config: RunConfig, checkpoint: Path | None, split: str, *, place: Place, reader: Reader
+    task: Task,
+    config: RunConfig,
+    checkpoint: Path | None,
+    split: str,
+    *,
+    place: Place,
+    reader: Reader,
+    model: nn.Module | None = None,
 ) -> tuple[Evaluation, nn.Module]:
     """Evaluates a task's model on a split.
 
@@ -89,12 +97,13 @@ def run_evaluation(
         split: Name of the split.
         place: This worker.
         reader: Who reads the shards.
+        model: What is evaluated; None builds the task's own.
 
     Returns:
         The evaluation and the model.
     """
     device = torch.device(place.device)
-    model = task.build_model()
+    model = model or task.build_model()
     if checkpoint is not None:
         load_weights(checkpoint, model, backbone=backbone_fingerprint(model))
     model.to(device).eval()
@@ -154,3 +163,10 @@ class Meter:
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
         return values
+
+
+def default_place(config: RunConfig) -> Place:
+    """Returns the place of a single worker in this process: a GPU if there is one and it is not refused."""
+    threads = os.cpu_count() or 1
+    use_gpu = torch.cuda.is_available() if config.scaling.use_gpu is None else config.scaling.use_gpu
+    return Place(device="cuda" if use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)

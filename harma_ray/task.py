@@ -87,6 +87,10 @@ class Task(Protocol):
     objective: str
     """Metric of `evaluate` that selects the best epoch; higher is better."""
 
+    def check(self) -> None:
+        """Raises UserError for settings that cannot work, as far as can be told without building the model."""
+        ...
+
     def build_model(self) -> nn.Module:
         """Returns the model on CPU with freezing applied: trainable parameters are those that require a gradient."""
         ...

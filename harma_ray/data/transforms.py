@@ -4,6 +4,9 @@ Everything random comes from the generator that the caller passes, nothing from 
 state: all functions may be called from many threads. Division by 255 and normalisation happen on the device, elsewhere.
 """
 
+# torchvision's functions take and return PIL images too, but their annotations speak of tensors alone.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import math
@@ -166,7 +169,7 @@ def _affine(
     return F.affine(
         image,
         angle=0.0,
-        translate=list(translate),  # pyright: ignore[reportArgumentType]  # fractions of pixels work on PIL images
+        translate=list(translate),  # fractions of pixels work on PIL images
         scale=1.0,
         shear=degrees,
         interpolation=InterpolationMode.BILINEAR,

@@ -38,12 +38,12 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
     Raises:
         UserError: unknown architecture or tag, a file that does not fit, weights of the other activation, no network.
     """
+    check_pretrained(architecture, pretrained)
     config = _configuration(architecture)
     architecture = architecture.replace("/", "-")
     if pretrained == "random":
         return _create(architecture, None, seed)
     if open_clip.is_pretrained_cfg(architecture, pretrained):
-        _check_activation(architecture, config, pretrained)
         try:
             return _create(architecture, pretrained, seed)
         except (OSError, RuntimeError) as error:
@@ -63,6 +63,25 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
     check_fit(model.state_dict(), state_dict, f"{pretrained} (for `{architecture}`)")
     model.load_state_dict(state_dict)
     return model
+
+
+def check_pretrained(architecture: str, pretrained: str) -> None:
+    """Check names without loading anything: the architecture is known, the weights are random, a tag, or a file.
+
+    Raises:
+        UserError: unknown architecture or tag, missing file, weights of the other activation.
+    """
+    config = _configuration(architecture)
+    architecture = architecture.replace("/", "-")
+    if pretrained == "random":
+        return
+    if open_clip.is_pretrained_cfg(architecture, pretrained):
+        _check_activation(architecture, config, pretrained)
+    elif not Path(pretrained).is_file():
+        raise UserError(
+            "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
+            f"{pretrained!r} for `{architecture}`; {_other_tags(architecture, pretrained)}"
+        )
 
 
 def tokenize(architecture: str) -> Callable[..., Tensor]:

@@ -30,6 +30,7 @@ from harma_ray.losses import (
 )
 from harma_ray.metrics import RetrievalResult, image_text_recalls
 from harma_ray.models.adapters import GatedAdapter, set_tuning
+from harma_ray.models.backbones import check_pretrained
 from harma_ray.models.clip import DualEncoder, build_clip, image_size, tokenize
 from harma_ray.pictures import read_images, retrieval_sheet
 from harma_ray.task import Batch, Evaluation, EvaluationData, Projection, RowTransform
@@ -141,6 +142,10 @@ class HarmaTask:
     def __init__(self, config: HarmaConfig):
         """Takes the settings; nothing is loaded yet."""
         self.config = config
+
+    def check(self) -> None:
+        """Raises UserError if the architecture is unknown or the pretrained weights are neither file nor tag."""
+        check_pretrained(self.config.model.architecture, self.config.model.pretrained)
 
     def build_model(self) -> DualEncoder:
         """Returns the dual encoder on CPU, tuned as configured; a loss that is off leaves its temperature frozen."""

@@ -1,0 +1,267 @@
+"""What the commands do, told to a person: what is about to happen, how it goes, where things are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from harma_ray.cluster import Cluster, plan_workers, ray_cluster
+from harma_ray.config import RunConfig, build_config, to_yaml
+from harma_ray.data.order import training_order
+from harma_ray.data.schema import list_splits, open_split
+from harma_ray.data.stream import local_batches
+from harma_ray.engine import default_place, parameters_without_gradient, run_evaluation
+from harma_ray.errors import UserError
+from harma_ray.metrics import bootstrap_interval, chance_recalls
+from harma_ray.recipes import make_task
+from harma_ray.report import results_table, write_report
+from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.tracking import read_records
+from harma_ray.train import evaluate_on_workers, train
+
+
+def train_seeds(
+    config: RunConfig, seeds: Sequence[int], *, runs: str | Path, name: str | None, address: str | None
+) -> list[Run]:
+    """Trains a run for every seed and prints each, then mean and standard deviation."""
+    made = []
+    configs = [absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds]
+    check_data(configs[0])
+    started = time.perf_counter()
+    with ray_cluster(address) as cluster:
+        print(
+            f"Ray is up after {time.perf_counter() - started:.1f} s"
+            + (f", {cluster.dashboard}" * bool(cluster.dashboard))
+        )
+        for seeded in configs:
+            own_name = name and (f"{name}-seed{seeded.seed}" if len(seeds) > 1 else name)
+            if not name and len(seeds) > 1:
+                own_name = f"{seeded.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seeded.seed}"
+            run = create_run(runs, own_name, seeded)
+            made.append(run)
+            train_and_print(run, cluster)
+    if len(made) > 1:
+        print_spread(made)
+    return made
+
+
+def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None) -> Run:
+    """Continues a run; only its workers may change."""
+    run = open_run(path)
+    if run.report is not None:
+        print(f"run {run.path} is finished")
+        print_report(run)
+        return run
+    if changes:
+        run = Run(run.path, build_config(run.config, changes))
+        (run.path / CONFIG_NAME).write_text(to_yaml(run.config))
+    check_data(run.config)
+    with ray_cluster(address) as cluster:
+        train_and_print(run, cluster)
+    return run
+
+
+def train_and_print(run: Run, cluster: Cluster) -> dict[str, Any]:
+    """Trains a run on a cluster that is there, with progress, and prints the results."""
+    config, started = run.config, time.perf_counter()
+    plan = plan_workers(config, cluster)
+    split = open_split(config.data.path, config.data.train_split)
+    order = training_order(
+        split, seed=config.seed, global_batch_size=config.train.global_batch_size,
+        shuffle_window_mb=config.data.shuffle_window_mb,
+    )  # fmt: skip
+    steps = order.steps_per_epoch * config.train.epochs
+    print(f"\nrun        {run.path}")
+    print(f"recipe     {config.recipe}, seed {config.seed}")
+    print(f"data       {config.data.path}: {split.manifest.rows} images, {order.num_samples} pairs in {split.name}")
+    print(
+        f"steps      {config.train.epochs} epochs x {order.steps_per_epoch} steps of {config.train.global_batch_size} pairs"
+    )
+    print(f"workers    {plan.describe()}")
+    if config.train.select_on != "val":
+        print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
+    print(f"watch      tensorboard --logdir {run.path.parent}", flush=True)
+    train(run, cluster, on_record=_Progress(steps, started))
+    print_report(run)
+    return run.report or {}
+
+
+def print_report(run: Run) -> None:
+    """Prints the results of a finished run and where they are."""
+    report = run.report
+    assert report is not None
+    size = report["checkpoint_bytes"] / 1e6
+    print(f"\n{report['trainable_parameters']:,} of {report['parameters']:,} parameters trained; "
+          f"best epoch {report['best_epoch']:g} by {report['selected_on']} {report['objective']}"
+          + ("; stopped early" if report["stopped_early"] else ""))  # fmt: skip
+    print(f"checkpoint {run.path / report['checkpoint']} ({size:.1f} MB)")
+    for split, metrics in report["metrics"].items():
+        print(f"\n{split}\n{results_table(metrics)}")
+
+
+def print_spread(runs: Sequence[Run]) -> None:
+    """Prints mean and standard deviation over several runs of one setting."""
+    reports = [run.report or {} for run in runs]
+    for split in reports[0]["metrics"]:
+        rows = []
+        for name in reports[0]["metrics"][split]:
+            values = [report["metrics"][split][name] for report in reports]
+            rows.append([name, statistics.mean(values), statistics.stdev(values), *values])
+        headers = [split, "mean", "std", *(f"seed {run.config.seed}" for run in runs)]
+        print("\n" + tabulate(rows, headers=headers, floatfmt=".2f"))
+
+
+def check_gradients(config: RunConfig) -> None:
+    """Runs one step and prints the trainable parameters that got no gradient.
+
+    Raises:
+        UserError: If there are some.
+    """
+    config = absolute_paths(config)
+    check_data(config)
+    task = make_task(config)
+    place = default_place(config)
+    without = parameters_without_gradient(task, config, place, local_batches)
+    if without:
+        raise UserError(f"{len(without)} trainable parameters got no gradient: {', '.join(without)}")
+    print("one step done: every trainable parameter got a gradient")
+
+
+def evaluate_and_print(
+    *,
+    run: str | None,
+    checkpoint: str | None,
+    config: RunConfig | None,
+    changes: Mapping[str, Any],
+    split: str,
+    json_file: str | None,
+    report: str | None,
+    num_workers: int,
+    address: str | None,
+) -> dict[str, Any]:
+    """Evaluates, prints a table with intervals and chance, writes JSON and the page if asked for."""
+    from harma_ray.exchange import model_from_file
+
+    opened = open_run(run) if run else None
+    weights = None
+    if opened is not None:
+        config, weights = build_config(opened.config, changes), opened.best_checkpoint()
+    assert config is not None
+    config = absolute_paths(config)
+    data = open_split(config.data.path, split)
+    task = make_task(config)
+    model = model_from_file(checkpoint, config) if checkpoint else None
+    started = time.perf_counter()
+    if num_workers > 1:
+        if model is not None:
+            raise UserError("several workers evaluate runs; import the file with `checkpoint import` first")
+        work = (opened.path if opened else Path.cwd()) / f".evaluate-{time.time_ns()}"
+        work.mkdir()
+        try:
+            with ray_cluster(address) as cluster:
+                evaluation = evaluate_on_workers(config, weights, split, cluster, work)
+        finally:
+            _remove(work)
+    else:
+        evaluation, model = run_evaluation(
+            task, config, weights, split, place=default_place(config), reader=local_batches, model=model
+        )
+    details = evaluation.details
+    intervals = bootstrap_interval(details.result)
+    chance = chance_recalls(details.image_of_text, details.texts, num_images=len(details.image_embeddings))
+    print(f"{data.path}: {data.manifest.rows} images, {data.manifest.captions} captions, "
+          f"{time.perf_counter() - started:.1f} s")  # fmt: skip
+    print(results_table(evaluation.metrics, intervals, chance))
+    outcome = {
+        "split": split, "data": str(data.path), "run": run, "checkpoint": checkpoint, "metrics": evaluation.metrics,
+        "interval_95": intervals, "chance": chance,
+    }  # fmt: skip
+    if json_file:
+        _write_text(Path(json_file), json.dumps(outcome, indent=1))
+        print(f"figures    {json_file}")
+    if report:
+        page = write_report(
+            Path(report), title=f"{config.recipe} on {split}", split=data, details=details,
+            metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model or task.build_model(),
+            settings=dataclasses.asdict(config), records=list(read_records(opened.path)) if opened else [],
+        )  # fmt: skip
+        print(f"report     {page}")
+    return outcome
+
+
+def check_data(config: RunConfig) -> None:
+    """Checks, before any worker starts, that the splits are there and the model can be described.
+
+    Raises:
+        UserError: If they are not.
+    """
+    data = config.data
+    if not data.path:
+        raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
+    split = open_split(data.path, data.train_split)
+    open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)
+    training_order(
+        split, seed=config.seed, global_batch_size=config.train.global_batch_size,
+        shuffle_window_mb=data.shuffle_window_mb,
+    )  # fmt: skip
+    if data.test_split not in list_splits(data.path):
+        print(f"notice: {data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")
+    make_task(config).check()
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Returns settings whose paths do not depend on the working folder."""
+    changes: dict[str, Any] = {}
+    if config.data.path:
+        changes["data.path"] = str(Path(config.data.path).expanduser().absolute())
+    pretrained = getattr(getattr(config, "model", None), "pretrained", None)
+    if pretrained and Path(pretrained).expanduser().is_file():
+        changes["model.pretrained"] = str(Path(pretrained).expanduser().absolute())
+    return build_config(config, changes)
+
+
+class _Progress:
+    """Prints the run's record as it grows."""
+
+    def __init__(self, total_steps: int, started: float):
+        self._total, self._started, self._first = total_steps, started, None
+        self._printed = -math.inf
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        if record["kind"] == "step":
+            if self._first is None:
+                self._first = (now, record["step"])
+                print(f"first step after {now - self._started:.1f} s")
+            elif now - self._printed > 10 and record["step"] > self._first[1]:
+                left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
+                print(f"  step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
+                      f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
+                      f"about {left:.0f} s left")  # fmt: skip
+                self._printed = now
+        elif record["kind"] == "evaluation":
+            figures = "  ".join(f"{k} {record[k]:.2f}" for k in ("r_mean", "r_mean_text") if k in record)
+            print(
+                f"epoch {record['epoch']:>3}  {record['split']}  {figures}  ({now - self._started:.0f} s)", flush=True
+            )
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
