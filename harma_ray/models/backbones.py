@@ -80,7 +80,7 @@ def check_pretrained(architecture: str, pretrained: str) -> None:
     elif not Path(pretrained).is_file():
         raise UserError(
             "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
-            f"{pretrained!r} for `{architecture}`; {_other_tags(architecture, pretrained)}"
+            f"{pretrained!r} for `{architecture}`; {_nearest(architecture, pretrained)}"
         )
 
 

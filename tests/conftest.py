@@ -1,0 +1,43 @@
+"""Shared fixtures: a Ray cluster, small data sets that the tests draw themselves."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from harma_ray.data.convert.commands import convert_scenes
+from harma_ray.data.convert.tasks import map_serially
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Small models are faster on one thread, and bit-for-bit comparisons need a fixed number."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A local cluster of two CPUs for the tests of a module."""
+    from harma_ray.cluster import ray_cluster
+
+    with ray_cluster(num_cpus=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A data set of drawn scenes: 40 train, 13 val, 11 test images of 64 px with 5 captions each."""
+    out = tmp_path_factory.mktemp("scenes")
+    convert_scenes(out, {"train": 40, "val": 13, "test": 11}, style="summer", size=64, map_tasks=map_serially)
+    return out
+
+
+@pytest.fixture
+def scenes_copy(scenes, tmp_path) -> Path:
+    """A copy of the scenes that a test may damage."""
+    return Path(shutil.copytree(scenes, tmp_path / "scenes"))
