@@ -52,11 +52,6 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
                 f"the weights `{pretrained}` of `{architecture}` could not be loaded ({reason}); fetch them "
                 "where there is a network and give the file's path, or use `random`"
             ) from error
-    if not Path(pretrained).is_file():
-        raise UserError(
-            "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
-            f"{pretrained!r} for `{architecture}`; {_nearest(architecture, pretrained)}"
-        )
     _note_activation(architecture, config, pretrained)
     state_dict = read_state_dict(pretrained)
     model = _create(architecture, None, seed)
