@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,17 +60,13 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
         UserError: If the cluster cannot be reached or started.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for the controller's next poll
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without it, Ray prints a warning of the future
+    prepare_environment(own_cluster=not address)
     import ray
 
     options: dict = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
         options["address"] = address
     else:
-        _bring_token()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         options |= {
             "address": "local",
@@ -161,8 +158,18 @@ def require_shared_folder(folder: Path, cluster: Cluster) -> None:
         )
 
 
-def _bring_token() -> None:
-    """Gives a cluster of our own a random access token, or Ray would write one to the home folder."""
-    if not any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+def prepare_environment(*, own_cluster: bool) -> None:
+    """Sets what Ray reads when it is first imported; what the user has set stays.
+
+    Args:
+        own_cluster: Whether a cluster will be started here. It gets a random access token, or Ray would write one to
+            the home folder; too late once Ray is imported.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for the controller's next poll
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset, Ray warns of it
+    chosen = any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    if own_cluster and not chosen and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

@@ -6,13 +6,14 @@ Shapes: N images, M texts, E embedding, Q queries, k results of a query.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -23,17 +24,20 @@ from harma_ray.errors import UserError
 from harma_ray.metrics import RetrievalResult
 from harma_ray.ranking import top_k
 
-RIGHT = (22, 140, 60)
+Colour = tuple[int, int, int]
+
+RIGHT: Colour = (22, 140, 60)
 """Green: the query's own image or caption."""
-EQUAL = (30, 100, 220)
+EQUAL: Colour = (30, 100, 220)
 """Blue: another image's, but with a caption equal word for word."""
-WRONG = (205, 60, 50)
+WRONG: Colour = (205, 60, 50)
 """Red: anything else."""
 
 _BACKGROUND = (255, 255, 255)
 _INK = (25, 28, 32)
 _FAINT = (110, 116, 124)
 _RULE = (222, 225, 229)
+_PADDING = (236, 238, 240)
 _MARGIN = 16
 _GAP = 10
 _FRAME = 4  # width of a right image's frame, in pixels; a wrong one has a line of 1
@@ -100,7 +104,7 @@ def read_images(
     return [images[number] for number in place]
 
 
-def verdict_of_images(details: RetrievalDetails, text: int, rows: Sequence[int]) -> list[tuple[int, int, int]]:
+def verdict_of_images(details: RetrievalDetails, text: int, rows: Sequence[int]) -> list[Colour]:
     """Returns ``RIGHT``, ``EQUAL`` or ``WRONG`` for each image that was found for a caption."""
     caption = details.texts[text]
     owners = {int(details.image_of_text[i]) for i, other in enumerate(details.texts) if other == caption}
@@ -108,7 +112,7 @@ def verdict_of_images(details: RetrievalDetails, text: int, rows: Sequence[int])
     return [RIGHT if row == own else EQUAL if row in owners else WRONG for row in rows]
 
 
-def verdict_of_texts(details: RetrievalDetails, row: int, texts: Sequence[int]) -> list[tuple[int, int, int]]:
+def verdict_of_texts(details: RetrievalDetails, row: int, texts: Sequence[int]) -> list[Colour]:
     """Returns ``RIGHT``, ``EQUAL`` or ``WRONG`` for each caption that was found for an image."""
     own = set((details.image_of_text == row).nonzero()[:, 0].tolist())
     captions = {details.texts[i] for i in own}
@@ -127,7 +131,7 @@ def choose_queries(details: RetrievalDetails, num_queries: int, seed: int) -> tu
     rng = np.random.default_rng(seed)
     num_images = len(details.image_embeddings)
     bounds = np.linspace(0, num_images, min(num_queries, num_images) + 1).astype(np.int64)
-    rows = [int(rng.integers(low, high)) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    rows = [int(rng.integers(low, high)) for low, high in itertools.pairwise(bounds)]
     return rows, [int(rng.choice((details.image_of_text == row).nonzero()[:, 0].numpy())) for row in rows]
 
 
@@ -159,44 +163,143 @@ def retrieval_sheet(
     text_scores, text_items = top_k(details.image_embeddings[rows], details.text_embeddings, min(k, num_texts))
     needed = sorted({*rows, *image_items.flatten().tolist()})
     thumbs = dict(zip(needed, read_images(split, needed, longest_side=thumb), strict=True))
+    page = _Layout.of(thumb, image_items.shape[1])
+    strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images")]
+    for text, scores, items in zip(texts, image_scores.tolist(), image_items.tolist(), strict=True):
+        strips.append(page.text_query(details, text, items, scores, [thumbs[row] for row in items]))
+    strips.append(page.heading("Image to text", f"the first {text_items.shape[1]} of {num_texts:,} captions"))
+    for row, scores, items in zip(rows, text_scores.tolist(), text_items.tolist(), strict=True):
+        strips.append(page.image_query(details, row, thumbs[row], items, scores))
+    strips.append(page.legend())
+    return _stack(strips, page.width)
 
-    size = max(12, round(thumb / 7))
-    regular, bold = load_font(size), load_font(size, bold=True)
-    line = round(size * 1.4)
-    text_width = max(230, 2 * thumb)
-    width = max(660, 2 * _MARGIN + text_width + image_items.shape[1] * (thumb + _GAP))
-    parts = [_heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images", width, size)]
-    for text, scores, items in zip(texts, image_scores, image_items, strict=True):
-        found = items.tolist()
-        cells = [(thumbs[row], float(score)) for row, score in zip(found, scores, strict=True)]
-        strip = Image.new("RGB", (width, max(thumb + line, 5 * line) + _GAP), _BACKGROUND)
-        draw = ImageDraw.Draw(strip)
-        lines = wrap(details.texts[text], regular, text_width - _GAP, max_lines=max(3, (thumb + line) // line - 1))
-        draw.multiline_text((_MARGIN, 0), "\n".join(lines), _INK, regular, spacing=line - size)
-        below = len(lines) * line + 2
-        draw.text((_MARGIN, below), _rank_note(details.result.text_to_image_ranks[text], "own image"), _FAINT, regular)
-        for place, ((image, score), colour) in enumerate(zip(cells, verdict_of_images(details, text, found), strict=True)):
-            left = _MARGIN + text_width + place * (thumb + _GAP)
-            strip.paste(framed(image, thumb, colour), (left, 0))
-            draw.text((left + thumb / 2, thumb + 2), f"{score:.3f}", _FAINT, regular, anchor="ma")
-        parts.append(strip)
-    parts.append(_heading("Image to text", f"the first {text_items.shape[1]} of {num_texts:,} captions", width, size))
-    for row, scores, items in zip(rows, text_scores, text_items, strict=True):
-        left = _MARGIN + thumb + 2 * _GAP
-        lines = [wrap(details.texts[text], regular, width - _MARGIN - left - 5 * size, max_lines=2) for text in items]
-        height = max(thumb + line, line * sum(map(len, lines))) + _GAP
-        strip = Image.new("RGB", (width, height), _BACKGROUND)
-        draw = ImageDraw.Draw(strip)
-        strip.paste(framed(thumbs[row], thumb, None), (_MARGIN, 0))
-        draw.text((_MARGIN, thumb + 2), _rank_note(details.result.image_to_text_ranks[row], "first"), _FAINT, regular)
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of a sheet, in pixels, and its strips, each as wide as the sheet."""
+
+    thumb: int
+    size: int
+    line: int
+    left: int
+    width: int
+
+    @staticmethod
+    def of(thumb: int, num_results: int) -> _Layout:
+        size = max(12, round(thumb / 7))
+        left = _MARGIN + max(240, round(2.2 * thumb))
+        return _Layout(thumb, size, round(size * 1.4), left, max(700, left + num_results * (thumb + _GAP) + _MARGIN))
+
+    def _strip(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+        strip = Image.new("RGB", (self.width, height), _BACKGROUND)
+        return strip, ImageDraw.Draw(strip)
+
+    def _write(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], ink: Colour, **font) -> None:
+        for number, text in enumerate(lines):
+            draw.text((at[0], at[1] + number * self.line), text, ink, load_font(self.size, **font))
+
+    def heading(self, title: str, note: str) -> Image.Image:
+        strip, draw = self._strip(3 * self.line)
+        draw.text((_MARGIN, self.line // 2), title, _INK, load_font(round(1.3 * self.size), bold=True))
+        draw.text((self.left, round(0.7 * self.line)), note, _FAINT, load_font(self.size))
+        draw.line((_MARGIN, round(2.3 * self.line), self.width - _MARGIN, round(2.3 * self.line)), _RULE)
+        return strip
+
+    def legend(self) -> Image.Image:
+        strip, draw = self._strip(2 * self.line)
+        left = float(_MARGIN)
+        for colour, text in ((RIGHT, "right"), (EQUAL, "equal caption, other image"), (WRONG, "wrong")):
+            width = _FRAME if colour != WRONG else 1
+            draw.rectangle((left, 2, left + self.size, 2 + self.size), outline=colour, width=width)
+            draw.text((left + 1.5 * self.size, 0), text, _FAINT, load_font(self.size))
+            left += 4 * self.size + load_font(self.size).getlength(text)
+        draw.text((left, 0), "number: cosine", _FAINT, load_font(self.size))
+        return strip
+
+    def text_query(
+        self, details: RetrievalDetails, text: int, items: list[int], scores: list[float], found: list[Image.Image]
+    ) -> Image.Image:
+        strip, draw = self._strip(max(self.thumb + self.line, 5 * self.line) + 2 * _GAP)
+        font = load_font(self.size)
+        lines = wrap(details.texts[text], font, self.left - _MARGIN - 2 * _GAP, max(3, self.thumb // self.line))
+        self._write(draw, (_MARGIN, 0), lines, _INK)
+        note = f"own image at rank {int(details.result.text_to_image_ranks[text]) + 1:,}"
+        self._write(draw, (_MARGIN, len(lines) * self.line), [note], _FAINT)
+        colours = verdict_of_images(details, text, items)
+        for place, (image, score, colour) in enumerate(zip(found, scores, colours, strict=True)):
+            left = self.left + place * (self.thumb + _GAP)
+            strip.paste(framed(image, self.thumb, colour), (left, 0))
+            draw.text((left + self.thumb / 2, self.thumb + 1), f"{score:.3f}", _FAINT, font, anchor="ma")
+        return strip
+
+    def image_query(
+        self, details: RetrievalDetails, row: int, image: Image.Image, items: list[int], scores: list[float]
+    ) -> Image.Image:
+        left, indent = _MARGIN + self.thumb + 2 * _GAP, 10 + 4 * self.size
+        room = self.width - _MARGIN - left - indent
+        captions = [wrap(details.texts[text], load_font(self.size, bold=True), room, 2) for text in items]
+        strip, draw = self._strip(max(self.thumb + self.line, self.line * sum(map(len, captions))) + 2 * _GAP)
+        strip.paste(framed(image, self.thumb, None), (_MARGIN, 0))
+        note = f"rank {int(details.result.image_to_text_ranks[row]) + 1:,}"
+        self._write(draw, (_MARGIN, self.thumb + 1), [note], _FAINT)
         top = 0
-        colours = verdict_of_texts(details, row, items.tolist())
-        for caption, score, colour in zip(lines, scores, colours, strict=True):
-            bottom = top + len(caption) * line
-            draw.rectangle((left, top + 1, left + (_FRAME if colour != WRONG else 1), bottom - 3), fill=colour)
-            draw.text((left + 10, top), f"{float(score):.3f}", _FAINT, regular)
-            font, ink = (bold, colour) if colour != WRONG else (regular, _INK)
-            draw.multiline_text((left + 10 + 4 * size, top), "\n".join(caption), ink, font, spacing=line - size)
-            top = bottom
-        parts.append(strip)
-    return _stack(parts, width)
+        for lines, score, colour in zip(captions, scores, verdict_of_texts(details, row, items), strict=True):
+            bar = _FRAME if colour != WRONG else 1
+            draw.rectangle((left, top + 1, left + bar - 1, top + len(lines) * self.line - 4), fill=colour)
+            self._write(draw, (left + 10, top), [f"{score:.3f}"], _FAINT)
+            self._write(draw, (left + indent, top), lines, _INK if colour == WRONG else colour, bold=colour != WRONG)
+            top += len(lines) * self.line
+        return strip
+
+
+def framed(image: Image.Image, side: int, colour: Colour | None) -> Image.Image:
+    """Fits an image into a square, uncropped, with a thick frame if it is right, a thin one if wrong, none if None."""
+    square = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color=_PADDING)
+    if colour is not None:
+        width = 1 if colour == WRONG else _FRAME
+        ImageDraw.Draw(square).rectangle((0, 0, side - 1, side - 1), outline=colour, width=width)
+    return square
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels; what does not fit ends in an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if not lines[-1]:
+            lines.pop()
+        lines.append(word)
+    cut = len(lines) > max_lines
+    return [
+        _shorten(line, font, width, cut and number == max_lines - 1) for number, line in enumerate(lines[:max_lines])
+    ]
+
+
+def _shorten(line: str, font: ImageFont.FreeTypeFont, width: float, more_follows: bool) -> str:
+    if not more_follows and font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line + "…"
+
+
+@lru_cache(maxsize=16)
+def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Returns DejaVu Sans as matplotlib ships it: the same on every machine, and it has more than Latin letters."""
+    found = importlib.util.find_spec("matplotlib")  # only found: importing it would look for a place for its caches
+    assert found is not None
+    assert found.origin is not None
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / name), size)
+
+
+def _stack(strips: list[Image.Image], width: int) -> Image.Image:
+    sheet = Image.new("RGB", (width, sum(strip.height for strip in strips)), _BACKGROUND)
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    return sheet

@@ -14,7 +14,6 @@ import torch
 
 from harma_ray.cluster import Cluster, WorkerPlan, plan_workers, require_shared_folder
 from harma_ray.config import RunConfig, build_config, to_dict
-from harma_ray.data.ray_stream import ray_batches
 from harma_ray.data.stream import Place
 from harma_ray.engine import run_evaluation
 from harma_ray.errors import UserError
@@ -100,6 +99,8 @@ def _on_workers(
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
+    from harma_ray.data.ray_stream import ray_batches
+
     config, place = _enter(settings)
     with _recording(settings, place):
         return run_training(
@@ -113,6 +114,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
+    from harma_ray.data.ray_stream import ray_batches
+
     config, place = _enter(settings)
     checkpoint = settings["checkpoint"] and Path(settings["checkpoint"])
     with _recording(settings, place):

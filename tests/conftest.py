@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+from harma_ray.cluster import prepare_environment
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+prepare_environment(own_cluster=True)  # before anything imports Ray
 
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.tasks import map_serially
