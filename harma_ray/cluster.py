@@ -80,6 +80,7 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot reach or start Ray ({reason}); check --address and RAY_ADDRESS") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -24,9 +24,9 @@ from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.session import train_and_print
 
-SOURCE_STYLE, TARGET_STYLE = "summer", "infrared"
-SOURCE_COUNTS = {"train": 2400, "val": 200}
-TARGET_COUNTS = {"train": 1200, "val": 400, "test": 400}
+SOURCE_STYLE, TARGET_STYLE = "summer", "winter"
+SOURCE_COUNTS = {"train": 1600, "val": 200}
+TARGET_COUNTS = {"train": 1000, "val": 200, "test": 400}
 _METRICS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from harma_ray.data.images import MAX_PIXELS, BadImage, decode_image
+from harma_ray.data.images import BadImage, decode_image
 from harma_ray.data.order import IndexedSplit, read_samples
 from harma_ray.data.schema import Split, index_rows
 from harma_ray.errors import UserError
@@ -73,16 +74,14 @@ class RetrievalDetails(Protocol):
 
 
 def read_images(
-    split: Split, rows: Sequence[int] | np.ndarray, *, longest_side: int | None = None, max_pixels: int = MAX_PIXELS
+    split: Split, rows: Sequence[int] | np.ndarray, *, longest_side: int | None = None
 ) -> list[Image.Image]:
     """Reads the images of some rows, in their order.
 
     Args:
         split: Where they lie.
         rows: Row numbers; they may repeat.
-        longest_side: If given, larger images are made smaller, aspect kept, so that no more than one large image is in
-            memory at a time.
-        max_pixels: Largest image that is decoded.
+        longest_side: If given, larger images are made smaller, so that only one large image is in memory at a time.
 
     Raises:
         UserError: If an image cannot be decoded; the message names split, row and source.
@@ -95,7 +94,7 @@ def read_images(
     images = []
     for row, data, source in zip(wanted, table["image"], table["source"], strict=True):
         try:
-            image = decode_image(data.as_py(), max_pixels=max_pixels)
+            image = decode_image(data.as_py(), max_pixels=sys.maxsize)  # conversion has checked the size
         except BadImage as error:
             raise UserError(f"{split.path}, row {row}, {source}: {error}") from error
         if longest_side is not None:
@@ -136,13 +135,7 @@ def choose_queries(details: RetrievalDetails, num_queries: int, seed: int) -> tu
 
 
 def retrieval_sheet(
-    details: RetrievalDetails,
-    split: Split,
-    *,
-    num_queries: int = 6,
-    k: int = 5,
-    seed: int = 0,
-    thumb: int = 96,
+    details: RetrievalDetails, split: Split, *, num_queries: int = 6, k: int = 5, seed: int = 0, thumb: int = 96
 ) -> Image.Image:
     """Draws some captions with the images found for them, then some images with the captions found for them.
 

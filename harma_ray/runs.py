@@ -52,17 +52,17 @@ class Run:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def best_checkpoint(self) -> Path:
-        """Returns the checkpoint with the best objective so far.
+        """Returns the checkpoint with the best objective so far; the last one if none was evaluated (an import).
 
         Raises:
             UserError: If there is none.
         """
+        checkpoints = list_checkpoints(self.path)
+        if not checkpoints:
+            raise UserError(f"run {self.path} has no checkpoint yet")
         objective = self.task.objective
-        rated = [(read_meta(path).metrics.get(objective), path) for path in list_checkpoints(self.path)]
-        rated = [(value, path) for value, path in rated if value is not None]
-        if not rated:
-            raise UserError(f"run {self.path} has no evaluated checkpoint yet")
-        return max(rated, key=lambda pair: pair[0])[1]
+        rated = [path for path in checkpoints if objective in read_meta(path).metrics]
+        return max(rated, key=lambda path: read_meta(path).metrics[objective]) if rated else checkpoints[-1]
 
     def load_model(self) -> nn.Module:
         """Returns the model with the best weights, on CPU, in evaluation mode."""

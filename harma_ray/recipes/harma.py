@@ -367,7 +367,8 @@ def scenes_pretrain() -> HarmaConfig:
         model=ModelConfig(architecture="scenes-tiny", tuning="full", text_tokens="trim"),
         loss=LossConfig(triplet="none"),
         optim=OptimConfig(learning_rate=1e-3),
-        train=TrainConfig(epochs=10, global_batch_size=128),
+        train=TrainConfig(epochs=2, global_batch_size=128),
+        augmentation=Augmentation(min_scale=0.7, num_operations=0),
     )
 
 
@@ -376,9 +377,9 @@ def harma_scenes() -> HarmaConfig:
     return HarmaConfig(
         recipe="harma-scenes",
         model=ModelConfig(architecture="scenes-tiny", text_tokens="trim"),
-        adapter=AdapterConfig(width=64, shared_width=32, num_heads=4),
-        optim=OptimConfig(learning_rate=2e-3),
-        train=TrainConfig(epochs=10, global_batch_size=128),
+        optim=OptimConfig(learning_rate=4e-3),
+        train=TrainConfig(epochs=2, global_batch_size=128),
+        augmentation=Augmentation(min_scale=0.7, num_operations=0),
     )
 
 

@@ -1,0 +1,170 @@
+"""Figures of a report as PNG files: a map of the embeddings, and how training went.
+
+matplotlib and scikit-learn are imported where they are used: they take a second, and matplotlib looks for a folder for
+its caches on import.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 2000
+_MAX_CLASSES = 40
+_MARKERS = "os^Dv"
+_IMAGE, _TEXT, _OTHER = "#3b6fb6", "#d1743a", "#b4bac2"
+_DPI = 110
+
+
+def project(vectors: np.ndarray, seed: int = 0) -> np.ndarray | None:
+    """Lays vectors out on a plane with t-SNE.
+
+    Args:
+        vectors: fp32[n, E].
+        seed: Of the layout.
+
+    Returns:
+        fp32[n, 2]; None if there are too few different vectors to lay out.
+    """
+    if len(vectors) < 4 or vectors.shape[1] < 2 or len(np.unique(vectors, axis=0)) < 3:
+        return None
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    return TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(vectors)
+
+
+def draw_embeddings(
+    image_embeddings: Tensor, text_embeddings: Tensor, image_of_text: Tensor, labels: Sequence[str | None]
+) -> bytes | None:
+    """Draws images and captions on one t-SNE map, coloured by class, or by kind if no image has a class.
+
+    At most `MAX_POINTS` are drawn, half of them images, evenly spread over the rows, and one caption of each.
+
+    Args:
+        image_embeddings: fp32[N, E].
+        text_embeddings: fp32[M, E].
+        image_of_text: int64[M].
+        labels: N names of classes, or None.
+
+    Returns:
+        A PNG file, or None if there is too little to draw.
+    """
+    num_images = len(image_embeddings)
+    rows = np.unique(np.linspace(0, num_images - 1, min(num_images, MAX_POINTS // 2)).round().astype(np.int64))
+    with_text, first_text = np.unique(image_of_text.numpy(), return_index=True)
+    texts = first_text[np.isin(with_text, rows)]
+    points = project(np.concatenate([image_embeddings.numpy()[rows], text_embeddings.numpy()[texts]]))
+    if points is None:
+        return None
+    image_points, text_points = points[: len(rows)], points[len(rows) :]
+    image_labels = [labels[row] for row in rows]
+    text_labels = [labels[row] for row in image_of_text.numpy()[texts]]
+    if not any(image_labels):
+        figure = _figure(6.2, 5.4)
+        axes = figure.add_subplot()
+        for name, colour, xy in (("images", _IMAGE, image_points), ("captions", _TEXT, text_points)):
+            axes.scatter(*xy.T, s=12, c=colour, linewidths=0, label=name)
+        _clear(axes, f"{len(rows)} images and {len(texts)} captions (no classes in this split)")
+        axes.legend(loc="upper right", fontsize=8)
+        return _png(figure)
+    return _png(_draw_classes((image_points, image_labels), (text_points, text_labels)))
+
+
+def _draw_classes(images: tuple[np.ndarray, list], texts: tuple[np.ndarray, list]) -> Figure:
+    """Draws one panel of images and one of captions on the same map; each shows the other kind in grey."""
+    import matplotlib
+
+    counts = Counter(label for label in images[1] if label)
+    shown = sorted(sorted(counts, key=lambda name: (-counts[name], name))[:_MAX_CLASSES])
+    palette = matplotlib.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    style = {name: (palette[i % 20], _MARKERS[i // 20 % len(_MARKERS)]) for i, name in enumerate(shown)}
+    num_legend_rows = -(-(len(shown) + 1) // 5)
+    figure = _figure(11.5, 5.6 + 0.19 * num_legend_rows)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, own, other, title in ((left, images, texts, "images"), (right, texts, images, "captions")):
+        axes.scatter(*other[0].T, s=5, c=_OTHER, linewidths=0, alpha=0.6)
+        for name in [None, *shown]:
+            colour, marker = style.get(name, ("#6d737b", "x")) if name else ("#6d737b", "x")
+            place = [i for i, label in enumerate(own[1]) if (label if label in style else None) == name]
+            if place:
+                width = 0.8 if marker == "x" else 0
+                axes.scatter(*own[0][place].T, s=16, color=colour, marker=marker, linewidths=width,
+                             label=name or "no or other class")  # fmt: skip
+        _clear(axes, f"{len(own[1])} {title} (grey: {'captions' if own is images else 'images'})")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=7.5, frameon=False, markerscale=1.4)
+    return figure
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """Draws loss, recall and learning rate over the epochs of a run.
+
+    Args:
+        records: Lines of the run's ``metrics.jsonl``.
+
+    Returns:
+        A PNG file, or None if the records hold no steps.
+    """
+    steps = [record for record in records if record.get("kind") == "step"]
+    if not steps:
+        return None
+    figure = _figure(11.5, 3.4)
+    loss, recall, rate = figure.subplots(1, 3)
+    terms = sorted({key for record in steps for key in record if key.startswith("loss_")})
+    for key in ("loss", *(terms if len(terms) > 1 else ())):
+        axes_style = {"color": _IMAGE, "linewidth": 1.6} if key == "loss" else {"linewidth": 0.9, "alpha": 0.8}
+        loss.plot(*_series(steps, key), label=key.removeprefix("loss_") if key != "loss" else "sum", **axes_style)
+    if len(terms) > 1:
+        loss.legend(fontsize=8)
+    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    for split in dict.fromkeys(record.get("split") for record in evaluations):
+        x, y = _series([record for record in evaluations if record.get("split") == split], "r_mean")
+        recall.plot(x, y, marker="o", markersize=3, label=split or "evaluation")
+    if evaluations:
+        recall.legend(fontsize=8)
+    rate.plot(*_series(steps, "learning_rate"), color=_TEXT)
+    for axes, title in ((loss, "loss"), (recall, "r_mean (%)"), (rate, "learning rate")):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Returns epochs and values; null, which stands for a value that was not finite, makes a gap."""
+    pairs = [(record.get("epoch"), record.get(key)) for record in records]
+    points = [(float(x), float("nan") if y is None else float(y)) for x, y in pairs if x is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _clear(axes: Any, title: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("#d5d8dc")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

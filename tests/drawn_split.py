@@ -1,0 +1,57 @@
+"""A small split on disk with chosen captions, and the details of an evaluation from chosen embeddings."""
+
+import io
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from harma_ray.data.scenes import scene
+from harma_ray.data.schema import IMAGE_SCHEMA, MANIFEST_NAME, Manifest, Shard, Split, open_split
+from harma_ray.metrics import image_text_recalls
+
+
+def write_split(folder, captions, labels=None, images=None) -> Split:
+    """Writes a split of drawn scenes with the given captions of each row, in two shards of small row groups."""
+    path = folder / "data" / "val"
+    path.mkdir(parents=True)
+    scenes = [scene(0, i, "summer", size=32, num_captions=1) for i in range(len(captions))]
+    rows = []
+    for number, texts in enumerate(captions):
+        buffer = io.BytesIO()
+        scenes[number].image.save(buffer, "PNG")
+        label = None if labels is None else labels[number]
+        rows.append({
+            "image_id": number, "image": buffer.getvalue() if images is None else images[number], "height": 32,
+            "width": 32, "captions": texts, "label": None if label is None else 0, "label_name": label,
+            "source": f"scene-{number}.png",
+        })  # fmt: skip
+    shards = []
+    half = max(1, len(rows) // 2)
+    for number, part in enumerate((rows[:half], rows[half:])):
+        if part:
+            name = f"part-{number:05}.parquet"
+            pq.write_table(pa.Table.from_pylist(part, IMAGE_SCHEMA), path / name, row_group_size=2)
+            shards.append(Shard(name, len(part), (path / name).stat().st_size))
+    manifest = Manifest(len(rows), sum(map(len, captions)), tuple(shards))
+    (path / MANIFEST_NAME).write_text(manifest.to_json())
+    return open_split(folder / "data", "val")
+
+
+def make_details(images, texts, captions) -> SimpleNamespace:
+    """Makes the details of an evaluation from embeddings that need not be normalised."""
+    images, texts = (torch.nn.functional.normalize(x.float(), dim=1) for x in (images, texts))
+    image_of_text = torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(row) for row in captions]))
+    flat = [text for row in captions for text in row]
+    result = image_text_recalls(images, texts, image_of_text, flat)
+    return SimpleNamespace(
+        image_embeddings=images, text_embeddings=texts, texts=flat, image_of_text=image_of_text, result=result
+    )
+
+
+def perfect(captions) -> SimpleNamespace:
+    eye = torch.eye(len(captions))
+    return make_details(
+        eye, torch.cat([eye[i : i + 1].repeat(len(row), 1) for i, row in enumerate(captions)]), captions
+    )
