@@ -72,7 +72,7 @@ def _command(commands: Any, name: str, function: Any, text: str, epilog: str = "
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--address", help="Ray cluster to join, such as auto or ray://host:10001 (default: RAY_ADDRESS, or a cluster of "
+        "--address", help="Ray cluster to join, such as auto (default: RAY_ADDRESS, or a cluster of "
         "this machine's own for as long as the command runs)",
     )  # fmt: skip
 
@@ -315,8 +315,8 @@ def _embed(options: argparse.Namespace) -> None:
 def _add_checkpoint(commands: Any) -> None:
     parser = commands.add_parser("checkpoint", help="import, export or show weights", description="Weights of others.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    made = _command(verbs, "import", _checkpoint_import, "Turn a released HarMA, GeoRSCLIP or open_clip file into a run "
-                    "or a backbone file.")  # fmt: skip
+    made = _command(verbs, "import", _checkpoint_import, "Turn a released HarMA, GeoRSCLIP or open_clip file into a "
+                    "run or a backbone file.")  # fmt: skip
     made.add_argument("file", help=".pth, .pt or .safetensors")
     made.add_argument("--recipe", required=True, help="recipe that the weights belong to")
     made.add_argument("--out", required=True, help="folder to make")

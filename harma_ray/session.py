@@ -83,7 +83,8 @@ def train_and_print(run: Run, cluster: Cluster) -> dict[str, Any]:
     print(f"recipe     {config.recipe}, seed {config.seed}")
     print(f"data       {config.data.path}: {split.manifest.rows} images, {order.num_samples} pairs in {split.name}")
     print(
-        f"steps      {config.train.epochs} epochs x {order.steps_per_epoch} steps of {config.train.global_batch_size} pairs"
+        f"steps      {config.train.epochs} epochs x {order.steps_per_epoch} steps of "
+        f"{config.train.global_batch_size} pairs"
     )
     print(f"workers    {plan.describe()}")
     if config.train.select_on != "val":

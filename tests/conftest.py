@@ -12,8 +12,8 @@ from harma_ray.cluster import prepare_environment
 os.environ["HF_HUB_OFFLINE"] = "1"
 prepare_environment(own_cluster=True)  # before anything imports Ray
 
-from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.data.convert.tasks import map_serially
+from harma_ray.data.convert.commands import convert_scenes  # noqa: E402
+from harma_ray.data.convert.tasks import map_serially  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

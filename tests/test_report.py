@@ -108,7 +108,7 @@ def test_failures_are_the_queries_of_rank_ten_and_worse_worst_first():
 
 
 def test_page_lists_exactly_the_failures(tmp_path, split):
-    details = random_details(CAPTIONS, seed=2)
+    details = random_details(CAPTIONS, seed=5)
     scores = details.text_embeddings @ details.image_embeddings.T
     own = scores[torch.arange(48), details.image_of_text][:, None]
     failed = ((scores >= own).sum(1) - 1 >= 10).nonzero()[:, 0].tolist()
@@ -219,10 +219,10 @@ def test_results_table_fits_a_terminal():
 
 def test_results_table_leaves_out_what_is_unknown():
     assert results_table({"txt_r1": 12.345, "score": 3.0}).splitlines() == [
-        "                             own pair right",
-        "metric                                    %",
-        "-------------------------------------------",
-        "txt_r1  image to text R@1              12.3",
-        "score                                   3.0",
+        "                            own pair right",
+        "metric                                   %",
+        "------------------------------------------",
+        "txt_r1  image to text R@1             12.3",
+        "score                                  3.0",
     ]
     assert "chance" not in results_table({"r_mean": 1.0}, None, {})

@@ -1,0 +1,100 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from harma_ray.config import DataConfig
+from harma_ray.data.order import training_order
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
+from harma_ray.errors import UserError
+from harma_ray.recipes import make_task, recipe_config
+
+CONFIG = DataConfig(chunk_mb=0.05)
+
+
+@pytest.fixture(scope="module")
+def transform():
+    return make_task(recipe_config("harma-scenes")).transform(training=True)
+
+
+def stream(scenes, transform, *, world_size=1, rank=0, reader=local_batches, config=CONFIG):
+    order = training_order(open_split(scenes, "train"), seed=3, global_batch_size=8, shuffle_window_mb=256)
+    return TrainingStream(order, transform, config, Place(rank, world_size), reader)
+
+
+def collect(batches):
+    return {
+        (epoch_step, int(row), int(caption)): image
+        for epoch_step, batch in enumerate(batches)
+        for row, caption, image in zip(batch["row"], batch["caption"], batch["image"], strict=True)
+    }
+
+
+def test_batches_and_augmentation_do_not_depend_on_the_number_of_workers(scenes, transform):
+    alone = collect(stream(scenes, transform).steps(0, 2))
+    together = {}
+    for rank in range(2):
+        together |= collect(stream(scenes, transform, world_size=2, rank=rank).steps(0, 2))
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(alone[key], together[key]) for key in alone)
+
+
+def test_augmentation_changes_from_epoch_to_epoch(scenes, transform):
+    batches = list(stream(scenes, transform).steps(0, 2))
+    seen = {}
+    for number, batch in enumerate(batches):
+        for row, caption, image in zip(batch["row"], batch["caption"], batch["image"], strict=True):
+            seen.setdefault((int(row), int(caption)), {})[number // 25] = image
+    both = [images for images in seen.values() if len(images) == 2]
+    assert len(both) == 200
+    assert np.mean([torch.equal(images[0], images[1]) for images in both]) < 0.05
+
+
+def test_a_stream_goes_on_at_any_step(scenes, transform):
+    whole = list(stream(scenes, transform).steps(0, 2))
+    rest = list(stream(scenes, transform).steps(31, 2))
+    assert len(rest) == 19
+    for expected, batch in zip(whole[31:], rest, strict=True):
+        assert all(torch.equal(expected[name], batch[name]) for name in expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_yields_every_row_once(scenes, world_size):
+    transform = make_task(recipe_config("harma-scenes")).transform(training=False)
+    split = open_split(scenes, "val")
+    rows = []
+    for rank in range(world_size):
+        place = Place(rank, world_size)
+        for batch in EvaluationStream(split, CONFIG, place, local_batches).batches(transform, batch_size=4):
+            rows += batch["row"].tolist()
+    assert rows == list(range(13))
+
+
+def test_a_row_that_cannot_be_used_is_named(scenes, transform):
+    with pytest.raises(UserError, match=r"row \d+ \(.*\): .*pixels"):
+        next(stream(scenes, replace(transform, max_pixels=10)).steps(0, 1))
+
+
+def test_a_reader_that_changes_the_order_is_found_out(scenes, transform):
+    def shuffled(source, chunks, how):
+        return local_batches(source, list(chunks)[::-1], how)
+
+    with pytest.raises(RuntimeError, match="another order"):
+        list(stream(scenes, transform, reader=shuffled).steps(0, 1))
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("decode", ["worker", "tasks"])
+def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transform, ray_cluster, decode):
+    from harma_ray.data.ray_stream import ray_batches
+
+    config = replace(CONFIG, decode=decode)
+    expected = list(stream(scenes, transform).steps(20, 3))
+    batches = list(stream(scenes, transform, reader=ray_batches, config=config).steps(20, 3))
+    assert len(batches) == len(expected) == 55
+    for left, right in zip(expected, batches, strict=True):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)

@@ -1,0 +1,89 @@
+"""The structure that the design promises: floors, and imports that do nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = {
+    0: ["errors", "config", "ranking", "metrics", "distributed", "data.schema", "data.order", "data.captions"],
+    1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.scenes", "data.scene_drawing"],
+    2: ["task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream", "data.convert.", "engine",
+        "pictures", "report", "figures", "page"],
+    3: ["recipes", "runs", "exchange"],
+    4: ["loop", "train", "cluster", "embed", "api"],
+    5: ["session", "demo", "cli"],
+}  # fmt: skip
+
+
+def floor_of(module: str) -> int:
+    for floor, names in FLOORS.items():
+        for name in names:
+            if module == name or module.startswith(name.rstrip(".") + "."):
+                return floor
+    raise AssertionError(f"harma_ray.{module} has no floor; add it to FLOORS")
+
+
+def modules() -> dict[str, Path]:
+    package = ROOT / "harma_ray"
+    found = {}
+    for path in package.rglob("*.py"):
+        name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
+        if name not in ("__init__", "models", "data", "data.convert"):
+            found[name] = path
+    return found
+
+
+def run_time_imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    return {
+        node.module.removeprefix("harma_ray.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harma_ray.") and id(node) not in skipped
+    }
+
+
+def test_a_module_imports_its_own_floor_or_lower():
+    wrong = [
+        f"{name} (floor {floor_of(name)}) imports {other} (floor {floor_of(other)})"
+        for name, path in modules().items()
+        for other in run_time_imports(path)
+        if other in modules() and floor_of(other) > floor_of(name)
+    ]
+    assert not wrong
+
+
+@pytest.mark.timeout(120)
+def test_floors_0_and_1_import_without_ray_and_do_nothing_at_import():
+    names = [f"harma_ray.{name}" for name in modules() if floor_of(name) < 2]
+    code = f"""
+import importlib, logging, os, random, sys
+sys.modules["ray"] = None
+before = set(os.listdir("."))
+import numpy, torch, open_clip
+state, threads, handlers = torch.get_rng_state(), torch.get_num_threads(), list(logging.getLogger().handlers)
+for name in {names!r}:
+    importlib.import_module(name)
+assert torch.equal(torch.get_rng_state(), state)
+assert torch.get_num_threads() == threads
+assert logging.getLogger().handlers == handlers
+assert set(os.listdir(".")) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.timeout(120)
+def test_the_command_line_helps_without_importing_ray():
+    code = "import sys; sys.modules['ray'] = None; from harma_ray.cli import main; main(['train', '--help'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    assert "harma-rsitmd-vit" in result.stdout
