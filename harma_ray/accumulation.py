@@ -38,7 +38,7 @@ class PartialForward:
         with torch.no_grad():
             parts = [self._model(*part) for part in self._parts]
         self._outputs = {
-            name: (torch.cat([part[name] for part in parts]) if value.ndim else value.clone()).requires_grad_()
+            name: (torch.cat([part[name] for part in parts]) if value.ndim else value.detach().clone()).requires_grad_()
             for name, value in parts[0].items()
         }
         return self._outputs

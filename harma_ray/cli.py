@@ -176,8 +176,9 @@ def _convert(options: argparse.Namespace) -> None:
                 options.out, counts, style=options.style, size=options.size, settings=settings
             )
     for split, manifest in manifests.items():
-        print(f"{Path(options.out) / split}: {manifest.rows} images, {manifest.captions} captions, "
-              f"{len(manifest.shards)} shards" + (f", {len(manifest.bad)} left out" if manifest.bad else ""))  # fmt: skip
+        left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
+        shards = f"{len(manifest.shards)} shards"
+        print(f"{Path(options.out) / split}: {manifest.rows} images, {manifest.captions} captions, {shards}{left_out}")
         for bad in manifest.bad:
             print(f"  left out: {bad.source}: {bad.reason}")
 
@@ -193,13 +194,13 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from harma_ray.data.convert.inspect import contact_sheet, describe
+    from harma_ray.data.convert.inspect import contact_sheet, describe, render_facts
     from harma_ray.data.schema import list_splits, open_split
 
     splits = [options.split] if options.split else list_splits(options.data)
     for name in splits or ["train"]:
         split = open_split(options.data, name)
-        print(describe(split, verify=options.verify).render())
+        print(render_facts(describe(split, verify=options.verify)))
         sheet = Path(options.sheet or options.data) / f"contact-sheet-{name}.png"
         contact_sheet(split, sheet)
         print(f"contact sheet: {sheet}\n")

@@ -243,6 +243,7 @@ def model_from_file(file: str | Path, config: Any) -> nn.Module:
     elif path.suffix == ".safetensors":
         _load_adapter(path, model)
     else:
+        assert isinstance(model, DualEncoder)
         from_released(_released_state(path), model)
     return model.eval()
 

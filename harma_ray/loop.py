@@ -6,6 +6,7 @@ Train, a Ray Tune trial, or nobody. What it finds in the run's folder decides wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -91,6 +92,14 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
+    with contextlib.ExitStack() as at_exit:
+        return _run(task, config, run_dir, place, reader, reporter, at_exit)
+
+
+def _run(
+    task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter,
+    at_exit: contextlib.ExitStack,
+) -> dict[str, Any]:  # fmt: skip
     train, data = config.train, config.data
     _check_batch(config, place.world_size)
     torch.manual_seed(config.seed)
@@ -114,7 +123,10 @@ def run_training(
     checkpoints = list_checkpoints(run_dir)
     if checkpoints:
         _restore(checkpoints[-1], model, backbone, optimizer, schedule, progress, config, place.rank)
-    tracker = Tracker(run_dir, start_step=progress.step) if place.rank == 0 else None
+    tracker = None
+    if place.rank == 0:
+        tracker = Tracker(run_dir, start_step=progress.step)
+        at_exit.callback(tracker.close)
     forward = wrap_model(model, train, place)
     autocast = autocast_of(train, device)
 
@@ -169,6 +181,7 @@ def run_training(
     if trainable and not stopped and progress.step < total_steps:
         stream = TrainingStream(order, task.transform(training=True), data, place, reader)
         batches = stream.steps(progress.step, train.epochs)
+        at_exit.callback(batches.close)
         meter = Meter(train.global_batch_size)
         for batch in timed(batches, meter):
             model.train()
@@ -202,13 +215,9 @@ def run_training(
                 meter.reset()
             elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
                 save(progress.step / order.steps_per_epoch, {})
-        batches.close()
 
-    report = _finish(task, config, run_dir, model, backbone, progress, selection, evaluate, place, reader, tracker,
-                     stopped, total_steps)  # fmt: skip
-    if tracker is not None:
-        tracker.close()
-    return report
+    return _finish(task, config, run_dir, model, backbone, progress, selection, evaluate, place, reader, tracker,
+                   stopped, total_steps)  # fmt: skip
 
 
 def _finish(

@@ -21,10 +21,14 @@ Batch = dict[str, Tensor]
 """A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
 
 
+Array = np.ndarray | np.generic | Tensor
+"""What a transform may return for a sample: an array, a number, a tensor."""
+
+
 class RowTransform(Protocol):
     """Turns one row of a shard into the arrays of one sample; runs inside Ray Data, so it must pickle."""
 
-    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray | Tensor]:
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Transforms a row.
 
         Args:

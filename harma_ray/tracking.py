@@ -5,6 +5,7 @@ Records after the step that a run resumes at are removed first, so a record neve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from harma_ray.errors import UserError
 from harma_ray.task import Projection
 
 METRICS_NAME = "metrics.jsonl"
@@ -53,6 +55,10 @@ class Tracker:
             prefix: Group of the tags in TensorBoard, such as ``train/``.
             more: Further keys of the JSON line.
         """
+        with self._writing():
+            self._log(kind, step, values, prefix, more)
+
+    def _log(self, kind: str, step: int, values: Mapping[str, float], prefix: str, more: Mapping[str, Any]) -> None:
         record = {"kind": kind, "step": step, **more, **{key: _finite(value) for key, value in values.items()}}
         self._file.write(json.dumps(record) + "\n")
         for key, value in values.items():
@@ -60,27 +66,45 @@ class Tracker:
 
     def log_image(self, tag: str, step: int, image: Image.Image) -> None:
         """Records a picture in TensorBoard."""
-        self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
+        with self._writing():
+            self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
     def log_text(self, tag: str, text: str) -> None:
         """Records a text (Markdown) in TensorBoard."""
-        self._writer.add_text(tag, text)
+        with self._writing():
+            self._writer.add_text(tag, text)
 
     def log_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Records settings with final metrics for TensorBoard's HParams page."""
         plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
-        self._writer.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
+        with self._writing():
+            self._writer.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
 
     def log_embeddings(self, points: Projection, step: int) -> None:
         """Records points for TensorBoard's projector."""
-        self._writer.add_embedding(
-            points.vectors, metadata=points.labels, label_img=points.thumbnails, global_step=step, tag="embeddings"
-        )
+        with self._writing():
+            self._writer.add_embedding(
+                points.vectors, metadata=points.labels, label_img=points.thumbnails, global_step=step, tag="embeddings"
+            )
 
     def close(self) -> None:
-        """Flushes and closes the record."""
-        self._writer.close()
+        """Flushes and closes the record.
+
+        Raises:
+            UserError: If the disk is full or the folder cannot be written.
+        """
         self._file.close()
+        with self._writing():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the record of run {self._path.parent} ({error.strerror}); free some space and resume"
+            ) from error
 
 
 def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:

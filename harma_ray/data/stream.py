@@ -8,7 +8,7 @@ an epoch after the first starts at once. Batches are checked against the order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +92,7 @@ class TrainingStream:
         self.order, self._config, self._place, self._reader = order, config, place, reader
         self._decode = DecodeRows(transform, order.seed, place.decode_threads)
 
-    def steps(self, start_step: int, num_epochs: int) -> Iterator[Batch]:
+    def steps(self, start_step: int, num_epochs: int) -> Generator[Batch, None, None]:
         """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end."""
         place, per_epoch = self._place, self.order.steps_per_epoch
         share = self.order.global_batch_size // place.world_size

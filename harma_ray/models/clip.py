@@ -67,6 +67,12 @@ class DualEncoder(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
+    @property
+    def embedding_width(self) -> int:
+        """E, the width of the embeddings."""
+        visual: Any = self.clip.visual
+        return visual.output_dim
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
         self.clip.set_grad_checkpointing(enable)

@@ -33,7 +33,7 @@ from harma_ray.models.adapters import GatedAdapter, set_tuning
 from harma_ray.models.backbones import check_pretrained
 from harma_ray.models.clip import DualEncoder, build_clip, image_size, tokenize
 from harma_ray.pictures import read_images, retrieval_sheet
-from harma_ray.task import Batch, Evaluation, EvaluationData, Projection, RowTransform
+from harma_ray.task import Array, Batch, Evaluation, EvaluationData, Projection, RowTransform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ class HarmaTask:
             model.encode_image(batch["image"]).float().cpu()
             for batch in data.batches(self.transform(training=False), batch_size=batch_size)
         ]
-        width = model.clip.visual.output_dim
+        width = model.embedding_width
         own_images = torch.cat(images) if images else torch.empty(0, width)
         image_embeddings = gather_rows(own_images.to(device)).cpu()
         texts = [text for row in captions for text in row]
@@ -276,7 +276,7 @@ def encode_texts(model: DualEncoder, architecture: str, texts: list[str], batch_
         model.encode_text(tokenizer(own[start : start + batch_size])).float()
         for start in range(0, len(own), batch_size)
     ]
-    width = model.clip.visual.output_dim
+    width = model.embedding_width
     encoded = torch.cat(parts) if parts else torch.empty(0, width, device=model.temperature.device)
     return gather_rows(encoded).cpu()[[place[text] for text in texts]]
 
@@ -297,7 +297,7 @@ class PairTransform:
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
 
-    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray | Tensor]:
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns ``image`` uint8[3, S, S], ``text`` int64[L], ``image_id`` and ``label`` (-1: none)."""
         image = decode_image(row["image"], max_pixels=self.max_pixels)
         return {
@@ -315,7 +315,7 @@ class ImageTransform:
     size: int
     max_pixels: int
 
-    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray | Tensor]:
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns ``image`` uint8[3, S, S]; nothing is random."""
         return {"image": eval_transform(decode_image(row["image"], max_pixels=self.max_pixels), self.size)}
 

@@ -1,0 +1,112 @@
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from harma_ray.checkpoint import list_checkpoints
+from harma_ray.config import build_config
+from harma_ray.errors import UserError
+from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, model_from_file
+from harma_ray.recipes import recipe_config
+from tests.test_api import random_run  # noqa: F401  (a fixture)
+
+IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def released(random_run, tmp_path_factory):  # noqa: F811
+    return export_checkpoint(random_run, "released", tmp_path_factory.mktemp("released") / "harma.pth")
+
+
+def features(model):
+    with torch.no_grad():
+        return model.encode_image(IMAGES)
+
+
+def test_a_released_file_comes_back_with_the_same_embeddings(random_run, released, tmp_path):  # noqa: F811
+    imported = import_checkpoint(released, recipe_config("harma-scenes"), tmp_path / "back")
+    from harma_ray.runs import open_run
+
+    run = open_run(imported.path)
+    torch.testing.assert_close(features(run.load_model()), features(random_run.load_model()), atol=1e-6, rtol=0)
+    again = export_checkpoint(run, "released", tmp_path / "again.pth")
+    first, second = (torch.load(path, weights_only=True)["model"] for path in (released, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_a_released_file_that_does_not_fit_is_refused_by_name(released, tmp_path, change):
+    content = torch.load(released, weights_only=True)
+    name = "model.visual.transformer.resblocks.2.mmadapter.img_proj_up.weight"
+    if change == "missing":
+        del content["model"][name]
+    else:
+        name = "model.stranger.weight"
+        content["model"][name] = torch.zeros(1)
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        import_checkpoint(tmp_path / "bad.pth", recipe_config("harma-scenes"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):  # noqa: F811
+    path = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
+    model = model_from_file(path, random_run.config)
+    assert torch.equal(features(model), features(random_run.load_model()))
+    assert sum(t.numel() for t in load_file(path).values()) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    with pytest.raises(UserError, match="fingerprint"):
+        model_from_file(path, build_config(random_run.config, {"seed": 5}))
+
+
+def test_a_whole_clip_is_exported_and_read_as_a_backbone(random_run, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="adapters"):
+        export_checkpoint(random_run, "open_clip", tmp_path / "no.safetensors")
+    model = random_run.task.build_model()
+    base = {name: t.contiguous() for name, t in model.clip.state_dict().items() if ".mlp.adapter." not in name}
+    save_file(base, tmp_path / "clip.safetensors")
+    imported = import_checkpoint(tmp_path / "clip.safetensors", random_run.config, tmp_path / "backbone")
+    assert "model.pretrained=" in imported.describe()
+    assert "open_clip state dict" in describe_file(imported.path)
+    del base["ln_final.weight"]
+    save_file(base, tmp_path / "short.safetensors")
+    with pytest.raises(UserError, match=r"ln_final\.weight"):
+        import_checkpoint(tmp_path / "short.safetensors", random_run.config, tmp_path / "nothing")
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_file_with_code_is_refused_and_not_run(random_run, tmp_path, capfd):  # noqa: F811
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Malicious()}))
+    for function in (
+        lambda: import_checkpoint(tmp_path / "evil.pth", random_run.config, tmp_path / "out"),
+        lambda: model_from_file(tmp_path / "evil.pth", random_run.config),
+        lambda: describe_file(tmp_path / "evil.pth"),
+    ):
+        with pytest.raises(UserError, match="without running code"):
+            function()
+    assert "executed" not in capfd.readouterr().out
+
+
+def test_an_existing_file_is_kept_unless_told_otherwise(random_run, tmp_path):  # noqa: F811
+    (tmp_path / "a.safetensors").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_text() == "mine"
+    export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors", overwrite=True)
+
+
+def test_show_says_what_a_path_is(random_run, released, tmp_path):  # noqa: F811
+    adapter = export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors")
+    assert "released HarMA" in describe_file(released)
+    assert "adapter file" in describe_file(adapter)
+    assert "of recipe harma-scenes, not finished" in describe_file(random_run.path)
+    assert "r_mean 1.00" in describe_file(list_checkpoints(random_run.path)[0])
+    with pytest.raises(UserError, match="does not exist"):
+        describe_file(tmp_path / "nothing")
