@@ -139,16 +139,10 @@ def require_shared_folder(folder: Path, cluster: Cluster) -> None:
     marker = folder / f".shared-{uuid.uuid4().hex}"
     marker.touch()
     try:
-        sees = ray.remote(num_cpus=0)(lambda path: os.path.exists(path))
+        sees = ray.remote(num_cpus=0)(_exists)
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        answers = ray.get(
-            [
-                sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                    str(marker)
-                )
-                for node in nodes
-            ]
-        )
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        answers = ray.get([sees.options(scheduling_strategy=place).remote(str(marker)) for place in places])
     finally:
         marker.unlink()
     blind = [node["NodeManagerAddress"] for node, sees_it in zip(nodes, answers, strict=True) if not sees_it]
@@ -157,6 +151,10 @@ def require_shared_folder(folder: Path, cluster: Cluster) -> None:
             f"{folder} is not shared: {len(blind)} of {len(nodes)} machines do not see it ({', '.join(blind[:3])}); "
             "use a folder on storage that all machines mount"
         )
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
 
 
 def prepare_environment(*, own_cluster: bool) -> None:

@@ -125,9 +125,8 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
 
 
 def _import_released(path: Path, state: dict[str, torch.Tensor], config: Any, folder: Path) -> Imported:
-    sizes = {
-        name.rsplit(".mmadapter.", 1)[-1]: tensor.shape[0] for name, tensor in state.items() if _ADAPTER_MARK in name
-    }
+    adapters = {name.rsplit(_ADAPTER_MARK, 1)[-1]: tensor for name, tensor in state.items() if _ADAPTER_MARK in name}
+    sizes = {name: len(tensor) for name, tensor in adapters.items() if tensor.ndim}
     if not sizes:
         raise UserError(f"{path} has no adapters (no name with `{_ADAPTER_MARK}`), so it is no released HarMA file")
     changes = {

@@ -1,0 +1,153 @@
+"""The commands as a user types them: exit codes, one clear line, results that agree."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harma_ray.checkpoint import list_checkpoints
+from harma_ray.cli import main
+from harma_ray.tracking import read_records
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--set", "train.epochs=2", "--set", "train.global_batch_size=20", "--set", "adapter.width=16",
+         "--set", "adapter.shared_width=8", "--set", "adapter.num_heads=4"]  # fmt: skip
+
+
+def launch(*arguments, timeout=200):
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def refused(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err.strip()
+    assert status == 2, error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    return error
+
+
+def test_a_missing_data_set_is_one_clear_line(capsys, tmp_path):
+    assert "does not exist" in refused(
+        capsys, "train", "--recipe", "harma-scenes", "--data", tmp_path / "no", "--runs", tmp_path
+    )
+
+
+def test_an_unknown_key_is_one_clear_line(capsys, scenes):
+    error = refused(capsys, "train", "--recipe", "harma-scenes", "--data", scenes, "--set", "los.margin=1")
+    assert "`los`" in error
+    assert "loss" in error
+
+
+def test_a_missing_backbone_file_is_found_before_ray_starts(capsys, scenes):
+    error = refused(
+        capsys, "train", "--recipe", "harma-rsitmd-geo", "--data", scenes, "--set", "train.global_batch_size=8"
+    )
+    assert "RS5M_ViT-B-32_RET-2.pt" in error
+
+
+def test_a_batch_larger_than_the_data_is_found_before_ray_starts(capsys, scenes):
+    error = refused(
+        capsys, "train", "--recipe", "harma-scenes", "--data", scenes, "--set", "train.global_batch_size=999"
+    )
+    assert "200 pairs" in error
+
+
+def test_a_missing_val_split_is_found_before_ray_starts(capsys, scenes_copy):
+    (scenes_copy / "val" / "manifest.json").unlink()
+    error = refused(capsys, "train", "--recipe", "harma-scenes", "--data", scenes_copy)
+    assert "no split `val`" in error
+
+
+def test_the_same_figures_from_one_step_check(capsys, scenes):
+    assert main(["train", "--recipe", "harma-scenes", "--data", str(scenes), "--check", *SMALL]) == 0
+    assert "every trainable parameter got a gradient" in capsys.readouterr().out
+
+
+def test_inspect_tells_the_facts_and_draws_a_sheet(capsys, scenes_copy):
+    assert main(["inspect", str(scenes_copy), "--split", "val"]) == 0
+    assert "13" in capsys.readouterr().out
+    assert (scenes_copy / "contact-sheet-val.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def one_worker(scenes, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    result = launch("train", "--recipe", "harma-scenes", "--data", scenes, "--runs", runs, "--name", "one",
+                    "--workers", 1, *SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return runs / "one", result
+
+
+@pytest.mark.ray
+def test_train_says_what_it_does_and_leaves_no_noise(one_worker):
+    run, result = one_worker
+    for part in ("40 images, 200 pairs", "2 epochs x 10 steps of 20 pairs", "1 worker(s)", "tensorboard --logdir",
+                 "first step after", "epoch   2", "best epoch", "r_mean"):  # fmt: skip
+        assert part in result.stdout, part
+    assert result.stderr.strip() == ""
+    assert json.loads((run / "report.json").read_text())["steps"] == 20
+
+
+@pytest.mark.ray
+def test_two_workers_train_like_one(one_worker, scenes):
+    run, _ = one_worker
+    result = launch("train", "--recipe", "harma-scenes", "--data", scenes, "--runs", run.parent, "--name", "two",
+                    "--workers", 2, *SMALL)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = [
+        [record["loss"] for record in read_records(path) if record["kind"] == "step"]
+        for path in (run, run.parent / "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.ray
+def test_evaluate_gives_the_runs_own_figures_for_any_number_of_workers(one_worker, tmp_path):
+    run, _ = one_worker
+    expected = json.loads((run / "report.json").read_text())["metrics"]["test"]
+    for workers in (1, 2):
+        file = tmp_path / f"{workers}.json"
+        result = launch("evaluate", "--run", run, "--split", "test", "--workers", workers, "--json", file,
+                        "--report", tmp_path / f"report{workers}")  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert json.loads(file.read_text())["metrics"] == expected
+    assert (tmp_path / "report1" / "index.html").exists()
+    assert not list(run.glob(".evaluate-*"))
+
+
+@pytest.mark.ray
+def test_a_killed_run_resumes_and_ends_like_one_never_stopped(one_worker, scenes):
+    run, _ = one_worker
+    killed = run.parent / "killed"
+    command = [sys.executable, str(ROOT / "launch.py"), "train", "--recipe", "harma-scenes", "--data", str(scenes),
+               "--runs", str(run.parent), "--name", "killed", "--workers", "1", *SMALL]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list_checkpoints(killed)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), error
+    assert list_checkpoints(killed)
+    result = launch("train", "--resume", killed)
+    assert result.returncode == 0, result.stderr[-3000:]
+    left, right = (list_checkpoints(path)[-1] / "trainable.safetensors" for path in (run, killed))
+    assert left.read_bytes() == right.read_bytes()
+    assert "is finished" in launch("train", "--resume", killed).stdout
+
+
+@pytest.mark.ray
+def test_a_mistake_found_by_a_worker_is_one_clear_line(scenes, tmp_path):
+    result = launch("train", "--recipe", "harma-scenes", "--data", scenes, "--runs", tmp_path, "--name", "bad",
+                    "--workers", 1, *SMALL, "--set", "data.max_pixels=10")  # fmt: skip
+    assert result.returncode == 2, result.stdout + result.stderr[-3000:]
+    assert result.stderr.startswith("error: row ")
+    assert len(result.stderr.strip().splitlines()) == 1

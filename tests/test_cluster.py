@@ -1,0 +1,100 @@
+"""The files in ``cluster/``, and how a cluster is divided."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harma_ray.cli import _parser
+from harma_ray.cluster import Cluster, plan_workers
+from harma_ray.config import build_config
+from harma_ray.errors import UserError
+from harma_ray.recipes import recipe_config
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "cluster"
+
+
+def launch_commands(text):
+    return re.findall(r"launch\.py ((?:train|evaluate|tune|convert|demo|inspect|embed|checkpoint)[^\n`#]*)", text)
+
+
+@pytest.mark.parametrize("file", ["README.md", "cluster/README.md", "cluster/kuberay/rayjob.yaml"])
+def test_every_command_that_is_told_parses(file):
+    commands = launch_commands((ROOT / file).read_text())
+    assert commands
+    for command in commands:
+        _parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.sh")))
+def test_scripts_are_valid_and_executable(script):
+    subprocess.run(["bash", "-n", FOLDER / script], check=True)
+    assert (FOLDER / script).stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_kubernetes_files_describe_a_cluster_of_the_locked_ray(name):
+    raw = yaml.safe_load((FOLDER / "kuberay" / f"{name}.yaml").read_text())
+    assert raw["apiVersion"] == "ray.io/v1"
+    spec = raw["spec"] if raw["kind"] == "RayCluster" else raw["spec"]["rayClusterSpec"]
+    locked = re.search(r"^ray==(\S+)", (ROOT / "requirements.lock").read_text(), re.M).group(1)
+    assert spec["rayVersion"] == locked
+    assert spec["authOptions"] == {"mode": "token"}
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    for group in groups:
+        pod = group["template"]["spec"]
+        assert {volume["name"] for volume in pod["volumes"]} == {"storage", "shm"}
+        assert pod["containers"][0]["resources"]["requests"] == pod["containers"][0]["resources"]["limits"]
+    assert "nvidia.com/gpu" in groups[1]["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_the_launcher_file_fits_rays_own_schema():
+    import json
+
+    import jsonschema
+    import ray
+
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(yaml.safe_load((FOLDER / "launcher.yaml").read_text()), json.loads(schema.read_text()))
+
+
+def config(**changes):
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return build_config(recipe_config("harma-scenes"), dotted)
+
+
+def cluster(cpus, gpus=0):
+    return Cluster(cpus=cpus, gpus=gpus, nodes=1, address="local", dashboard="")
+
+
+@pytest.mark.parametrize(("cpus", "gpus"), [(1, 0), (2, 0), (3, 0), (4, 0), (16, 1), (64, 8), (7, 2)])
+def test_workers_and_their_data_tasks_always_fit(cpus, gpus):
+    settings = config(train__global_batch_size=128)
+    plan = plan_workers(settings, cluster(cpus, gpus))
+    assert plan.num_workers * (plan.cpus_per_worker + settings.data.task_cpus) <= cpus
+    assert plan.num_workers >= 1
+    assert plan.use_gpu == bool(gpus)
+    if gpus:
+        assert plan.num_workers == gpus
+    assert 128 % plan.num_workers == 0
+
+
+def test_two_cores_give_two_workers():
+    assert plan_workers(config(), cluster(2)).num_workers == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scaling__use_gpu": True}, "no GPU"),
+        ({"scaling__num_workers": 5}, "need 5 CPUs"),
+        ({"scaling__num_workers": 2, "scaling__cpus_per_worker": 1}, "need 3 CPUs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_hangs(changes, message):
+    with pytest.raises(UserError, match=message):
+        plan_workers(config(**changes), cluster(2))
