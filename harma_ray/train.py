@@ -89,6 +89,8 @@ def _on_workers(
     )
     try:
         return trainer.fit().return_value
+    except SystemExit as error:  # how Ray Train ends after Ctrl-C, once its workers are stopped
+        raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         messages = sorted(failures.glob("worker-*.txt"))
         if messages:

@@ -1,0 +1,92 @@
+"""Steps per second of the whole loop inside Ray Train against a bare loop over batches in memory; trim against full.
+
+Run: python benchmarks/engine.py [--steps 6] [--batch 16] [--architecture ViT-B-32]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from harma_ray.cluster import ray_cluster
+from harma_ray.config import build_config
+from harma_ray.data.convert.commands import convert_scenes
+from harma_ray.data.order import training_order
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.engine import autocast_of, default_place, train_step
+from harma_ray.optim import build_optimizer
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.runs import create_run
+from harma_ray.tracking import read_records
+from harma_ray.train import train
+
+
+def bare_loop(config, steps: int) -> float:
+    """Returns the seconds of a step after the first."""
+    place = default_place(config)
+    torch.set_num_threads(place.decode_threads)
+    task, device = make_task(config), torch.device(place.device)
+    model = task.build_model().to(device).train()
+    optimizer = build_optimizer(model, config.optim, device)
+    order = training_order(
+        open_split(config.data.path, "train"),
+        seed=0,
+        global_batch_size=config.train.global_batch_size,
+        shuffle_window_mb=256,
+    )
+    stream = TrainingStream(
+        order, task.transform(training=True), config.data, Place(device=place.device), local_batches
+    ).steps(0, 1)
+    batches = [next(stream) for _ in range(steps)]
+    for number, batch in enumerate(batches):
+        if number == 1:
+            begin = time.perf_counter()
+        train_step(task, model, batch, config.train, autocast_of(config.train, device))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / (steps - 1)
+
+
+def inside_ray(config, cluster, folder: Path, name: str) -> float:
+    """Returns the seconds of a step, from the run's own record, the first step left out."""
+    run = create_run(folder, name, config)
+    train(run, cluster, on_record=lambda record: None)
+    steps = [record for record in read_records(run.path) if record["kind"] == "step"][1:]
+    seconds = sorted(config.train.global_batch_size / record["pairs_per_second"] for record in steps)
+    return seconds[len(seconds) // 2]
+
+
+def main() -> None:
+    """Measures and prints the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--architecture", default="ViT-B-32")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, ray_cluster() as cluster:
+        folder = Path(name)
+        images = -(-options.steps * options.batch // 5)
+        convert_scenes(folder / "data", {"train": images, "val": 2}, style="summer", size=224)
+        changes = {
+            "data.path": str(folder / "data"), "model.architecture": options.architecture, "model.pretrained": "random",
+            "train.epochs": 1, "train.global_batch_size": options.batch, "train.log_every_steps": 1,
+            "scaling.num_workers": 1,
+        }  # fmt: skip
+        config = build_config(recipe_config("harma-rsitmd-vit"), changes)
+        seconds = {}
+        for tokens in ("full", "trim"):
+            seconds[tokens] = bare_loop(build_config(config, {"model.text_tokens": tokens}), options.steps)
+        ray_seconds = inside_ray(config, cluster, folder / "runs", "ray")
+    print(f"bare loop           {1 / seconds['full']:.3f} steps/s of {options.batch} pairs, {options.architecture}")
+    print(f"inside Ray Train    {1 / ray_seconds:.3f} steps/s")
+    print(f"ratio               {seconds['full'] / ray_seconds:.2f}")
+    print(f"trim against full   {seconds['full'] / seconds['trim']:.2f} (pairs/s)")
+
+
+if __name__ == "__main__":
+    main()
