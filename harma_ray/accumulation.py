@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,8 @@ class PartialForward:
             last = number == len(self._parts) - 1
             stop = start + len(part[0])
             hold = isinstance(self._model, DistributedDataParallel) and not last
-            with self._model.no_sync() if hold else contextlib.nullcontext():
+            quiet: Any = self._model.no_sync if hold else contextlib.nullcontext  # DDP averages after the last part
+            with quiet():
                 with autocast():
                     outputs = self._model(*part)
                 pairs = []

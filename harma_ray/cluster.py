@@ -80,7 +80,6 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot reach or start Ray ({reason}); check --address and RAY_ADDRESS") from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -93,6 +92,14 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
         )
     finally:
         ray.shutdown()
+
+
+def quiet_data() -> None:
+    """Keeps Ray Data's own chatter in its log files; it sets up its loggers when it is imported."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harma_ray.cluster import quiet_data
 from harma_ray.data.order import iterate_slices
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.errors import UserError
@@ -62,9 +63,8 @@ def embed(
     items = list(_items(Path(data).expanduser().absolute(), split, batch_size))
     if not items:
         raise UserError(f"{data} is neither a converted data set nor a folder with images ({', '.join(SUFFIXES)})")
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
+    quiet_data()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
     blocks = min(len(items), 200)
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         _Encoder,

@@ -6,7 +6,6 @@ Kept free of torch: the process of a read task starts in half the time and memor
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ray.data.block import BlockMetadata
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
+from harma_ray.cluster import quiet_data
 from harma_ray.data.order import Chunk, IndexedSplit
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     quiet_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     config = how.config
     dataset = ray.data.read_datasource(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
@@ -48,12 +47,6 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         )
         return iter(dataset.iter_torch_batches(**options))
     return iter(dataset.iter_torch_batches(collate_fn=_Collate(how), **options))
-
-
-def quiet_data() -> None:
-    """Keeps Ray Data's own chatter in its log files."""
-    for name in ("ray.data", "ray._private", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class _ChunkSource(Datasource):

@@ -29,12 +29,15 @@ def map_with_ray(
     """
     import ray.data
 
+    from harma_ray.cluster import quiet_data
+
     def call(row: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"result": pickle.dumps(function(pickle.loads(row["plan"]))), "error": ""}
         except UserError as error:
             return {"result": b"", "error": str(error)}
 
+    quiet_data()
     items = [{"plan": pickle.dumps(plan)} for plan in plans]
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(call, num_cpus=num_cpus)
     tasks.context.enable_progress_bars = False
