@@ -6,32 +6,11 @@ import torch
 from PIL import Image
 
 from harma_ray.api import load_run
-from harma_ray.checkpoint import CheckpointMeta, save_checkpoint
-from harma_ray.config import build_config, config_hash
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.embed import embed
 from harma_ray.engine import run_evaluation
 from harma_ray.errors import UserError
-from harma_ray.models.weights import backbone_fingerprint
-from harma_ray.recipes import make_task, recipe_config
-from harma_ray.runs import create_run
-
-
-@pytest.fixture(scope="module")
-def random_run(scenes, tmp_path_factory):
-    """A run whose adapters are random, so that nothing is the identity."""
-    config = build_config(recipe_config("harma-scenes"), {"data.path": str(scenes)})
-    run = create_run(tmp_path_factory.mktemp("runs"), "random", config)
-    model = make_task(config).build_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    meta = CheckpointMeta(0, 0, {"r_mean": 1.0}, {}, config_hash(config), config.recipe, backbone_fingerprint(model))
-    save_checkpoint(run.path, meta, model, {})
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, model_from_file
 from harma_ray.recipes import recipe_config
-from tests.test_api import random_run  # noqa: F401  (a fixture)
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
-def released(random_run, tmp_path_factory):  # noqa: F811
+def released(random_run, tmp_path_factory):
     return export_checkpoint(random_run, "released", tmp_path_factory.mktemp("released") / "harma.pth")
 
 
@@ -24,7 +23,7 @@ def features(model):
         return model.encode_image(IMAGES)
 
 
-def test_a_released_file_comes_back_with_the_same_embeddings(random_run, released, tmp_path):  # noqa: F811
+def test_a_released_file_comes_back_with_the_same_embeddings(random_run, released, tmp_path):
     imported = import_checkpoint(released, recipe_config("harma-scenes"), tmp_path / "back")
     from harma_ray.runs import open_run
 
@@ -51,7 +50,7 @@ def test_a_released_file_that_does_not_fit_is_refused_by_name(released, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):  # noqa: F811
+def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):
     path = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
     model = model_from_file(path, random_run.config)
     assert torch.equal(features(model), features(random_run.load_model()))
@@ -62,7 +61,7 @@ def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):  # n
         model_from_file(path, build_config(random_run.config, {"seed": 5}))
 
 
-def test_a_whole_clip_is_exported_and_read_as_a_backbone(random_run, tmp_path):  # noqa: F811
+def test_a_whole_clip_is_exported_and_read_as_a_backbone(random_run, tmp_path):
     with pytest.raises(UserError, match="adapters"):
         export_checkpoint(random_run, "open_clip", tmp_path / "no.safetensors")
     model = random_run.task.build_model()
@@ -82,7 +81,7 @@ class Malicious:
         return (print, ("executed",))
 
 
-def test_a_file_with_code_is_refused_and_not_run(random_run, tmp_path, capfd):  # noqa: F811
+def test_a_file_with_code_is_refused_and_not_run(random_run, tmp_path, capfd):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     for function in (
         lambda: import_checkpoint(tmp_path / "evil.pth", random_run.config, tmp_path / "out"),
@@ -94,7 +93,7 @@ def test_a_file_with_code_is_refused_and_not_run(random_run, tmp_path, capfd):  
     assert "executed" not in capfd.readouterr().out
 
 
-def test_an_existing_file_is_kept_unless_told_otherwise(random_run, tmp_path):  # noqa: F811
+def test_an_existing_file_is_kept_unless_told_otherwise(random_run, tmp_path):
     (tmp_path / "a.safetensors").write_text("mine")
     with pytest.raises(UserError, match="exists"):
         export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors")
@@ -102,7 +101,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(random_run, tmp_path):  
     export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors", overwrite=True)
 
 
-def test_show_says_what_a_path_is(random_run, released, tmp_path):  # noqa: F811
+def test_show_says_what_a_path_is(random_run, released, tmp_path):
     adapter = export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors")
     assert "released HarMA" in describe_file(released)
     assert "adapter file" in describe_file(adapter)
