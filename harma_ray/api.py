@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from harma_ray.data.captions import clean_caption
-from harma_ray.data.transforms import BadImage, decode_image, eval_transform
+from harma_ray.data.images import BadImage, _to_rgb, decode_image
+from harma_ray.data.transforms import eval_transform
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
 from harma_ray.recipes.harma import HarmaConfig, encode_texts
@@ -32,8 +33,7 @@ class Retriever:
         self.model, self.config = model.to(device).eval(), config
         self._size = image_size(model)
 
-    @torch.no_grad()
-    def encode_images(self, images: Sequence[ImageLike], *, batch_size: int = 64) -> Tensor:
+    def encode_images(self, images: Sequence[ImageLike], batch_size: int = 64) -> Tensor:
         """Encodes images as evaluation does.
 
         Args:
@@ -46,14 +46,35 @@ class Retriever:
         Raises:
             UserError: Naming an image that cannot be read.
         """
-        device = self.model.temperature.device
+        _check_list("images", images, batch_size)
         parts = [torch.empty(0, self.model.embedding_width)]
         for start in range(0, len(images), batch_size):
-            batch = [eval_transform(self._open(image), self._size) for image in images[start : start + batch_size]]
-            parts.append(self.model.encode_image(torch.stack(batch).to(device)).float().cpu())
+            parts.append(self.encode_prepared([self.prepare(image) for image in images[start : start + batch_size]]))
         return torch.cat(parts)
 
-    def encode_texts(self, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+    def prepare(self, image: ImageLike) -> Tensor:
+        """Decodes an image and resizes it as evaluation does: uint8[3, S, S].
+
+        Raises:
+            UserError: Naming the image, if it cannot be read.
+        """
+        name = str(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
+        try:
+            if isinstance(image, Image.Image):
+                return eval_transform(_to_rgb(ImageOps.exif_transpose(image)), self._size)
+            data = image if isinstance(image, bytes) else Path(image).expanduser().read_bytes()
+            return eval_transform(decode_image(data, max_pixels=self.config.data.max_pixels), self._size)
+        except OSError as error:
+            raise UserError(f"cannot read image {name} ({error.strerror or error})") from error
+        except BadImage as error:
+            raise UserError(f"{name}: {error}") from error
+
+    @torch.no_grad()
+    def encode_prepared(self, images: Sequence[Tensor]) -> Tensor:
+        """Encodes one batch of prepared images: fp32[N, E] on CPU, L2-normalised."""
+        return self.model.encode_image(torch.stack(list(images)).to(self.model.temperature.device)).float().cpu()
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Encodes captions, cleaned as in training.
 
         Args:
@@ -66,6 +87,7 @@ class Retriever:
         Raises:
             UserError: If nothing is left of a caption after cleaning.
         """
+        _check_list("texts", texts, batch_size)
         cleaned = [clean_caption(text) for text in texts]
         if "" in cleaned:
             raise UserError(f"caption {texts[cleaned.index('')]!r} holds no word")
@@ -77,20 +99,15 @@ class Retriever:
         """Returns cosines, fp32[N, M], of N images and M captions."""
         return self.encode_images(images) @ self.encode_texts(texts).T
 
-    def _open(self, image: ImageLike) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        try:
-            data = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return decode_image(data, max_pixels=self.config.data.max_pixels)
-        except OSError as error:
-            raise UserError(f"cannot read image {image} ({error.strerror})") from error
-        except BadImage as error:
-            name = "image bytes" if isinstance(image, bytes) else str(image)
-            raise UserError(f"{name}: {error}") from error
+
+def _check_list(name: str, items: Sequence, batch_size: int) -> None:
+    if isinstance(items, str | bytes | Path | Image.Image):
+        raise UserError(f"`{name}` must be a list, got one {type(items).__name__}; put it in brackets")
+    if batch_size < 1:
+        raise UserError(f"`batch_size` must be at least 1, got {batch_size}")
 
 
-def load_run(path: str | Path, *, device: str | None = None) -> Retriever:
+def load_run(path: str | Path, device: str | None = None) -> Retriever:
     """Opens a run and loads its best weights.
 
     Args:

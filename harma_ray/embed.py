@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -13,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harma_ray.checkpoint import read_meta
 from harma_ray.cluster import quiet_data
-from harma_ray.data.order import iterate_slices
-from harma_ray.data.schema import list_splits, open_split
+from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
+from harma_ray.data.schema import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
-from harma_ray.models.weights import backbone_fingerprint
-from harma_ray.runs import Run, open_run
+from harma_ray.runs import Run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 
@@ -53,22 +54,30 @@ def embed(
         A summary for the user.
 
     Raises:
-        UserError: If there is nothing to encode, more than `max_bad` images are unreadable, or `out` exists.
+        UserError: If there is nothing to encode, a shard is damaged, more than `max_bad` images are unreadable, the
+            cluster has too few GPUs, or `out` exists.
     """
     import ray.data
 
+    for name, value, low in (("batch_size", batch_size, 1), ("num_actors", num_actors, 1), ("max_bad", max_bad, 0)):
+        if value < low:
+            raise UserError(f"`{name}` must be at least {low}, got {value}")
+    gpus = ray.cluster_resources().get("GPU", 0) if use_gpu else 0
+    if use_gpu and num_actors > gpus:  # Ray itself would wait for ever
+        raise UserError(f"{num_actors} processes need a GPU each, but the cluster has {gpus:g}; use fewer, or --cpu")
     target = Path(out).expanduser().absolute()
     if target.exists():
         raise UserError(f"{target} exists; choose another --out")
     items = list(_items(Path(data).expanduser().absolute(), split, batch_size))
     if not items:
         raise UserError(f"{data} is neither a converted data set nor a folder with images ({', '.join(SUFFIXES)})")
+    checkpoint, width = run.best_checkpoint(), _load(run, "cpu").model.embedding_width  # mistakes show before Ray works
     quiet_data()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     blocks = min(len(items), 200)
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         _Encoder,
-        fn_constructor_kwargs={"run": str(run.path), "use_gpu": use_gpu},
+        fn_constructor_kwargs={"run": run, "device": "cuda" if use_gpu else "cpu", "num_actors": num_actors},
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=num_actors),
@@ -78,12 +87,13 @@ def embed(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        counts, bad, width = _write(dataset, partial / "vectors.parquet", max_bad)
-        model = run.load_model()
+        counts, bad = _write(dataset, partial / "vectors.parquet", width, max_bad)
         manifest = {
             "run": str(run.path),
-            "checkpoint": run.best_checkpoint().name,
-            "backbone": backbone_fingerprint(model),
+            "recipe": run.config.recipe,
+            "checkpoint": checkpoint.name,
+            "backbone": read_meta(checkpoint).backbone,
+            "data": str(data),
             "width": width,
             "counts": counts,
             "bad": bad,
@@ -91,7 +101,9 @@ def embed(
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.replace(partial, target)
     except OSError as error:
-        raise UserError(f"cannot write {target} ({error.strerror}); check the folder and its free space") from error
+        raise UserError(
+            f"cannot write {target} ({error.strerror or error}); check the folder and its free space"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     left_out = "".join(f"\n  left out: {entry}" for entry in bad)
@@ -106,97 +118,105 @@ def _items(data: Path, split: str | None, batch_size: int) -> Iterator[dict[str,
         for part in iterate_slices(rows, batch_size):
             yield {"data": str(data), "split": name, "start": part.start, "stop": part.stop, "paths": ""}
     if not splits and data.is_dir():
-        paths = sorted(str(path) for path in data.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(str(path) for path in data.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         for part in iterate_slices(len(paths), batch_size):
             yield {"data": str(data), "split": "", "start": 0, "stop": 0, "paths": json.dumps(paths[part])}
 
 
-def _write(dataset: Any, path: Path, max_bad: int) -> tuple[dict[str, int], list[str], int]:
-    counts, bad, writer, width = {"image": 0, "text": 0}, [], None, 0
-    try:
+def _write(dataset: Any, path: Path, width: int, max_bad: int) -> tuple[dict[str, int], list[str]]:
+    counts, bad = {"image": 0, "text": 0}, []
+    with pq.ParquetWriter(path, _schema(width)) as writer:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             kinds = np.array(table.column("kind").to_pylist())
-            bad += [row["source"] for row in table.filter(pa.array(kinds == "bad")).to_pylist()]
+            failed = table.filter(pa.array(kinds == "error")).column("source").to_pylist()
+            if failed:
+                raise UserError(failed[0])
+            bad += table.filter(pa.array(kinds == "bad")).column("source").to_pylist()
             if len(bad) > max_bad:
                 listed = "; ".join(bad[:10])
                 raise UserError(f"{len(bad)} images cannot be read ({listed}); mend them or allow them with --max-bad")
-            table = table.filter(pa.array(kinds != "bad"))
             for kind in counts:
                 counts[kind] += int((kinds == kind).sum())
-            if writer is None:
-                width = table.schema.field("vector").type.list_size
-                writer = pq.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    return counts, bad, width
+            writer.write_table(table.filter(pa.array(kinds != "bad")).cast(writer.schema))
+    return counts, bad
+
+
+def _schema(width: int) -> pa.Schema:
+    texts = [pa.field(name, pa.string()) for name in ("id", "kind", "source", "text")]
+    return pa.schema([*texts, pa.field("vector", pa.list_(pa.float32(), width))])
+
+
+def _load(run: Run, device: str) -> Any:
+    from harma_ray.api import Retriever
+
+    return Retriever(run.load_model(), run.config, device)  # type: ignore[arg-type]
 
 
 class _Encoder:
-    """Holds the model in its process."""
+    """Holds the model in its process. Mistakes come back as rows: Ray would wrap an exception in its own traces."""
 
-    def __init__(self, run: str, use_gpu: bool):
+    def __init__(self, run: Run, device: str, num_actors: int):
         import torch
 
-        from harma_ray.api import Retriever
-
-        opened = open_run(run)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1)))
-        model, config = opened.load_model(), opened.config
-        self._retriever = Retriever(model, config, "cuda" if use_gpu else "cpu")  # type: ignore[arg-type]
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_actors))
+        self._retriever = _load(run, device)
+        self._width = self._retriever.model.embedding_width
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        parts = [self._encode(item) for item in table.to_pylist()]
-        return pa.concat_tables(parts)
+        return pa.concat_tables([self._encode(item) for item in table.to_pylist()])
 
     def _encode(self, item: dict[str, Any]) -> pa.Table:
-        rows = list(_read_items(item))
-        images, good = [], []
+        from harma_ray.recipes.harma import encode_texts
+
+        try:
+            rows = list(_read_items(item))
+        except (UserError, OSError, pa.ArrowException) as error:
+            return self._table([("", "error", f"cannot read {item['data']}: {error}", None, self._zeros())])
+        images, good, lines = [], [], []
         for row in rows:
             try:
-                vector = self._retriever.encode_images([row["image"]])[0]
+                images.append(self._retriever.prepare(row["image"]))
+                good.append(row)
             except UserError as error:
-                row["bad"] = f"{row['source']}: {error}"
-                continue
-            images.append(vector.numpy())
-            good.append(row)
-        texts = [text for row in good for text in row["captions"]]
-        text_vectors = iter(self._retriever.encode_texts(texts).numpy())
-        columns: dict[str, list] = {"id": [], "kind": [], "source": [], "text": []}
-        vectors: list[np.ndarray] = []
-        width = self._retriever.model.embedding_width
-
-        def add(key: str, kind: str, source: str, text: str | None, vector: np.ndarray) -> None:
-            for name, value in zip(columns, (key, kind, source, text), strict=True):
-                columns[name].append(value)
-            vectors.append(vector)
-
-        for row, vector in zip(good, images, strict=True):
-            add(row["id"], "image", row["source"], None, vector)
+                lines.append((row["id"], "bad", f"{row['source']}: {error}", None, self._zeros()))
+        vectors = self._retriever.encode_prepared(images).numpy() if images else []
+        texts = [text for row in good for text in row["captions"]]  # clean already
+        architecture = self._retriever.config.model.architecture
+        text_vectors = iter(encode_texts(self._retriever.model, architecture, texts, 256).numpy() if texts else [])
+        for row, vector in zip(good, vectors, strict=True):
+            lines.append((row["id"], "image", row["source"], None, vector))
             for number, text in enumerate(row["captions"]):
-                add(f"{row['id']}#{number}", "text", row["source"], text, next(text_vectors))
-        for row in rows:
-            if "bad" in row:
-                add(row["id"], "bad", row["bad"], None, np.zeros(width, np.float32))
+                lines.append((f"{row['id']}#{number}", "text", row["source"], text, next(text_vectors)))
+        return self._table(lines)
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros(self._width, np.float32)
+
+    def _table(self, lines: list[tuple[str, str, str, str | None, np.ndarray]]) -> pa.Table:
+        *texts, vectors = zip(*lines, strict=True)
         flat = pa.array(np.concatenate(vectors).astype(np.float32))
-        arrays = [pa.array(values, pa.string()) for values in columns.values()]
-        return pa.table([*arrays, pa.FixedSizeListArray.from_arrays(flat, width)], names=[*columns, "vector"])
+        arrays = [
+            *(pa.array(column, pa.string()) for column in texts),
+            pa.FixedSizeListArray.from_arrays(flat, self._width),
+        ]
+        return pa.table(arrays, schema=_schema(self._width))
 
 
 def _read_items(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from harma_ray.data.order import IndexedSplit, read_samples
-    from harma_ray.data.schema import index_rows
-
     if item["paths"]:
         root = Path(item["data"])
         for path in json.loads(item["paths"]):
             name = str(Path(path).relative_to(root))
             yield {"id": name, "image": path, "source": name, "captions": []}
         return
-    split = open_split(item["data"], item["split"])
     rows = np.arange(item["start"], item["stop"])
     samples = np.stack([rows, np.zeros_like(rows)], axis=1)
-    for row in read_samples(IndexedSplit(split, index_rows(split)), samples, 0).to_pylist():
+    for row in read_samples(_indexed(item["data"], item["split"]), samples, 0).to_pylist():
         key = f"{item['split']}/{row['image_id']}"
         yield {"id": key, "image": row["image"], "source": row["source"], "captions": row["captions"]}
+
+
+@functools.lru_cache(maxsize=4)
+def _indexed(data: str, split: str) -> IndexedSplit:
+    opened = open_split(data, split)
+    return IndexedSplit(opened, index_rows(opened))

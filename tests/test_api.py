@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -8,7 +9,6 @@ from PIL import Image
 from harma_ray.api import load_run
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.embed import embed
 from harma_ray.engine import run_evaluation
 from harma_ray.errors import UserError
 
@@ -68,25 +68,29 @@ def test_a_caption_without_words_is_refused(random_run):
         load_run(random_run.path).encode_texts(["a road", " ?! "])
 
 
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_embedded_vectors_are_those_of_evaluation(random_run, details, scenes, tmp_path, ray_cluster):
-    summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4)
-    assert "11 image and 55 text vectors of width 128" in summary
-    table = pq.read_table(tmp_path / "vectors" / "vectors.parquet")
-    rows = table.to_pylist()
-    images = torch.tensor([row["vector"] for row in rows if row["kind"] == "image"])
-    texts = torch.tensor([row["vector"] for row in rows if row["kind"] == "text"])
-    torch.testing.assert_close(images, details.image_embeddings)
-    torch.testing.assert_close(texts, details.text_embeddings)
-    assert [row["text"] for row in rows if row["kind"] == "text"] == details.texts
-    with pytest.raises(UserError, match="exists"):
-        embed(random_run, scenes, tmp_path / "vectors")
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (folder / "good.png").write_bytes(images_of(scenes)[0])
-    (folder / "bad.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"bad\.png"):
-        embed(random_run, folder, tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
-    assert "left out: bad.png" in embed(random_run, folder, tmp_path / "folder", max_bad=1)
+@pytest.mark.parametrize("kind", ["16 bits", "turned", "palette"])
+def test_an_open_image_is_read_like_its_file(random_run, kind):
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    if kind == "16 bits":
+        Image.fromarray(rng.integers(0, 4000, (40, 64), dtype=np.uint16)).save(file, "PNG")
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        image = Image.fromarray(rng.integers(0, 256, (40, 64, 3), dtype=np.uint8))
+        image = image.quantize(16) if kind == "palette" else image
+        image.save(file, "PNG", exif=exif)
+    from_bytes, from_image = load_run(random_run.path, "cpu").encode_images(
+        [file.getvalue(), Image.open(io.BytesIO(file.getvalue()))]
+    )
+    assert torch.equal(from_bytes, from_image)
+
+
+def test_one_thing_in_place_of_a_list_is_refused(random_run):
+    retriever = load_run(random_run.path, "cpu")
+    with pytest.raises(UserError, match="`texts` must be a list"):
+        retriever.encode_texts("a road")
+    with pytest.raises(UserError, match="`images` must be a list"):
+        retriever.similarity("a.png", ["a road"])
+    with pytest.raises(UserError, match="`batch_size`"):
+        retriever.encode_images([], batch_size=0)
+    assert retriever.similarity([], ["a road"]).shape == (0, 1)

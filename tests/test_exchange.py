@@ -1,14 +1,19 @@
+import argparse
 import pickle
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harma_ray.checkpoint import list_checkpoints
-from harma_ray.config import build_config
+from harma_ray import exchange
+from harma_ray.checkpoint import WEIGHTS_NAME, CheckpointMeta, list_checkpoints, save_checkpoint
+from harma_ray.config import build_config, config_hash
 from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, model_from_file
-from harma_ray.recipes import recipe_config
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.runs import create_run, open_run
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -25,8 +30,6 @@ def features(model):
 
 def test_a_released_file_comes_back_with_the_same_embeddings(random_run, released, tmp_path):
     imported = import_checkpoint(released, recipe_config("harma-scenes"), tmp_path / "back")
-    from harma_ray.runs import open_run
-
     run = open_run(imported.path)
     torch.testing.assert_close(features(run.load_model()), features(random_run.load_model()), atol=1e-6, rtol=0)
     again = export_checkpoint(run, "released", tmp_path / "again.pth")
@@ -109,3 +112,77 @@ def test_show_says_what_a_path_is(random_run, released, tmp_path):
     assert "r_mean 1.00" in describe_file(list_checkpoints(random_run.path)[0])
     with pytest.raises(UserError, match="does not exist"):
         describe_file(tmp_path / "nothing")
+
+
+def test_show_tells_sizes_and_architecture(random_run, released, tmp_path):
+    assert "scenes-tiny by its shapes" in describe_file(released)
+    assert "adapters    7, width 128, shared width 64" in describe_file(released)
+    assert "adapters    7, width 128, shared width 64" in describe_file(random_run.path)
+    empty = create_run(tmp_path, "empty", random_run.config)
+    assert "no checkpoint yet" in describe_file(empty.path)
+    shutil.copytree(list_checkpoints(random_run.path)[0], tmp_path / "damaged")
+    (tmp_path / "damaged" / WEIGHTS_NAME).write_bytes(b"xx")
+    with pytest.raises(UserError, match="cannot be read"):
+        describe_file(tmp_path / "damaged")
+
+
+def test_a_released_file_brings_its_sizes_and_its_backbone(random_run, released):
+    other = build_config(random_run.config, {"adapter.width": 32, "adapter.shared_width": 16, "seed": 7})
+    assert torch.equal(features(model_from_file(released, other)), features(random_run.load_model()))
+
+
+def test_a_runs_folder_and_its_checkpoint_give_the_same_model(random_run):
+    for path in (random_run.path, random_run.best_checkpoint()):
+        model = model_from_file(path, random_run.config)
+        assert torch.equal(features(model), features(random_run.load_model()))
+
+
+@pytest.mark.parametrize("format", ["adapter", "open_clip"])
+def test_a_model_trained_whole_comes_back(random_run, tmp_path, format):
+    run = create_run(tmp_path, "full", build_config(random_run.config, {"model.tuning": "full"}))
+    model = run.task.build_model()
+    backbone = backbone_fingerprint(model)
+    with torch.no_grad():
+        for parameter in model.clip.visual.parameters():
+            parameter.add_(0.01 * torch.ones_like(parameter))
+    meta = CheckpointMeta(0, 0, {}, {}, config_hash(run.config), run.config.recipe, backbone)
+    save_checkpoint(run.path, meta, model, {})
+    path = export_checkpoint(run, format, tmp_path / "weights.safetensors")
+    if format == "adapter":
+        again = model_from_file(path, run.config)
+    else:
+        with pytest.raises(UserError, match="plain CLIP"):
+            model_from_file(path, run.config)
+        zero_shot = build_config(run.config, {"model.tuning": "none", "model.pretrained": str(path)})
+        again = make_task(zero_shot).build_model().eval()
+    assert torch.equal(features(again), features(model.eval()))  # training mode rounds otherwise
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"model.x.mmadapter.a": 3}}, "other things under"),
+        ({"model": {}, "config": argparse.Namespace(a=1)}, r"argparse\.Namespace.*save only"),
+    ],
+)
+def test_a_file_with_other_things_names_the_way_out(random_run, tmp_path, content, message):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(tmp_path / "odd.pth", random_run.config, tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing_half_made(random_run, released, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        import_checkpoint(released, random_run.config, tmp_path / "imported")
+    with pytest.raises(UserError, match="No space left"):
+        export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_onto_a_folder_is_refused(random_run, released, tmp_path):
+    with pytest.raises(UserError, match="choose another --out"):
+        import_checkpoint(released, random_run.config, tmp_path)

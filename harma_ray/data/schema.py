@@ -189,12 +189,19 @@ class RowIndex:
         return len(self.shard)
 
 
+def _open_shard(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read shard {path} ({error}); convert the split again with --overwrite") from error
+
+
 def index_rows(split: Split) -> RowIndex:
     """Reads the positions and caption counts of all rows of a split, without touching image bytes."""
     shards, groups, offsets, group_in_shard, counts = [], [], [], [], []
     total_bytes = 0
     for number, path in enumerate(split.shard_paths()):
-        with pq.ParquetFile(path) as file:
+        with _open_shard(path) as file:
             if not file.schema_arrow.equals(IMAGE_SCHEMA):
                 raise UserError(f"{path} does not have the columns of a converted data set; convert the split again")
             image_column = IMAGE_SCHEMA.get_field_index("image")

@@ -87,3 +87,11 @@ def test_a_missing_shard_is_named(scenes_copy):
 def test_a_missing_split_is_named_with_those_there(scenes):
     with pytest.raises(UserError, match=r"no split `nope`.*train, val, test"):
         open_split(scenes, "nope")
+
+
+def test_a_damaged_shard_is_named(scenes_copy):
+    split = open_split(scenes_copy, "train")
+    path = split.shard_paths()[0]
+    path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(UserError, match=r"cannot read shard .*part-00000"):
+        index_rows(split)

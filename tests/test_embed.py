@@ -1,0 +1,79 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from harma_ray.api import load_run
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import Place, local_batches
+from harma_ray.embed import embed
+from harma_ray.engine import run_evaluation
+from harma_ray.errors import UserError
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore:.*use_(polars|push_based_shuffle|arrow_tensor_v2):DeprecationWarning"),
+]
+
+
+def images_of(scenes):
+    return [
+        row for path in open_split(scenes, "test").shard_paths() for row in pq.read_table(path)["image"].to_pylist()
+    ]
+
+
+def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_path, ray_cluster):
+    evaluation, _ = run_evaluation(
+        random_run.task, random_run.config, random_run.best_checkpoint(), "test", place=Place(), reader=local_batches
+    )
+    details, retriever = evaluation.details, load_run(random_run.path, "cpu")
+    summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4, num_actors=2)
+    assert "11 image and 55 text vectors of width 128" in summary
+    table = pq.read_table(tmp_path / "vectors" / "vectors.parquet")
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 128)
+    rows = table.to_pylist()
+    images = torch.tensor([row["vector"] for row in rows if row["kind"] == "image"])
+    texts = torch.tensor([row["vector"] for row in rows if row["kind"] == "text"])
+    torch.testing.assert_close(images, details.image_embeddings)
+    torch.testing.assert_close(texts, details.text_embeddings)
+    torch.testing.assert_close(images, retriever.encode_images(images_of(scenes)))
+    assert [row["text"] for row in rows if row["kind"] == "text"] == details.texts
+    assert len({row["id"] for row in rows}) == 66
+    manifest = json.loads((tmp_path / "vectors" / "manifest.json").read_text())
+    assert manifest["counts"] == {"image": 11, "text": 55}
+    assert manifest["width"] == 128
+    with pytest.raises(UserError, match="exists"):
+        embed(random_run, scenes, tmp_path / "vectors")
+
+
+def test_bad_images_of_a_folder_are_listed_and_limited(random_run, scenes, tmp_path, ray_cluster):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "good.png").write_bytes(images_of(scenes)[0])
+    (folder / "bad.png").write_bytes(b"nothing")
+    (folder / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"bad\.png"):
+        embed(random_run, folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    assert "left out: bad.png" in embed(random_run, folder, tmp_path / "out", max_bad=1)
+    (row,) = pq.read_table(tmp_path / "out" / "vectors.parquet").to_pylist()
+    assert (row["id"], row["kind"], row["text"]) == ("deep/good.png", "image", None)
+
+
+def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):
+    shard = open_split(scenes_copy, "test").shard_paths()[0]
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="cannot read"):
+        embed(random_run, scenes_copy, tmp_path / "out", split="test")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_gpu": True}, "has 0"), ({"num_actors": 0}, "`num_actors`"), ({"batch_size": 0}, "`batch_size`")],
+)
+def test_what_could_never_run_is_refused_at_once(random_run, scenes, tmp_path, ray_cluster, options, message):
+    with pytest.raises(UserError, match=message):
+        embed(random_run, scenes, tmp_path / "out", **options)
