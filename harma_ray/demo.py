@@ -25,7 +25,7 @@ from harma_ray.runs import create_run
 from harma_ray.session import train_and_print
 
 SOURCE_STYLE, TARGET_STYLE = "summer", "winter"
-SOURCE_COUNTS = {"train": 1600, "val": 200}
+SOURCE_COUNTS = {"train": 2000, "val": 200}
 TARGET_COUNTS = {"train": 1000, "val": 200, "test": 400}
 _METRICS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
 

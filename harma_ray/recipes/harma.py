@@ -378,7 +378,7 @@ def harma_scenes() -> HarmaConfig:
         recipe="harma-scenes",
         model=ModelConfig(architecture="scenes-tiny", text_tokens="trim"),
         optim=OptimConfig(learning_rate=4e-3),
-        train=TrainConfig(epochs=2, global_batch_size=128),
+        train=TrainConfig(epochs=3, global_batch_size=128),
         augmentation=Augmentation(min_scale=0.7, num_operations=0),
     )
 
