@@ -13,8 +13,7 @@ import torch
 from harma_ray.cluster import ray_cluster
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.data.order import training_order
-from harma_ray.data.schema import open_split
+from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.engine import autocast_of, default_place, train_step
 from harma_ray.optim import build_optimizer
@@ -31,14 +30,8 @@ def bare_loop(config, steps: int) -> float:
     task, device = make_task(config), torch.device(place.device)
     model = task.build_model().to(device).train()
     optimizer = build_optimizer(model, config.optim, device)
-    order = training_order(
-        open_split(config.data.path, "train"),
-        seed=0,
-        global_batch_size=config.train.global_batch_size,
-        shuffle_window_mb=256,
-    )
     stream = TrainingStream(
-        order, task.transform(training=True), config.data, Place(device=place.device), local_batches
+        planned_order(config), task.transform(training=True), config.data, Place(device=place.device), local_batches
     ).steps(0, 1)
     batches = [next(stream) for _ in range(steps)]
     for number, batch in enumerate(batches):

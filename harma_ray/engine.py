@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harma_ray.accumulation import PartialForward
 from harma_ray.checkpoint import load_weights
 from harma_ray.config import RunConfig, TrainConfig
-from harma_ray.data.order import training_order
+from harma_ray.data.order import planned_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.models.weights import backbone_fingerprint
@@ -48,7 +48,7 @@ def wrap_model(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
     """Returns what a step calls: the model, compiled if asked for, averaging gradients over the workers."""
     forward: Any = torch.compile(model) if train.compile else model
     if place.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
     return forward
 
 
@@ -65,13 +65,7 @@ def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
 def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
     """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
     model = task.build_model().to(place.device)
-    order = training_order(
-        open_split(config.data.path, config.data.train_split),
-        seed=config.seed,
-        global_batch_size=config.train.global_batch_size,
-        shuffle_window_mb=config.data.shuffle_window_mb,
-    )
-    stream = TrainingStream(order, task.transform(training=True), config.data, place, reader)
+    stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, place, reader)
     batches = stream.steps(0, 1)
     train_step(task, model.train(), next(batches), config.train, autocast_of(config.train, torch.device(place.device)))
     batches.close()

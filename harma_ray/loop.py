@@ -1,4 +1,4 @@
-"""The training loop: read it top to bottom. It does not know who runs it.
+"""The training loop. It does not know who runs it.
 
 It is given its place among the workers, a reader for its streams, and a reporter that hears every evaluation: Ray
 Train, a Ray Tune trial, or nobody. What it finds in the run's folder decides where it starts.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from harma_ray.checkpoint import (
     CheckpointMeta,
@@ -30,7 +30,7 @@ from harma_ray.checkpoint import (
     save_checkpoint,
 )
 from harma_ray.config import RunConfig, config_hash, to_dict
-from harma_ray.data.order import training_order
+from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.distributed import barrier, gather_rows
@@ -92,194 +92,22 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
-    with contextlib.ExitStack() as at_exit:
-        return _run(task, config, run_dir, place, reader, reporter, at_exit)
-
-
-def _run(
-    task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter,
-    at_exit: contextlib.ExitStack,
-) -> dict[str, Any]:  # fmt: skip
-    train, data = config.train, config.data
-    _check_batch(config, place.world_size)
+    check_batch(config, place.world_size)
     torch.manual_seed(config.seed)
-    order = training_order(
-        open_split(data.path, data.train_split),
-        seed=config.seed,
-        global_batch_size=train.global_batch_size,
-        shuffle_window_mb=data.shuffle_window_mb,
-    )
-    total_steps = order.steps_per_epoch * train.epochs
-    selection_split = data.val_split if train.select_on == "val" else data.test_split
-    selection = EvaluationStream(open_split(data.path, selection_split), data, place, reader)
-
-    device = torch.device(place.device)
-    model = task.build_model()
-    backbone = backbone_fingerprint(model)
-    model.to(device)
-    optimizer = build_optimizer(model, config.optim, device)
-    schedule = build_schedule(optimizer, config.optim, total_steps)
-    progress = Progress()
-    checkpoints = list_checkpoints(run_dir)
-    if checkpoints:
-        _restore(checkpoints[-1], model, backbone, optimizer, schedule, progress, config, place.rank)
-    tracker = None
-    if place.rank == 0:
-        tracker = Tracker(run_dir, start_step=progress.step)
-        at_exit.callback(tracker.close)
-    forward = wrap_model(model, train, place)
-    autocast = autocast_of(train, device)
-
-    def save(epoch: float, metrics: dict[str, float]) -> None:
-        rng = gather_rows(torch.get_rng_state()[None].to(device)).cpu()
-        cuda_rng = (
-            gather_rows(torch.cuda.get_rng_state(device)[None].to(device)).cpu() if device.type == "cuda" else None
-        )
-        if tracker is not None:
-            meta = CheckpointMeta(
-                progress.step, epoch, metrics, asdict(progress), config_hash(config), config.recipe, backbone
-            )
-            state = {
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "rng": rng,
-                "cuda_rng": cuda_rng,
-            }
-            save_checkpoint(run_dir, meta, model, state)
-            prune_checkpoints(run_dir, task.objective, train.keep_checkpoints)
-        barrier()
-
-    def evaluate(stream: EvaluationStream) -> Evaluation:
-        model.eval()
-        with torch.no_grad(), autocast():
-            return task.evaluate(model, stream)
-
-    def evaluate_and_save(epoch: int) -> bool:
-        """Evaluates on the selection split; returns whether patience has run out."""
-        started = time.perf_counter()
-        evaluation = evaluate(selection)
-        value = evaluation.metrics[task.objective]
-        if value > progress.best:
-            progress.best, progress.best_step, progress.without_improvement = value, progress.step, 0
-        else:
-            progress.without_improvement += 1
-        if tracker is not None:
-            tracker.log("evaluation", progress.step, evaluation.metrics, prefix=f"{selection.split.name}/", epoch=epoch,
-                        split=selection.split.name, seconds=round(time.perf_counter() - started, 3))  # fmt: skip
-            tracker.log("monitor", progress.step, task.monitor(model), prefix="model/", epoch=epoch)
-            picture = task.picture(evaluation, selection.split)
-            if picture is not None:
-                tracker.log_image("retrievals", progress.step, picture)
-        save(epoch, evaluation.metrics)
-        reporter({"epoch": epoch, "step": progress.step, **evaluation.metrics})
-        return 0 < train.early_stopping_patience <= progress.without_improvement
-
-    stopped = 0 < train.early_stopping_patience <= progress.without_improvement
-    if not checkpoints:
-        evaluate_and_save(0)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if trainable and not stopped and progress.step < total_steps:
-        stream = TrainingStream(order, task.transform(training=True), data, place, reader)
-        batches = stream.steps(progress.step, train.epochs)
-        at_exit.callback(batches.close)
-        meter = Meter(train.global_batch_size)
-        for batch in timed(batches, meter):
-            model.train()
-            terms = train_step(task, forward, batch, train, autocast)
-            loss_values = {name: float(term) for name, term in terms.items()}
-            if not all(map(math.isfinite, loss_values.values())):
-                raise TrainingDiverged(_diverged(loss_values, progress.step + 1, place.rank))
-            limit = config.optim.clip_grad_norm or math.inf
-            grad_norm = torch.nn.utils.clip_grad_norm_(trainable, limit)
-            learning_rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step += 1
-            meter.count()
-            epoch, rest = divmod(progress.step, order.steps_per_epoch)
-            if tracker is not None and (progress.step % train.log_every_steps == 0 or progress.step == 1):
-                values = {
-                    "loss": sum(loss_values.values()),
-                    **{f"loss_{name}": value for name, value in loss_values.items()},
-                    "learning_rate": learning_rate,
-                    "grad_norm": float(grad_norm),
-                    **meter.read(device),
-                }
-                tracker.log("step", progress.step, values, prefix="train/", epoch=progress.step / order.steps_per_epoch)
-            if rest == 0 and (epoch % train.eval_every_epochs == 0 or epoch == train.epochs):
-                progress.seconds += meter.lap()
-                if evaluate_and_save(epoch):
-                    stopped = True
-                    break
-                meter.reset()
-            elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
-                save(progress.step / order.steps_per_epoch, {})
-
-    return _finish(task, config, run_dir, model, backbone, progress, selection, evaluate, place, reader, tracker,
-                   stopped, total_steps)  # fmt: skip
+    training = _Training(task, config, run_dir, place, reader, reporter)
+    with contextlib.closing(training):
+        if not training.resume():
+            training.evaluate_and_save(0)
+        training.train()
+        return training.finish()
 
 
-def _finish(
-    task: Task, config: RunConfig, run_dir: Path, model: nn.Module, backbone: str, progress: Progress,
-    selection: EvaluationStream, evaluate: Callable[[EvaluationStream], Evaluation], place: Place, reader: Reader,
-    tracker: Tracker | None, stopped: bool, total_steps: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Loads the best weights, evaluates test once, and writes the final report."""
-    data = config.data
-    best_path = checkpoint_path(run_dir, progress.best_step)
-    load_weights(best_path, model, backbone=backbone)
-    selected = evaluate(selection)
-    results = {selection.split.name: selected.metrics}
-    if data.test_split != selection.split.name and data.test_split in list_splits(data.path):
-        test = EvaluationStream(open_split(data.path, data.test_split), data, place, reader)
-        results[data.test_split] = evaluate(test).metrics
-    parameters = list(model.parameters())
-    report = {
-        "recipe": config.recipe,
-        "objective": task.objective,
-        "selected_on": selection.split.name,
-        "best_step": progress.best_step,
-        "best_epoch": read_meta(best_path).epoch,
-        "steps": progress.step,
-        "planned_steps": total_steps,
-        "stopped_early": stopped,
-        "training_seconds": round(progress.seconds, 1),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "parameters": sum(p.numel() for p in parameters),
-        "checkpoint": str(best_path.relative_to(run_dir)),
-        "checkpoint_bytes": sum(file.stat().st_size for file in best_path.iterdir()),
-        "metrics": results,
-    }
-    if tracker is not None:
-        for split, metrics in results.items():
-            tracker.log("final", progress.step, metrics, prefix=f"final_{split}/", split=split)
-        tracker.log_hparams(
-            flat_settings(config), {f"{split}_{k}": v for split, m in results.items() for k, v in m.items()}
-        )
-        projection = task.projection(selected, selection.split)
-        if projection is not None:
-            tracker.log_embeddings(projection, progress.step)
-        partial = run_dir / f".{REPORT_NAME}.partial"
-        partial.write_text(json.dumps(report, indent=1))
-        os.replace(partial, run_dir / REPORT_NAME)
-    return report
+def check_batch(config: RunConfig, world_size: int) -> None:
+    """Checks that a global batch can be shared out.
 
-
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns the settings with dotted keys."""
-
-    def flatten(raw: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in raw.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(flatten(to_dict(config), ""))
-
-
-def _check_batch(config: RunConfig, world_size: int) -> None:
+    Raises:
+        UserError: If it does not divide by the number of workers, or a worker's share into its parts.
+    """
     size = config.train.global_batch_size
     if size % world_size:
         low = size - size % world_size
@@ -294,29 +122,228 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _restore(
-    path: Path, model: nn.Module, backbone: str, optimizer: torch.optim.Optimizer, schedule: Any, progress: Progress,
-    config: RunConfig, rank: int,
-) -> None:  # fmt: skip
-    meta = load_weights(path, model, backbone=backbone)
-    if meta.config_hash != config_hash(config):
-        raise UserError(
-            f"{path} was written with other settings; resume with the run's own config.yaml, or start a new run"
+class _Training:
+    """One worker's part in a run."""
+
+    def __init__(self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter):
+        """Builds everything as it is at step 0; nothing is written yet."""
+        self._task, self._config, self._run_dir = task, config, run_dir
+        self._place, self._reader, self._reporter = place, reader, reporter
+        self._order = planned_order(config)
+        self._total_steps = self._order.steps_per_epoch * config.train.epochs
+        data = config.data
+        selected_on = data.val_split if config.train.select_on == "val" else data.test_split
+        self._selection = EvaluationStream(open_split(data.path, selected_on), data, place, reader)
+        self._device = torch.device(place.device)
+        self._model = task.build_model()
+        self._backbone = backbone_fingerprint(self._model)
+        self._model.to(self._device)
+        self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._optimizer = build_optimizer(self._model, config.optim, self._device)
+        self._schedule = build_schedule(self._optimizer, config.optim, self._total_steps)
+        self._autocast = autocast_of(config.train, self._device)
+        self._progress = Progress()
+        self._tracker: Tracker | None = None  # worker 0 keeps the record
+
+    def resume(self) -> bool:
+        """Goes to the last checkpoint if there is one, and opens the record; returns whether there was one."""
+        checkpoints = list_checkpoints(self._run_dir)
+        if checkpoints:
+            self._restore(checkpoints[-1])
+        if self._place.rank == 0:
+            self._tracker = Tracker(self._run_dir, start_step=self._progress.step)
+        return bool(checkpoints)
+
+    def close(self) -> None:
+        """Closes the record."""
+        if self._tracker is not None:
+            self._tracker.close()
+
+    def train(self) -> None:
+        """Takes the remaining steps, with evaluations and checkpoints, until the end or until patience runs out."""
+        train, progress, per_epoch = self._config.train, self._progress, self._order.steps_per_epoch
+        if not self._trainable or self._out_of_patience or progress.step >= self._total_steps:
+            return
+        forward = wrap_model(self._model, train, self._place)
+        stream = TrainingStream(
+            self._order, self._task.transform(training=True), self._config.data, self._place, self._reader
         )
-    state = load_state(path)
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    for entry in fields(Progress):
-        setattr(progress, entry.name, meta.progress[entry.name])
-    if rank < len(state["rng"]):
-        torch.set_rng_state(state["rng"][rank])
+        meter = Meter(train.global_batch_size)
+        with contextlib.closing(stream.steps(progress.step, train.epochs)) as batches:
+            for batch in timed(batches, meter):
+                self._model.train()
+                losses = self._check_finite(train_step(self._task, forward, batch, train, self._autocast))
+                grad_norm, learning_rate = self._update()
+                meter.count()
+                if progress.step % train.log_every_steps == 0 or progress.step == 1:
+                    self._log_step(losses, grad_norm, learning_rate, meter)
+                epoch, rest = divmod(progress.step, per_epoch)
+                if rest == 0 and (epoch % train.eval_every_epochs == 0 or epoch == train.epochs):
+                    progress.seconds += meter.lap()
+                    self.evaluate_and_save(epoch)
+                    if self._out_of_patience:
+                        return
+                    meter.reset()
+                elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
+                    self._save(progress.step / per_epoch, {})
+
+    def evaluate_and_save(self, epoch: int) -> None:
+        """Evaluates on the split that selects the best epoch, writes a checkpoint, and reports."""
+        progress, selection = self._progress, self._selection
+        started = time.perf_counter()
+        evaluation = self._evaluate(selection)
+        value = evaluation.metrics[self._task.objective]
+        if value > progress.best:
+            progress.best, progress.best_step, progress.without_improvement = value, progress.step, 0
+        else:
+            progress.without_improvement += 1
+        if self._tracker is not None:
+            seconds, split = round(time.perf_counter() - started, 3), selection.split.name
+            self._tracker.log(
+                "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=epoch, split=split,
+                seconds=seconds,
+            )  # fmt: skip
+            monitored = self._task.monitor(self._model)
+            self._tracker.log("monitor", progress.step, monitored, prefix="model/", epoch=epoch)
+            picture = self._task.picture(evaluation, selection.split)
+            if picture is not None:
+                self._tracker.log_image("retrievals", progress.step, picture)
+        self._save(epoch, evaluation.metrics)
+        self._reporter({"epoch": epoch, "step": progress.step, **evaluation.metrics})
+
+    def finish(self) -> dict[str, Any]:
+        """Loads the best weights, evaluates test once, and writes the final report."""
+        data, selected_on = self._config.data, self._selection.split.name
+        best = checkpoint_path(self._run_dir, self._progress.best_step)
+        load_weights(best, self._model, backbone=self._backbone)
+        selected = self._evaluate(self._selection)
+        results = {selected_on: selected.metrics}
+        if data.test_split != selected_on and data.test_split in list_splits(data.path):
+            test = EvaluationStream(open_split(data.path, data.test_split), data, self._place, self._reader)
+            results[data.test_split] = self._evaluate(test).metrics
+        report = self._report(best, results)
+        if self._tracker is not None:
+            for split, metrics in results.items():
+                self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
+            finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
+            self._tracker.log_hparams(flat_settings(self._config), finals)
+            projection = self._task.projection(selected, self._selection.split)
+            if projection is not None:
+                self._tracker.log_embeddings(projection, self._progress.step)
+            partial = self._run_dir / f".{REPORT_NAME}.partial"
+            partial.write_text(json.dumps(report, indent=1))
+            os.replace(partial, self._run_dir / REPORT_NAME)
+        return report
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self._config.train.early_stopping_patience <= self._progress.without_improvement
+
+    def _evaluate(self, stream: EvaluationStream) -> Evaluation:
+        self._model.eval()
+        with torch.no_grad(), self._autocast():
+            return self._task.evaluate(self._model, stream)
+
+    def _check_finite(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        values = {name: float(term) for name, term in terms.items()}
+        if not all(map(math.isfinite, values.values())):
+            listed = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise TrainingDiverged(
+                f"the loss is not finite at step {self._progress.step + 1} on worker {self._place.rank} ({listed}); "
+                "lower optim.learning_rate, set optim.clip_grad_norm, or train in fp32, and resume from the last "
+                "checkpoint"
+            )
+        return values
+
+    def _update(self) -> tuple[Tensor, float]:
+        """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate."""
+        limit = self._config.optim.clip_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._trainable, limit)
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._progress.step += 1
+        return grad_norm, learning_rate
+
+    def _log_step(self, losses: dict[str, float], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
+        if self._tracker is None:
+            return
+        values = {
+            "loss": sum(losses.values()),
+            **{f"loss_{name}": value for name, value in losses.items()},
+            "learning_rate": learning_rate,
+            "grad_norm": float(grad_norm),
+            **meter.read(self._device),
+        }
+        step = self._progress.step
+        self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)
+
+    def _save(self, epoch: float, metrics: dict[str, float]) -> None:
+        """Writes a checkpoint with every worker's random state, and deletes those that are not kept."""
+        rng = gather_rows(torch.get_rng_state()[None].to(self._device)).cpu()
+        cuda_rng = None
+        if self._device.type == "cuda":
+            cuda_rng = gather_rows(torch.cuda.get_rng_state(self._device)[None].to(self._device)).cpu()
+        if self._place.rank == 0:
+            config, progress = self._config, self._progress
+            meta = CheckpointMeta(
+                progress.step, epoch, metrics, asdict(progress), config_hash(config), config.recipe, self._backbone
+            )
+            state = {
+                "optimizer": self._optimizer.state_dict(),
+                "schedule": self._schedule.state_dict(),
+                "rng": rng,
+                "cuda_rng": cuda_rng,
+            }
+            save_checkpoint(self._run_dir, meta, self._model, state)
+            prune_checkpoints(self._run_dir, self._task.objective, config.train.keep_checkpoints)
+        barrier()
+
+    def _restore(self, path: Path) -> None:
+        meta = load_weights(path, self._model, backbone=self._backbone)
+        if meta.config_hash != config_hash(self._config):
+            raise UserError(
+                f"{path} was written with other settings; resume with the run's own config.yaml, or start a new run"
+            )
+        state = load_state(path)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._progress = Progress(**{entry.name: meta.progress[entry.name] for entry in fields(Progress)})
+        rank = self._place.rank
+        if rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][rank])
         if state["cuda_rng"] is not None and torch.cuda.is_available() and rank < len(state["cuda_rng"]):
-            torch.cuda.set_rng_state(state["cuda_rng"][rank])
+            torch.cuda.set_rng_state(state["cuda_rng"][rank], self._device)
+
+    def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+        parameters = list(self._model.parameters())
+        return {
+            "recipe": self._config.recipe,
+            "objective": self._task.objective,
+            "selected_on": self._selection.split.name,
+            "best_step": self._progress.best_step,
+            "best_epoch": read_meta(best).epoch,
+            "steps": self._progress.step,
+            "planned_steps": self._total_steps,
+            "stopped_early": self._out_of_patience,
+            "training_seconds": round(self._progress.seconds, 1),
+            "trainable_parameters": sum(p.numel() for p in self._trainable),
+            "parameters": sum(p.numel() for p in parameters),
+            "checkpoint": str(best.relative_to(self._run_dir)),
+            "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
+            "metrics": results,
+        }
 
 
-def _diverged(terms: dict[str, float], step: int, rank: int) -> str:
-    listed = ", ".join(f"{name}={value}" for name, value in terms.items())
-    return (
-        f"the loss is not finite at step {step} on worker {rank} ({listed}); lower optim.learning_rate, set "
-        "optim.clip_grad_norm, or train in fp32, and resume from the last checkpoint"
-    )
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings with dotted keys."""
+
+    def flatten(raw: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in raw.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(flatten(to_dict(config), ""))

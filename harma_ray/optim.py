@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device 
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.epsilon,
-        fused=torch.device(device).type == "cuda",
+        fused=True,
     )
 
 

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from harma_ray.cluster import Cluster, plan_workers, ray_cluster
 from harma_ray.config import RunConfig, build_config, to_yaml
-from harma_ray.data.order import training_order
+from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.engine import default_place, parameters_without_gradient, run_evaluation
@@ -73,11 +73,8 @@ def train_and_print(run: Run, cluster: Cluster) -> dict[str, Any]:
     """Trains a run on a cluster that is there, with progress, and prints the results."""
     config, started = run.config, time.perf_counter()
     plan = plan_workers(config, cluster)
-    split = open_split(config.data.path, config.data.train_split)
-    order = training_order(
-        split, seed=config.seed, global_batch_size=config.train.global_batch_size,
-        shuffle_window_mb=config.data.shuffle_window_mb,
-    )  # fmt: skip
+    order = planned_order(config)
+    split = order.split
     steps = order.steps_per_epoch * config.train.epochs
     print(f"\nrun        {run.path}")
     print(f"recipe     {config.recipe}, seed {config.seed}")
@@ -207,12 +204,8 @@ def check_data(config: RunConfig) -> None:
     data = config.data
     if not data.path:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
-    split = open_split(data.path, data.train_split)
+    planned_order(config)
     open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)
-    training_order(
-        split, seed=config.seed, global_batch_size=config.train.global_batch_size,
-        shuffle_window_mb=data.shuffle_window_mb,
-    )  # fmt: skip
     if data.test_split not in list_splits(data.path):
         print(f"notice: {data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")
     make_task(config).check()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from harma_ray.config import RunConfig, build_config, to_dict
 from harma_ray.data.stream import Place
 from harma_ray.engine import run_evaluation
 from harma_ray.errors import UserError
-from harma_ray.loop import run_training
+from harma_ray.loop import check_batch, run_training
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.task import Evaluation
@@ -42,6 +43,7 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
         UserError: For what the user can mend, wherever it was found.
     """
     plan = plan_workers(run.config, cluster)
+    check_batch(run.config, plan.num_workers)
     require_shared_folder(run.path, cluster)
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, done, on_record), daemon=True)
@@ -104,7 +106,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from harma_ray.data.ray_stream import ray_batches
 
     config, place = _enter(settings)
-    with _recording(settings, place):
+    with _leaving_word(settings, place):
         return run_training(
             make_task(config),
             config,
@@ -120,7 +122,7 @@ def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
 
     config, place = _enter(settings)
     checkpoint = settings["checkpoint"] and Path(settings["checkpoint"])
-    with _recording(settings, place):
+    with _leaving_word(settings, place):
         evaluation, _ = run_evaluation(
             make_task(config), config, checkpoint, settings["split"], place=place, reader=ray_batches
         )
@@ -149,21 +151,20 @@ def _enter(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
     return config, place
 
 
-class _recording:
+@contextlib.contextmanager
+def _leaving_word(settings: dict[str, Any], place: Place) -> Iterator[None]:
     """Leaves a user's error in a file before it ends the worker, so that the driver can show it as it is."""
-
-    def __init__(self, settings: dict[str, Any], place: Place):
-        self._file = Path(settings["failures"]) / f"worker-{place.rank:04d}.txt"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    try:
+        yield
+    except BaseException as raised:
+        error: BaseException | None = raised
         while error is not None and not isinstance(error, UserError):
             error = error.__cause__
         if error is not None:
-            self._file.parent.mkdir(exist_ok=True)
-            self._file.write_text(str(error))
+            file = Path(settings["failures"]) / f"worker-{place.rank:04d}.txt"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(str(error))
+        raise
 
 
 def _follow(path: Path, done: threading.Event, on_record: Callable[[dict[str, Any]], None]) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harma_ray.data.schema import RowIndex, Split, index_rows
+from harma_ray.config import RunConfig
+from harma_ray.data.schema import RowIndex, Split, index_rows, open_split
 from harma_ray.errors import UserError
 
 MAX_CHUNK_SAMPLES = 4096
@@ -140,6 +141,17 @@ def training_order(split: Split, *, seed: int, global_batch_size: int, shuffle_w
             f"got {global_batch_size}; use {order.num_samples} or less"
         )
     return order
+
+
+def planned_order(config: RunConfig) -> TrainingOrder:
+    """Indexes the training split of a run; see `training_order`."""
+    data = config.data
+    return training_order(
+        open_split(data.path, data.train_split),
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        shuffle_window_mb=data.shuffle_window_mb,
+    )
 
 
 def worker_rows(num_rows: int, rank: int, world_size: int) -> np.ndarray:

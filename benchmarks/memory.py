@@ -1,0 +1,102 @@
+"""Peak memory of driver, Ray and workers while training on a small and on a ten times larger data set (Linux).
+
+Memory is what the processes own: anonymous pages and shared memory (Ray's object store), each shared page counted once;
+pages of files that the kernel may drop at any time are left out.
+
+Run: python benchmarks/memory.py [--images 2000 20000] [--size 64] [--workers 2]
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+from harma_ray.cluster import ray_cluster
+from harma_ray.config import build_config
+from harma_ray.data.convert.commands import convert_scenes
+from harma_ray.recipes import recipe_config
+from harma_ray.runs import create_run
+from harma_ray.train import train
+
+MIB = 2**20
+
+
+def family(root: int) -> list[int]:
+    """Returns a process and all its descendants."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def owned_bytes(pid: int) -> int:
+    """Returns a process's anonymous and shared memory, shared pages divided by those who share them."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
+    return sizes["Pss_Anon"] + sizes["Pss_Shmem"]
+
+
+class Watch:
+    """Samples the memory of this process and its descendants until it is left."""
+
+    def __enter__(self):
+        """Starts sampling."""
+        self.peak, self.peak_driver, self._done = 0, 0, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        """Stops sampling."""
+        self._done.set()
+        self._thread.join()
+
+    def _run(self):
+        while not self._done.wait(1.0):
+            sizes = {pid: owned_bytes(pid) for pid in family(os.getpid())}
+            self.peak = max(self.peak, sum(sizes.values()))
+            self.peak_driver = max(self.peak_driver, sizes[os.getpid()])
+
+
+def main() -> None:
+    """Trains an epoch on each data set, in clusters of their own, and prints the peaks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, nargs="+", default=[2000, 20000])
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    peaks = []
+    with tempfile.TemporaryDirectory() as name:
+        for images in options.images:
+            folder = Path(name) / str(images)
+            with ray_cluster():
+                convert_scenes(folder / "data", {"train": images, "val": 200}, style="winter", size=options.size)
+            stored = sum(file.stat().st_size for file in (folder / "data" / "train").glob("*.parquet"))
+            changes = {"data.path": str(folder / "data"), "train.epochs": 1, "scaling.num_workers": options.workers}
+            config = build_config(recipe_config("harma-scenes"), changes)
+            with ray_cluster() as cluster, Watch() as watch:
+                report = train(create_run(folder, "run", config), cluster, on_record=lambda record: None)
+            peaks.append(watch.peak)
+            print(
+                f"{images:6d} images ({stored / MIB:5.0f} MiB of shards), {report['steps']} steps: peak of all processes "
+                f"{watch.peak / MIB:5.0f} MiB, of the driver {watch.peak_driver / MIB:4.0f} MiB; checkpoint "
+                f"{report['checkpoint_bytes'] / MIB:.1f} MiB, of it trained {report['trainable_parameters']:,} of "
+                f"{report['parameters']:,} parameters",
+                flush=True,
+            )
+    print(f"ratio of the last peak to the first: {peaks[-1] / peaks[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
