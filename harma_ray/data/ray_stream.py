@@ -6,6 +6,7 @@ Kept free of torch: the process of a read task starts in half the time and memor
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     quiet_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [_Pause]  # type: ignore[list-item]  # its base is private
     config = how.config
     dataset = ray.data.read_datasource(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
@@ -47,6 +49,28 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         )
         return iter(dataset.iter_torch_batches(**options))
     return iter(dataset.iter_torch_batches(collate_fn=_Collate(how), **options))
+
+
+class _Pause:
+    """Rests between two steps of Ray Data's scheduling loop.
+
+    The loop waits for tasks with something to take, and does not take it while enough batches are ready: with the
+    data ahead of the training, as it should be, it would spin on a whole core of the worker (Ray 2.60).
+    """
+
+    seconds = 0.02
+
+    def before_execution_starts(self, executor: Any) -> None:
+        pass
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(self.seconds)
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        pass
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        pass
 
 
 class _ChunkSource(Datasource):
