@@ -88,13 +88,11 @@ def main() -> None:
             with ray_cluster() as cluster, Watch() as watch:
                 report = train(create_run(folder, "run", config), cluster, on_record=lambda record: None)
             peaks.append(watch.peak)
-            print(
-                f"{images:6d} images ({stored / MIB:5.0f} MiB of shards), {report['steps']} steps: peak of all processes "
-                f"{watch.peak / MIB:5.0f} MiB, of the driver {watch.peak_driver / MIB:4.0f} MiB; checkpoint "
-                f"{report['checkpoint_bytes'] / MIB:.1f} MiB, of it trained {report['trainable_parameters']:,} of "
-                f"{report['parameters']:,} parameters",
-                flush=True,
-            )
+            print(f"{images} images, {stored / MIB:.0f} MiB of shards, {report['steps']} steps")
+            print(f"  peak of all processes   {watch.peak / MIB:6.0f} MiB")
+            print(f"  peak of the driver      {watch.peak_driver / MIB:6.0f} MiB")
+            size = report["checkpoint_bytes"] / MIB
+            print(f"  checkpoint              {size:6.1f} MiB, optimiser state included", flush=True)
     print(f"ratio of the last peak to the first: {peaks[-1] / peaks[0]:.2f}")
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from harma_ray.data.captions import clean_caption
-from harma_ray.data.images import BadImage, _to_rgb, decode_image
+from harma_ray.data.images import BadImage, decode_image, to_rgb
 from harma_ray.data.transforms import eval_transform
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
@@ -61,7 +61,7 @@ class Retriever:
         name = str(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
         try:
             if isinstance(image, Image.Image):
-                return eval_transform(_to_rgb(ImageOps.exif_transpose(image)), self._size)
+                return eval_transform(to_rgb(ImageOps.exif_transpose(image)), self._size)
             data = image if isinstance(image, bytes) else Path(image).expanduser().read_bytes()
             return eval_transform(decode_image(data, max_pixels=self.config.data.max_pixels), self._size)
         except OSError as error:

@@ -256,10 +256,13 @@ def _add_evaluate(commands: Any) -> None:
     )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", help="folder of a run; its best checkpoint is evaluated")
-    source.add_argument("--checkpoint", help="adapter file, released .pth file or checkpoint folder; needs --recipe")
-    source.add_argument("--zero-shot", action="store_true", help="the recipe's backbone as it is; needs --recipe")
-    parser.add_argument("--recipe", help="recipe of the checkpoint")
-    parser.add_argument("--config", help=argparse.SUPPRESS)
+    source.add_argument(
+        "--checkpoint", help="adapter file, released .pth file or checkpoint folder; needs --recipe or --config"
+    )
+    source.add_argument("--zero-shot", action="store_true", help="the recipe's backbone as it is")
+    built = parser.add_mutually_exclusive_group()
+    built.add_argument("--recipe", help="recipe of the checkpoint or backbone")
+    built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
     parser.add_argument("--data", help="folder of the converted data set (default: the run's)")
     parser.add_argument("--split", default="test", help="split (default: test)")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
@@ -270,16 +273,19 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from harma_ray.config import build_config
+    from harma_ray.runs import open_run
     from harma_ray.session import evaluate_and_print
 
-    if not options.run and not options.recipe:
-        raise UserError("`--checkpoint` and `--zero-shot` need --recipe, which says how the model is built")
-    config = None
-    if not options.run:
+    if options.run:
+        config = build_config(open_run(options.run).config, _changes(options))
+    elif options.recipe or options.config:
         config = _config(options)
+    else:
+        raise UserError("`--checkpoint` and `--zero-shot` need --recipe or --config: how the model is built")
     evaluate_and_print(
-        run=options.run, checkpoint=options.checkpoint, config=config, changes=_changes(options), split=options.split,
-        json_file=options.json, report=options.report, num_workers=options.workers or 1, address=options.address,
+        config, options.run or options.checkpoint, split=options.split, json_file=options.json, report=options.report,
+        num_workers=options.workers or 1, address=options.address,
     )  # fmt: skip
 
 

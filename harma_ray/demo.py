@@ -15,7 +15,7 @@ from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import local_batches
-from harma_ray.engine import default_place, run_evaluation
+from harma_ray.engine import default_place, evaluate_split
 from harma_ray.errors import UserError
 from harma_ray.exchange import export_checkpoint
 from harma_ray.metrics import chance_recalls
@@ -69,19 +69,17 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dic
 def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
     config = adapted.config
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, tuning="none"))
-    place = default_place(config)
+    task, place = make_task(frozen), default_place(config)
     torch.set_num_threads(place.decode_threads)
     rows, results = [], {}
     for split in ("val", "test"):
-        before, _ = run_evaluation(make_task(frozen), frozen, None, split, place=place, reader=local_batches)
+        before = evaluate_split(task, frozen, task.build_model(), split, place=place, reader=local_batches)
         details = before.details
         chance = chance_recalls(details.image_of_text, details.texts, num_images=len(details.image_embeddings))
         after = adapted.report["metrics"][split]
         results = {"chance": chance, "step 0": before.metrics, "adapted": after}
         rows += [[split, kind, *(metrics[name] for name in _METRICS)] for kind, metrics in results.items()]
-    evaluation, _ = run_evaluation(
-        adapted.task, config, adapted.best_checkpoint(), "test", place=place, reader=local_batches
-    )
+    evaluation = evaluate_split(adapted.task, config, adapted.load_model(), "test", place=place, reader=local_batches)
     picture = out / "retrievals.png"
     retrieval_sheet(evaluation.details, open_split(config.data.path, "test")).save(picture)
     headers = ["split", "", "I2T R@1", "R@5", "R@10", "T2I R@1", "R@5", "R@10", "r_mean"]

@@ -7,7 +7,6 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.accumulation import PartialForward
-from harma_ray.checkpoint import load_weights
 from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
-from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.task import Evaluation, Task
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -72,38 +69,24 @@ def parameters_without_gradient(task: Task, config: RunConfig, place: Place, rea
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def run_evaluation(
-    task: Task,
-    config: RunConfig,
-    checkpoint: Path | None,
-    split: str,
-    *,
-    place: Place,
-    reader: Reader,
-    model: nn.Module | None = None,
-) -> tuple[Evaluation, nn.Module]:
-    """Evaluates a task's model on a split.
+def evaluate_split(
+    task: Task, config: RunConfig, model: nn.Module, split: str, *, place: Place, reader: Reader
+) -> Evaluation:
+    """Evaluates a model on a split.
 
     Args:
         task: What is evaluated.
         config: Settings; ``data.path`` is the data set.
-        checkpoint: Trained weights; None evaluates the model as it is built.
+        model: The unwrapped model; it is moved to the worker's device.
         split: Name of the split.
         place: This worker.
         reader: Who reads the shards.
-        model: What is evaluated; None builds the task's own.
-
-    Returns:
-        The evaluation and the model.
     """
     device = torch.device(place.device)
-    model = model or task.build_model()
-    if checkpoint is not None:
-        load_weights(checkpoint, model, backbone=backbone_fingerprint(model))
     model.to(device).eval()
     stream = EvaluationStream(open_split(config.data.path, split), config.data, place, reader)
     with torch.no_grad(), autocast_of(config.train, device)():
-        return task.evaluate(model, stream), model
+        return task.evaluate(model, stream)
 
 
 def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:

@@ -149,12 +149,13 @@ def _import_released(path: Path, state: dict[str, Tensor], config: Any, folder: 
     )
 
 
-def model_from_file(file: str | Path, config: Any) -> nn.Module:
+def load_model(file: str | Path | None, config: Any) -> nn.Module:
     """Builds a recipe's model with the weights of a file.
 
     Args:
         file: A run's folder (its best checkpoint), a checkpoint's folder, an adapter file (``.safetensors``), or a
-            released HarMA ``.pth``, which holds its own backbone and says how wide its adapters are.
+            released HarMA ``.pth``, which holds its own backbone and says how wide its adapters are. None = no file:
+            the model as the recipe builds it.
         config: Settings that the weights were trained with.
 
     Returns:
@@ -163,6 +164,8 @@ def model_from_file(file: str | Path, config: Any) -> nn.Module:
     Raises:
         UserError: If the file does not fit, listing what does not, or belongs to another backbone.
     """
+    if file is None:
+        return make_task(config).build_model().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()

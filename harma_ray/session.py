@@ -18,8 +18,9 @@ from harma_ray.config import RunConfig, build_config, to_yaml
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import local_batches
-from harma_ray.engine import default_place, parameters_without_gradient, run_evaluation
+from harma_ray.engine import default_place, evaluate_split, parameters_without_gradient
 from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
 from harma_ray.metrics import bootstrap_interval, chance_recalls
 from harma_ray.recipes import make_task
 from harma_ray.report import results_table, write_report
@@ -134,44 +135,36 @@ def check_gradients(config: RunConfig) -> None:
 
 
 def evaluate_and_print(
+    config: RunConfig,
+    file: str | None,
     *,
-    run: str | None,
-    checkpoint: str | None,
-    config: RunConfig | None,
-    changes: Mapping[str, Any],
     split: str,
-    json_file: str | None,
-    report: str | None,
-    num_workers: int,
-    address: str | None,
+    json_file: str | None = None,
+    report: str | None = None,
+    num_workers: int = 1,
+    address: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluates, prints a table with intervals and chance, writes JSON and the page if asked for."""
-    from harma_ray.exchange import model_from_file
+    """Evaluates, prints a table with intervals and chance, writes JSON and the page if asked for.
 
-    opened = open_run(run) if run else None
-    weights = None
-    if opened is not None:
-        config, weights = build_config(opened.config, changes), opened.best_checkpoint()
-    assert config is not None
+    Args:
+        config: Settings of the model and the data.
+        file: A run's folder or another file of weights, see `harma_ray.exchange.load_model`; None = as built.
+        split: Name of the split.
+        json_file: Where the figures go.
+        report: Folder of the page.
+        num_workers: More than one need Ray.
+        address: Cluster to join for that.
+    """
     config = absolute_paths(config)
-    data = open_split(config.data.path, split)
-    task = make_task(config)
-    model = model_from_file(checkpoint, config) if checkpoint else None
+    data, task = open_split(config.data.path, split), make_task(config)
     started = time.perf_counter()
+    model = load_model(file, config)
     if num_workers > 1:
-        if model is not None:
-            raise UserError("several workers evaluate runs; import the file with `checkpoint import` first")
-        work = (opened.path if opened else Path.cwd()) / f".evaluate-{time.time_ns()}"
-        work.mkdir()
-        try:
-            with ray_cluster(address) as cluster:
-                evaluation = evaluate_on_workers(config, weights, split, cluster, work)
-        finally:
-            _remove(work)
+        with ray_cluster(address) as cluster:
+            evaluation = evaluate_on_workers(config, file, split, cluster)
     else:
-        evaluation, model = run_evaluation(
-            task, config, weights, split, place=default_place(config), reader=local_batches, model=model
-        )
+        place = default_place(config)
+        evaluation = evaluate_split(task, config, model, split, place=place, reader=local_batches)
     details = evaluation.details
     intervals = bootstrap_interval(details.result)
     chance = chance_recalls(details.image_of_text, details.texts, num_images=len(details.image_embeddings))
@@ -179,17 +172,17 @@ def evaluate_and_print(
           f"{time.perf_counter() - started:.1f} s")  # fmt: skip
     print(results_table(evaluation.metrics, intervals, chance))
     outcome = {
-        "split": split, "data": str(data.path), "run": run, "checkpoint": checkpoint, "metrics": evaluation.metrics,
+        "split": split, "data": str(data.path), "weights": file, "metrics": evaluation.metrics,
         "interval_95": intervals, "chance": chance,
     }  # fmt: skip
     if json_file:
-        _write_text(Path(json_file), json.dumps(outcome, indent=1))
+        _write_text(Path(json_file).expanduser(), json.dumps(outcome, indent=1))
         print(f"figures    {json_file}")
     if report:
         page = write_report(
-            Path(report), title=f"{config.recipe} on {split}", split=data, details=details,
-            metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model or task.build_model(),
-            settings=dataclasses.asdict(config), records=list(read_records(opened.path)) if opened else [],
+            Path(report).expanduser(), title=f"{config.recipe} on {split}", split=data, details=details,
+            metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
+            settings=dataclasses.asdict(config), records=list(read_records(Path(file))) if file else [],
         )  # fmt: skip
         print(f"report     {page}")
     return outcome
@@ -253,9 +246,3 @@ def _write_text(path: Path, text: str) -> None:
         path.write_text(text)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror})") from error
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from harma_ray.cluster import Cluster, WorkerPlan, plan_workers, require_shared_folder
 from harma_ray.config import RunConfig, build_config, to_dict
 from harma_ray.data.stream import Place
-from harma_ray.engine import run_evaluation
+from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
 from harma_ray.loop import check_batch, run_training
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
@@ -55,12 +57,31 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
         follower.join()
 
 
-def evaluate_on_workers(
-    config: RunConfig, checkpoint: Path | None, split: str, cluster: Cluster, work_dir: Path
-) -> Evaluation:
-    """Evaluates on several workers; the figures are those of one worker. Arguments as for `run_evaluation`."""
-    settings = {"checkpoint": checkpoint and str(checkpoint), "split": split}
-    return _on_workers(_evaluation_worker, settings, config, plan_workers(config, cluster), work_dir)
+def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, cluster: Cluster) -> Evaluation:
+    """Evaluates on several workers; the figures are those of one worker.
+
+    Args:
+        config: Settings; ``data.path`` is the data set.
+        file: The weights; see `harma_ray.exchange.load_model`. Ray Train's own files lie beside them meanwhile.
+        split: Name of the split.
+        cluster: Where.
+
+    Raises:
+        UserError: For what the user can mend.
+    """
+    plan = plan_workers(config, cluster)
+    weights = Path(file).expanduser().absolute() if file else None
+    beside = weights or Path.cwd()
+    beside = beside if beside.is_dir() else beside.parent
+    try:
+        work = Path(tempfile.mkdtemp(prefix=".evaluate-", dir=beside))
+    except OSError as error:
+        raise UserError(f"cannot write into {beside} ({error.strerror}); evaluate with --workers 1") from error
+    try:
+        require_shared_folder(work, cluster)
+        return _on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _on_workers(
@@ -121,12 +142,9 @@ def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
     from harma_ray.data.ray_stream import ray_batches
 
     config, place = _enter(settings)
-    checkpoint = settings["checkpoint"] and Path(settings["checkpoint"])
     with _leaving_word(settings, place):
-        evaluation, _ = run_evaluation(
-            make_task(config), config, checkpoint, settings["split"], place=place, reader=ray_batches
-        )
-        return evaluation
+        model = load_model(settings["file"], config)
+        return evaluate_split(make_task(config), config, model, settings["split"], place=place, reader=ray_batches)
 
 
 def _enter(settings: dict[str, Any]) -> tuple[RunConfig, Place]:

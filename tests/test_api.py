@@ -9,14 +9,14 @@ from PIL import Image
 from harma_ray.api import load_run
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.engine import run_evaluation
+from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def details(random_run):
-    evaluation, _ = run_evaluation(
-        random_run.task, random_run.config, random_run.best_checkpoint(), "test", place=Place(), reader=local_batches
+    evaluation = evaluate_split(
+        random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
     )
     return evaluation.details
 

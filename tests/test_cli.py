@@ -110,17 +110,19 @@ def test_two_workers_train_like_one(one_worker, scenes):
 
 
 @pytest.mark.ray
-def test_evaluate_gives_the_runs_own_figures_for_any_number_of_workers(one_worker, tmp_path):
+def test_evaluate_gives_the_runs_own_figures_for_any_number_of_workers_and_any_file(one_worker, tmp_path):
     run, _ = one_worker
     expected = json.loads((run / "report.json").read_text())["metrics"]["test"]
-    for workers in (1, 2):
-        file = tmp_path / f"{workers}.json"
-        result = launch("evaluate", "--run", run, "--split", "test", "--workers", workers, "--json", file,
+    released, figures = tmp_path / "released.pth", tmp_path / "figures.json"
+    assert main(["checkpoint", "export", "--run", str(run), "--format", "released", "--out", str(released)]) == 0
+    weights = (["--run", run], ["--checkpoint", released, "--config", run / "config.yaml"])
+    for workers, source in enumerate(weights, 1):
+        result = launch("evaluate", *source, "--split", "test", "--workers", workers, "--json", figures,
                         "--report", tmp_path / f"report{workers}")  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
-        assert json.loads(file.read_text())["metrics"] == expected
-    assert (tmp_path / "report1" / "index.html").exists()
-    assert not list(run.glob(".evaluate-*"))
+        assert json.loads(figures.read_text())["metrics"] == expected
+        assert (tmp_path / f"report{workers}" / "index.html").exists()
+    assert not list(run.glob(".evaluate-*")) + list(tmp_path.glob(".evaluate-*"))
 
 
 @pytest.mark.ray

@@ -9,7 +9,7 @@ from harma_ray.api import load_run
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.embed import embed
-from harma_ray.engine import run_evaluation
+from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
 
 pytestmark = [
@@ -25,8 +25,8 @@ def images_of(scenes):
 
 
 def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_path, ray_cluster):
-    evaluation, _ = run_evaluation(
-        random_run.task, random_run.config, random_run.best_checkpoint(), "test", place=Place(), reader=local_batches
+    evaluation = evaluate_split(
+        random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
     )
     details, retriever = evaluation.details, load_run(random_run.path, "cpu")
     summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4, num_actors=2)

@@ -10,7 +10,7 @@ from harma_ray import exchange
 from harma_ray.checkpoint import WEIGHTS_NAME, CheckpointMeta, list_checkpoints, save_checkpoint
 from harma_ray.config import build_config, config_hash
 from harma_ray.errors import UserError
-from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, model_from_file
+from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
@@ -55,13 +55,13 @@ def test_a_released_file_that_does_not_fit_is_refused_by_name(released, tmp_path
 
 def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):
     path = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
-    model = model_from_file(path, random_run.config)
+    model = load_model(path, random_run.config)
     assert torch.equal(features(model), features(random_run.load_model()))
     assert sum(t.numel() for t in load_file(path).values()) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
     with pytest.raises(UserError, match="fingerprint"):
-        model_from_file(path, build_config(random_run.config, {"seed": 5}))
+        load_model(path, build_config(random_run.config, {"seed": 5}))
 
 
 def test_a_whole_clip_is_exported_and_read_as_a_backbone(random_run, tmp_path):
@@ -88,7 +88,7 @@ def test_a_file_with_code_is_refused_and_not_run(random_run, tmp_path, capfd):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": Malicious()}))
     for function in (
         lambda: import_checkpoint(tmp_path / "evil.pth", random_run.config, tmp_path / "out"),
-        lambda: model_from_file(tmp_path / "evil.pth", random_run.config),
+        lambda: load_model(tmp_path / "evil.pth", random_run.config),
         lambda: describe_file(tmp_path / "evil.pth"),
     ):
         with pytest.raises(UserError, match="without running code"):
@@ -128,12 +128,12 @@ def test_show_tells_sizes_and_architecture(random_run, released, tmp_path):
 
 def test_a_released_file_brings_its_sizes_and_its_backbone(random_run, released):
     other = build_config(random_run.config, {"adapter.width": 32, "adapter.shared_width": 16, "seed": 7})
-    assert torch.equal(features(model_from_file(released, other)), features(random_run.load_model()))
+    assert torch.equal(features(load_model(released, other)), features(random_run.load_model()))
 
 
 def test_a_runs_folder_and_its_checkpoint_give_the_same_model(random_run):
     for path in (random_run.path, random_run.best_checkpoint()):
-        model = model_from_file(path, random_run.config)
+        model = load_model(path, random_run.config)
         assert torch.equal(features(model), features(random_run.load_model()))
 
 
@@ -149,10 +149,10 @@ def test_a_model_trained_whole_comes_back(random_run, tmp_path, format):
     save_checkpoint(run.path, meta, model, {})
     path = export_checkpoint(run, format, tmp_path / "weights.safetensors")
     if format == "adapter":
-        again = model_from_file(path, run.config)
+        again = load_model(path, run.config)
     else:
         with pytest.raises(UserError, match="plain CLIP"):
-            model_from_file(path, run.config)
+            load_model(path, run.config)
         zero_shot = build_config(run.config, {"model.tuning": "none", "model.pretrained": str(path)})
         again = make_task(zero_shot).build_model().eval()
     assert torch.equal(features(again), features(model.eval()))  # training mode rounds otherwise

@@ -12,8 +12,9 @@ import torch
 from harma_ray.checkpoint import list_checkpoints, load_state, read_meta
 from harma_ray.config import OptimConfig, build_config
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.engine import parameters_without_gradient, run_evaluation
+from harma_ray.engine import evaluate_split, parameters_without_gradient
 from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
 from harma_ray.loop import TrainingDiverged, run_training
 from harma_ray.optim import build_optimizer, build_schedule, learning_rate_factor
 from harma_ray.recipes import make_task, recipe_config
@@ -200,16 +201,15 @@ def test_a_checkpoint_of_another_backbone_is_refused(finished):
     config, path, _ = finished
     other = replace(config, seed=1)
     with pytest.raises(UserError, match=r"fingerprint"):
-        run_evaluation(make_task(other), other, list_checkpoints(path)[-1], "val", place=Place(), reader=local_batches)
+        load_model(list_checkpoints(path)[-1], other)
 
 
 def test_recall_does_not_depend_on_the_batch_size(finished):
     config, path, report = finished
     for size in (1, 5):
         sized = replace(config, train=replace(config.train, eval_batch_size=size))
-        evaluation, _ = run_evaluation(
-            make_task(sized), sized, path / report["checkpoint"], "test", place=Place(), reader=local_batches
-        )
+        model = load_model(path / report["checkpoint"], sized)
+        evaluation = evaluate_split(make_task(sized), sized, model, "test", place=Place(), reader=local_batches)
         assert evaluation.metrics == report["metrics"]["test"]
 
 
