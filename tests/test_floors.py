@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["errors", "config", "ranking", "metrics", "distributed", "data.schema", "data.order", "data.captions"],
-    1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.scenes", "data.scene_drawing"],
+    1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.scenes"],
     2: ["cluster", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream", "data.convert.",
         "engine", "pictures", "report", "figures", "page"],
     3: ["recipes", "runs", "exchange"],

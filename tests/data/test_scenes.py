@@ -7,8 +7,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from harma_ray.data import scenes
 from harma_ray.data.scenes import LABEL_NAMES, STYLES, SceneContent, captions, draw, sample_content, scene
+from harma_ray.data.scenes import content as scene_content
+from harma_ray.data.scenes import phrasing as scene_phrasing
 from harma_ray.errors import UserError
 
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -123,12 +124,12 @@ def test_scene_names_its_label():
 
 def test_every_caption_tells_the_true_count_colour_and_kind(told):
     for content, style, texts in told:
-        phrasing = scenes._PHRASINGS[style]
+        phrasing = scene_phrasing._PHRASINGS[style]
         number = next(word for word, count in COUNTS.items() if count == content.num_main)
-        noun = scenes._count_noun(content.num_main, content.kind, phrasing)
+        noun = scene_phrasing._count_noun(content.num_main, content.kind, phrasing)
         for text in texts:
             assert f"{number} {content.colour} {noun}" in text
-            assert find_words(text, scenes.COLOURS) == {content.colour}
+            assert find_words(text, scene_content.COLOURS) == {content.colour}
 
 
 def test_captions_tell_no_count_that_is_not_there(told):
@@ -144,10 +145,10 @@ def test_captions_tell_only_the_true_ground_feature_and_arrangement(told):
     features = {"road": "road", "stream": "stream", "railway": "railway", "pond": "pond", "trees": "(?:trees|belt)"}
     variants = ["straight", "curved", "winding", "bending", "dense", "sparse", "round", "long"]
     for content, style, texts in told:
-        phrasing = scenes._PHRASINGS[style]
+        phrasing = scene_phrasing._PHRASINGS[style]
         variant = phrasing.curved if content.feature_variant == "curved" else content.feature_variant
         for text in texts:
-            assert find_words(text, scenes.GROUNDS) <= {content.ground}
+            assert find_words(text, scene_content.GROUNDS) <= {content.ground}
             text = re.sub(r"\blong shadows\b|(?:one|two|three|four) trees?", "", text)
             named = {feature for feature, word in features.items() if re.search(rf"\b{word}\b", text)}
             assert named <= {content.feature}
@@ -162,7 +163,7 @@ def test_five_captions_together_cover_all_facts():
     for index in range(NUM_SAMPLES):
         content = sample_content(4, index)
         for style in STYLES:
-            fields = scenes._tell(content, scenes._PHRASINGS[style])
+            fields = scene_phrasing._tell(content, scene_phrasing._PHRASINGS[style])
             text = " | ".join(captions(content, style))
             assert all(fields[name] in text for name in fields if name not in ("be", "at"))
 
@@ -201,7 +202,7 @@ def test_captions_hold_under_flips_and_turns(told):
 def test_every_style_has_enough_templates_for_the_barest_scene():
     bare = make_content(num_main=1, feature="none", feature_variant="", num_extras=0)
     for style in STYLES:
-        assert len(captions(bare, style, scenes.MAX_CAPTIONS)) == scenes.MAX_CAPTIONS
+        assert len(captions(bare, style, scene_phrasing.MAX_CAPTIONS)) == scene_phrasing.MAX_CAPTIONS
 
 
 def test_most_scenes_have_a_description_of_their_own():
@@ -212,7 +213,7 @@ def test_most_scenes_have_a_description_of_their_own():
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("arrangement", scenes.ARRANGEMENTS)
+@pytest.mark.parametrize("arrangement", scene_content.ARRANGEMENTS)
 @pytest.mark.parametrize(("label", "kind"), [("airport", "plane"), ("storage tanks", "tank"), ("forest", "tent")])
 def test_each_added_main_object_changes_only_its_own_place(style, arrangement, label, kind):
     taken = np.zeros((96, 96), dtype=bool)
@@ -228,8 +229,8 @@ def test_each_added_main_object_changes_only_its_own_place(style, arrangement, l
 
 @pytest.mark.parametrize("style", STYLES)
 def test_each_added_extra_object_changes_only_its_own_place(style):
-    for count in range(scenes.MAX_EXTRAS):
-        for kind in scenes.EXTRA_KINDS:
+    for count in range(scene_content.MAX_EXTRAS):
+        for kind in scene_content.EXTRA_KINDS:
             fewer = make_content(extra_kind=kind, num_extras=count)
             rows, columns = np.nonzero(find_changes(fewer, replace(fewer, num_extras=count + 1), style))
             assert len(rows) > 15
@@ -246,7 +247,7 @@ def test_a_changed_feature_leaves_the_main_objects_as_they_are():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_colour_of_a_label_shows_and_differs_from_the_others(style):
-    for label, spec in scenes._LABELS.items():
+    for label, spec in scene_content.LABELS.items():
         for kind in spec.kinds:
             base = make_content(label=label, kind=kind, arrangement="rows", num_main=6, ground=spec.grounds[0])
             pixels = {colour: read_pixels(replace(base, colour=colour), style, 64) for colour in spec.colours}
@@ -259,7 +260,7 @@ def test_every_colour_of_a_label_shows_and_differs_from_the_others(style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_painted_objects_stand_out_from_every_ground_of_their_label(style):
-    for label, spec in scenes._LABELS.items():
+    for label, spec in scene_content.LABELS.items():
         for ground in spec.grounds:
             base = make_content(label=label, kind=spec.kinds[0], arrangement="rows", ground=ground)
             for colour in spec.colours:
@@ -270,7 +271,10 @@ def test_painted_objects_stand_out_from_every_ground_of_their_label(style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_ground_materials_differ_in_mean_colour(style):
-    means = {ground: read_pixels(make_content(ground=ground), style, 64).mean(axis=(0, 1)) for ground in scenes.GROUNDS}
+    means = {
+        ground: read_pixels(make_content(ground=ground), style, 64).mean(axis=(0, 1))
+        for ground in scene_content.GROUNDS
+    }
     for first, second in combinations(means, 2):
         assert np.linalg.norm(means[first] - means[second]) > 12, (first, second)
 
