@@ -155,10 +155,14 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def prune_checkpoints(run_dir: Path, objective: str, num_best: int) -> None:
-    """Deletes all checkpoints but the last and the `num_best` best by a metric (the earlier one of equals)."""
+    """Deletes all checkpoints but the last and, of those that were evaluated, the `num_best` best by a metric.
+
+    Of equals the earlier one is kept.
+    """
     checkpoints = list_checkpoints(run_dir)
-    ranked = sorted(checkpoints, key=lambda path: -read_meta(path).metrics.get(objective, -float("inf")))
-    keep = {*ranked[:num_best], *checkpoints[-1:]}
+    metrics = {path: read_meta(path).metrics for path in checkpoints}
+    rated = [path for path in checkpoints if objective in metrics[path]]
+    keep = {*sorted(rated, key=lambda path: -metrics[path][objective])[:num_best], *checkpoints[-1:]}
     for path in checkpoints:
         if path not in keep:
             shutil.rmtree(path)

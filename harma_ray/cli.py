@@ -78,7 +78,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, metavar="N", help="workers (default: one a GPU; on CPU, 2 on 2 cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help="workers (default: one a GPU, or two on CPUs)")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--gpu", action="store_true", help="every worker takes a GPU (default: if there is one)")
     device.add_argument("--cpu", action="store_true", help="no worker takes a GPU")
@@ -98,7 +98,7 @@ def _add_demo(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--out", default="demo", help="folder for data, runs and picture (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and training (default: 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="workers of the adaptation (default: 2 on 2 cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help="workers of the adaptation (default: two)")
 
 
 def _demo(options: argparse.Namespace) -> None:

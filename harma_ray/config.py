@@ -37,8 +37,9 @@ class DataConfig:
     """Split that is evaluated once, at the end; left out with a notice if the data set has none."""
     shuffle_window_mb: float = 256
     """Encoded images that are shuffled together, in MiB; row groups are dealt anew into windows every epoch."""
-    chunk_mb: float = 64
-    """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task."""
+    chunk_mb: float = 16
+    """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task, and eight times this what a
+    worker has waiting in Ray's object store."""
     decode: Literal["worker", "tasks"] = "worker"
     """Where images are decoded and augmented: in the training worker's threads, or in Ray Data tasks (spare CPUs)."""
     decode_threads: int = 0
@@ -129,7 +130,7 @@ class ScalingConfig:
     """Workers and what each of them is given."""
 
     num_workers: int = 0
-    """Training processes; 0 = one a GPU, or on CPU one for every two cores (at most 2)."""
+    """Training processes; 0 = one a GPU, or two on CPUs (one on a single core)."""
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; null = if the cluster has GPUs."""
     cpus_per_worker: float = 0

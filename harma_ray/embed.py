@@ -124,9 +124,12 @@ def _items(data: Path, split: str | None, batch_size: int) -> Iterator[dict[str,
 
 
 def _write(dataset: Any, path: Path, width: int, max_bad: int) -> tuple[dict[str, int], list[str]]:
+    from harma_ray.data.ray_stream import closing_batches
+
     counts, bad = {"image": 0, "text": 0}, []
-    with pq.ParquetWriter(path, _schema(width)) as writer:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    tables = closing_batches(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    with pq.ParquetWriter(path, _schema(width)) as writer, tables as ready:
+        for table in ready:
             kinds = np.array(table.column("kind").to_pylist())
             failed = table.filter(pa.array(kinds == "error")).column("source").to_pylist()
             if failed:

@@ -5,10 +5,12 @@ Kept free of torch: the process of a read task starts in half the time and memor
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import ray
@@ -22,6 +24,11 @@ from harma_ray.data.order import Chunk, IndexedSplit
 
 if TYPE_CHECKING:
     from harma_ray.data.stream import Batches
+
+T = TypeVar("T")
+
+CHUNKS_AHEAD = 8
+"""Chunks of one worker that may lie in Ray's object store, decoded batches of data tasks included."""
 
 
 def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
@@ -37,6 +44,9 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [_Pause]  # type: ignore[list-item]  # its base is private
     config = how.config
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
+    )
     dataset = ray.data.read_datasource(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
     )
@@ -47,8 +57,28 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         dataset = dataset.map_batches(
             how.decode, batch_size=how.batch_size, batch_format="pyarrow", num_cpus=config.task_cpus
         )
-        return iter(dataset.iter_torch_batches(**options))
-    return iter(dataset.iter_torch_batches(collate_fn=_Collate(how), **options))
+    else:
+        options["collate_fn"] = _Collate(how)
+    with closing_batches(dataset.iter_torch_batches(**options)) as batches:
+        yield from batches
+
+
+@contextlib.contextmanager
+def closing_batches(iterable: Iterable[T]) -> Iterator[Iterator[T]]:
+    """Gives the batches of a Ray data set; on leaving, ends its execution and waits for the threads that served it.
+
+    One that asked for a block after Ray was shut down would end the whole process on the spot.
+    """
+    before = set(threading.enumerate())
+    batches = iter(iterable)
+    assert isinstance(batches, Generator)
+    try:
+        yield batches
+    finally:
+        batches.close()
+        for thread in set(threading.enumerate()) - before:
+            if thread.name == "iter_threaded":
+                thread.join(timeout=10)
 
 
 class _Pause:

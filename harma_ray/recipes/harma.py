@@ -238,7 +238,7 @@ class HarmaTask:
         vectors = evaluation.details.image_embeddings[:500]
         columns = split.read(["label_name", "captions"]).slice(0, len(vectors)).to_pylist()
         labels = [(row["label_name"] or row["captions"][0]).replace("\t", " ") for row in columns]
-        images = read_images(split, np.arange(len(vectors)))
+        images = read_images(split, np.arange(len(vectors)), longest_side=64)
         thumbnails = torch.stack([eval_transform(image, 32) for image in images]) / 255
         return Projection(vectors, labels, thumbnails)
 

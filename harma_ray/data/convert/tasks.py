@@ -30,6 +30,7 @@ def map_with_ray(
     import ray.data
 
     from harma_ray.cluster import quiet_data
+    from harma_ray.data.ray_stream import closing_batches
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -42,7 +43,8 @@ def map_with_ray(
     tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(call, num_cpus=num_cpus)
     tasks.context.enable_progress_bars = False
     tasks.context.print_on_execution_start = False
-    for row in tasks.iter_rows():
-        if row["error"]:
-            raise UserError(row["error"])
-        yield pickle.loads(row["result"])
+    with closing_batches(tasks.iter_rows()) as rows:
+        for row in rows:
+            if row["error"]:
+                raise UserError(row["error"])
+            yield pickle.loads(row["result"])
