@@ -37,8 +37,8 @@ class DataConfig:
     """Split that is evaluated once, at the end; left out with a notice if the data set has none."""
     shuffle_window_mb: float = 256
     """Encoded images that are shuffled together, in MiB; row groups are dealt anew into windows every epoch."""
-    chunk_mb: float = 16
-    """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task, and eight times this what a
+    chunk_mb: float = 32
+    """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task, and four times this what a
     worker has waiting in Ray's object store."""
     decode: Literal["worker", "tasks"] = "worker"
     """Where images are decoded and augmented: in the training worker's threads, or in Ray Data tasks (spare CPUs)."""

@@ -34,7 +34,7 @@ from harma_ray.models.foreign import describe_tensors, guess_architecture, read_
 from harma_ray.models.released import from_released, to_released
 from harma_ray.models.weights import backbone_fingerprint, check_fit, read_state_dict
 from harma_ray.recipes import make_task
-from harma_ray.recipes.harma import HarmaConfig
+from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 
 FORMATS = ("released", "adapter", "open_clip")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harma_ray.cli import _parser
+from harma_ray.cli import make_parser
 from harma_ray.cluster import Cluster, plan_workers
 from harma_ray.config import build_config
 from harma_ray.errors import UserError
@@ -27,7 +27,7 @@ def test_every_command_that_is_told_parses(file):
     commands = launch_commands((ROOT / file).read_text())
     assert commands
     for command in commands:
-        _parser().parse_args(shlex.split(command))
+        make_parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.sh")))

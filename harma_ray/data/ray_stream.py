@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CHUNKS_AHEAD = 8
+CHUNKS_AHEAD = 4
 """Chunks of one worker that may lie in Ray's object store, decoded batches of data tasks included."""
 
 

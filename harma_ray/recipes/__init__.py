@@ -9,13 +9,14 @@ from typing import Any
 
 from harma_ray.config import RunConfig, build_config, load_yaml
 from harma_ray.errors import UserError
-from harma_ray.recipes import harma
+from harma_ray.recipes import harma_config
+from harma_ray.recipes.harma import HarmaTask
 from harma_ray.task import Task
 
-RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma.RECIPES}
+RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES}
 """Functions that return a recipe's published settings."""
 
-_TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {harma.HarmaConfig: harma.HarmaTask}
+_TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {harma_config.HarmaConfig: HarmaTask}
 
 
 def recipe_config(name: str) -> RunConfig:

@@ -1,0 +1,66 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import harma_ray
+from harma_ray.cli.checkpoint import add_checkpoint
+from harma_ray.cli.convert import add_convert, add_inspect
+from harma_ray.cli.demo import add_demo
+from harma_ray.cli.evaluate import add_embed, add_evaluate
+from harma_ray.cli.train import add_train
+from harma_ray.errors import UserError
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0 done, 2 the user's mistake, 130 interrupted, 1 anything else.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)
+    options = make_parser().parse_args(arguments)
+    try:
+        options.run_command(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def _interrupt(signal_number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        description="Train, evaluate and search vision-language models for overhead imagery, on one machine or a Ray "
+        "cluster. Every command has --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"harma_ray {harma_ray.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_demo(commands)
+    add_convert(commands)
+    add_inspect(commands)
+    add_train(commands)
+    add_evaluate(commands)
+    add_embed(commands)
+    add_checkpoint(commands)
+    return parser

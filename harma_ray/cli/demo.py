@@ -1,0 +1,26 @@
+"""``demo``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from harma_ray.cli.options import make_command
+
+
+def add_demo(commands: Any) -> None:
+    """Adds ``demo``."""
+    parser = make_command(
+        commands, "demo", _demo,
+        "Draw scenes, train a tiny CLIP on one style, adapt it to another with HarMA, print a results table.",
+    )  # fmt: skip
+    parser.add_argument("--out", default="demo", help="folder for data, runs and picture (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes and training (default: 0)")
+    parser.add_argument("--workers", type=int, metavar="N", help="workers of the adaptation (default: two)")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from harma_ray.demo import run_demo
+
+    run_demo(Path(options.out), seed=options.seed, num_workers=options.workers or 0)

@@ -1,0 +1,82 @@
+"""``evaluate`` and ``embed``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from harma_ray.cli.options import add_address, add_scaling, add_settings, changes_from, config_from, make_command
+from harma_ray.errors import UserError
+
+
+def add_evaluate(commands: Any) -> None:
+    """Adds ``evaluate``."""
+    parser = make_command(
+        commands, "evaluate", _evaluate, "Evaluate a run or a checkpoint file on a split.",
+        "examples:\n  launch.py evaluate --run runs/NAME --split test --report report\n"
+        "  launch.py evaluate --checkpoint FILE --recipe harma-rsitmd-vit --data data/rsitmd --split test",
+    )  # fmt: skip
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="folder of a run; its best checkpoint is evaluated")
+    source.add_argument(
+        "--checkpoint", help="adapter file, released .pth file or checkpoint folder; needs --recipe or --config"
+    )
+    source.add_argument("--zero-shot", action="store_true", help="the recipe's backbone as it is")
+    built = parser.add_mutually_exclusive_group()
+    built.add_argument("--recipe", help="recipe of the checkpoint or backbone")
+    built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
+    parser.add_argument("--data", help="folder of the converted data set (default: the run's)")
+    parser.add_argument("--split", default="test", help="split (default: test)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
+    add_settings(parser)
+    add_scaling(parser)
+    add_address(parser)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from harma_ray.config import build_config
+    from harma_ray.runs import open_run
+    from harma_ray.session import evaluate_and_print
+
+    if options.run:
+        config = build_config(open_run(options.run).config, changes_from(options))
+    elif options.recipe or options.config:
+        config = config_from(options)
+    else:
+        raise UserError("`--checkpoint` and `--zero-shot` need --recipe or --config: how the model is built")
+    evaluate_and_print(
+        config, options.run or options.checkpoint, split=options.split, json_file=options.json, report=options.report,
+        num_workers=options.workers or 1, address=options.address,
+    )  # fmt: skip
+
+
+def add_embed(commands: Any) -> None:
+    """Adds ``embed``."""
+    parser = make_command(
+        commands, "embed", _embed, "Write the vectors of a data set's images and captions, or of a folder's images, "
+        "as Parquet.",
+    )  # fmt: skip
+    parser.add_argument("--run", required=True, help="folder of the run whose best model embeds")
+    parser.add_argument("--data", required=True, help="converted data set, or a folder of images")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--split", help="one split (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")
+    add_scaling(parser)
+    add_address(parser)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from harma_ray.cluster import ray_cluster
+    from harma_ray.embed import embed
+    from harma_ray.runs import open_run
+
+    run = open_run(options.run)
+    with ray_cluster(options.address) as cluster:
+        summary = embed(
+            run, options.data, options.out, split=options.split, batch_size=options.batch_size,
+            num_actors=options.workers or 1, use_gpu=options.gpu or (not options.cpu and cluster.gpus >= 1),
+            max_bad=options.max_bad,
+        )  # fmt: skip
+    print(summary)

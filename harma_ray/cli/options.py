@@ -1,0 +1,74 @@
+"""What several commands share: options, and the configuration that they add up to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from harma_ray.errors import UserError
+
+
+def make_command(commands: Any, name: str, function: Any, text: str, epilog: str = "") -> argparse.ArgumentParser:
+    """Adds a command that calls `function` with the parsed options."""
+    parser = commands.add_parser(
+        name, help=text[0].lower() + text[1:].rstrip("."), description=text, epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run_command=function)
+    return parser
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--address``."""
+    parser.add_argument(
+        "--address", help="Ray cluster to join, such as auto (default: RAY_ADDRESS, or a cluster of "
+        "this machine's own for as long as the command runs)",
+    )  # fmt: skip
+
+
+def add_scaling(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--workers``, ``--gpu`` and ``--cpu``."""
+    parser.add_argument("--workers", type=int, metavar="N", help="workers (default: one a GPU, or two on CPUs)")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--gpu", action="store_true", help="every worker takes a GPU (default: if there is one)")
+    device.add_argument("--cpu", action="store_true", help="no worker takes a GPU")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--set``."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a setting, such as optim.learning_rate=2e-4; may be repeated",
+    )  # fmt: skip
+
+
+def config_from(options: argparse.Namespace) -> Any:
+    """Returns the configuration of ``--config`` or ``--recipe`` with the changes asked for."""
+    from harma_ray.config import build_config
+    from harma_ray.recipes import load_config, recipe_config
+
+    base = load_config(options.config) if options.config else recipe_config(options.recipe)
+    return build_config(base, changes_from(options))
+
+
+def changes_from(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings that options change, by dotted name."""
+    from harma_ray.config import parse_overrides
+
+    changes = {**parse_overrides(options.overrides), **scaling_changes(options)}
+    if options.data:
+        changes["data.path"] = str(Path(options.data).expanduser().absolute())
+    return changes
+
+
+def scaling_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings that ``--workers``, ``--gpu`` and ``--cpu`` change."""
+    changes: dict[str, Any] = {}
+    if options.workers is not None:
+        if options.workers < 1:
+            raise UserError(f"`--workers` must be at least 1, got {options.workers}")
+        changes["scaling.num_workers"] = options.workers
+    if options.gpu or options.cpu:
+        changes["scaling.use_gpu"] = options.gpu
+    return changes

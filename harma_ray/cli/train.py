@@ -1,0 +1,62 @@
+"""``train``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from harma_ray.cli.options import add_address, add_scaling, add_settings, config_from, make_command, scaling_changes
+from harma_ray.errors import UserError
+
+
+def add_train(commands: Any) -> None:
+    """Adds ``train``."""
+    from harma_ray.recipes import RECIPES
+
+    parser = make_command(
+        commands, "train", _train, "Train a recipe on a converted data set.",
+        "recipes: " + ", ".join(RECIPES) + "\n\nexamples:\n"
+        "  launch.py train --recipe harma-rsitmd-vit --data data/rsitmd --set optim.learning_rate=2e-4\n"
+        "  launch.py train --resume runs/NAME\n"
+        "  launch.py train --config runs/NAME/config.yaml --seeds 0,1,2",
+    )  # fmt: skip
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", help="published settings to start from; see below")
+    source.add_argument("--config", metavar="FILE", help="YAML settings, such as the config.yaml of a run")
+    source.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
+    parser.add_argument("--data", help="folder of the converted data set (data.path)")
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--name", help="name of the run (default: recipe and time)")
+    parser.add_argument("--seeds", help="train once with each of these seeds, such as 0,1,2, and print mean and spread")
+    parser.add_argument(
+        "--check", action="store_true", help="one step only: list trainable parameters without gradient"
+    )
+    add_settings(parser)
+    add_scaling(parser)
+    add_address(parser)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from harma_ray.session import check_gradients, resume_and_train, train_seeds
+
+    if options.resume:
+        if options.overrides or options.data or options.seeds or options.name:
+            raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
+        resume_and_train(options.resume, scaling_changes(options), address=options.address)
+        return
+    config = config_from(options)
+    if options.check:
+        check_gradients(config)
+        return
+    seeds = _parse_seeds(options.seeds) if options.seeds else [config.seed]
+    train_seeds(config, seeds, runs=options.runs, name=options.name, address=options.address)
+
+
+def _parse_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"`--seeds` takes whole numbers with commas between, such as 0,1,2, got `{text}`") from error
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(f"`--seeds` must be different and not negative, got {text}")
+    return seeds
