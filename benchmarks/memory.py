@@ -47,12 +47,25 @@ def owned_bytes(pid: int) -> int:
     return sizes["Pss_Anon"] + sizes["Pss_Shmem"]
 
 
+def kind_of(pid: int) -> str:
+    """Returns what a process is, by the title that Ray gives it."""
+    if pid == os.getpid():
+        return "driver"
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return "Ray itself"
+    if "RayTrainWorker" in title:
+        return "training workers"
+    return "data tasks" if title.startswith(("ray::IDLE", "ray::ReadShards")) else "Ray itself"
+
+
 class Watch:
     """Samples the memory of this process and its descendants until it is left."""
 
     def __enter__(self):
         """Starts sampling."""
-        self.peak, self.peak_driver, self._done = 0, 0, threading.Event()
+        self.peak, self.peaks, self._done = 0, {}, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
@@ -64,9 +77,12 @@ class Watch:
 
     def _run(self):
         while not self._done.wait(1.0):
-            sizes = {pid: owned_bytes(pid) for pid in family(os.getpid())}
-            self.peak = max(self.peak, sum(sizes.values()))
-            self.peak_driver = max(self.peak_driver, sizes[os.getpid()])
+            kinds: dict[str, list[int]] = {}
+            for pid in family(os.getpid()):
+                kinds.setdefault(kind_of(pid), []).append(owned_bytes(pid))
+            self.peak = max(self.peak, sum(map(sum, kinds.values())))
+            for kind, sizes in kinds.items():
+                self.peaks[kind] = max(self.peaks.get(kind, (0, 0)), (sum(sizes), len(sizes)))
 
 
 def main() -> None:
@@ -90,7 +106,8 @@ def main() -> None:
             peaks.append(watch.peak)
             print(f"{images} images, {stored / MIB:.0f} MiB of shards, {report['steps']} steps")
             print(f"  peak of all processes   {watch.peak / MIB:6.0f} MiB")
-            print(f"  peak of the driver      {watch.peak_driver / MIB:6.0f} MiB")
+            for kind, (size, count) in sorted(watch.peaks.items()):
+                print(f"    {kind:20}  {size / MIB:6.0f} MiB in {count} processes")
             size = report["checkpoint_bytes"] / MIB
             print(f"  checkpoint              {size:6.1f} MiB, optimiser state included", flush=True)
     print(f"ratio of the last peak to the first: {peaks[-1] / peaks[0]:.2f}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -94,7 +95,7 @@ def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is told in all three ways
         shutil.rmtree(partial, ignore_errors=True)
         raise _write_error(final, error) from error
     return final
@@ -132,7 +133,7 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
     own = trainable_tensors(model)
     try:
         tensors = load_file(path / WEIGHTS_NAME)
-    except Exception as error:  # safetensors raises its own type for every kind of damage
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path / WEIGHTS_NAME} cannot be read ({error}); use an older checkpoint") from error
     check_fit(own, tensors, str(path))
     with torch.no_grad():

@@ -6,9 +6,11 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,24 +64,32 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
     address = address or os.environ.get("RAY_ADDRESS")
     prepare_environment(own_cluster=not address)
     import ray
+    import ray.exceptions
 
     options: dict = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if address:
         options["address"] = address
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         options |= {
             "address": "local",
-            "num_cpus": num_cpus or os.cpu_count(),
+            "num_cpus": num_cpus,  # None: Ray counts them, and heeds a container's limit
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
-            "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * memory)),
+            "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * _memory_bytes())),
         }
+    on_termination = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            f"the Ray cluster at {address} wants a token that this program does not have or has wrong; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, as on the cluster's head"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot reach or start Ray ({reason}); check --address and RAY_ADDRESS") from error
+    if on_termination is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own there
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -133,35 +143,70 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
 
 
 def require_shared_folder(folder: Path, cluster: Cluster) -> None:
-    """Checks on every machine of the cluster that it sees a folder of this one.
+    """Checks on every machine of the cluster that it sees a folder of this one, which is made if missing.
 
     Raises:
         UserError: If a machine does not see it.
     """
     if cluster.nodes < 2:
         return
+    marker = folder / f".shared-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror}); choose another folder") from error
+    try:
+        require_visible([marker], cluster)
+    finally:
+        marker.unlink()
+
+
+def require_visible(paths: Sequence[Path], cluster: Cluster) -> None:
+    """Checks on every machine of the cluster that it sees files or folders of this one.
+
+    Raises:
+        UserError: If a machine does not see one of them.
+    """
+    if cluster.nodes < 2:
+        return
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    marker = folder / f".shared-{uuid.uuid4().hex}"
-    marker.touch()
-    try:
-        sees = ray.remote(num_cpus=0)(_exists)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        answers = ray.get([sees.options(scheduling_strategy=place).remote(str(marker)) for place in places])
-    finally:
-        marker.unlink()
-    blind = [node["NodeManagerAddress"] for node, sees_it in zip(nodes, answers, strict=True) if not sees_it]
-    if blind:
-        raise UserError(
-            f"{folder} is not shared: {len(blind)} of {len(nodes)} machines do not see it ({', '.join(blind[:3])}); "
-            "use a folder on storage that all machines mount"
-        )
+    sees = ray.remote(num_cpus=0)(_exists)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    for path in paths:
+        answers = ray.get([sees.options(scheduling_strategy=place).remote(str(path)) for place in places])
+        blind = [node["NodeManagerAddress"] for node, sees_it in zip(nodes, answers, strict=True) if not sees_it]
+        if blind:
+            folder = path.parent if path.name.startswith(".shared-") else path
+            raise UserError(
+                f"{folder} is not shared: {len(blind)} of {len(nodes)} machines do not see it "
+                f"({', '.join(blind[:3])}); use storage that all machines mount"
+            )
 
 
 def _exists(path: str) -> bool:
     return os.path.exists(path)
+
+
+def node_cpus() -> int:
+    """Returns the CPUs of this process's node as Ray counts them, which heeds a container's limit; at least 1."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return max(1, int(next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == own)))
+
+
+def _memory_bytes() -> int:
+    """Returns this machine's memory, or its container's limit if that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.isfile(file):
+            limit = Path(file).read_text().strip()
+            memory = min(memory, int(limit)) if limit.isdigit() else memory
+    return memory
 
 
 def prepare_environment(*, own_cluster: bool) -> None:

@@ -180,6 +180,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in flat_settings(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
 def to_yaml(config: RunConfig) -> str:
     """Returns the configuration as YAML that `build_config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
@@ -203,6 +214,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file (UTF-8)") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

@@ -19,6 +19,7 @@ from harma_ray.cluster import quiet_data
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.schema import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
+from harma_ray.files import output_path
 from harma_ray.runs import Run
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
@@ -65,7 +66,7 @@ def embed(
     gpus = ray.cluster_resources().get("GPU", 0) if use_gpu else 0
     if use_gpu and num_actors > gpus:  # Ray itself would wait for ever
         raise UserError(f"{num_actors} processes need a GPU each, but the cluster has {gpus:g}; use fewer, or --cpu")
-    target = Path(out).expanduser().absolute()
+    target = output_path(out)
     if target.exists():
         raise UserError(f"{target} exists; choose another --out")
     items = list(_items(Path(data).expanduser().absolute(), split, batch_size))

@@ -18,6 +18,7 @@ from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
+from harma_ray.errors import UserError
 from harma_ray.task import Evaluation, Task
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -143,7 +144,13 @@ class Meter:
 
 
 def default_place(config: RunConfig) -> Place:
-    """Returns the place of a single worker in this process: a GPU if there is one and it is not refused."""
-    threads = os.cpu_count() or 1
+    """Returns the place of a single worker in this process: a GPU if there is one and it is not refused.
+
+    Raises:
+        UserError: If a GPU is asked for and there is none.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     use_gpu = torch.cuda.is_available() if config.scaling.use_gpu is None else config.scaling.use_gpu
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("`scaling.use_gpu` is true, but torch finds no GPU here; use --cpu")
     return Place(device="cuda" if use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)

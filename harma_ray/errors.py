@@ -1,4 +1,8 @@
-"""The one exception type that means: the user can mend this."""
+"""The one exception type that means: the user can mend this; and finding it in what others made of it."""
+
+from __future__ import annotations
+
+import re
 
 
 class UserError(ValueError):
@@ -7,3 +11,23 @@ class UserError(ValueError):
     The message is one clear line that names the rule, the offending values and the way out; the command line prints
     it without a traceback and exits with status 2.
     """
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """Returns the user's error that an exception is, was raised from, or tells of; None if there is none.
+
+    Ray wraps what a task raises, at times as text alone.
+    """
+    waiting, seen = [error], set()
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        inner = getattr(current, "cause", None)  # of Ray's errors: what the task raised
+        if isinstance(current, UserError) and not isinstance(inner, BaseException):
+            return current
+        nearby = (inner, current.__cause__, current.__context__)
+        waiting += [other for other in nearby if isinstance(other, BaseException)]
+    told = re.findall(rf"^{re.escape(__name__)}\.UserError: (.+)$", str(error), re.MULTILINE)
+    return UserError(told[-1]) if told else None

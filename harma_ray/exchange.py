@@ -27,8 +27,10 @@ from harma_ray.checkpoint import (
     save_checkpoint,
     trainable_tensors,
 )
-from harma_ray.config import build_config, config_hash, to_dict
+from harma_ray.config import build_config, config_hash, flat_settings, to_dict
 from harma_ray.errors import UserError
+from harma_ray.files import output_path
+from harma_ray.models.backbones import check_file_activation
 from harma_ray.models.clip import DualEncoder, build_clip
 from harma_ray.models.foreign import describe_tensors, guess_architecture, read_foreign, read_metadata
 from harma_ray.models.released import from_released, to_released
@@ -39,6 +41,8 @@ from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 
 FORMATS = ("released", "adapter", "open_clip")
 BACKBONE_NAME = "backbone.safetensors"
+_UNSEEN = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
+"""Settings that no shape shows."""
 _ADAPTER_FORMAT = "harma_ray adapter"
 _ADAPTER_MARK = ".mmadapter."
 _OWN_ADAPTER_MARK = ".mlp.adapter."
@@ -56,7 +60,7 @@ def export_checkpoint(run: Run, format: str, out_file: str | Path, *, overwrite:
     Raises:
         UserError: If the format does not fit the run, or the file exists or cannot be written.
     """
-    path = Path(out_file).expanduser().absolute()
+    path = output_path(out_file)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another file, or replace it with --overwrite")
     if format not in FORMATS:
@@ -113,7 +117,7 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     Raises:
         UserError: If the file does not fit, listing what does not, or the folder exists.
     """
-    path, folder = Path(file).expanduser(), Path(out).expanduser().absolute()
+    path, folder = Path(file).expanduser(), output_path(out)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
     state = read_foreign(path)
@@ -170,6 +174,9 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()
     if (path / META_NAME).is_file():
+        run = path.absolute().parent.parent
+        if (run / CONFIG_NAME).is_file():
+            _check_settings(to_dict(open_run(run).config), config, path)
         model = make_task(config).build_model()
         load_weights(path, model, backbone=backbone_fingerprint(model))
         return model.eval()
@@ -180,6 +187,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         return _released_model(path, state, config)[0].eval()
     model = make_task(config).build_model()
     own, metadata, backbone = trainable_tensors(model), read_metadata(path), backbone_fingerprint(model)
+    _check_settings(json.loads(metadata.get("config", "{}")), config, path)
     if metadata.get("backbone", backbone) != backbone:
         raise UserError(
             f"{path} was trained on a backbone with fingerprint {metadata['backbone'][:12]}, but this model's is "
@@ -243,6 +251,7 @@ def _released_model(path: Path, state: dict[str, Tensor], config: Any) -> tuple[
         "adapter.shared_width": sizes.get("BiShareAdapterxx.l1.weight", config.adapter.shared_width),
     }
     config = build_config(config, changes, origin=str(path))
+    check_file_activation(config.model.architecture, path)
     model = make_task(config).build_model()
     assert isinstance(model, DualEncoder)
     try:
@@ -250,6 +259,15 @@ def _released_model(path: Path, state: dict[str, Tensor], config: Any) -> tuple[
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return model, config
+
+
+def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:
+    """Raises UserError if weights were trained with settings that change what they compute but not their shapes."""
+    theirs, ours = flat_settings(trained), flat_settings(to_dict(config))
+    wrong = [name for name in _UNSEEN if name in theirs and theirs[name] != ours.get(name)]
+    if wrong:
+        changes = " ".join(f"--set {name}={theirs[name]}" for name in wrong)
+        raise UserError(f"{path} was trained with other settings; add {changes}")
 
 
 def _has(state: dict[str, Tensor], mark: str) -> bool:

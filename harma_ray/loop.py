@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,20 @@ from harma_ray.checkpoint import (
     read_meta,
     save_checkpoint,
 )
-from harma_ray.config import RunConfig, config_hash, to_dict
+from harma_ray.config import RunConfig, config_hash, flat_settings, to_dict
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
-from harma_ray.distributed import barrier, gather_rows
+from harma_ray.distributed import barrier, broadcast_object, gather_rows
 from harma_ray.engine import Meter, autocast_of, timed, train_step, wrap_model
 from harma_ray.errors import UserError
+from harma_ray.files import write_text
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.optim import build_optimizer, build_schedule
+from harma_ray.runs import REPORT_NAME
 from harma_ray.task import Evaluation, Task
 from harma_ray.tracking import Tracker
 
-REPORT_NAME = "report.json"
 Reporter = Callable[[dict[str, float]], None]
 """Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""
 
@@ -127,6 +127,7 @@ class _Training:
 
     def __init__(self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter):
         """Builds everything as it is at step 0; nothing is written yet."""
+        started = time.perf_counter()
         self._task, self._config, self._run_dir = task, config, run_dir
         self._place, self._reader, self._reporter = place, reader, reporter
         self._order = planned_order(config)
@@ -144,15 +145,18 @@ class _Training:
         self._autocast = autocast_of(config.train, self._device)
         self._progress = Progress()
         self._tracker: Tracker | None = None  # worker 0 keeps the record
+        self._build_seconds = time.perf_counter() - started
 
     def resume(self) -> bool:
         """Goes to the last checkpoint if there is one, and opens the record; returns whether there was one."""
         checkpoints = list_checkpoints(self._run_dir)
-        if checkpoints:
-            self._restore(checkpoints[-1])
+        last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
+        if last is not None:
+            self._restore(last)
         if self._place.rank == 0:
-            self._tracker = Tracker(self._run_dir, start_step=self._progress.step)
-        return bool(checkpoints)
+            self._tracker = Tracker(self._run_dir, last_step=None if last is None else self._progress.step)
+            self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
+        return last is not None
 
     def close(self) -> None:
         """Closes the record."""
@@ -172,11 +176,13 @@ class _Training:
         with contextlib.closing(stream.steps(progress.step, train.epochs)) as batches:
             for batch in timed(batches, meter):
                 self._model.train()
-                losses = self._check_finite(train_step(self._task, forward, batch, train, self._autocast))
-                grad_norm, learning_rate = self._update()
+                losses = train_step(self._task, forward, batch, train, self._autocast)
+                grad_norm, learning_rate = self._update(losses)
                 meter.count()
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
-                    self._log_step(losses, grad_norm, learning_rate, meter)
+                    self._log_step(
+                        {name: float(loss) for name, loss in losses.items()}, grad_norm, learning_rate, meter
+                    )
                 epoch, rest = divmod(progress.step, per_epoch)
                 if rest == 0 and (epoch % train.eval_every_epochs == 0 or epoch == train.epochs):
                     progress.seconds += meter.lap()
@@ -203,8 +209,6 @@ class _Training:
                 "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=epoch, split=split,
                 seconds=seconds,
             )  # fmt: skip
-            monitored = self._task.monitor(self._model)
-            self._tracker.log("monitor", progress.step, monitored, prefix="model/", epoch=epoch)
             picture = self._task.picture(evaluation, selection.split)
             if picture is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
@@ -226,13 +230,11 @@ class _Training:
             for split, metrics in results.items():
                 self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
             finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
-            self._tracker.log_hparams(flat_settings(self._config), finals)
+            self._tracker.log_hparams(flat_settings(to_dict(self._config)), finals)
             projection = self._task.projection(selected, self._selection.split)
             if projection is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)
-            partial = self._run_dir / f".{REPORT_NAME}.partial"
-            partial.write_text(json.dumps(report, indent=1))
-            os.replace(partial, self._run_dir / REPORT_NAME)
+            write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
         return report
 
     @property
@@ -244,21 +246,21 @@ class _Training:
         with torch.no_grad(), self._autocast():
             return self._task.evaluate(self._model, stream)
 
-    def _check_finite(self, terms: dict[str, Tensor]) -> dict[str, float]:
-        values = {name: float(term) for name, term in terms.items()}
-        if not all(map(math.isfinite, values.values())):
-            listed = ", ".join(f"{name}={value}" for name, value in values.items())
-            raise TrainingDiverged(
-                f"the loss is not finite at step {self._progress.step + 1} on worker {self._place.rank} ({listed}); "
-                "lower optim.learning_rate, set optim.clip_grad_norm, or train in fp32, and resume from the last "
-                "checkpoint"
-            )
-        return values
+    def _update(self, losses: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate.
 
-    def _update(self) -> tuple[Tensor, float]:
-        """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate."""
+        Raises:
+            TrainingDiverged: If a term of the loss or the norm is not finite; the weights are as they were.
+        """
         limit = self._config.optim.clip_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self._trainable, limit)
+        if not torch.stack([*losses.values(), grad_norm.to(self._device)]).isfinite().all():
+            terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
+            raise TrainingDiverged(
+                f"the loss or its gradient is not finite at step {self._progress.step + 1} on worker "
+                f"{self._place.rank} ({terms}, grad_norm={float(grad_norm)}); start a new run with a lower "
+                "optim.learning_rate, with optim.clip_grad_norm, or with train.precision=fp32"
+            )
         learning_rate = float(self._schedule.get_last_lr()[0])
         self._optimizer.step()
         self._schedule.step()
@@ -278,6 +280,7 @@ class _Training:
         }
         step = self._progress.step
         self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)
+        self._tracker.log("monitor", step, self._task.monitor(self._model), prefix="model/")
 
     def _save(self, epoch: float, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's random state, and deletes those that are not kept."""
@@ -307,6 +310,8 @@ class _Training:
                 f"{path} was written with other settings; resume with the run's own config.yaml, or start a new run"
             )
         state = load_state(path)
+        if not state:
+            raise UserError(f"{path} holds weights alone (an import), so there is no training to continue")
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._progress = Progress(**{entry.name: meta.progress[entry.name] for entry in fields(Progress)})
@@ -334,16 +339,3 @@ class _Training:
             "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
             "metrics": results,
         }
-
-
-def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns the settings with dotted keys."""
-
-    def flatten(raw: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in raw.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(flatten(to_dict(config), ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from harma_ray import page
+from harma_ray.config import flat_settings
 from harma_ray.data.schema import Split
 from harma_ray.errors import UserError
 from harma_ray.figures import MAX_POINTS, draw_curves, draw_embeddings
@@ -258,15 +259,6 @@ def _curves_section(png: bytes | None) -> tuple[str, str, str]:
 
 
 def _settings_section(settings: Mapping[str, Any]) -> tuple[str, str, str]:
-    flat = dict(_flatten(settings))
-    columns = [("setting", list(flat)), ("value", list(flat.values()))]
+    flat = flat_settings(settings)
+    columns = [("setting", list(flat)), ("value", [str(value) for value in flat.values()])]
     return "settings", "Settings", page.folded(f"{len(flat)} settings", page.table(columns, num_text_columns=2))
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields dotted keys and values."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)

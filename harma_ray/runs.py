@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,13 +24,16 @@ import harma_ray
 from harma_ray.checkpoint import list_checkpoints, load_weights, read_meta
 from harma_ray.config import RunConfig, to_yaml
 from harma_ray.errors import UserError
+from harma_ray.files import output_path
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
 from harma_ray.task import Task
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
+LOCK_NAME = ".lock"
 REPORT_NAME = "report.json"
+_logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "ray", "optuna", "pyarrow", "pillow", "numpy")
 
 
@@ -64,6 +70,26 @@ class Run:
         rated = [path for path in checkpoints if objective in read_meta(path).metrics]
         return max(rated, key=lambda path: read_meta(path).metrics[objective]) if rated else checkpoints[-1]
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training this run for the length of a block.
+
+        Raises:
+            UserError: If another one does.
+        """
+        try:
+            file = (self.path / LOCK_NAME).open("wb")
+        except OSError as error:
+            raise UserError(f"cannot write into run {self.path} ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"run {self.path} is being trained by another process; wait for its end") from error
+            except OSError as error:  # some network file systems have no locks
+                _logger.warning("%s cannot be locked (%s): train it in one process only", self.path, error.strerror)
+            yield
+
     def load_model(self) -> nn.Module:
         """Returns the model with the best weights, on CPU, in evaluation mode."""
         model = self.task.build_model()
@@ -85,7 +111,7 @@ def create_run(runs: str | Path, name: str | None, config: RunConfig) -> Run:
     name = name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"a run's name must be a plain folder name, got `{name}`")
-    path = Path(runs).expanduser().absolute() / name
+    path = output_path(runs) / name
     try:
         path.mkdir(parents=True)
         (path / CONFIG_NAME).write_text(to_yaml(config))

@@ -21,6 +21,8 @@ from harma_ray.data.stream import local_batches
 from harma_ray.engine import default_place, evaluate_split, parameters_without_gradient
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model
+from harma_ray.files import output_path, write_text
+from harma_ray.loop import check_batch
 from harma_ray.metrics import bootstrap_interval, chance_recalls
 from harma_ray.recipes import make_task
 from harma_ray.report import results_table, write_report
@@ -30,32 +32,41 @@ from harma_ray.train import evaluate_on_workers, train
 
 
 def train_seeds(
-    config: RunConfig, seeds: Sequence[int], *, runs: str | Path, name: str | None, address: str | None
+    config: RunConfig, seeds: Sequence[int], *, runs: str | Path, name: str | None, address: str | None, started: float
 ) -> list[Run]:
-    """Trains a run for every seed and prints each, then mean and standard deviation."""
+    """Trains a run for every seed and prints each, then mean and standard deviation.
+
+    Args:
+        config: Settings; the seed is replaced.
+        seeds: One run each.
+        runs: Folder of all runs.
+        name: Name of the run; with several seeds, of their common part; None makes one of recipe and time.
+        address: Cluster to join.
+        started: When the command started (``time.perf_counter``), for the times that are printed.
+    """
     made = []
+    output_path(runs)
     configs = [absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds]
     check_data(configs[0])
-    started = time.perf_counter()
+    print(f"[{time.perf_counter() - started:6.1f} s] settings and data are checked; starting Ray", flush=True)
     with ray_cluster(address) as cluster:
-        print(
-            f"Ray is up after {time.perf_counter() - started:.1f} s"
-            + (f", {cluster.dashboard}" * bool(cluster.dashboard))
-        )
+        dashboard = f", {cluster.dashboard}" if cluster.dashboard else ""
+        print(f"[{time.perf_counter() - started:6.1f} s] Ray is up{dashboard}", flush=True)
+        check_batch(config, plan_workers(config, cluster).num_workers)
         for seeded in configs:
             own_name = name and (f"{name}-seed{seeded.seed}" if len(seeds) > 1 else name)
             if not name and len(seeds) > 1:
                 own_name = f"{seeded.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seeded.seed}"
             run = create_run(runs, own_name, seeded)
             made.append(run)
-            train_and_print(run, cluster)
+            train_and_print(run, cluster, started)
     if len(made) > 1:
         print_spread(made)
     return made
 
 
-def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None) -> Run:
-    """Continues a run; only its workers may change."""
+def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None, started: float) -> Run:
+    """Continues a run; only its workers may change. Arguments as for `train_seeds`."""
     run = open_run(path)
     if run.report is not None:
         print(f"run {run.path} is finished")
@@ -63,16 +74,18 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
         return run
     if changes:
         run = Run(run.path, build_config(run.config, changes))
-        (run.path / CONFIG_NAME).write_text(to_yaml(run.config))
     check_data(run.config)
     with ray_cluster(address) as cluster:
-        train_and_print(run, cluster)
+        check_batch(run.config, plan_workers(run.config, cluster).num_workers)
+        if changes:
+            write_text(run.path / CONFIG_NAME, to_yaml(run.config))
+        train_and_print(run, cluster, started)
     return run
 
 
-def train_and_print(run: Run, cluster: Cluster) -> dict[str, Any]:
+def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any]:
     """Trains a run on a cluster that is there, with progress, and prints the results."""
-    config, started = run.config, time.perf_counter()
+    config = run.config
     plan = plan_workers(config, cluster)
     order = planned_order(config)
     split = order.split
@@ -88,7 +101,12 @@ def train_and_print(run: Run, cluster: Cluster) -> dict[str, Any]:
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
     print(f"watch      tensorboard --logdir {run.path.parent}", flush=True)
-    train(run, cluster, on_record=_Progress(steps, started))
+    try:
+        with run.locked():
+            train(run, cluster, on_record=_Progress(steps, started))
+    except KeyboardInterrupt as error:
+        error.add_note(f"continue with: launch.py train --resume {run.path}")
+        raise
     print_report(run)
     return run.report or {}
 
@@ -157,6 +175,9 @@ def evaluate_and_print(
     """
     config = absolute_paths(config)
     data, task = open_split(config.data.path, split), make_task(config)
+    figures, folder = (output_path(path) if path else None for path in (json_file, report))
+    if figures and not figures.parent.is_dir():
+        raise UserError(f"the folder of `--json` {figures} does not exist")
     started = time.perf_counter()
     model = load_model(file, config)
     if num_workers > 1:
@@ -175,12 +196,12 @@ def evaluate_and_print(
         "split": split, "data": str(data.path), "weights": file, "metrics": evaluation.metrics,
         "interval_95": intervals, "chance": chance,
     }  # fmt: skip
-    if json_file:
-        _write_text(Path(json_file).expanduser(), json.dumps(outcome, indent=1))
-        print(f"figures    {json_file}")
-    if report:
+    if figures:
+        write_text(figures, json.dumps(outcome, indent=1))
+        print(f"figures    {figures}")
+    if folder:
         page = write_report(
-            Path(report).expanduser(), title=f"{config.recipe} on {split}", split=data, details=details,
+            folder, title=f"{config.recipe} on {split}", split=data, details=details,
             metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
             settings=dataclasses.asdict(config), records=list(read_records(Path(file))) if file else [],
         )  # fmt: skip
@@ -197,11 +218,11 @@ def check_data(config: RunConfig) -> None:
     data = config.data
     if not data.path:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
-    planned_order(config)
+    order = planned_order(config)
     open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)
     if data.test_split not in list_splits(data.path):
         print(f"notice: {data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")
-    make_task(config).check()
+    make_task(config).check(order.split)
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -224,25 +245,19 @@ class _Progress:
 
     def __call__(self, record: dict[str, Any]) -> None:
         now = time.perf_counter()
-        if record["kind"] == "step":
+        clock = f"[{now - self._started:6.1f} s]"
+        if record["kind"] == "start":
+            print(f"{clock} workers are up and the model is built in {record['seconds']:.1f} s", flush=True)
+        elif record["kind"] == "step":
             if self._first is None:
                 self._first = (now, record["step"])
-                print(f"first step after {now - self._started:.1f} s")
+                print(f"{clock} first step", flush=True)
             elif now - self._printed > 10 and record["step"] > self._first[1]:
                 left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
-                print(f"  step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
+                print(f"{clock} step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
                       f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
-                      f"about {left:.0f} s left")  # fmt: skip
+                      f"about {left:.0f} s left", flush=True)  # fmt: skip
                 self._printed = now
         elif record["kind"] == "evaluation":
             figures = "  ".join(f"{k} {record[k]:.2f}" for k in ("r_mean", "r_mean_text") if k in record)
-            print(
-                f"epoch {record['epoch']:>3}  {record['split']}  {figures}  ({now - self._started:.0f} s)", flush=True
-            )
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror})") from error
+            print(f"{clock} epoch {record['epoch']}  {record['split']}  {figures}", flush=True)

@@ -91,8 +91,8 @@ class Task(Protocol):
     objective: str
     """Metric of `evaluate` that selects the best epoch; higher is better."""
 
-    def check(self) -> None:
-        """Raises UserError for settings that cannot work, as far as can be told without building the model."""
+    def check(self, split: Split) -> None:
+        """Raises UserError for settings that cannot work on a training split, as far as shows without the model."""
         ...
 
     def build_model(self) -> nn.Module:

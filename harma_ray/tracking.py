@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harma_ray.errors import UserError
+from harma_ray.files import write_text
 from harma_ray.task import Projection
 
 METRICS_NAME = "metrics.jsonl"
@@ -26,24 +26,24 @@ EVENTS_FOLDER = "tensorboard"
 class Tracker:
     """Writes the record of a run."""
 
-    def __init__(self, run_dir: Path, *, start_step: int):
+    def __init__(self, run_dir: Path, *, last_step: int | None):
         """Opens the record.
 
         Args:
             run_dir: The run's folder.
-            start_step: Optimiser steps done; later records are removed.
+            last_step: The step whose checkpoint the run goes on from; later records are removed. None = it starts
+                anew, and all are.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_NAME
-        kept = [record for record in read_records(run_dir) if record.get("step", 0) <= start_step]
-        if self._path.exists():
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(partial, self._path)
-        self._file = self._path.open("a", buffering=1)
-        self._writer = SummaryWriter(
-            str(run_dir / EVENTS_FOLDER), purge_step=start_step + 1 if start_step else None, flush_secs=10
-        )
+        known = self._path.exists()
+        first = 0 if last_step is None else last_step + 1
+        kept = [record for record in read_records(run_dir) if record["step"] < first and record["kind"] != "final"]
+        if known:
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        with self._writing():
+            self._file = self._path.open("a", buffering=1)
+        self._writer = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=first if known else None, flush_secs=10)
 
     def log(self, kind: str, step: int, values: Mapping[str, float], *, prefix: str = "", **more: Any) -> None:
         """Records values.
@@ -69,11 +69,6 @@ class Tracker:
         with self._writing():
             self._writer.add_image(tag, np.asarray(image), step, dataformats="HWC")
 
-    def log_text(self, tag: str, text: str) -> None:
-        """Records a text (Markdown) in TensorBoard."""
-        with self._writing():
-            self._writer.add_text(tag, text)
-
     def log_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Records settings with final metrics for TensorBoard's HParams page."""
         plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
@@ -93,9 +88,11 @@ class Tracker:
         Raises:
             UserError: If the disk is full or the folder cannot be written.
         """
-        self._file.close()
         with self._writing():
-            self._writer.close()
+            try:
+                self._file.close()
+            finally:
+                self._writer.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

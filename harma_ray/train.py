@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from harma_ray.cluster import Cluster, WorkerPlan, plan_workers, require_shared_folder
+from harma_ray.cluster import Cluster, WorkerPlan, node_cpus, plan_workers, require_shared_folder, require_visible
 from harma_ray.config import RunConfig, build_config, to_dict
 from harma_ray.data.stream import Place
 from harma_ray.engine import evaluate_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, find_user_error
 from harma_ray.exchange import load_model
 from harma_ray.loop import check_batch, run_training
 from harma_ray.recipes import make_task, recipe_config
@@ -47,6 +47,7 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
     plan = plan_workers(run.config, cluster)
     check_batch(run.config, plan.num_workers)
     require_shared_folder(run.path, cluster)
+    require_visible(_read_paths(run.config), cluster)
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, done, on_record), daemon=True)
     follower.start()
@@ -79,6 +80,7 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
         raise UserError(f"cannot write into {beside} ({error.strerror}); evaluate with --workers 1") from error
     try:
         require_shared_folder(work, cluster)
+        require_visible(_read_paths(config), cluster)
         return _on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -88,18 +90,15 @@ def _on_workers(
     function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path
 ) -> Any:
     """Runs a function on every worker and returns what worker 0 returns."""
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
-    failures = folder / "failures"
-    shutil.rmtree(failures, ignore_errors=True)
     resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
     trainer = TorchTrainer(
         function,
-        train_loop_config={**settings, "config": to_dict(config), "failures": str(failures)},
+        train_loop_config={**settings, "config": to_dict(config)},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=resources
         ),
@@ -114,11 +113,15 @@ def _on_workers(
         return trainer.fit().return_value
     except SystemExit as error:  # how Ray Train ends after Ctrl-C, once its workers are stopped
         raise KeyboardInterrupt from error
-    except TrainingFailedError as error:
-        messages = sorted(failures.glob("worker-*.txt"))
-        if messages:
-            raise UserError(messages[0].read_text()) from error
-        raise
+    except WorkerGroupError as error:
+        told = [find_user_error(failure) for _, failure in sorted(error.worker_failures.items())]
+        raise next(filter(None, told), error) from error
+
+
+def _read_paths(config: RunConfig) -> list[Path]:
+    """Returns what every worker reads: the data set, and the weights if they are a file."""
+    pretrained = Path(getattr(getattr(config, "model", None), "pretrained", ""))
+    return [Path(config.data.path), *([pretrained] if pretrained.is_file() else [])]
 
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from harma_ray.data.ray_stream import ray_batches
 
     config, place = _enter(settings)
-    with _leaving_word(settings, place):
+    with _plain_errors():
         return run_training(
             make_task(config),
             config,
@@ -142,7 +145,7 @@ def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
     from harma_ray.data.ray_stream import ray_batches
 
     config, place = _enter(settings)
-    with _leaving_word(settings, place):
+    with _plain_errors():
         model = load_model(settings["file"], config)
         return evaluate_split(make_task(config), config, model, settings["split"], place=place, reader=ray_batches)
 
@@ -156,7 +159,7 @@ def _enter(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
     context = ray.train.get_context()
     device = get_device()
     neighbours = context.get_local_world_size()
-    threads = max(1, (os.cpu_count() or 1) // neighbours)
+    threads = max(1, node_cpus() // neighbours)
     torch.set_num_threads(config.train.threads or threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -170,19 +173,15 @@ def _enter(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
 
 
 @contextlib.contextmanager
-def _leaving_word(settings: dict[str, Any], place: Place) -> Iterator[None]:
-    """Leaves a user's error in a file before it ends the worker, so that the driver can show it as it is."""
+def _plain_errors() -> Iterator[None]:
+    """Raises a user's error bare, so that the driver finds its message at the end of the trace that it is given."""
     try:
         yield
-    except BaseException as raised:
-        error: BaseException | None = raised
-        while error is not None and not isinstance(error, UserError):
-            error = error.__cause__
-        if error is not None:
-            file = Path(settings["failures"]) / f"worker-{place.rank:04d}.txt"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(str(error))
-        raise
+    except Exception as raised:
+        error = find_user_error(raised)
+        if error is None:
+            raise
+        raise UserError(*error.args) from None
 
 
 def _follow(path: Path, done: threading.Event, on_record: Callable[[dict[str, Any]], None]) -> None:

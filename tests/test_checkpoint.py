@@ -1,5 +1,9 @@
 """Which checkpoints of a run are kept."""
 
+import subprocess
+import sys
+
+import pytest
 import torch
 from torch import nn
 
@@ -16,3 +20,29 @@ def test_the_best_evaluated_and_the_last_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (2, 4, 6, 9)]
     prune_checkpoints(tmp_path, "r_mean", 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000009"]
+
+
+@pytest.mark.parametrize("limit", [1_000, 41_000])
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_half_written(tmp_path, limit):
+    """The limit on a file's size stands for the disk: too small for the weights, or only for the optimiser's state."""
+    code = f"""
+import resource, signal, torch
+from pathlib import Path
+from harma_ray.checkpoint import CheckpointMeta, save_checkpoint
+from harma_ray.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model, state = torch.nn.Linear(100, 100), {{"moments": torch.zeros(2, 100, 100)}}
+def save(step):
+    save_checkpoint(Path({str(tmp_path)!r}), CheckpointMeta(step, step, {{}}, {{}}, "", "", ""), model, state)
+save(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    save(2)
+except UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("cannot write checkpoint")
+    assert len(result.stdout.splitlines()) == 1
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000001"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from harma_ray.cli import make_parser
-from harma_ray.cluster import Cluster, plan_workers
+from harma_ray.cluster import Cluster, plan_workers, require_shared_folder, require_visible
 from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
@@ -81,6 +81,30 @@ def test_workers_and_their_data_tasks_always_fit(cpus, gpus):
     if gpus:
         assert plan.num_workers == gpus
     assert 128 % plan.num_workers == 0
+
+
+@pytest.mark.ray
+def test_a_folder_that_a_machine_does_not_see_is_refused(tmp_path, monkeypatch):
+    """Two nodes on this machine; what the second one sees is told for it, because both have the same disk."""
+    import ray
+    from ray.cluster_utils import Cluster as LocalNodes
+
+    nodes = LocalNodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes.add_node(num_cpus=1)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        two = Cluster(cpus=2, gpus=0, nodes=2, address=nodes.address, dashboard="")
+        require_shared_folder(tmp_path / "runs", two)
+        head = nodes.head_node.node_id
+        monkeypatch.setattr("harma_ray.cluster._exists", lambda path: ray.get_runtime_context().get_node_id() == head)
+        with pytest.raises(UserError, match=r"runs is not shared: 1 of 2 machines do not see it"):
+            require_shared_folder(tmp_path / "runs", two)
+        with pytest.raises(UserError, match=r"data is not shared"):
+            require_visible([tmp_path / "data"], two)
+        assert not list((tmp_path / "runs").iterdir())
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
 
 
 def test_two_cores_give_two_workers():

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harma_ray import exchange
@@ -173,7 +174,7 @@ def test_a_file_with_other_things_names_the_way_out(random_run, tmp_path, conten
 
 def test_a_full_disk_leaves_nothing_half_made(random_run, released, tmp_path, monkeypatch):
     def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(exchange, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
@@ -186,3 +187,11 @@ def test_a_full_disk_leaves_nothing_half_made(random_run, released, tmp_path, mo
 def test_an_import_onto_a_folder_is_refused(random_run, released, tmp_path):
     with pytest.raises(UserError, match="choose another --out"):
         import_checkpoint(released, random_run.config, tmp_path)
+
+
+def test_weights_trained_with_settings_that_no_shape_shows_are_refused_with_others(random_run, tmp_path):
+    adapter = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
+    other = build_config(random_run.config, {"adapter.num_heads": 4, "model.text_tokens": "full"})
+    for file in (adapter, random_run.best_checkpoint()):
+        with pytest.raises(UserError, match=r"--set model\.text_tokens=trim --set adapter\.num_heads=8"):
+            load_model(file, other)

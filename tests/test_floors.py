@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: ["errors", "config", "ranking", "metrics", "distributed", "data.schema", "data.order", "data.captions"],
+    0: ["errors", "files", "config", "ranking", "metrics", "distributed", "data.schema", "data.order", "data.captions"],
     1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.scenes"],
     2: ["cluster", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream", "data.convert.",
         "engine", "pictures", "report", "figures", "page"],
@@ -38,6 +38,7 @@ def modules() -> dict[str, Path]:
 
 
 def run_time_imports(path: Path) -> set[str]:
+    """Returns this package's modules that a file imports, however it writes it, those inside functions too."""
     tree = ast.parse(path.read_text())
     skipped = {
         id(inner)
@@ -45,11 +46,16 @@ def run_time_imports(path: Path) -> set[str]:
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
         for inner in ast.walk(node)
     }
-    return {
-        node.module.removeprefix("harma_ray.")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("harma_ray.") and id(node) not in skipped
-    }
+    named = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            named |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("harma_ray.") for name in named if name.startswith("harma_ray.")}
 
 
 def test_a_module_imports_its_own_floor_or_lower():
@@ -77,6 +83,27 @@ assert torch.equal(torch.get_rng_state(), state)
 assert torch.get_num_threads() == threads
 assert logging.getLogger().handlers == handlers
 assert set(os.listdir(".")) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.timeout(120)
+def test_importing_any_module_does_nothing():
+    names = [f"harma_ray.{name}" for name in modules()]
+    code = f"""
+import importlib, logging, os, signal, sys, threading
+import numpy, torch, open_clip, ray, ray.data, ray.train
+state, threads, running = torch.get_rng_state(), torch.get_num_threads(), threading.active_count()
+handlers, before = list(logging.getLogger().handlers), set(os.listdir("."))
+environment, on_interrupt = dict(os.environ), signal.getsignal(signal.SIGTERM)
+for name in {names!r}:
+    importlib.import_module(name)
+assert torch.equal(torch.get_rng_state(), state)
+assert (torch.get_num_threads(), threading.active_count()) == (threads, running)
+assert logging.getLogger().handlers == handlers
+assert set(os.listdir(".")) == before
+assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == (environment, on_interrupt)
+assert not ray.is_initialized()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

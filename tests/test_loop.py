@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harma_ray.checkpoint import list_checkpoints, load_state, read_meta
+from harma_ray.checkpoint import list_checkpoints, load_state, load_weights, read_meta
 from harma_ray.config import OptimConfig, build_config
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.engine import evaluate_split, parameters_without_gradient
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model
 from harma_ray.loop import TrainingDiverged, run_training
+from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.optim import build_optimizer, build_schedule, learning_rate_factor
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
@@ -32,8 +34,8 @@ def settings(scenes, **changes):
     return build_config(recipe_config("harma-scenes"), {**SMALL, "data.path": str(scenes), **dotted})
 
 
-def run(config, path, reporter=lambda metrics: None):
-    return run_training(make_task(config), config, Path(path), place=Place(), reader=local_batches, reporter=reporter)
+def run(config, path, reporter=lambda metrics: None, reader=local_batches):
+    return run_training(make_task(config), config, Path(path), place=Place(), reader=reader, reporter=reporter)
 
 
 def weights(config, path):
@@ -74,6 +76,32 @@ def test_a_run_leaves_its_record_report_and_checkpoints(finished):
     assert list((path / "tensorboard").glob("events.out.tfevents.*"))
 
 
+def read_events(path):
+    accumulator = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def test_tensorboard_shows_what_the_record_tells(finished):
+    _, path, report = finished
+    events, records = read_events(path), list(read_records(path))
+    steps = [record for record in records if record["kind"] == "step"]
+    for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("train/grad_norm", "grad_norm"),
+                     ("train/loss_contrastive", "loss_contrastive"), ("train/loss_triplet", "loss_triplet"),
+                     ("train/pairs_per_second", "pairs_per_second"), ("train/memory_mb", "memory_mb"),
+                     ("train/data_wait_fraction", "data_wait_fraction")):  # fmt: skip
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [(record["step"], pytest.approx(record[key], rel=1e-6)) for record in steps], tag
+    recalls = {event.step: event.value for event in events.Scalars("val/r_mean")}
+    assert recalls == {r["step"]: pytest.approx(r["r_mean"]) for r in records if r["kind"] == "evaluation"}
+    assert len(events.Scalars("model/temperature")) == len(steps)
+    gates = [tag for tag in events.Tags()["scalars"] if tag.startswith("model/gate/")]
+    assert len(gates) == 2 * len({tag.rpartition("/")[0] for tag in gates}) > 0
+    assert [event.step for event in events.Images("retrievals")] == [0, 10, 20]
+    assert events.Scalars("final_test/r_mean")[0].value == pytest.approx(report["metrics"]["test"]["r_mean"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert list((path / "tensorboard").rglob("metadata.tsv"))
+
+
 def test_the_backbone_is_not_copied_into_checkpoints(finished):
     config, path, report = finished
     model = make_task(config).build_model()
@@ -95,16 +123,32 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(finished, scenes,
     assert all(torch.equal(moments[key]["exp_avg_sq"], others[key]["exp_avg_sq"]) for key in others)
     steps = [record["step"] for record in read_records(tmp_path) if record["kind"] == "step"]
     assert steps == list(range(1, 21))
+    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == steps
+
+
+def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, tmp_path):
+    config, path, _ = finished
+    with pytest.raises(Stop):
+        run(config, tmp_path, stop_after(1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(config, tmp_path)
+    kinds = [[record["kind"] for record in read_records(folder)] for folder in (path, tmp_path)]
+    assert kinds[0] == kinds[1]
+    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == list(range(1, 21))
 
 
 def test_a_run_resumes_inside_an_epoch_bit_for_bit(finished, scenes, tmp_path):
     config, path, _ = finished
-    often = replace(config, train=replace(config.train, checkpoint_every_steps=3, keep_checkpoints=9))
+    often = replace(config, train=replace(config.train, checkpoint_every_steps=3))
+
+    def ends_after_13_steps(source, chunks, how):
+        for step, batch in enumerate(local_batches(source, chunks, how)):
+            if how.batch_size == 20 and step == 13:
+                raise Stop
+            yield batch
+
     with pytest.raises(Stop):
-        run(often, tmp_path, stop_after(2))
-    for checkpoint in list_checkpoints(tmp_path):
-        if read_meta(checkpoint).step > 13:
-            shutil.rmtree(checkpoint)
+        run(often, tmp_path, reader=ends_after_13_steps)
     assert read_meta(list_checkpoints(tmp_path)[-1]).step == 12
     run(often, tmp_path)
     last, expected = list_checkpoints(tmp_path)[-1], list_checkpoints(path)[-1]
@@ -117,9 +161,6 @@ def test_training_moves_the_trainable_parameters_and_nothing_else(scenes, tmp_pa
     run(config, tmp_path, lambda metrics: None)
     task = make_task(config)
     model = task.build_model()
-    from harma_ray.checkpoint import load_weights
-    from harma_ray.models.weights import backbone_fingerprint
-
     load_weights(list_checkpoints(tmp_path)[-1], model, backbone=backbone_fingerprint(model))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
@@ -158,6 +199,43 @@ def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(scenes, tmp_
     assert read_meta(list_checkpoints(tmp_path)[-1]).step == 0
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_weights(scenes, tmp_path):
+    config = settings(scenes)
+    task = make_task(config)
+
+    class Spoiled:
+        def __getattr__(self, name):
+            return getattr(task, name)
+
+        def losses(self, model, batch):
+            terms = task.losses(model, batch)
+            return {**terms, "spoiled": terms["contrastive"].sub(terms["contrastive"].detach()).sqrt()}  # 0, slope inf
+
+    with pytest.raises(TrainingDiverged, match=r"step 1 on worker 0 \(.*spoiled=0\.0, grad_norm=(nan|inf)"):
+        run_training(Spoiled(), config, tmp_path, place=Place(), reader=local_batches)
+
+
+def test_an_import_cannot_be_trained_on(random_run):
+    with pytest.raises(UserError, match="weights alone"):
+        run(random_run.config, random_run.path)
+
+
+def test_the_released_way_of_picking_on_test_touches_no_val(scenes, tmp_path):
+    config = settings(scenes, train__select_on="test-as-in-released-code", train__epochs=1)
+    report = run(config, tmp_path)
+    assert report["selected_on"] == "test"
+    assert set(report["metrics"]) == {"test"}
+    assert {r["split"] for r in read_records(tmp_path) if r["kind"] == "evaluation"} == {"test"}
+
+
+def test_bf16_follows_fp32(finished, scenes, tmp_path):
+    _, path, _ = finished
+    run(settings(scenes, train__precision="bf16", train__epochs=1), tmp_path)
+    exact, rounded = ([r["loss"] for r in read_records(p) if r["kind"] == "step"][:3] for p in (path, tmp_path))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
 def test_patience_stops_a_run_early(scenes, tmp_path):
     config = settings(scenes, optim__learning_rate=1e-12, train__epochs=9, train__early_stopping_patience=2)
     report = run(config, tmp_path)
@@ -187,6 +265,22 @@ def test_zero_shot_trains_nothing_and_reports_the_backbone(scenes, tmp_path):
 def test_every_trainable_parameter_gets_a_gradient(scenes, changes):
     config = settings(scenes, **changes)
     assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+
+
+def test_a_parameter_without_a_gradient_is_found(scenes):
+    config = settings(scenes)
+    task = make_task(config)
+
+    class Careless:
+        def __getattr__(self, name):
+            return getattr(task, name)
+
+        def build_model(self):
+            model = task.build_model()
+            model.forgotten = torch.nn.Parameter(torch.zeros(1))
+            return model
+
+    assert parameters_without_gradient(Careless(), config, Place(), local_batches) == ["forgotten"]
 
 
 def test_resuming_with_other_settings_is_refused(scenes, tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -18,26 +19,28 @@ from harma_ray.cli.train import add_train
 from harma_ray.errors import UserError
 
 EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 done, 2 the user's mistake, 130 interrupted, 1 anything else.
+        0 done, 2 the user's mistake or wish (an interruption), 1 anything else.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)
-    options = make_parser().parse_args(arguments)
+    started = time.perf_counter()
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        options = make_parser().parse_args(arguments)
+        options.started = started
         options.run_command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        way_out = getattr(error, "__notes__", ["run the same command again"])[0]
+        print(f"interrupted: what was finished is kept; {way_out}", file=sys.stderr)
+        return EXIT_MISTAKE
     except BrokenPipeError:
         return 1
     return 0

@@ -52,16 +52,19 @@ def add_convert(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from harma_ray.cluster import ray_cluster
+    from harma_ray.cluster import ray_cluster, require_shared_folder, require_visible
     from harma_ray.data.convert import commands as convert
     from harma_ray.data.convert.writer import WriteSettings
+    from harma_ray.files import output_path
 
     changes = {"max_pixels": options.max_pixels} if options.max_pixels else {}
     settings = WriteSettings(
         resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
         **changes,
     )  # fmt: skip
-    with ray_cluster(options.address):
+    with ray_cluster(options.address) as cluster:
+        require_shared_folder(output_path(options.out), cluster)
+        require_visible([Path(options.images).expanduser()] if "images" in options else [], cluster)
         if options.kind == "harma":
             manifests = {options.split: convert.convert_harma(
                 options.annotations, options.images, options.split, options.out, settings=settings)}  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from harma_ray.cli.options import add_address, add_scaling, add_settings, changes_from, config_from, make_command
@@ -30,17 +32,20 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
     add_settings(parser)
-    add_scaling(parser)
+    add_scaling(parser, default="1")
     add_address(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from harma_ray.config import build_config
+    from harma_ray.config import ScalingConfig, build_config
     from harma_ray.runs import open_run
     from harma_ray.session import evaluate_and_print
 
     if options.run:
-        config = build_config(open_run(options.run).config, changes_from(options))
+        if options.recipe or options.config:
+            raise UserError("`--run` brings its own settings; leave out --recipe and --config")
+        trained = replace(open_run(options.run).config, scaling=ScalingConfig())
+        config = build_config(trained, changes_from(options))
     elif options.recipe or options.config:
         config = config_from(options)
     else:
@@ -63,17 +68,18 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--split", help="one split (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")
-    add_scaling(parser)
+    add_scaling(parser, default="1")
     add_address(parser)
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from harma_ray.cluster import ray_cluster
+    from harma_ray.cluster import ray_cluster, require_visible
     from harma_ray.embed import embed
     from harma_ray.runs import open_run
 
     run = open_run(options.run)
     with ray_cluster(options.address) as cluster:
+        require_visible([run.path, Path(options.data).expanduser()], cluster)
         summary = embed(
             run, options.data, options.out, split=options.split, batch_size=options.batch_size,
             num_actors=options.workers or 1, use_gpu=options.gpu or (not options.cpu and cluster.gpus >= 1),

@@ -27,9 +27,9 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_scaling(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--workers``, ``--gpu`` and ``--cpu``."""
-    parser.add_argument("--workers", type=int, metavar="N", help="workers (default: one a GPU, or two on CPUs)")
+def add_scaling(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Adds ``--workers``, ``--gpu`` and ``--cpu``; `default` says how many workers there are without."""
+    parser.add_argument("--workers", type=int, metavar="N", help=f"workers (default: {default})")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--gpu", action="store_true", help="every worker takes a GPU (default: if there is one)")
     device.add_argument("--cpu", action="store_true", help="no worker takes a GPU")

@@ -25,14 +25,14 @@ def add_train(commands: Any) -> None:
     source.add_argument("--config", metavar="FILE", help="YAML settings, such as the config.yaml of a run")
     source.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
     parser.add_argument("--data", help="folder of the converted data set (data.path)")
-    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run (default: recipe and time)")
     parser.add_argument("--seeds", help="train once with each of these seeds, such as 0,1,2, and print mean and spread")
     parser.add_argument(
         "--check", action="store_true", help="one step only: list trainable parameters without gradient"
     )
     add_settings(parser)
-    add_scaling(parser)
+    add_scaling(parser, default="one a GPU, or two on CPUs")
     add_address(parser)
 
 
@@ -40,16 +40,18 @@ def _train(options: argparse.Namespace) -> None:
     from harma_ray.session import check_gradients, resume_and_train, train_seeds
 
     if options.resume:
-        if options.overrides or options.data or options.seeds or options.name:
+        if options.overrides or options.data or options.seeds or options.name or options.runs or options.check:
             raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
-        resume_and_train(options.resume, scaling_changes(options), address=options.address)
+        resume_and_train(options.resume, scaling_changes(options), address=options.address, started=options.started)
         return
     config = config_from(options)
     if options.check:
         check_gradients(config)
         return
     seeds = _parse_seeds(options.seeds) if options.seeds else [config.seed]
-    train_seeds(config, seeds, runs=options.runs, name=options.name, address=options.address)
+    train_seeds(
+        config, seeds, runs=options.runs or "runs", name=options.name, address=options.address, started=options.started
+    )
 
 
 def _parse_seeds(text: str) -> list[int]:

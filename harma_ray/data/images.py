@@ -14,6 +14,9 @@ from harma_ray.errors import UserError
 MAX_PIXELS = 100_000_000
 """Largest image that is decoded unless the caller says otherwise; 300 MB as RGB."""
 
+FORMATS = ("TIFF", "JPEG", "PNG", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
+"""What is read; PIL knows more, some of which it hands to other programs."""
+
 # What PIL's readers raise on files that are cut off, damaged or mislabelled: nearly always the first two (of 60,000
 # files with flipped bytes, all), the others by reading its source. `Warning` is for programs that make them errors.
 _DECODER_ERRORS = (
@@ -24,6 +27,8 @@ _DECODER_ERRORS = (
     LookupError,
     TypeError,
     ArithmeticError,
+    AttributeError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Warning,
@@ -42,7 +47,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     largest value, because sensors seldom use the whole range. Of several frames or pages the first is taken.
 
     Args:
-        data: The image file's bytes, in any format that PIL reads.
+        data: The image file's bytes, of one of ``FORMATS``.
         max_pixels: Largest width times height; checked before anything is decoded. PIL itself warns above 89 million
             and refuses above 179 million.
 
@@ -52,7 +57,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise BadImage("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise BadImage(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
             image.load()
@@ -63,7 +68,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImage(_too_large(f"PIL says: {error}", max_pixels)) from error
     except UnidentifiedImageError as error:
         raise BadImage(
-            f"not an image that PIL can read ({len(data)} bytes that begin with {data[:4]!r}); "
+            f"not an image of a known format ({len(data)} bytes that begin with {data[:4]!r}); "
             "convert it to 8-bit RGB PNG, TIFF or JPEG"
         ) from error
     except _DECODER_ERRORS as error:

@@ -17,10 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from harma_ray.config import RunConfig
-from harma_ray.data.schema import RowIndex, Split, index_rows, open_split
+from harma_ray.data.schema import RowIndex, Split, index_rows, open_shard, open_split
 from harma_ray.errors import UserError
 
 MAX_CHUNK_SAMPLES = 4096
@@ -206,12 +205,10 @@ def _read_rows(source: IndexedSplit, rows: np.ndarray) -> pa.Table:
     """Reads ascending rows of one shard."""
     index = source.index
     path = source.split.shard_paths()[index.shard[rows[0]]]
-    groups, first_row = np.unique(index.row_group[rows], return_inverse=True)
-    try:
-        with pq.ParquetFile(path, memory_map=True) as file:
-            wanted = [int(group) for group in index.group_in_shard[groups]]
-            starts = np.cumsum([0] + [file.metadata.row_group(group).num_rows for group in wanted])[:-1]
-            table = file.read_row_groups(wanted, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read shard {path} ({error}); convert the split again") from error
-    return table.take(pa.array(starts[first_row] + index.offset[rows]))
+    groups, firsts = np.unique(index.row_group[rows], return_index=True)
+    parts = []
+    with open_shard(path) as file:
+        for group, offsets in zip(groups, np.split(index.offset[rows], firsts[1:]), strict=True):
+            table = file.read_row_group(int(index.group_in_shard[group]), use_threads=False)
+            parts.append(table.take(pa.array(offsets)))  # one group in memory at a time
+    return pa.concat_tables(parts)

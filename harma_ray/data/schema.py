@@ -7,6 +7,8 @@ A data set is a folder with one sub-folder for each split (``train``, ``val``, `
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +132,10 @@ class Split:
 
     def read(self, columns: list[str]) -> pa.Table:
         """Reads some columns of the whole split, in row order; not meant for ``image``."""
-        tables = [pq.read_table(path, columns=columns) for path in self.shard_paths()]
+        tables = []
+        for path in self.shard_paths():
+            with open_shard(path) as file:
+                tables.append(file.read(columns=columns))
         return pa.concat_tables(tables)
 
 
@@ -189,9 +194,16 @@ class RowIndex:
         return len(self.shard)
 
 
-def _open_shard(path: Path) -> pq.ParquetFile:
+@contextmanager
+def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """Opens a shard for the length of a block.
+
+    Raises:
+        UserError: If it cannot be opened, or what the block reads of it is damaged.
+    """
     try:
-        return pq.ParquetFile(path)
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"cannot read shard {path} ({error}); convert the split again with --overwrite") from error
 
@@ -201,7 +213,7 @@ def index_rows(split: Split) -> RowIndex:
     shards, groups, offsets, group_in_shard, counts = [], [], [], [], []
     total_bytes = 0
     for number, path in enumerate(split.shard_paths()):
-        with _open_shard(path) as file:
+        with open_shard(path) as file:
             if not file.schema_arrow.equals(IMAGE_SCHEMA):
                 raise UserError(f"{path} does not have the columns of a converted data set; convert the split again")
             image_column = IMAGE_SCHEMA.get_field_index("image")

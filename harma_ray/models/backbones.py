@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 _CONFIGS = Path(__file__).parent / "configs"
 _QUICK = "-quickgelu"
+_QUICK_FILE = "RS5M_ViT-B-32"
+"""How the names of GeoRSCLIP's releases begin that were fine-tuned from OpenAI's weights."""
 
 
 def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Module:
@@ -39,7 +41,6 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
         UserError: unknown architecture or tag, a file that does not fit, weights of the other activation, no network.
     """
     check_pretrained(architecture, pretrained)
-    config = _configuration(architecture)
     architecture = architecture.replace("/", "-")
     if pretrained == "random":
         return _create(architecture, None, seed)
@@ -52,7 +53,6 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
                 f"the weights `{pretrained}` of `{architecture}` could not be loaded ({reason}); fetch them "
                 "where there is a network and give the file's path, or use `random`"
             ) from error
-    _note_activation(architecture, config, pretrained)
     state_dict = read_state_dict(pretrained)
     model = _create(architecture, None, seed)
     check_fit(model.state_dict(), state_dict, f"{pretrained} (for `{architecture}`)")
@@ -77,6 +77,8 @@ def check_pretrained(architecture: str, pretrained: str) -> None:
             "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
             f"{pretrained!r} for `{architecture}`; {_nearest(architecture, pretrained)}"
         )
+    else:
+        check_file_activation(architecture, pretrained)
 
 
 def tokenize(architecture: str) -> Callable[..., Tensor]:
@@ -148,13 +150,18 @@ def _check_activation(architecture: str, config: dict, tag: str) -> None:
         )
 
 
-def _note_activation(architecture: str, config: dict, path: str) -> None:
-    """Warn that a file cannot say which GELU it needs, where the architecture exists with both."""
-    quick = bool(config.get("quick_gelu", False))
-    twin = architecture.removesuffix(_QUICK) if quick else architecture + _QUICK
-    if twin != architecture and twin in open_clip.list_models():
-        kind = "quick" if quick else "plain"
-        logger.warning("%s is run with %s GELU; if it was trained with the other, use `%s`", path, kind, twin)
+def check_file_activation(architecture: str, path: str | Path) -> None:
+    """Guard against plain GELU for weights of quick GELU: a file does not say which it was trained with.
+
+    Raises:
+        UserError: the file's name tells that it needs quick GELU. Without that there is a warning.
+    """
+    twin = architecture + _QUICK
+    if bool(_configuration(architecture).get("quick_gelu", False)) or twin not in open_clip.list_models():
+        return
+    if Path(path).name.startswith(_QUICK_FILE):
+        raise UserError(f"{path} was trained with quick GELU, but `{architecture}` computes plain GELU; use `{twin}`")
+    logger.warning("%s is run with plain GELU; if it was trained with quick GELU, use `%s`", path, twin)
 
 
 def _nearest(architecture: str, pretrained: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -88,8 +89,9 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sourc
 def backbone_fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 of a CLIP's own weights, the same before and after adapters are inserted.
 
-    Names, dtypes, shapes and bytes enter, in the order of the names; temperatures of a `DualEncoder` do not. Another
-    device changes nothing, another dtype does. Hashing ViT-B/32 takes about a second.
+    Names, dtypes, shapes and bytes enter, in the order of the names, and whether the activation is quick GELU;
+    temperatures of a `DualEncoder` do not. Another device changes nothing, another dtype does. Hashing ViT-B/32 takes
+    about a second.
 
     Args:
         model: an open_clip model, or a `DualEncoder` around one.
@@ -99,7 +101,8 @@ def backbone_fingerprint(model: nn.Module) -> str:
     """
     clip_model = getattr(model, "clip", model)
     added = tuple(f"{name}." for name, module in clip_model.named_modules() if isinstance(module, GatedAdapter))
-    digest = hashlib.sha256()
+    quick = any(isinstance(module, QuickGELU) for module in clip_model.modules())
+    digest = hashlib.sha256(b"quick GELU" if quick else b"")
     for name, tensor in sorted(clip_model.state_dict().items()):
         if not name.startswith(added):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

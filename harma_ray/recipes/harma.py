@@ -61,9 +61,14 @@ class HarmaTask:
         """Takes the settings; nothing is loaded yet."""
         self.config = config
 
-    def check(self) -> None:
-        """Raises UserError if the architecture is unknown or the pretrained weights are neither file nor tag."""
+    def check(self, split: Split) -> None:
+        """Raises UserError for an unknown architecture, for weights that do not belong to it, for missing labels."""
         check_pretrained(self.config.model.architecture, self.config.model.pretrained)
+        if self.config.loss.center_factor and split.read(["label"]).column("label").null_count:
+            raise UserError(
+                f"`loss.center_factor` needs a class label for every image, but {split.path} has images without; "
+                "convert it with labels, or set loss.center_factor=0"
+            )
 
     def build_model(self) -> DualEncoder:
         """Returns the dual encoder on CPU, tuned as configured; a loss that is off leaves its temperature frozen."""

@@ -23,6 +23,7 @@ from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
 from harma_ray.data.schema import IMAGE_SCHEMA, index_rows, list_splits, open_split
 from harma_ray.errors import UserError
+from harma_ray.files import TEMPORARY_PREFIX
 
 NUM_IMAGES = 30
 SMALL = {"shard_bytes": 20_000, "row_group_bytes": 4_000}
@@ -347,7 +348,7 @@ def test_killed_process_leaves_no_split_and_can_be_restarted(raw, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = _read_files(tmp_path / "data")
-    assert any(Path(name).name.startswith(shards.TEMPORARY_PREFIX) for name in left)
+    assert any(Path(name).name.startswith(TEMPORARY_PREFIX) for name in left)
     assert any(name.endswith("part-00000.parquet") for name in left)
     assert list_splits(tmp_path / "data") == []
     _convert(raw, tmp_path / "data")
@@ -413,7 +414,7 @@ def test_full_disk_is_one_clear_line_and_the_next_run_goes_on(raw, tmp_path):
     assert done.stderr.count("\n") == 1
     assert "no room to write" in done.stderr
     assert "run the same command again" in done.stderr
-    assert not [name for name in _read_files(tmp_path / "data") if shards.TEMPORARY_PREFIX in name]
+    assert not [name for name in _read_files(tmp_path / "data") if TEMPORARY_PREFIX in name]
     assert list_splits(tmp_path / "data") == []
     assert _convert(raw, tmp_path / "data").rows == NUM_IMAGES
 
@@ -425,7 +426,7 @@ def test_full_disk_keeps_the_old_split(raw, tmp_path, monkeypatch):
     def refuse(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(UserError, match=r"no room to write .* \(No space left on device\)"):
         _convert(raw, tmp_path, overwrite=True, seed=2)
     assert _read_files(tmp_path / "val") == before

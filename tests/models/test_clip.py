@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from harma_ray.errors import UserError
 from harma_ray.models.adapters import insert_adapters
+from harma_ray.models.backbones import check_pretrained
 from harma_ray.models.clip import (
     DualEncoder,
     backbone_fingerprint,
@@ -165,7 +166,21 @@ def test_file_for_an_architecture_with_both_activations_warns(tmp_path, caplog):
     torch.save({"a": torch.zeros(1)}, tmp_path / "unknown.pt")
     with pytest.raises(UserError, match="does not fit"):
         build_clip("RN50", str(tmp_path / "unknown.pt"))
-    assert "plain GELU; if it was trained with the other, use `RN50-quickgelu`" in caplog.text
+    assert "plain GELU; if it was trained with quick GELU, use `RN50-quickgelu`" in caplog.text
+
+
+def test_file_that_is_known_to_need_quick_gelu_is_refused_with_plain_gelu(tmp_path, caplog):
+    (tmp_path / "RS5M_ViT-B-32_RET-2.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="use `ViT-B-32-quickgelu`"):
+        check_pretrained("ViT-B-32", str(tmp_path / "RS5M_ViT-B-32_RET-2.pt"))
+    check_pretrained("ViT-B-32-quickgelu", str(tmp_path / "RS5M_ViT-B-32_RET-2.pt"))
+    assert not caplog.text
+
+
+def test_fingerprint_tells_the_activations_apart():
+    plain, quick = small_clip(), small_clip(quick_gelu=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), quick.parameters(), strict=True))
+    assert backbone_fingerprint(plain) != backbone_fingerprint(quick)
 
 
 def test_weights_that_cannot_be_fetched_are_a_user_error(monkeypatch, tmp_path):

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tabulate import tabulate
 
 from harma_ray.data.images import MAX_PIXELS, BadImage, decode_image
-from harma_ray.data.schema import BadRow, Split
+from harma_ray.data.schema import BadRow, Split, open_shard
 from harma_ray.errors import UserError
+from harma_ray.files import output_path
 
 PERCENTS = (0, 5, 50, 95, 100)
 """Percentiles that are told of each distribution."""
@@ -218,7 +218,7 @@ def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0)
         caption = row["captions"][0] if row["captions"] else "(no caption)"
         wrapped = textwrap.wrap(caption, width=int(_THUMBNAIL / _FONT_SIZE * 1.9), max_lines=_CAPTION_LINES)
         draw.text((x, y + _THUMBNAIL + 2 + line_height), "\n".join(wrapped), fill="dimgrey", font=font)
-    target = Path(path).expanduser().absolute()
+    target = output_path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(target, "PNG")
@@ -229,7 +229,7 @@ def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0)
 
 def _iterate_images(split: Split) -> Iterator[tuple[str, bytes]]:
     for path in split.shard_paths():
-        with pq.ParquetFile(path) as file:
+        with open_shard(path) as file:
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=["source", "image"])
                 yield from zip(table.column("source").to_pylist(), table.column("image").to_pylist(), strict=True)
@@ -239,7 +239,7 @@ def _iterate_rows(split: Split, wanted: set[int]) -> Iterator[dict]:
     """Yields all rows in order; those of row groups without a wanted row are empty, because they are not read."""
     start = 0
     for path in split.shard_paths():
-        with pq.ParquetFile(path) as file:
+        with open_shard(path) as file:
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if wanted.isdisjoint(range(start, start + rows)):

@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,12 +19,10 @@ from harma_ray.data.images import BadImage, decode_image
 from harma_ray.data.scenes import scene
 from harma_ray.data.schema import IMAGE_SCHEMA, ROW_GROUP_BYTES, BadRow
 from harma_ray.errors import UserError
+from harma_ray.files import atomic_file
 
 JPEG_QUALITY = 95
 """Quality of JPEG images that had to be made smaller."""
-TEMPORARY_PREFIX = ".tmp-"
-"""Files of this prefix are being written, or were when their writer died."""
-
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -104,7 +99,12 @@ def write_shard(plan: ShardPlan) -> ShardResult:
         with (
             atomic_file(plan.path) as file,
             pq.ParquetWriter(
-                file, IMAGE_SCHEMA, compression="NONE", use_dictionary=False, write_statistics=False
+                file,
+                IMAGE_SCHEMA,
+                compression="NONE",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
             ) as writer,
         ):
             for group in _row_groups(plan, bad):
@@ -130,20 +130,6 @@ def find_finished(plan: ShardPlan) -> ShardResult | None:
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return None  # no such file, or not ours: the shard is written anew
     return None
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears under its name, on disk, only when the block ends without an error."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, error: OSError) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from harma_ray.data.convert.records import (
     resolve_image,
 )
 from harma_ray.errors import UserError
+
+_logger = logging.getLogger(__name__)
 
 _TRAIN_ROW = '{"caption": text, "image": path, "image_id": number, "label_name"?: text, "label"?: number}'
 _EVAL_ROW = '{"image": path, "caption": [texts], "label_name"?: text, "label"?: number}'
@@ -76,7 +79,8 @@ def read_karpathy(
         split = _field(row, "split", str, origin, _KARPATHY)
         if splits is not None and split not in splits:
             continue
-        name = str(Path(row.get("filepath") or "") / _field(row, "filename", str, origin, _KARPATHY))
+        folder = _field(row, "filepath", str, origin, _KARPATHY) if row.get("filepath") is not None else ""
+        name = str(Path(folder) / _field(row, "filename", str, origin, _KARPATHY))
         sentences = _field(row, "sentences", list, origin, _KARPATHY)
         texts = [_field(_object(s, origin, _KARPATHY), "raw", str, origin, _KARPATHY) for s in sentences]
         if not texts:
@@ -88,6 +92,10 @@ def read_karpathy(
     if missing or not wanted:
         there = ", ".join(sorted({str(row.get("split")) for row in rows}))
         raise UserError(f"{file} has no images of split {', '.join(missing or SPLITS)}; it has {there}")
+    others = sorted(found.keys() - set(wanted))
+    if others:
+        left_out = ", ".join(f"{len(found[split])} of split {split}" for split in others)
+        _logger.warning("%s: images of other splits than %s are left out: %s", file, ", ".join(wanted), left_out)
     for split in wanted:
         check_unique(found[split])
     return {split: found[split] for split in wanted}

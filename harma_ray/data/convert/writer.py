@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from harma_ray import __version__
-from harma_ray.data.convert.records import SceneSpec, SourceRecord
+from harma_ray.data.convert.records import SceneSpec, SourceRecord, hash_file
 from harma_ray.data.convert.shards import (
     ShardPlan,
     ShardResult,
-    atomic_file,
     disk_error,
     find_finished,
     pack_shards,
@@ -45,11 +44,13 @@ from harma_ray.data.schema import (
     open_split,
 )
 from harma_ray.errors import UserError
+from harma_ray.files import atomic_file, output_path
 
 MIN_SHARDS = 8
 """Splits are cut into this many shards even if they are small, so that several tasks write (and read) them."""
 
 _LISTED = 10
+_HASHING_THREADS = 8
 _logger = logging.getLogger(__name__)
 
 TaskMap = Callable[[Callable[[ShardPlan], ShardResult], Sequence[ShardPlan]], Iterator[ShardResult]]
@@ -113,11 +114,11 @@ def write_split(
             that the same call goes on from there.
     """
     settings = settings or WriteSettings()
-    split = Path(os.path.abspath(Path(out_dir).expanduser()))
+    split = output_path(out_dir)
     if not records:
         raise UserError(f"there are no images to write to {split}; check the annotations and the name of the split")
     try:
-        sizes, fingerprints, missing = _examine(records)
+        sizes, fingerprints, missing = _examine(records, settings.progress)
         if fingerprints is not None:
             inputs = {**inputs, "images": fingerprints}
         kept = {name: getattr(settings, name) for name in ("resize", "seed", "max_pixels")}
@@ -138,25 +139,36 @@ def write_split(
         raise disk_error(split, error) from error
 
 
-def _examine(records: Sequence[SourceRecord]) -> tuple[list[int], str | None, list[BadRow]]:
-    """Returns image sizes, a hash of the files' names, sizes and times (None without files), and what is missing."""
-    digest, sizes, missing, files = hashlib.sha256(), [], [], 0
-    for record in records:
-        if isinstance(record.image, SceneSpec):
-            sizes.append(record.image.size**2 * 2)  # about what PNG makes of a scene
-            continue
-        files += 1
-        size, time = 0, 0
-        try:
-            status = record.image.stat()
-            size, time = status.st_size, status.st_mtime_ns
-            if not record.image.is_file():
-                missing.append(BadRow(record.source, "not a file"))
-        except OSError as error:
-            missing.append(BadRow(record.source, f"cannot be found ({error.strerror}: {record.image})"))
-        sizes.append(size)
-        digest.update(f"{record.source}\0{size}\0{time}\n".encode())
+def _examine(records: Sequence[SourceRecord], progress: bool) -> tuple[list[int], str | None, list[BadRow]]:
+    """Returns image sizes, a hash of the files' names and contents (None without files), and what is missing."""
+    digest, sizes, missing = hashlib.sha256(), [], []
+    files = [record for record in records if not isinstance(record.image, SceneSpec)]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        hashes = iter(tqdm(
+            pool.map(_hash_file, [record.image for record in files]), total=len(files), unit=" images", desc="hashing",
+            disable=not progress or not files,
+        ))  # fmt: skip
+        for record in records:
+            if isinstance(record.image, SceneSpec):
+                sizes.append(record.image.size**2 * 2)  # about what PNG makes of a scene
+                continue
+            size, content, reason = next(hashes)
+            if reason:
+                missing.append(BadRow(record.source, reason))
+            sizes.append(size)
+            digest.update(f"{record.source}\0{content}\n".encode())
     return sizes, digest.hexdigest() if files else None, missing
+
+
+def _hash_file(path: Path) -> tuple[int, str, str]:
+    """Returns a file's size, the hash of its content, and why it cannot be read, if so."""
+    if path.exists() and not path.is_file():
+        return 0, "", "not a file"
+    try:
+        return path.stat().st_size, hash_file(path), ""
+    except OSError as error:
+        verb = "found" if isinstance(error, FileNotFoundError) else "read"
+        return 0, "", f"cannot be {verb} ({error.strerror}: {path})"
 
 
 def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manifest | None:

@@ -1,0 +1,57 @@
+"""Files that are written whole or not at all, and where they may go."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from harma_ray.errors import UserError
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Files of this prefix are being written, or were when their writer died."""
+
+_JOB_COPY = "working_dir_files"
+"""Folder in which Ray keeps the copies of working folders that jobs run in."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears under its name, on disk, only when the block ends without an error."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file; what was there before stays if it cannot be written.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written.
+    """
+    try:
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); free some space or choose another place") from error
+
+
+def output_path(path: str | Path) -> Path:
+    """Returns the absolute path of something that a command is to write.
+
+    Raises:
+        UserError: If the path is relative and the working folder is the copy that a Ray job runs in: Ray deletes it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_absolute() and _JOB_COPY in Path.cwd().parts:
+        raise UserError(f"`{path}` would be lost with this job's working folder; give an absolute path for all output")
+    return path.absolute()

@@ -1,0 +1,99 @@
+"""What every recipe must keep, shown on each with a tiny backbone."""
+
+import pytest
+import torch
+
+from harma_ray.checkpoint import list_checkpoints, load_weights
+from harma_ray.config import build_config
+from harma_ray.data.order import planned_order
+from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.engine import parameters_without_gradient
+from harma_ray.loop import run_training
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.recipes import RECIPES, make_task, recipe_config
+
+TINY = {
+    "model.architecture": "scenes-tiny", "model.pretrained": "random", "train.global_batch_size": 40, "train.epochs": 2,
+    "optim.learning_rate": 1e-3, "train.log_every_steps": 1,
+}  # fmt: skip
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def config(request, scenes):
+    return build_config(recipe_config(request.param), {**TINY, "data.path": str(scenes)})
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    return path, train(config, path)
+
+
+def train(config, path, reporter=lambda metrics: None):
+    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, reporter=reporter)
+
+
+def last_model(config, path):
+    model = make_task(config).build_model()
+    load_weights(list_checkpoints(path)[-1], model, backbone=backbone_fingerprint(model))
+    return model.eval()
+
+
+def first_batch(config):
+    transform = make_task(config).transform(training=True)
+    stream = TrainingStream(planned_order(config), transform, config.data, Place(), local_batches)
+    return next(stream.steps(0, 1))
+
+
+def test_training_moves_what_is_declared_and_nothing_else(config, finished):
+    declared = make_task(config).build_model()
+    trained = dict(last_model(config, finished[0]).named_parameters())
+    assert any(parameter.requires_grad for parameter in declared.parameters())
+    for name, parameter in declared.named_parameters():
+        assert torch.equal(parameter, trained[name]) != parameter.requires_grad, name
+
+
+def test_every_declared_parameter_gets_a_gradient(config):
+    assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+
+
+def test_the_same_seed_builds_the_same_model(config):
+    first, second = (make_task(config).build_model().state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_saved_computes_the_same_when_loaded(config, finished):
+    path, report = finished
+    model, batch = last_model(config, path), first_batch(config)
+    again = last_model(config, path)
+    with torch.no_grad():
+        outputs, repeated = model(batch["image"], batch["text"]), again(batch["image"], batch["text"])
+    assert all(torch.equal(outputs[name], repeated[name]) for name in outputs)
+    assert report["metrics"].keys() == {"val", "test"}
+
+
+def test_items_of_a_batch_do_not_touch_each_other(config, finished):
+    model, batch = last_model(config, finished[0]), first_batch(config)
+    with torch.no_grad():
+        whole = model(batch["image"], batch["text"])
+        for item in (0, 7):
+            alone = model(batch["image"][item : item + 1], batch["text"][item : item + 1])
+            for name in ("image", "text"):
+                torch.testing.assert_close(alone[name], whole[name][item : item + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_resumes_to_the_bit(config, finished, tmp_path):
+    def stop(metrics):
+        if metrics["epoch"] == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, tmp_path, stop)
+    assert train(config, tmp_path)["metrics"] == finished[1]["metrics"]
+    expected = last_model(config, finished[0]).state_dict()
+    resumed = last_model(config, tmp_path).state_dict()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)

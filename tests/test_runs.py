@@ -1,0 +1,79 @@
+"""Runs on disk: their folder, their lock; where output may go."""
+
+import statistics
+
+import pytest
+
+from harma_ray.config import build_config
+from harma_ray.errors import UserError
+from harma_ray.files import output_path, write_text
+from harma_ray.recipes import load_config, recipe_config
+from harma_ray.runs import create_run
+from harma_ray.session import print_spread
+
+
+@pytest.fixture
+def config():
+    return build_config(recipe_config("harma-scenes"), {"optim.learning_rate": 4e-6, "train.precision": "bf16"})
+
+
+def test_the_config_of_a_run_reads_back_as_it_was(config, tmp_path):
+    run = create_run(tmp_path, "one", config)
+    assert load_config(run.path / "config.yaml") == config
+
+
+def test_a_taken_name_is_refused(config, tmp_path):
+    create_run(tmp_path, "one", config)
+    with pytest.raises(UserError, match="choose another --name"):
+        create_run(tmp_path, "one", config)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --runs"):
+        create_run(tmp_path / "file" / "runs", "one", config)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(config, tmp_path):
+    run = create_run(tmp_path, "one", config)
+    with run.locked(), pytest.raises(UserError, match="another process"), run.locked():
+        pass
+    with run.locked():
+        pass
+
+
+def test_relative_output_of_a_job_is_refused(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match="absolute path"):
+        output_path("runs")
+    assert output_path(tmp_path / "runs") == tmp_path / "runs"
+    monkeypatch.chdir(tmp_path)
+    assert output_path("runs") == tmp_path / "runs"
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    write_text(file, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_text(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_spread_over_seeds_is_that_of_the_statistics_module(config, tmp_path, capsys):
+    values = [10.0, 13.0, 11.5]
+    runs = [create_run(tmp_path, f"seed{seed}", build_config(config, {"seed": seed})) for seed in range(3)]
+    for run, value in zip(runs, values, strict=True):
+        write_text(run.path / "report.json", f'{{"metrics": {{"test": {{"r_mean": {value}}}}}}}')
+    print_spread(runs)
+    heading, _, row = capsys.readouterr().out.strip().splitlines()
+    assert heading.split() == ["test", "mean", "std", "seed", "0", "seed", "1", "seed", "2"]
+    expected = [statistics.mean(values), statistics.stdev(values), *values]
+    assert [float(cell) for cell in row.split()[1:]] == pytest.approx(expected, abs=0.01)
