@@ -1,9 +1,10 @@
 """Steps per second of the whole loop inside Ray Train against a bare loop over batches in memory; trim against full.
 
-Run: python benchmarks/engine.py [--steps 6] [--batch 16] [--architecture ViT-B-32]
+Run: python benchmarks/engine.py [--steps 14] [--batch 16] [--architecture ViT-B-32]
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +24,8 @@ from harma_ray.tracking import read_records
 from harma_ray.train import train
 
 
-def bare_loop(config, steps: int) -> float:
-    """Returns the seconds of a step after the first."""
+def bare_loop(config, steps: int) -> list[float]:
+    """Returns the seconds of each step after the first."""
     place = default_place(config)
     torch.set_num_threads(place.decode_threads)
     task, device = make_task(config), torch.device(place.device)
@@ -34,30 +35,30 @@ def bare_loop(config, steps: int) -> float:
         planned_order(config), task.transform(training=True), config.data, Place(device=place.device), local_batches
     ).steps(0, 1)
     batches = [next(stream) for _ in range(steps)]
-    for number, batch in enumerate(batches):
-        if number == 1:
-            begin = time.perf_counter()
+    seconds = []
+    for batch in batches:
+        begin = time.perf_counter()
         train_step(task, model, batch, config.train, autocast_of(config.train, device))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / (steps - 1)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
 
 
-def inside_ray(config, cluster, folder: Path, name: str) -> float:
-    """Returns the seconds of a step, from the run's own record, the first step left out."""
+def inside_ray(config, cluster, folder: Path, name: str) -> list[float]:
+    """Returns the seconds of each step after the first, waiting for data included, from the run's own record."""
     run = create_run(folder, name, config)
     train(run, cluster, on_record=lambda record: None)
     steps = [record for record in read_records(run.path) if record["kind"] == "step"][1:]
-    seconds = sorted(config.train.global_batch_size / record["pairs_per_second"] for record in steps)
-    return seconds[len(seconds) // 2]
+    return [config.train.global_batch_size / record["pairs_per_second"] for record in steps]
 
 
 def main() -> None:
     """Measures and prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--architecture", default="ViT-B-32")
     options = parser.parse_args()
@@ -71,14 +72,17 @@ def main() -> None:
             "scaling.num_workers": 1,
         }  # fmt: skip
         config = build_config(recipe_config("harma-rsitmd-vit"), changes)
-        seconds = {}
-        for tokens in ("full", "trim"):
-            seconds[tokens] = bare_loop(build_config(config, {"model.text_tokens": tokens}), options.steps)
-        ray_seconds = inside_ray(config, cluster, folder / "runs", "ray")
-    print(f"bare loop           {1 / seconds['full']:.3f} steps/s of {options.batch} pairs, {options.architecture}")
+        trimmed = build_config(config, {"model.text_tokens": "trim"})
+        bare, trim, ray_steps = [], [], []
+        for turn in range(2):  # in turns: the machine may be slower at one time than at another
+            bare += bare_loop(config, options.steps)
+            trim += bare_loop(trimmed, options.steps)
+            ray_steps += inside_ray(config, cluster, folder / "runs", f"turn{turn}")
+    full, cut, ray_seconds = statistics.median(bare), statistics.median(trim), statistics.median(ray_steps)
+    print(f"bare loop           {1 / full:.3f} steps/s of {options.batch} pairs, {options.architecture}; medians")
     print(f"inside Ray Train    {1 / ray_seconds:.3f} steps/s")
-    print(f"ratio               {seconds['full'] / ray_seconds:.2f}")
-    print(f"trim against full   {seconds['full'] / seconds['trim']:.2f} (pairs/s)")
+    print(f"ratio               {full / ray_seconds:.2f}")
+    print(f"trim against full   {full / cut:.2f} (pairs/s)")
 
 
 if __name__ == "__main__":

@@ -10,30 +10,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from harma_ray.cluster import ray_cluster
 from harma_ray.config import DataConfig
 from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.data.order import read_samples, training_order
+from harma_ray.data.order import chunk_samples, iterate_slices, read_samples, training_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import DecodeRows, Place, TrainingStream
 from harma_ray.data.transforms import PUBLISHED
 from harma_ray.recipes.harma import PairTransform
 
 
-class Pairs(Dataset):
-    """The same samples in the same order, read and decoded in DataLoader workers, a batch an item."""
+class Pairs(IterableDataset):
+    """The same batches, read in pieces of the same size and decoded in DataLoader workers."""
 
     def __init__(self, order, transform):
-        self.order, self.decode, self.samples = order, DecodeRows(transform, order.seed), order.worker_samples(0, 0, 1)
+        self.order, self.decode = order, DecodeRows(transform, order.seed)
+        samples = order.worker_samples(0, 0, 1)
+        steps = max(1, chunk_samples(order.index, DataConfig().chunk_mb) // order.global_batch_size)
+        self.pieces = [samples[part] for part in iterate_slices(len(samples), steps)]
 
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, step):
-        arrays = self.decode(read_samples(self.order, self.samples[step], 0))
-        return {name: torch.as_tensor(array) for name, array in arrays.items()}
+    def __iter__(self):
+        worker = get_worker_info()
+        for piece in self.pieces[worker.id :: worker.num_workers]:
+            table = read_samples(self.order, piece.reshape(-1, 2), 0)
+            for part in iterate_slices(len(table), self.order.global_batch_size):
+                arrays = self.decode(table.slice(part.start, self.order.global_batch_size))
+                yield {name: torch.as_tensor(array) for name, array in arrays.items()}
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ Shape letters: W ranks, B rows on one rank.
 """
 
 import zlib
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -96,29 +95,6 @@ def gather_rows(x: Tensor) -> Tensor:
     padded[: x.shape[0]] = x
     gathered = _all_gather_equal(padded).view(len(counts), longest, *x.shape[1:])
     return torch.cat([rows[:count] for rows, count in zip(gathered.unbind(0), counts, strict=True)])
-
-
-def all_reduce_mean(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Average named scalars over the ranks, for logging.
-
-    Args:
-        values: Scalars (numbers or tensors of one element); the same names on every rank.
-
-    Returns:
-        The unweighted mean over the ranks, computed in float64 and identical on every rank; names in the order of
-        ``values``. A value that is not finite on one rank is not finite in the mean.
-
-    Raises:
-        ValueError: The names differ between the ranks (raised on every rank).
-    """
-    names = sorted(values)
-    row = torch.tensor([[float(values[name]) for name in names]], dtype=torch.float64).view(1, len(names))
-    if world_size() > 1:
-        # Ranks with different names may hold rows of different length: compare before any value travels.
-        _row_counts(row, f"all_reduce_mean with the names {names}")
-        row = _all_gather_equal(row)
-    mean = dict(zip(names, row.mean(dim=0).tolist(), strict=True))
-    return {name: mean[name] for name in values}
 
 
 def any_rank(flag: bool) -> bool:

@@ -12,21 +12,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.ranking import Groups, rank_first_relevant, rank_first_relevant_of_each, top_k
-
-__all__ = [
-    "RECALL_KS",
-    "Groups",
-    "RetrievalResult",
-    "bootstrap_interval",
-    "chance_recall_at",
-    "chance_recalls",
-    "image_text_recalls",
-    "rank_first_relevant",
-    "rank_first_relevant_of_each",
-    "recall_at",
-    "top_k",
-]
+from harma_ray.ranking import Groups, rank_first_relevant_of_each
 
 RECALL_KS = (1, 5, 10)
 

@@ -45,7 +45,6 @@ class _Results:
         metrics: Mapping[str, float],
         intervals: Mapping[str, tuple[float, float]] | None,
         chance: Mapping[str, float] | None,
-        start: Mapping[str, float] | None,
     ) -> _Results:
         names = [name for name in metrics if not name.endswith("_text")]
         groups = []
@@ -56,9 +55,8 @@ class _Results:
             columns = {"%": [_percent(metrics.get(key)) for key in keys]}
             if intervals:
                 columns["95 % CI"] = [_interval(intervals.get(key)) for key in keys]
-            for kind, values in (("chance", chance), ("start", start)):
-                if values:
-                    columns[kind] = [_percent(values.get(key)) for key in keys]
+            if chance:
+                columns["chance"] = [_percent(chance.get(key)) for key in keys]
             groups.append((title, columns))
         return _Results(names, [_LABELS.get(name, "") for name in names], groups)
 
@@ -79,7 +77,6 @@ def results_table(
     metrics: Mapping[str, float],
     intervals: Mapping[str, tuple[float, float]] | None = None,
     chance: Mapping[str, float] | None = None,
-    start: Mapping[str, float] | None = None,
 ) -> str:
     """Returns the recalls as a plain table of at most 100 columns, in percent.
 
@@ -89,9 +86,8 @@ def results_table(
         metrics: Names and values, as `RetrievalResult.metrics`.
         intervals: 95 % interval of each; None or empty leaves the columns out, as below.
         chance: Expected values of rankings drawn at random.
-        start: Values before training.
     """
-    results = _Results.of(metrics, intervals, chance, start)
+    results = _Results.of(metrics, intervals, chance)
     blocks = [_block("", {"metric": results.names, "": results.labels}, left=True)]
     blocks += [_block(title, columns) for title, columns in results.groups]
     lines = ["   ".join(parts).rstrip() for parts in zip(*blocks, strict=True)]
@@ -177,7 +173,7 @@ def write_report(
     pictures = {"retrievals.png": sheet.getvalue(), "embeddings.png": points, "curves.png": draw_curves(records)}
     pictures = {name: data for name, data in pictures.items() if data is not None}
     sections = [
-        _results_section(_Results.of(metrics, intervals, chance, None)),
+        _results_section(_Results.of(metrics, intervals, chance)),
         ("pictures", "Some queries", page.picture(pictures["retrievals.png"], "queries with what was found for them")),
         _failures_section(details, split),
         _embeddings_section(pictures.get("embeddings.png")),

@@ -1,8 +1,7 @@
-"""Cleaning of captions, as the HarMA training code does it, and a stable key for equal captions."""
+"""Cleaning of captions, as the HarMA training code does it."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 MAX_WORDS = 30
@@ -32,13 +31,3 @@ def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
     # The released code splits at blanks alone, so that a single tab or line break glues two words into one; here any
     # white space ends a word, so that a caption of 10,000 lines is cut like one of 10,000 words.
     return " ".join(text.split(maxsplit=max_words)[:max_words])
-
-
-def caption_key(caption: str) -> int:
-    """Returns a signed 64-bit number that is equal for word-for-word equal captions, in every process and run.
-
-    Args:
-        caption: A caption, cleaned or not; it is cleaned first, without a limit of words.
-    """
-    cleaned = clean_caption(caption, max_words=max(1, len(caption)))
-    return int.from_bytes(hashlib.blake2b(cleaned.encode(), digest_size=8).digest(), "little", signed=True)
