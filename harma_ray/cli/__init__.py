@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="launch.py",
-        description="Train, evaluate and search vision-language models for overhead imagery, on one machine or a Ray "
+        description="Train and evaluate vision-language models for overhead imagery, on one machine or a Ray "
         "cluster. Every command has --help.",
     )
     parser.add_argument("--version", action="version", version=f"harma_ray {harma_ray.__version__}")
