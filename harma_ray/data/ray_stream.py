@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+BATCHES_AT_ONCE = 4
+"""Batches that Ray Data collates at once, each in a thread of its own, if as many are prefetched (Ray 2.60). Threads
+inside a batch on top of these would only wait for each other."""
+
 CHUNKS_AHEAD = 4
 """Chunks of one worker that may lie in Ray's object store, decoded batches of data tasks included."""
 
@@ -58,7 +62,8 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
             how.decode, batch_size=how.batch_size, batch_format="pyarrow", num_cpus=config.task_cpus
         )
     else:
-        options["collate_fn"] = _Collate(how)
+        at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
+        options["collate_fn"] = _Collate(how.with_threads(-(-how.decode.num_threads // at_once)))
     with closing_batches(dataset.iter_torch_batches(**options)) as batches:
         yield from batches
 

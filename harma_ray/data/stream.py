@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,10 @@ class Batches:
     decode: DecodeRows
     device: str
     config: DataConfig
+
+    def with_threads(self, num_threads: int) -> Batches:
+        """Returns the same with another number of threads that decode a batch."""
+        return replace(self, decode=DecodeRows(self.decode.transform, self.decode.seed, num_threads))
 
     def collate(self, table: pa.Table) -> Batch:
         """Decodes rows into tensors on CPU."""
