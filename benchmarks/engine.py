@@ -1,6 +1,6 @@
 """Steps per second of the whole loop inside Ray Train against a bare loop over batches in memory; trim against full.
 
-Run: python benchmarks/engine.py [--steps 14] [--batch 16] [--architecture ViT-B-32]
+Run: python benchmarks/engine.py [--steps 24] [--batch 16] [--architecture ViT-B-32]
 """
 
 import argparse
@@ -58,7 +58,7 @@ def inside_ray(config, cluster, folder: Path, name: str) -> list[float]:
 def main() -> None:
     """Measures and prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--architecture", default="ViT-B-32")
     options = parser.parse_args()

@@ -224,9 +224,8 @@ def test_groups_of_lists_pairs_and_keys_agree():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_ranks_on_a_gpu_equal_those_on_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     generator = torch.Generator().manual_seed(3)
     queries, gallery = torch.randn(200, 512, generator=generator), torch.randn(999, 512, generator=generator)
     gallery[500:] = gallery[:499]

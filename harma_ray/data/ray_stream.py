@@ -90,16 +90,19 @@ class _Pause:
     """Rests between two steps of Ray Data's scheduling loop.
 
     The loop waits for tasks with something to take, and does not take it while enough batches are ready: with the
-    data ahead of the training, as it should be, it would spin on a whole core of the worker (Ray 2.60).
+    data ahead of the training, as it should be, it would spin on a whole core of the worker (Ray 2.60). The rests are
+    short until the first chunks are there, then a fraction of what reading a chunk takes.
     """
 
-    seconds = 0.02
+    def __init__(self) -> None:
+        self._steps = 0
 
     def before_execution_starts(self, executor: Any) -> None:
         pass
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(self.seconds)
+        self._steps += 1
+        time.sleep(0.02 if self._steps < 100 else 0.1)
 
     def after_execution_succeeds(self, executor: Any) -> None:
         pass

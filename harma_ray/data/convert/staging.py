@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from harma_ray.errors import UserError
@@ -21,14 +21,12 @@ _logger = logging.getLogger(__name__)
 def swap(work: Path, split: Path) -> None:
     """Moves a finished folder to its place; what was there before is deleted after that."""
     old = _old_folder(split)
-    if split.exists():
-        os.rename(split, old)
-    try:
+    with ExitStack() as undo:
+        if split.exists():
+            os.rename(split, old)
+            undo.callback(os.rename, old, split)
         os.rename(work, split)
-    except BaseException:
-        if old.exists():
-            os.rename(old, split)
-        raise
+        undo.pop_all()
     descriptor = os.open(split.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
