@@ -51,12 +51,15 @@ class WorkerPlan:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Cluster]:
+def ray_cluster(
+    address: str | None = None, *, num_cpus: int | None = None, dashboard: bool = False
+) -> Iterator[Cluster]:
     """Joins a cluster, or starts one on this machine, and leaves or stops it at the end.
 
     Args:
         address: Of a cluster to join; None takes ``RAY_ADDRESS``, and without that a cluster of this machine's own.
         num_cpus: CPUs of a cluster that is started; None = all.
+        dashboard: Whether a cluster that is started has Ray's dashboard: a dozen processes and a GiB of memory more.
 
     Raises:
         UserError: If the cluster cannot be reached or started.
@@ -73,7 +76,7 @@ def ray_cluster(address: str | None = None, *, num_cpus: int | None = None) -> I
         options |= {
             "address": "local",
             "num_cpus": num_cpus,  # None: Ray counts them, and heeds a container's limit
-            "include_dashboard": True,
+            "include_dashboard": dashboard,
             "dashboard_host": "127.0.0.1",
             "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * _memory_bytes())),
         }
