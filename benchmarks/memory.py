@@ -57,6 +57,8 @@ def kind_of(pid: int) -> str:
         return "Ray itself"
     if "RayTrainWorker" in title:
         return "training workers"
+    if "ImplicitFunc" in title or "_run_in_tune" in title:
+        return "trials"
     return "data tasks" if title.startswith(("ray::IDLE", "ray::ReadShards")) else "Ray itself"
 
 

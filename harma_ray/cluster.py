@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Cluster:
     """``local``, or the address that was joined."""
     dashboard: str
     """Address of Ray's dashboard, or nothing."""
+    shapes: tuple[tuple[float, float, float], ...] = ()
+    """CPUs, GPUs and GiB of memory of every machine."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,23 @@ class WorkerPlan:
     """How many workers a job gets, and what each is given."""
 
     num_workers: int
-    use_gpu: bool
     cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether the workers use GPUs."""
+        return self.gpus_per_worker > 0
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": self.gpus_per_worker} if self.use_gpu else {})}
 
     def describe(self) -> str:
         """Returns one line for the user."""
-        device = "a GPU" if self.use_gpu else "no GPU"
+        share = "a GPU" if self.gpus_per_worker == 1 else f"{self.gpus_per_worker:g} of a GPU"
+        device = share if self.use_gpu else "no GPU"
         return f"{self.num_workers} worker(s), each {self.cpus_per_worker:g} CPU and {device}"
 
 
@@ -102,6 +115,7 @@ def ray_cluster(
             nodes=len(nodes),
             address=address or "local",
             dashboard=context.dashboard_url or "",
+            shapes=tuple(_shape(node["Resources"]) for node in nodes),
         )
     finally:
         ray.shutdown()
@@ -122,10 +136,10 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
         UserError: If the workers and one data task each do not fit; Ray itself would wait for ever.
     """
     scaling, task_cpus = config.scaling, config.data.task_cpus
-    use_gpu = cluster.gpus >= 1 if scaling.use_gpu is None else scaling.use_gpu
-    if use_gpu and cluster.gpus < 1:
-        raise UserError("`scaling.use_gpu` is true, but the cluster has no GPU; use --cpu, or join another cluster")
+    use_gpu = _use_gpu(config, cluster)
     num_workers = scaling.num_workers
+    if not num_workers and scaling.gpus_per_worker < 1 and use_gpu:
+        num_workers = 1
     if not num_workers:
         num_workers = int(cluster.gpus) if use_gpu else max(1, min(2, int(cluster.cpus)))
         while num_workers > 1 and config.train.global_batch_size % num_workers:
@@ -142,7 +156,93 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
             f"{num_workers} workers of {cpus:g} CPU and their data tasks of {task_cpus:g} CPU need {need:g} CPUs, but "
             f"the cluster has {cluster.cpus:g}; use fewer --workers, or lower scaling.cpus_per_worker or data.task_cpus"
         )
-    return WorkerPlan(num_workers, use_gpu, cpus)
+    return WorkerPlan(num_workers, cpus, scaling.gpus_per_worker if use_gpu else 0)
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """How many trials of a search run at a time, and what each is given."""
+
+    workers: WorkerPlan
+    """The workers of each trial."""
+    concurrent: int
+    reason: str
+    """Why not more, for the user."""
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        return f"{self.concurrent} at a time, each with {self.workers.describe()}: {self.reason}"
+
+
+TRIAL_MEMORY = 2
+"""GiB that a trial's worker on CPUs is taken to need, when nobody says how many run at a time."""
+DRIVER_CPUS = 0.01
+"""CPUs that Ray reserves for a trial with workers of its own, beside these."""
+
+
+def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> TrialPlan:
+    """Fills the cluster with trials: as many as fit with all their workers and data tasks.
+
+    Args:
+        config: Settings of the trials.
+        cluster: Where.
+        concurrent: Trials at a time that are asked for; 0 = as many as fit.
+
+    Raises:
+        UserError: If not one trial, or not as many as asked for, fit; Ray itself would wait for ever.
+    """
+    scaling = config.scaling
+    gpus = scaling.gpus_per_worker if _use_gpu(config, cluster) else 0
+    num_workers = scaling.num_workers or 1
+    data_cpus = config.data.task_cpus if num_workers > 1 or config.data.decode == "tasks" else 0
+    shapes = cluster.shapes or ((cluster.cpus, cluster.gpus, 0),)
+    cpus = scaling.cpus_per_worker or _trial_cpus(shapes, num_workers, gpus, data_cpus, concurrent)
+    slots, scarce = 0, "CPUs"
+    for node_cpus, node_gpus, memory in shapes:
+        fits = {"CPUs": int((node_cpus - (DRIVER_CPUS if num_workers > 1 else 0)) / (cpus + data_cpus) + 1e-6)}
+        if gpus:
+            fits["GPUs"] = int(node_gpus) * int(1 / gpus + 1e-6)
+        elif not concurrent and memory:
+            fits["memory"] = max(1, int(memory / TRIAL_MEMORY))
+        least = min(fits, key=lambda name: fits[name])
+        slots += fits[least]
+        scarce = least if fits[least] < fits["CPUs"] else scarce
+    most = slots // num_workers
+    held = f"{cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
+    needs = f"{cpus + data_cpus:g} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
+    if most < max(1, concurrent):
+        raise UserError(
+            f"{max(1, concurrent)} trial(s) of {num_workers} worker(s) at a time, each worker with {needs}, need more "
+            f"than the cluster has ({held}: room for {most}); use fewer --workers or --concurrent, or lower "
+            "scaling.cpus_per_worker, scaling.gpus_per_worker or data.task_cpus"
+        )
+    reason = "as asked for" if concurrent else f"the {scarce} of the cluster ({held}) hold no more"
+    return TrialPlan(WorkerPlan(num_workers, cpus, gpus), concurrent or most, reason)
+
+
+def _trial_cpus(
+    shapes: Sequence[tuple[float, float, float]], num_workers: int, gpus: float, data_cpus: float, concurrent: int
+) -> float:
+    """Returns the CPUs of a trial's worker: with GPUs an equal share beside the data tasks, else one if it is there."""
+    reserve = DRIVER_CPUS if num_workers > 1 else 0
+    if gpus:
+        shares = [(cpus - reserve) / (int(held) * int(1 / gpus + 1e-6)) for cpus, held, _ in shapes if held]
+        share = min(shares, default=0) - data_cpus
+    else:
+        share = (sum(cpus for cpus, _, _ in shapes) - reserve) / (num_workers * max(1, concurrent)) - data_cpus
+        share = share if concurrent and len(shapes) == 1 else min(1, share)
+    return int(share) if share >= 1 else max(0.25, int(share * 100) / 100)
+
+
+def _use_gpu(config: RunConfig, cluster: Cluster) -> bool:
+    wanted = config.scaling.use_gpu
+    if wanted and cluster.gpus < 1:
+        raise UserError("`scaling.use_gpu` is true, but the cluster has no GPU; use --cpu, or join another cluster")
+    return cluster.gpus >= 1 if wanted is None else wanted
+
+
+def _shape(resources: Mapping[str, float]) -> tuple[float, float, float]:
+    return resources.get("CPU", 0), resources.get("GPU", 0), resources.get("memory", 0) / 2**30
 
 
 def require_shared_folder(folder: Path, cluster: Cluster) -> None:
@@ -222,6 +322,11 @@ def prepare_environment(*, own_cluster: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the controller's next poll
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a search as it ends a training
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial keeps the record of any run
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced whole
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed has no metrics
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")  # a search goes on from its own records
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset, Ray warns of it
     chosen = any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if own_cluster and not chosen and "ray" not in sys.modules:

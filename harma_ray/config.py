@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -91,7 +92,9 @@ class TrainConfig:
     """The training loop."""
 
     epochs: int = 10
-    """Passes over all (image, caption) pairs."""
+    """Passes over the data."""
+    captions: Literal["all", "one"] = "all"
+    """What a pass visits: all captions of every image (HarMA's), or one of them, drawn anew in every pass."""
     global_batch_size: int = 428
     """Pairs in a step, over all workers; also the number of candidates in the contrastive loss."""
     accumulation: int = 1
@@ -130,11 +133,14 @@ class ScalingConfig:
     """Workers and what each of them is given."""
 
     num_workers: int = 0
-    """Training processes; 0 = one a GPU, or two on CPUs (one on a single core)."""
+    """Training processes; 0 = one a GPU, or two on CPUs (one on a single core); in a search: one a trial."""
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; null = if the cluster has GPUs."""
     cpus_per_worker: float = 0
-    """CPUs Ray reserves for a worker; 0 = an equal share of what the data tasks leave."""
+    """CPUs Ray reserves for a worker; 0 = an equal share of what the data tasks leave; in a search: one, or with GPUs
+    an equal share."""
+    gpus_per_worker: float = 1
+    """GPUs of a worker that uses them; below 1, trials of one worker each share a GPU."""
     max_failures: int = 0
     """Restarts of the workers from the last checkpoint after a crash or a lost node, before the run gives up."""
     start_timeout_seconds: int = 60
@@ -142,6 +148,13 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         at_least(self, num_workers=0, cpus_per_worker=0, max_failures=0, start_timeout_seconds=1)
+        if not 0 < self.gpus_per_worker <= 1:
+            raise ValueError(f"`gpus_per_worker` must lie in (0, 1], got {self.gpus_per_worker}")
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                "`gpus_per_worker` below 1 needs `num_workers` 1 (workers of one training cannot share a GPU), got "
+                f"{self.gpus_per_worker} and {self.num_workers}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +270,14 @@ def build_config(base: ConfigT, changes: Mapping[str, Any], *, origin: str = "--
     if problems:
         raise UserError(f"{origin}: " + "; ".join(problems))
     try:
-        return TypeAdapter(type(base)).validate_python(raw)
+        return _adapter(type(base)).validate_python(raw)
     except ValidationError as error:
         raise UserError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+@functools.cache
+def _adapter(kind: type[ConfigT]) -> TypeAdapter[ConfigT]:
+    return TypeAdapter(kind)
 
 
 def _merge(raw: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> list[str]:

@@ -61,7 +61,7 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dic
             build_config(recipe_config("scenes-pretrain"), {**scaling, "data.path": str(folders[SOURCE_STYLE])}),
         )  # fmt: skip
         train_and_print(source, cluster, started)
-        backbone = export_checkpoint(source, "open_clip", source.path / "backbone.safetensors")
+        backbone = export_checkpoint(source, "open_clip", out / "backbone.safetensors", overwrite=True)
         print(f"\n[{time.perf_counter() - started:5.0f} s] adapting the frozen CLIP to {TARGET_STYLE} with HarMA")
         changes = {**scaling, "data.path": str(folders[TARGET_STYLE]), "model.pretrained": str(backbone)}
         adapted = create_run(out / "runs", f"harma-{stamp}", build_config(recipe_config("harma-scenes"), changes))

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,49 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
-    check_batch(config, place.world_size)
-    torch.manual_seed(config.seed)
-    training = _Training(task, config, run_dir, place, reader, reporter)
-    with contextlib.closing(training):
+    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter)) as training:
         if not training.resume():
             training.evaluate_and_save(0)
         training.train()
         return training.finish()
+
+
+def run_trial(
+    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader, reporter: Reporter
+) -> None:
+    """Trains as `run_training` does, but only what a search compares: the selecting split after each epoch.
+
+    Nothing is evaluated before the first step (adapters start as the identity, so all trials are equal there), nothing
+    is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are
+    those of `run_training`.
+    """
+    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, draw=False)) as training:
+        if not training.resume() and not training.can_train:
+            training.evaluate_and_save(0)
+        training.train()
+
+
+def finish_training(
+    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader,
+    hparams: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ends a run where it stands: evaluates test once, with the best weights so far, and writes ``report.json``.
+
+    Arguments, result and errors are those of `run_training`; `hparams` are the settings that TensorBoard's HParams page
+    shows (None: all).
+    """
+    with contextlib.closing(_start(task, config, run_dir, place, reader)) as training:
+        training.resume()
+        return training.finish(hparams)
+
+
+def _start(
+    task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader,
+    reporter: Reporter = lambda metrics: None, *, draw: bool = True,
+) -> _Training:  # fmt: skip
+    check_batch(config, place.world_size)
+    torch.manual_seed(config.seed)
+    return _Training(task, config, run_dir, place, reader, reporter, draw=draw)
 
 
 def check_batch(config: RunConfig, world_size: int) -> None:
@@ -125,11 +160,14 @@ def check_batch(config: RunConfig, world_size: int) -> None:
 class _Training:
     """One worker's part in a run."""
 
-    def __init__(self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter):
+    def __init__(
+        self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter,
+        *, draw: bool,
+    ):  # fmt: skip
         """Builds everything as it is at step 0; nothing is written yet."""
         started = time.perf_counter()
         self._task, self._config, self._run_dir = task, config, run_dir
-        self._place, self._reader, self._reporter = place, reader, reporter
+        self._place, self._reader, self._reporter, self._draw = place, reader, reporter, draw
         self._order = planned_order(config)
         self._total_steps = self._order.steps_per_epoch * config.train.epochs
         data = config.data
@@ -163,10 +201,15 @@ class _Training:
         if self._tracker is not None:
             self._tracker.close()
 
+    @property
+    def can_train(self) -> bool:
+        """Whether there are steps left to take."""
+        return bool(self._trainable) and not self._out_of_patience and self._progress.step < self._total_steps
+
     def train(self) -> None:
         """Takes the remaining steps, with evaluations and checkpoints, until the end or until patience runs out."""
         train, progress, per_epoch = self._config.train, self._progress, self._order.steps_per_epoch
-        if not self._trainable or self._out_of_patience or progress.step >= self._total_steps:
+        if not self.can_train:
             return
         forward = wrap_model(self._model, train, self._place)
         stream = TrainingStream(
@@ -209,14 +252,14 @@ class _Training:
                 "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=epoch, split=split,
                 seconds=seconds,
             )  # fmt: skip
-            picture = self._task.picture(evaluation, selection.split)
+            picture = self._task.picture(evaluation, selection.split) if self._draw else None
             if picture is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
         self._save(epoch, evaluation.metrics)
         self._reporter({"epoch": epoch, "step": progress.step, **evaluation.metrics})
 
-    def finish(self) -> dict[str, Any]:
-        """Loads the best weights, evaluates test once, and writes the final report."""
+    def finish(self, hparams: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Loads the best weights, evaluates test once, and writes the final report; see `finish_training`."""
         data, selected_on = self._config.data, self._selection.split.name
         best = checkpoint_path(self._run_dir, self._progress.best_step)
         load_weights(best, self._model, backbone=self._backbone)
@@ -230,7 +273,7 @@ class _Training:
             for split, metrics in results.items():
                 self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
             finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
-            self._tracker.log_hparams(flat_settings(to_dict(self._config)), finals)
+            self._tracker.log_hparams(flat_settings(to_dict(self._config)) if hparams is None else hparams, finals)
             projection = self._task.projection(selected, self._selection.split)
             if projection is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)

@@ -95,6 +95,15 @@ class Task(Protocol):
         """Raises UserError for settings that cannot work on a training split, as far as shows without the model."""
         ...
 
+    @property
+    def base_name(self) -> str:
+        """What the pretrained part is: tasks with equal names build equal ones."""
+        ...
+
+    def build_base(self) -> nn.Module:
+        """Returns the pretrained part on CPU, before anything is added or frozen; trials of a search share it."""
+        ...
+
     def build_model(self) -> nn.Module:
         """Returns the model on CPU with freezing applied: trainable parameters are those that require a gradient."""
         ...

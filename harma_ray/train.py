@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,12 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
     plan = plan_workers(run.config, cluster)
     check_batch(run.config, plan.num_workers)
     require_shared_folder(run.path, cluster)
-    require_visible(_read_paths(run.config), cluster)
+    require_visible(read_paths(run.config), cluster)
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, done, on_record), daemon=True)
     follower.start()
     try:
-        return _on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path)
+        return on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path)
     finally:
         done.set()
         follower.join()
@@ -80,32 +80,45 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
         raise UserError(f"cannot write into {beside} ({error.strerror}); evaluate with --workers 1") from error
     try:
         require_shared_folder(work, cluster)
-        require_visible(_read_paths(config), cluster)
-        return _on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
+        require_visible(read_paths(config), cluster)
+        return on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _on_workers(
-    function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path
-) -> Any:
-    """Runs a function on every worker and returns what worker 0 returns."""
+def on_workers(
+    function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
+    *, callbacks: Sequence[Any] = (),
+) -> Any:  # fmt: skip
+    """Runs a function on every worker and returns what worker 0 returns.
+
+    Args:
+        function: Called with `settings` and, under ``config``, the run's settings; see `enter_worker`.
+        settings: What else the function needs.
+        config: Settings.
+        plan: The workers.
+        folder: Ray Train's own files go into a folder in it.
+        callbacks: Ray Train's callbacks.
+
+    Raises:
+        UserError: If a worker raised one.
+    """
     from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
-    resources = {"CPU": plan.cpus_per_worker, **({"GPU": 1} if plan.use_gpu else {})}
     trainer = TorchTrainer(
         function,
         train_loop_config={**settings, "config": to_dict(config)},
         scaling_config=ScalingConfig(
-            num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=resources
+            num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
         ),
         torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo", timeout_s=600),
         run_config=RayRunConfig(
             name=WORK_FOLDER,
             storage_path=str(folder),
+            callbacks=list(callbacks),
             failure_config=FailureConfig(max_failures=config.scaling.max_failures, controller_failure_limit=3),
         ),
     )
@@ -118,7 +131,7 @@ def _on_workers(
         raise next(filter(None, told), error) from error
 
 
-def _read_paths(config: RunConfig) -> list[Path]:
+def read_paths(config: RunConfig) -> list[Path]:
     """Returns what every worker reads: the data set, and the weights if they are a file."""
     pretrained = Path(getattr(getattr(config, "model", None), "pretrained", ""))
     return [Path(config.data.path), *([pretrained] if pretrained.is_file() else [])]
@@ -129,8 +142,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     from harma_ray.data.ray_stream import ray_batches
 
-    config, place = _enter(settings)
-    with _plain_errors():
+    config, place = enter_worker(settings)
+    with plain_errors():
         return run_training(
             make_task(config),
             config,
@@ -144,14 +157,14 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
     from harma_ray.data.ray_stream import ray_batches
 
-    config, place = _enter(settings)
-    with _plain_errors():
+    config, place = enter_worker(settings)
+    with plain_errors():
         model = load_model(settings["file"], config)
         return evaluate_split(make_task(config), config, model, settings["split"], place=place, reader=ray_batches)
 
 
-def _enter(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
-    """Sets up a worker's process: its threads, its device."""
+def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
+    """Sets up a worker's process: its threads, its device; returns the run's settings and the worker's place."""
     import ray.train
     from ray.train.torch import get_device
 
@@ -173,7 +186,7 @@ def _enter(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
     """Raises a user's error bare, so that the driver finds its message at the end of the trace that it is given."""
     try:
         yield

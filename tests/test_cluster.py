@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from harma_ray.cli import make_parser
-from harma_ray.cluster import Cluster, plan_workers, require_shared_folder, require_visible
+from harma_ray.cluster import DRIVER_CPUS, Cluster, plan_trials, plan_workers, require_shared_folder, require_visible
 from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
@@ -122,3 +122,85 @@ def test_two_cores_give_two_workers():
 def test_what_does_not_fit_is_refused_before_it_hangs(changes, message):
     with pytest.raises(UserError, match=message):
         plan_workers(config(**changes), cluster(2))
+
+
+def several(*shapes):
+    return Cluster(
+        cpus=sum(cpus for cpus, *_ in shapes), gpus=sum(gpus for _, gpus, _ in shapes), nodes=len(shapes),
+        address="local", dashboard="", shapes=shapes,
+    )  # fmt: skip
+
+
+def fits(plan, shapes, data_cpus):
+    """Places all workers of all trials one by one where there is room, as Ray's placement groups do."""
+    free = [[cpus, gpus] for cpus, gpus, _ in shapes]
+    workers = plan.workers
+    if workers.num_workers > 1:
+        free[0][0] -= DRIVER_CPUS * plan.concurrent
+    for _ in range(plan.concurrent * workers.num_workers):
+        for place in free:
+            if place[0] >= workers.cpus_per_worker + data_cpus - 1e-9 and place[1] >= workers.gpus_per_worker - 1e-9:
+                place[0] -= workers.cpus_per_worker + data_cpus
+                place[1] -= workers.gpus_per_worker
+                break
+        else:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("fraction", [1, 0.5, 0.25, 0.3])
+@pytest.mark.parametrize("decode", ["worker", "tasks"])
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 0, 8),), ((1, 0, 4),), ((16, 1, 64),), ((64, 8, 256),), ((4, 0, 16), (8, 2, 32)), ((3, 1, 16), (3, 1, 16))],
+)
+def test_trials_fill_the_cluster_and_always_fit(workers, fraction, decode, shapes):
+    if workers > 1 and fraction < 1:
+        return  # refused by the configuration
+    settings = config(scaling__num_workers=workers, scaling__gpus_per_worker=fraction, data__decode=decode)
+    try:
+        plan = plan_trials(settings, several(*shapes))
+    except UserError:
+        gpus = sum(gpus for _, gpus, _ in shapes)
+        assert workers > gpus if gpus else workers * 0.75 > sum(cpus - DRIVER_CPUS for cpus, _, _ in shapes)
+        return
+    data_cpus = settings.data.task_cpus if workers > 1 or decode == "tasks" else 0
+    assert plan.concurrent >= 1
+    assert plan.workers.num_workers == max(1, workers)
+    assert fits(plan, shapes, data_cpus)
+    if plan.workers.use_gpu and plan.workers.num_workers == 1 and all(cpus >= 3 * gpus for cpus, gpus, _ in shapes):
+        assert plan.concurrent >= sum(gpus for _, gpus, _ in shapes)
+
+
+def test_a_trial_takes_one_core_of_a_cluster_without_gpus():
+    plan = plan_trials(config(), several((2, 0, 8)))
+    assert (plan.concurrent, plan.workers.cpus_per_worker) == (2, 1)
+    assert plan_trials(config(), several((2, 0, 8)), concurrent=1).workers.cpus_per_worker == 2
+    assert "CPUs of the cluster (2 CPUs, 0 GPUs) hold no more" in plan.describe()
+
+
+def test_gpus_are_shared_by_as_many_trials_as_the_fraction_says():
+    plan = plan_trials(config(scaling__gpus_per_worker=0.25), several((16, 2, 64)))
+    assert (plan.concurrent, plan.workers.gpus_per_worker, plan.workers.cpus_per_worker) == (8, 0.25, 2)
+    assert "0.25 of a GPU" in plan.describe()
+
+
+def test_little_memory_limits_the_trials_unless_the_user_says_how_many():
+    assert plan_trials(config(), several((32, 0, 8))).concurrent == 4
+    assert "memory" in plan_trials(config(), several((32, 0, 8))).describe()
+    assert plan_trials(config(), several((32, 0, 8)), concurrent=16).concurrent == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "concurrent", "message"),
+    [
+        ({"scaling__cpus_per_worker": 4}, 0, "room for 0"),
+        ({}, 9, "room for"),
+        ({"scaling__num_workers": 8, "scaling__cpus_per_worker": 1}, 0, "room for 0"),
+        ({"scaling__use_gpu": True}, 0, "no GPU"),
+    ],
+)
+def test_trials_that_do_not_fit_are_refused_before_they_hang(changes, concurrent, message):
+    with pytest.raises(UserError, match=message):
+        plan_trials(config(**changes), several((2, 0, 8)), concurrent)

@@ -13,9 +13,12 @@ FLOORS = {
     1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.scenes"],
     2: ["cluster", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream", "data.convert.",
         "engine", "pictures", "report", "figures", "page"],
-    3: ["recipes", "runs", "exchange"],
-    4: ["loop", "train", "embed", "api"],
-    5: ["session", "demo", "cli"],
+    3: ["recipes", "runs", "exchange", "tune.results", "tune.parameters", "tune.definition", "tune.located",
+        "tune.checks", "tune.space", "tune.study", "tune.scheduling", "tune.folder", "tune.drawing",
+        "tune.figures", "tune.parameter_figures", "tune.importance", "tune.confirmed", "tune.scale", "tune.report",
+        "tune.progress", "tune.sharing"],
+    4: ["loop", "train", "embed", "api", "tune.trial", "tune.search"],
+    5: ["session", "demo", "cli", "tune.session"],
 }  # fmt: skip
 
 
@@ -32,7 +35,7 @@ def modules() -> dict[str, Path]:
     found = {}
     for path in package.rglob("*.py"):
         name = ".".join(path.relative_to(package).with_suffix("").parts).removesuffix(".__init__")
-        if name not in ("__init__", "models", "data", "data.convert"):
+        if name not in ("__init__", "models", "data", "data.convert", "tune"):
             found[name] = path
     return found
 

@@ -16,6 +16,7 @@ from harma_ray.cli.convert import add_convert, add_inspect
 from harma_ray.cli.demo import add_demo
 from harma_ray.cli.evaluate import add_embed, add_evaluate
 from harma_ray.cli.train import add_train
+from harma_ray.cli.tune import add_tune
 from harma_ray.errors import UserError
 
 EXIT_MISTAKE = 2
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="launch.py",
-        description="Train and evaluate vision-language models for overhead imagery, on one machine or a Ray "
+        description="Train, search and evaluate vision-language models for overhead imagery, on one machine or a Ray "
         "cluster. Every command has --help.",
     )
     parser.add_argument("--version", action="version", version=f"harma_ray {harma_ray.__version__}")
@@ -63,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_convert(commands)
     add_inspect(commands)
     add_train(commands)
+    add_tune(commands)
     add_evaluate(commands)
     add_embed(commands)
     add_checkpoint(commands)

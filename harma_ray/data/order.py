@@ -41,11 +41,14 @@ class TrainingOrder(IndexedSplit):
     global_batch_size: int
     window_rows: int
     """Images that are shuffled together."""
+    one_caption: bool = False
+    """Whether an epoch visits one caption of every image, drawn anew, instead of all."""
 
     @property
     def num_samples(self) -> int:
-        """(image, caption) pairs of the split."""
-        return int(self.index.num_captions.sum())
+        """(image, caption) pairs of an epoch."""
+        counts = self.index.num_captions
+        return int(np.count_nonzero(counts) if self.one_caption else counts.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -58,10 +61,15 @@ class TrainingOrder(IndexedSplit):
         groups = self.index.row_group
         place = rng.permutation(int(groups[-1]) + 1)
         rows = np.argsort(place[groups], kind="stable")
-        windows = [
-            rng.permutation(_pairs(rows[start : start + self.window_rows], self.index.num_captions))
-            for start in range(0, len(rows), self.window_rows)
-        ]
+        if self.one_caption:
+            counts = self.index.num_captions[rows]
+            samples = np.stack([rows, (rng.random(len(rows)) * counts).astype(np.int64)], axis=1)[counts > 0]
+            windows = [rng.permutation(samples[part]) for part in iterate_slices(len(samples), self.window_rows)]
+        else:
+            windows = [
+                rng.permutation(_pairs(rows[part], self.index.num_captions))
+                for part in iterate_slices(len(rows), self.window_rows)
+            ]
         return np.concatenate(windows)[: self.steps_per_epoch * self.global_batch_size]
 
     def worker_samples(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
@@ -123,7 +131,9 @@ def _cached_samples(order: TrainingOrder, epoch: int, rank: int, world_size: int
     return order.worker_samples(epoch, rank, world_size)
 
 
-def training_order(split: Split, *, seed: int, global_batch_size: int, shuffle_window_mb: float) -> TrainingOrder:
+def training_order(
+    split: Split, *, seed: int, global_batch_size: int, shuffle_window_mb: float, one_caption: bool = False
+) -> TrainingOrder:
     """Indexes a split for training.
 
     Raises:
@@ -131,13 +141,13 @@ def training_order(split: Split, *, seed: int, global_batch_size: int, shuffle_w
     """
     index = index_rows(split)
     window_rows = max(1, int(len(index) * shuffle_window_mb * 2**20 / max(1, index.image_bytes)))
-    order = TrainingOrder(split, index, seed, global_batch_size, min(window_rows, len(index)))
+    order = TrainingOrder(split, index, seed, global_batch_size, min(window_rows, len(index)), one_caption)
     if not order.num_samples:
         raise UserError(f"{split.path} has no captions to train on; convert it with captions or a caption template")
     if not order.steps_per_epoch:
         raise UserError(
-            f"`train.global_batch_size` must not exceed the {order.num_samples} pairs of {split.path}, "
-            f"got {global_batch_size}; use {order.num_samples} or less"
+            f"`train.global_batch_size` must not exceed the {order.num_samples} pairs of an epoch of "
+            f"{split.path}, got {global_batch_size}; use {order.num_samples} or less"
         )
     return order
 
@@ -150,6 +160,7 @@ def planned_order(config: RunConfig) -> TrainingOrder:
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         shuffle_window_mb=data.shuffle_window_mb,
+        one_caption=config.train.captions == "one",
     )
 
 

@@ -6,6 +6,7 @@ A data set is a folder with one sub-folder for each split (``train``, ``val``, `
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,10 +210,20 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def index_rows(split: Split) -> RowIndex:
-    """Reads the positions and caption counts of all rows of a split, without touching image bytes."""
+    """Reads the positions and caption counts of all rows of a split, without touching image bytes.
+
+    The last few indices are kept, for a process may train on the same files many times (a search); a file that has
+    changed is read again.
+    """
+    paths = split.shard_paths()
+    return _index_files(tuple((path, path.stat().st_mtime_ns if path.exists() else 0) for path in paths))
+
+
+@functools.lru_cache(maxsize=8)
+def _index_files(files: tuple[tuple[Path, int], ...]) -> RowIndex:
     shards, groups, offsets, group_in_shard, counts = [], [], [], [], []
     total_bytes = 0
-    for number, path in enumerate(split.shard_paths()):
+    for number, (path, _) in enumerate(files):
         with open_shard(path) as file:
             if not file.schema_arrow.equals(IMAGE_SCHEMA):
                 raise UserError(f"{path} does not have the columns of a converted data set; convert the split again")

@@ -8,6 +8,7 @@ an epoch after the first starts at once. Batches are checked against the order.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -78,6 +79,16 @@ def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -
         rest = table.slice(full)
     if rest is not None and len(rest):
         yield _to_device(how.collate(rest), how.device)
+
+
+def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
+    """Yields the batches of `local_batches`, prepared in a thread ahead of their use."""
+    batches = local_batches(source, chunks, how)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, batches, None) for _ in range(how.config.prefetch_batches))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, batches, None))
+            yield batch
 
 
 class TrainingStream:

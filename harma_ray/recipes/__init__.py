@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from harma_ray.config import RunConfig, build_config, load_yaml
 from harma_ray.errors import UserError
 from harma_ray.recipes import harma_config
@@ -16,7 +18,9 @@ from harma_ray.task import Task
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES}
 """Functions that return a recipe's published settings."""
 
-_TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {harma_config.HarmaConfig: HarmaTask}
+_TASKS: Mapping[type[RunConfig], Callable[[Any, Callable[[], nn.Module] | None], Task]] = {
+    harma_config.HarmaConfig: HarmaTask
+}
 
 
 def recipe_config(name: str) -> RunConfig:
@@ -43,6 +47,12 @@ def load_config(path: str | Path) -> RunConfig:
     return build_config(recipe_config(raw["recipe"]), raw, origin=str(path))
 
 
-def make_task(config: RunConfig) -> Task:
-    """Returns the task that a configuration describes."""
-    return _TASKS[type(config)](config)
+def make_task(config: RunConfig, base: Callable[[], nn.Module] | None = None) -> Task:
+    """Returns the task that a configuration describes.
+
+    Args:
+        config: Settings.
+        base: Makes the pretrained part, as the task's `build_base` would, which is called if this is None; what it
+            returns may be read-only.
+    """
+    return _TASKS[type(config)](config, base)

@@ -5,6 +5,7 @@ Shape letters: B batch, N images, M texts, E embedding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,9 +58,10 @@ class HarmaTask:
 
     objective = "r_mean"
 
-    def __init__(self, config: HarmaConfig):
-        """Takes the settings; nothing is loaded yet."""
+    def __init__(self, config: HarmaConfig, base: Callable[[], nn.Module] | None = None):
+        """Takes the settings, and what gives the backbone (None: it is built); nothing is loaded yet."""
         self.config = config
+        self._base = base
 
     def check(self, split: Split) -> None:
         """Raises UserError for an unknown architecture, for weights that do not belong to it, for missing labels."""
@@ -70,11 +72,26 @@ class HarmaTask:
                 "convert it with labels, or set loss.center_factor=0"
             )
 
+    @property
+    def base_name(self) -> str:
+        """The backbone's architecture and weights."""
+        settings = self.config.model
+        drawn = f" of seed {self.config.seed}" if settings.pretrained == "random" else ""
+        return f"{settings.architecture}, {settings.pretrained}{drawn}"
+
+    def build_base(self) -> nn.Module:
+        """Returns the backbone on CPU."""
+        settings = self.config.model
+        return build_clip(settings.architecture, settings.pretrained, seed=self.config.seed)
+
     def build_model(self) -> DualEncoder:
         """Returns the dual encoder on CPU, tuned as configured; a loss that is off leaves its temperature frozen."""
         settings, loss = self.config.model, self.config.loss
+        base = self.build_base() if self._base is None else self._base()
+        if settings.tuning == "full" and self._base is not None:
+            base = copy.deepcopy(base)  # what was given may be read-only
         model = DualEncoder(
-            build_clip(settings.architecture, settings.pretrained, seed=self.config.seed),
+            base,
             temperature=settings.temperature,
             affiliation_temperature=settings.temperature if loss.center_factor else None,
             text_tokens=settings.text_tokens,

@@ -33,6 +33,21 @@ def test_the_order_is_a_function_of_seed_and_epoch(scenes):
     assert not np.array_equal(first.epoch(3), make_order(scenes, seed=1).epoch(3))
 
 
+@pytest.mark.parametrize("window", [256.0, 0.02])
+def test_one_caption_of_every_image_is_visited_each_drawn_as_often(scenes, window):
+    split = open_split(scenes, "train")
+    order = training_order(split, seed=0, global_batch_size=8, shuffle_window_mb=window, one_caption=True)
+    assert (order.num_samples, order.steps_per_epoch) == (40, 5)
+    visits = np.zeros((40, 5), int)
+    for epoch in range(200):
+        samples = order.epoch(epoch)
+        assert sorted(samples[:, 0]) == list(range(40))
+        np.add.at(visits, tuple(samples.T), 1)
+    assert abs(visits / 200 - 0.2).max() < 0.15  # five standard deviations of a draw of 200
+    assert not np.array_equal(order.epoch(0), order.epoch(1))
+    assert np.array_equal(order.epoch(1), order.epoch(1))
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_global_batches_are_the_same_for_any_number_of_workers(scenes, world_size):
     order = make_order(scenes)

@@ -1,0 +1,61 @@
+"""``tune``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from harma_ray.cli.options import add_address, add_scaling, add_settings, changes_from, make_command
+from harma_ray.errors import UserError
+
+
+def add_tune(commands: Any) -> None:
+    """Adds ``tune``."""
+    parser = make_command(
+        commands, "tune", _tune, "Search for better settings: Ray Tune runs trials, Optuna proposes them.",
+        "examples:\n  launch.py tune search_spaces/harma.yaml --data data/rsitmd --hours 8\n"
+        "  launch.py tune --resume runs/NAME --trials 80\n"
+        "  launch.py tune --resume runs/NAME --confirm 3\n"
+        "  launch.py tune report runs/NAME",
+    )  # fmt: skip
+    parser.usage = "%(prog)s FILE --data FOLDER [options] | --resume SEARCH [options] | report SEARCH"
+    parser.add_argument("what", nargs="*", metavar="FILE", help="YAML search space, such as search_spaces/harma.yaml; "
+                        "or the word `report` and a search's folder: write its report as it stands")  # fmt: skip
+    parser.add_argument("--resume", metavar="SEARCH", help="go on with a search; limits may be raised")
+    parser.add_argument("--data", help="folder of the converted data set (data.path)")
+    parser.add_argument("--runs", help="folder of all runs (default: runs)")
+    parser.add_argument("--name", help="name of the search (default: recipe and time)")
+    parser.add_argument("--trials", type=int, metavar="N", help="trials in all (default: the file's)")
+    parser.add_argument("--hours", type=float, metavar="H", help="end after so many hours (default: the file's)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="end after so many epochs over all trials (default: "
+                        "the file's)")  # fmt: skip
+    parser.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (default: as many as fit)")
+    parser.add_argument("--confirm", type=int, default=0, metavar="N", help="train the best and the published setting "
+                        "with N fresh seeds at the end, and print mean and spread")  # fmt: skip
+    parser.add_argument("--no-dashboard", action="store_true", help="start Ray without its dashboard: a GiB less")
+    add_settings(parser)
+    add_scaling(parser, default="one a trial")
+    add_address(parser)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from harma_ray.tune.session import SearchOptions, report_search, resume_search, start_search
+
+    for name in ("trials", "hours", "epochs", "concurrent", "confirm"):
+        if (getattr(options, name) or 0) < 0:
+            raise UserError(f"`--{name}` must not be negative, got {getattr(options, name)}")
+    how = SearchOptions(
+        trials=options.trials, hours=options.hours, epochs=options.epochs, concurrent=options.concurrent,
+        confirm=options.confirm, address=options.address, dashboard=not options.no_dashboard, started=options.started,
+    )  # fmt: skip
+    overrides = changes_from(options)
+    if options.resume:
+        if options.what or overrides or options.runs or options.name:
+            raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
+        resume_search(options.resume, how)
+    elif len(options.what) == 2 and options.what[0] == "report":
+        report_search(options.what[1])
+    elif len(options.what) == 1:
+        start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)
+    else:
+        raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

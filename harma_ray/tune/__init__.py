@@ -1,0 +1,1 @@
+"""Searching for better settings: Ray Tune runs the trials, Optuna proposes them."""

@@ -1,0 +1,199 @@
+"""The folder of a search: its definition, its study, the runs of its trials, what was concluded."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harma_ray.checkpoint import FOLDER as CHECKPOINTS
+from harma_ray.config import to_yaml as config_yaml
+from harma_ray.errors import UserError
+from harma_ray.files import output_path, write_text
+from harma_ray.runs import ENVIRONMENT_NAME, REPORT_NAME, describe_environment
+from harma_ray.tracking import read_records
+from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.parameters import Choices
+from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
+from harma_ray.tune.space import load_search, to_yaml
+from harma_ray.tune.study import DUPLICATE, REASON, RESULT, open_study, trial_folder
+
+SEARCH_NAME = "search.yaml"
+BEST_NAME = "best.yaml"
+CONFIRM_FOLDER = "confirm"
+_STATES: dict[TrialState, State] = {
+    TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}  # fmt: skip
+
+
+def create_search(runs: str | Path, name: str | None, definition: SearchDefinition) -> Path:
+    """Makes the folder of a new search and writes its definition and environment.
+
+    Args:
+        runs: Folder of all runs; made if missing.
+        name: Name of the search; None makes one of recipe and time.
+        definition: The search.
+
+    Raises:
+        UserError: If the name is taken or no folder name, or the folder cannot be written.
+    """
+    name = name or f"tune-{definition.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"a search's name must be a plain folder name, got `{name}`")
+    folder = output_path(runs) / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"{folder} exists; choose another --name, or continue it with --resume {folder}") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write the search's folder {folder} ({error.strerror}); choose another --runs"
+        ) from error
+    write_text(folder / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))
+    write_definition(folder, definition)
+    return folder
+
+
+def write_definition(folder: Path, definition: SearchDefinition) -> None:
+    """Writes what a search looks for."""
+    write_text(folder / SEARCH_NAME, to_yaml(definition))
+
+
+def open_search(folder: str | Path) -> tuple[Path, SearchDefinition]:
+    """Opens the folder of a search.
+
+    Raises:
+        UserError: If it is none.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if not (folder / SEARCH_NAME).is_file():
+        raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
+    return folder, load_search(folder / SEARCH_NAME)
+
+
+def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study | None = None) -> SearchResults:
+    """Reads what a search has found so far.
+
+    Args:
+        folder: The search's folder.
+        definition: The search.
+        study: Its study; None opens it.
+    """
+    study = study or open_study(folder, definition)
+    trials = tuple(
+        _read_trial(folder, definition, trial)
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state in _STATES and DUPLICATE not in trial.user_attrs
+    )
+    best = best_of(trials)
+    objectives = tuple(Objective(t.metric, t.direction == "maximize") for t in definition.objectives)
+    report = trial_folder(folder, best) / REPORT_NAME if best is not None else None
+    scheduler = definition.scheduler
+    details = {
+        "asha": f"grace {scheduler.grace_epochs}, reduction {scheduler.reduction_factor:g}",
+        "hyperband": f"grace {scheduler.grace_epochs}, reduction {scheduler.reduction_factor:g}, "
+                     f"{scheduler.brackets} brackets",
+        "median": f"grace {scheduler.grace_epochs}",
+    }.get(scheduler.name)  # fmt: skip
+    return SearchResults(
+        folder=folder,
+        recipe=definition.config.recipe,
+        data=definition.config.data.path,
+        axes=tuple(_axis(parameter) for parameter in definition.parameters),
+        objectives=objectives,
+        sampler=definition.sampler.name,
+        scheduler=f"{scheduler.name} ({details})" if details else scheduler.name,
+        trials=trials,
+        best=best,
+        front=tuple(sorted(trial.number for trial in study.best_trials)) if len(objectives) > 1 else (),
+        final=json.loads(report.read_text())["metrics"] if report is not None and report.is_file() else {},
+        confirmations=_read_confirmations(folder, best),
+    )
+
+
+def best_of(trials: tuple[TrialResult, ...]) -> int | None:
+    """Returns the trial with the best first objective among the complete ones, or, without any, the stopped ones."""
+    for state in ("complete", "stopped"):
+        rated = [trial for trial in trials if trial.state == state and trial.values]
+        if rated:
+            return max(rated, key=lambda trial: trial.values[0] if trial.values else 0.0).number
+    return None
+
+
+def write_best(folder: Path, definition: SearchDefinition, results: SearchResults) -> Path | None:
+    """Writes the best setting as a configuration that can be trained; returns the file."""
+    if results.best is None:
+        return None
+    params = next(trial.params for trial in results.trials if trial.number == results.best)
+    write_text(folder / BEST_NAME, config_yaml(definition.settings(dict(params))))
+    return folder / BEST_NAME
+
+
+def drop_checkpoints(folder: Path, results: SearchResults) -> None:
+    """Deletes the checkpoints of trials that have ended and are neither the best nor on the Pareto front."""
+    keep = {results.best, *results.front}
+    for trial in results.trials:
+        if trial.state != "running" and trial.number not in keep:
+            for run in (folder / trial.folder.parent.name).glob(f"{trial.number:05d}*"):
+                shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+
+
+def confirmation_folder(folder: Path, number: int, seed: int) -> Path:
+    """Returns the run folder in which a trial's setting is trained with a fresh seed."""
+    return folder / CONFIRM_FOLDER / f"{number:05d}-seed{seed}"
+
+
+def _read_trial(folder: Path, definition: SearchDefinition, trial: FrozenTrial) -> TrialResult:
+    own = trial_folder(folder, trial.number)
+    result: dict[str, Any] = trial.user_attrs.get(RESULT, {})
+    metric = definition.objectives[0].metric
+    split = definition.config.data.val_split if definition.config.train.select_on == "val" else None
+    curve = tuple(
+        (record["epoch"], record[metric])
+        for record in read_records(own)
+        if record["kind"] == "evaluation" and split in (None, record["split"]) and record.get(metric) is not None
+    )
+    return TrialResult(
+        number=trial.number,
+        state=_STATES[trial.state],
+        params={p.name: p.find(trial.params[p.name]) for p in definition.parameters if p.name in trial.params},
+        curve=curve,
+        values=tuple(result["values"]) if result.get("values") else None,
+        epochs=result.get("trained", 0),
+        planned_epochs=definition.config.train.epochs * definition.seeds,
+        seconds=result.get("seconds", 0),
+        reason=trial.user_attrs.get(REASON),
+        folder=own,
+    )
+
+
+def _axis(parameter: Any) -> Axis:
+    if isinstance(parameter, Choices):
+        return Axis(parameter.name, log=False, choices=parameter.choices)
+    return Axis(parameter.name, log=parameter.log, choices=None, low=parameter.low, high=parameter.high)
+
+
+def _read_confirmations(folder: Path, best: int | None) -> tuple[Confirmation, ...]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for report in sorted((folder / CONFIRM_FOLDER).glob(f"*/{REPORT_NAME}")):
+        match = re.fullmatch(r"(\d+)-seed\d+", report.parent.name)
+        if match:
+            found.setdefault(int(match[1]), []).append(json.loads(report.read_text())["metrics"])
+    confirmations = []
+    for number in [number for number in (best, 0) if number in found]:
+        title = {best: f"trial {number} (best)"}.get(number, f"trial {number} (published)")
+        reports = found[number]
+        metrics = {
+            f"{split} {name}": tuple(report[split][name] for report in reports)
+            for split in reports[0] for name in reports[0][split]
+        }  # fmt: skip
+        confirmations.append(Confirmation(title, number, metrics))
+    return tuple(dict.fromkeys(confirmations)) if best != 0 else tuple(confirmations[:1])

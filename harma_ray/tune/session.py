@@ -1,0 +1,211 @@
+"""What ``tune`` does, told to a person."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from harma_ray.cluster import Cluster, plan_trials, ray_cluster, require_shared_folder, require_visible
+from harma_ray.data.order import planned_order
+from harma_ray.errors import UserError
+from harma_ray.files import output_path
+from harma_ray.loop import check_batch
+from harma_ray.report import results_table
+from harma_ray.runs import Run
+from harma_ray.session import absolute_paths, check_data
+from harma_ray.train import read_paths
+from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.folder import (
+    create_search,
+    drop_checkpoints,
+    open_search,
+    read_search,
+    write_best,
+    write_definition,
+)  # fmt: skip
+from harma_ray.tune.progress import SearchProgress, show_params
+from harma_ray.tune.report import write_search_report
+from harma_ray.tune.results import SearchResults
+from harma_ray.tune.space import load_search
+from harma_ray.tune.study import storage_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What the command line says about how a search is run; None = as its file says."""
+
+    trials: int | None = None
+    hours: float | None = None
+    epochs: int | None = None
+    concurrent: int | None = None
+    confirm: int = 0
+    """Fresh seeds that the best and the published setting are trained with at the end."""
+    address: str | None = None
+    dashboard: bool = True
+    started: float = 0
+    """When the command started (``time.perf_counter``)."""
+
+
+def start_search(
+    file: str | Path, overrides: Mapping[str, Any], *, runs: str | Path, name: str | None, options: SearchOptions
+) -> Path:
+    """Starts a search, sees it through, and prints what it found; returns its folder."""
+    definition = load_search(file, overrides=overrides)
+    definition = _with_limits(dataclasses.replace(definition, config=absolute_paths(definition.config)), options)
+    check_data(definition.config)
+    output_path(runs)
+    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+        plan_trials(definition.config, cluster, definition.concurrent)
+        folder = create_search(runs, name, definition)
+        _search(folder, definition, cluster, options)
+    return folder
+
+
+def resume_search(path: str | Path, options: SearchOptions) -> Path:
+    """Goes on with a search: trials that were interrupted first; limits may be raised."""
+    folder, definition = open_search(path)
+    changed = _with_limits(definition, options)
+    check_data(changed.config)
+    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+        if changed != definition:
+            write_definition(folder, changed)
+        _search(folder, changed, cluster, options)
+    return folder
+
+
+def report_search(path: str | Path) -> SearchResults:
+    """Writes the report of a search as it stands, and prints the table."""
+    folder, definition = open_search(path)
+    results = read_search(folder, definition)
+    _conclude(folder, definition, results)
+    return results
+
+
+def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
+    given = {name: getattr(options, name) for name in ("trials", "hours", "epochs")}
+    limits = dataclasses.replace(definition.limits, **{k: v for k, v in given.items() if v is not None})
+    concurrent = definition.concurrent if options.concurrent is None else options.concurrent
+    return dataclasses.replace(definition, limits=limits, concurrent=concurrent)
+
+
+def _search(folder: Path, definition: SearchDefinition, cluster: Cluster, options: SearchOptions) -> None:
+    from harma_ray.tune.search import confirm, finish_best, prepare_trials, run_search
+
+    config = definition.config
+    plan = plan_trials(config, cluster, definition.concurrent)
+    check_batch(config, plan.workers.num_workers)
+    if plan.workers.num_workers > 1 and not (cluster.dashboard or options.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError("trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard")
+    require_shared_folder(folder, cluster)
+    require_visible(read_paths(config), cluster)
+    _print_plan(folder, definition, cluster, plan.describe())
+    try:
+        with Run(folder, config).locked():
+            setting = prepare_trials(definition, plan)
+            with SearchProgress(definition, plan.concurrent, options.started) as progress:
+                results = run_search(folder, definition, plan, setting, progress)
+            drop_checkpoints(folder, results)
+            if results.best is None:
+                raise UserError(f"no trial has ended within the limits; go on with: launch.py tune --resume {folder}")
+            print(f"\nevaluating trial {results.best}, the best, on {config.data.test_split}", flush=True)
+            finish_best(results, setting, _settings_of(definition, results))
+            if options.confirm:
+                print(
+                    f"training the best and the published setting with {options.confirm} fresh seeds each", flush=True
+                )
+                confirm(folder, definition, results, plan, setting, cluster, options.confirm, _tell(options.started))
+    except KeyboardInterrupt as error:
+        error.add_note(f"continue with: launch.py tune --resume {folder}")
+        raise
+    _conclude(folder, definition, read_search(folder, definition))
+
+
+def _settings_of(definition: SearchDefinition, results: SearchResults) -> Any:
+    best = next(trial for trial in results.trials if trial.number == results.best)
+    return definition.settings(dict(best.params))
+
+
+def _tell(started: float) -> Any:
+    return lambda line: print(f"[{time.perf_counter() - started:7.1f} s] {line}", flush=True)
+
+
+def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, trials: str) -> None:
+    config, limits = definition.config, definition.limits
+    order = planned_order(config)
+    size = f", {definition.size:,} different settings" if definition.size else ""
+    ends = [
+        *([f"{limits.trials} trials"] if limits.trials else []),
+        *([f"{limits.hours:g} hours"] if limits.hours else []),
+        *([f"{limits.epochs} epochs in all"] if limits.epochs else []),
+    ]
+    print(f"\nsearch     {folder}")
+    print(f"recipe     {config.recipe}, {order.split.manifest.rows} images, {order.num_samples} pairs, "
+          f"{order.steps_per_epoch} steps an epoch")  # fmt: skip
+    print(f"space      {', '.join(parameter.name for parameter in definition.parameters)}{size}")
+    print(f"published  {show_params(definition.published)} (trial 0)")
+    seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""
+    print(f"sampler    {definition.sampler.name}; scheduler {definition.scheduler.name}")
+    print(f"a trial    {config.train.epochs} epochs{seeds}")
+    print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
+    print(f"trials     {trials}")
+    print(f"watch      tensorboard --logdir {folder}")
+    print(f"           optuna-dashboard {storage_url(folder, definition)}")
+    if cluster.dashboard:
+        token = os.environ.get("RAY_AUTH_TOKEN") if cluster.address == "local" else None
+        print(f"           http://{cluster.dashboard} (Ray's dashboard{f'; access token {token}' if token else ''})")
+    print(flush=True)
+
+
+def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults) -> None:
+    """Writes the best setting and the report, and prints what was found."""
+    best_file = write_best(folder, definition, results)
+    page = write_search_report(results, folder)
+    by_state = {state: sum(trial.state == state for trial in results.trials)
+                for state in ("complete", "stopped", "failed", "running")}  # fmt: skip
+    print(f"\n{len(results.trials)} trials: " + ", ".join(f"{n} {state}" for state, n in by_state.items() if n))
+    spent = sum(trial.epochs for trial in results.trials)
+    planned = sum(trial.planned_epochs for trial in results.trials if trial.state in ("complete", "stopped"))
+    if planned:
+        counted = sum(trial.epochs for trial in results.trials if trial.state in ("complete", "stopped"))
+        print(f"{spent:g} epochs trained; stopping early saved {1 - counted / planned:.0%} of the ended trials' epochs")
+    rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
+    rows = [
+        [trial.number, trial.state, trial.epochs, *(trial.values or ()), show_params(trial.params)]
+        for trial in sorted(rated, key=lambda trial: -(trial.values or (-math.inf,))[0])[:5]
+    ]
+    headers = ["trial", "", "epochs", *(objective.metric for objective in results.objectives), "settings"]
+    print(tabulate(rows, headers=headers, floatfmt=".2f"))
+    for split, metrics in results.final.items():
+        print(f"\ntrial {results.best} on {split}\n{results_table(metrics)}")
+    _print_confirmations(results)
+    print(f"\nreport     {page}")
+    if best_file is not None:
+        print(f"best       launch.py train --config {best_file}")
+    if results.best == 0:
+        print("notice     the published setting is the best one found")
+    elif results.best is not None and not results.confirmations:
+        print("notice     one run of a setting proves little; compare over fresh seeds with:")
+        print(f"           launch.py tune --resume {folder} --confirm 3")
+
+
+def _print_confirmations(results: SearchResults) -> None:
+    metric = results.objectives[0].metric
+    names = [name for c in results.confirmations[:1] for name in c.metrics if name.split(" ")[1] == metric]
+    rows = []
+    for confirmation in results.confirmations:
+        for name in names:
+            values = confirmation.metrics[name]
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            rows.append([confirmation.title, name, statistics.mean(values), spread, len(values)])
+    if rows:
+        print("\nwith fresh seeds")
+        print(tabulate(rows, headers=["", "", "mean", "std", "seeds"], floatfmt=".2f"))

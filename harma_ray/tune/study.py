@@ -1,0 +1,303 @@
+"""The trials of a search in an Optuna study: the one record of what was proposed and what came of it.
+
+Everything that a search needs to go on after an interruption is in the study and in the folders of its trials. A trial
+that is marked as running when a search starts is one that was interrupted, and goes on first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harma_ray.config import RunConfig, build_config
+from harma_ray.errors import UserError
+from harma_ray.tune.definition import SearchDefinition
+
+STORAGE_NAME = "optuna.db"
+TRIALS_FOLDER = "trials"
+RESULT, REASON, DUPLICATE, POINT = "result", "reason", "duplicate_of", "first_point"
+"""Names of what is kept with a trial: its last result, why it failed, which earlier trial it repeats, its place among
+the settings that are tried first."""
+_MOST_DUPLICATES = 30
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """One training of a trial."""
+
+    folder: Path
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A trial that is to be run."""
+
+    number: int
+    params: dict[str, Any]
+    """The searched settings, by dotted name."""
+    runs: tuple[TrialRun, ...]
+    """A training for each seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a trial has reached so far."""
+
+    epoch: float
+    """Epochs of the first seed's training."""
+    value: float
+    """The first objective: the best over the epochs so far, the mean over the seeds so far."""
+    values: tuple[float, ...] = ()
+    """All objectives."""
+    trained: float = 0
+    """Epochs trained, over all seeds."""
+    seconds: float = 0
+    """Time spent."""
+    finished: bool = False
+    """Whether all epochs of all seeds are done."""
+    failed: str | None = None
+    """Why it failed, in one line."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something happened to a trial."""
+
+    number: int
+    state: str
+    """``running``, ``complete``, ``stopped`` or ``failed``."""
+    params: dict[str, Any]
+    report: Report | None
+    """What it has reached; None: nothing yet."""
+    reason: str | None = None
+    """Why it failed."""
+
+
+@dataclass
+class _Open:
+    trial: optuna.trial.Trial
+    reported: set[int] = field(default_factory=set)
+    trained: float = 0
+
+
+class SearchStudy:
+    """Proposes settings, hears of results."""
+
+    def __init__(self, folder: Path, definition: SearchDefinition):
+        """Opens the study of a search's folder, or of the definition's storage, or makes it.
+
+        Raises:
+            UserError: If the storage cannot be reached.
+        """
+        self.folder, self.definition = folder, definition
+        self.listener: Callable[[Event], None] = lambda event: None
+        self._started = time.monotonic()
+        self._first = definition.first_points
+        self.study = open_study(folder, definition)
+        done = [trial for trial in self.study.get_trials(deepcopy=False) if DUPLICATE not in trial.user_attrs]
+        self._unfinished = [trial for trial in done if trial.state == TrialState.RUNNING]
+        self._num_trials = len([trial for trial in done if trial.state != TrialState.WAITING])
+        self._epochs = sum(_result(trial).get("trained", 0) for trial in done if trial.state != TrialState.RUNNING)
+        self._seen = {_key(trial.params): trial.number for trial in done}
+        self._open: dict[int, _Open] = {}
+        self._succeeded = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in done)
+        self._failures = [trial.user_attrs.get(REASON, "") for trial in done if trial.state == TrialState.FAIL]
+
+    def next(self) -> Assignment | None:
+        """Returns the next trial: an interrupted one, one of those that are tried first, or what the sampler proposes.
+
+        None: the limit is reached, or there is nothing left to try.
+        """
+        if self.is_over():
+            return None
+        if self._unfinished:
+            frozen = self._unfinished.pop(0)
+            # Optuna has no public way to go on with a trial of another process
+            return self._assign(optuna.trial.Trial(self.study, frozen._trial_id)) or self.next()
+        limit = self.definition.limits.trials
+        if limit and self._num_trials >= limit:
+            return None
+        for attempt in range(_MOST_DUPLICATES + 1):
+            if not self._enqueue(attempt):
+                return None
+            trial = self.study.ask()
+            params = self.definition.suggest(trial)
+            earlier = self._seen.get(_key(params))
+            if earlier is None:
+                self._num_trials += 1
+                return self._assign(trial) or self.next()
+            trial.set_user_attr(DUPLICATE, earlier)
+            self.study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def report(self, number: int, report: Report) -> None:
+        """Hears what a running trial has reached."""
+        self._record(number, report)
+        self.listener(Event(number, "running", self._open[number].trial.params, report))
+
+    def _record(self, number: int, report: Report) -> None:
+        running = self._open[number]
+        running.trained = report.trained
+        running.trial.set_user_attr(RESULT, {
+            "values": list(report.values), "trained": report.trained, "seconds": round(report.seconds, 3),
+        })  # fmt: skip
+        step = math.floor(report.epoch)
+        if len(self.definition.objectives) == 1 and step not in running.reported:
+            running.trial.report(report.value, step=step)  # once a step: Optuna warns of a second value
+            running.reported.add(step)
+
+    def close(self, number: int, report: Report | None, *, crashed: str | None = None) -> None:
+        """Hears that a trial has ended: completed, stopped, or failed.
+
+        Args:
+            number: Which.
+            report: Its last report, if there was one.
+            crashed: Why its process is gone, if it is.
+        """
+        if report is not None and report.values:
+            self._record(number, report)
+        running = self._open.pop(number)
+        trial = running.trial
+        self._epochs += running.trained
+        reason = crashed or (report.failed if report else "it ended without a result")
+        if reason:
+            trial.set_user_attr(REASON, reason)
+            self.study.tell(trial, state=TrialState.FAIL)
+            state = "failed"
+            self._failures.append(reason)
+        elif report is not None and report.finished:
+            self.study.tell(trial, list(report.values))
+            state = "complete"
+        else:
+            self.study.tell(trial, state=TrialState.PRUNED)
+            state = "stopped"
+        self._succeeded |= state != "failed"
+        self.listener(Event(number, state, trial.params, report, reason))
+
+    @property
+    def epochs(self) -> float:
+        """Epochs trained so far, over all trials."""
+        return self._epochs + sum(running.trained for running in self._open.values())
+
+    def is_over(self) -> bool:
+        """Whether the limit of epochs or of hours is reached; the hours of earlier sessions do not count.
+
+        A trial that has trained all its epochs is given the moment that it needs to end.
+        """
+        limits, definition = self.definition.limits, self.definition
+        if any(running.trained >= definition.config.train.epochs * definition.seeds for running in self._open.values()):
+            return False
+        hours = (time.monotonic() - self._started) / 3600
+        return bool(limits.epochs and self.epochs >= limits.epochs) or bool(limits.hours and hours >= limits.hours)
+
+    def failures_alone(self) -> list[str]:
+        """Returns the reasons of all failures so far if no trial has succeeded yet, else nothing."""
+        return [] if self._succeeded else self._failures
+
+    def _enqueue(self, attempt: int) -> bool:
+        """Prepares what `ask` will give; returns False if there is nothing left.
+
+        That is the next of the settings that come first, else what the sampler proposes, or, after it has given nothing
+        new several times, one of those that are left.
+        """
+        definition = self.definition
+        known = self.study.get_trials(deepcopy=False)
+        if any(trial.state == TrialState.WAITING for trial in known):
+            return True
+        tried = sum(POINT in trial.user_attrs for trial in known)
+        if tried < len(self._first):
+            self.study.enqueue_trial(self._first[tried], user_attrs={POINT: tried})
+            return True
+        if definition.sampler.name == "grid":
+            return False
+        if definition.size is None:
+            return attempt < _MOST_DUPLICATES
+        left = [point for point in definition.grid() if _key(point) not in self._seen]
+        if left and attempt >= _MOST_DUPLICATES // 2:
+            self.study.enqueue_trial(left[np.random.default_rng(len(known)).integers(len(left))])
+        return bool(left)
+
+    def _assign(self, trial: optuna.trial.Trial) -> Assignment | None:
+        """Makes a trial ready to run; None if its settings do not fit together, which counts as its failure."""
+        params = self.definition.suggest(trial)
+        self._seen[_key(params)] = trial.number
+        running = _Open(trial, set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values))
+        self._open[trial.number] = running
+        try:
+            config = self.definition.settings(params)
+        except UserError as error:
+            self.close(trial.number, None, crashed=str(error))
+            return None
+        self.listener(Event(trial.number, "running", params, None))
+        return Assignment(trial.number, params, tuple(
+            TrialRun(trial_folder(self.folder, trial.number, seed), build_config(config, {"seed": config.seed + seed}))
+            for seed in range(self.definition.seeds)
+        ))  # fmt: skip
+
+
+def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
+    """Opens the study of a search, or makes it.
+
+    Raises:
+        UserError: If the storage cannot be reached, or holds another kind of study under this name.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = storage_url(folder, definition)
+    directions: list[Any] = [target.direction for target in definition.objectives]
+    try:
+        study = optuna.create_study(
+            storage=url, study_name=folder.name, directions=directions, load_if_exists=True
+        )  # fmt: skip
+        study.sampler = make_sampler(definition, len(study.get_trials(deepcopy=False)))
+    except Exception as error:  # a database can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the Optuna storage {url} cannot be used ({reason}); check `storage`") from error
+    if [direction.name.lower() for direction in study.directions] != directions:
+        raise UserError(f"the study `{folder.name}` in {url} has other objectives; choose another --name")
+    return study
+
+
+def storage_url(folder: Path, definition: SearchDefinition) -> str:
+    """Returns the URL of a search's Optuna storage."""
+    return definition.storage or f"sqlite:///{folder / STORAGE_NAME}"
+
+
+def trial_folder(folder: Path, number: int, seed: int = 0) -> Path:
+    """Returns the run folder of a trial; `seed` counts its trainings."""
+    return folder / TRIALS_FOLDER / (f"{number:05d}" + (f"-seed{seed}" if seed else ""))
+
+
+def make_sampler(definition: SearchDefinition, num_trials: int = 0) -> optuna.samplers.BaseSampler:
+    """Returns the sampler; after an interruption its random numbers are others than before (`num_trials` were made)."""
+    settings = definition.sampler
+    seed = settings.seed + num_trials
+    if settings.name in ("random", "grid"):  # the grid's settings are all among those that are tried first
+        return optuna.samplers.RandomSampler(seed=seed)
+    if settings.name == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=settings.startup_trials)
+    several = settings.name == "tpe-multivariate"
+    warnings.filterwarnings("ignore", "Argument ``group``", optuna.exceptions.ExperimentalWarning)
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=settings.startup_trials, multivariate=several, group=several, constant_liar=True
+    )
+
+
+def _result(trial: FrozenTrial) -> Mapping[str, Any]:
+    return trial.user_attrs.get(RESULT, {})
+
+
+def _key(params: Mapping[str, Any]) -> tuple:
+    """Returns what is equal for equal settings, whether a number was written as 1 or as 1.0."""
+    plain = {name: value if isinstance(value, bool) or value is None else str(value) for name, value in params.items()}
+    numbers = {name: float(value) for name, value in params.items() if type(value) in (int, float)}
+    return tuple(sorted((name, repr(value)) for name, value in {**plain, **numbers}.items()))

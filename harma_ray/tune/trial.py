@@ -1,0 +1,256 @@
+"""One trial of a search: the ordinary training of the ordinary recipe, once for each seed.
+
+A trial of one worker runs the loop right in its process, which several trials use one after another; a trial of
+several workers starts Ray Train from its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import nn
+
+from harma_ray.checkpoint import list_checkpoints, read_meta
+from harma_ray.cluster import WorkerPlan
+from harma_ray.config import RunConfig, build_config, to_yaml
+from harma_ray.data.stream import Place, Reader, prefetched_batches
+from harma_ray.errors import UserError, find_user_error
+from harma_ray.files import write_text
+from harma_ray.loop import finish_training, run_training, run_trial
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
+from harma_ray.task import Task
+from harma_ray.tracking import read_records
+from harma_ray.train import enter_worker, on_workers, plain_errors
+from harma_ray.tune.sharing import SharedModule
+from harma_ray.tune.study import Report
+
+ERROR_NAME = "error.txt"
+"""The whole trace of what made a trial fail."""
+_LOCK_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class TrialSetting:
+    """What all trials of a search have in common."""
+
+    metrics: tuple[str, ...]
+    """The objectives."""
+    plan: WorkerPlan
+    """The workers of a trial."""
+    base: tuple[str, Any] | None
+    """Name of the shared backbone and Ray's reference to it, a `SharedModule`; None = none is shared."""
+    environment: str
+    """What ``environment.json`` of every trial holds."""
+
+
+def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[dict[str, Any]], None]) -> None:
+    """Runs a trial to its end, and reports after every epoch; what it cannot do is reported as a failure.
+
+    Only the death of the process is left to Ray Tune, which starts the trial again, from its checkpoint.
+
+    Args:
+        assignment: ``number``, ``params`` and ``runs``, see `harma_ray.tune.scheduling.StudySearcher.suggest`.
+        setting: What all trials have in common.
+        report: `ray.tune.report`.
+    """
+    tally = _Tally(setting.metrics)
+    folder = Path(assignment["runs"][0]["folder"])
+
+    def reporter(metrics: Mapping[str, Any]) -> None:
+        report(asdict(tally.add(metrics)))
+
+    try:
+        for wanted in assignment["runs"]:
+            folder = Path(wanted["folder"])
+            config = build_config(recipe_config(wanted["config"]["recipe"]), wanted["config"], origin="configuration")
+            prepare_folder(folder, config, setting)
+            tally.begin(folder)
+            for metrics in past_evaluations(folder):
+                reporter(metrics)
+            if setting.plan.num_workers > 1:
+                tally = _run_on_workers(folder, config, setting, tally)
+                continue
+            place = single_place(config, setting.plan)
+            with _alone(Run(folder, config)):
+                run_trial(
+                    _task(config, setting), config, folder, place=place, reader=_reader(config), reporter=reporter
+                )
+        report(asdict(replace(tally.report(), finished=True)))
+    except Exception as error:
+        told = find_user_error(error)
+        reason = str(told) if told else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        with contextlib.suppress(OSError):  # a full disk may be why it failed
+            (folder / ERROR_NAME).write_text("".join(traceback.format_exception(error)))
+        report(asdict(replace(tally.report(), failed=reason)))
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def finish(
+    folder: Path, config: RunConfig, setting: TrialSetting, hparams: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Ends a trial's run: test is evaluated with its best weights. One worker is enough; returns the final report."""
+    with _alone(Run(folder, config)):
+        return finish_training(
+            _task(config, setting), config, folder, place=single_place(config, setting.plan), reader=_reader(config),
+            hparams=hparams,
+        )  # fmt: skip
+
+
+def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
+    """Trains a run of one worker to its end, test included; returns the final report."""
+    prepare_folder(folder, config, setting)
+    with _alone(Run(folder, config)):
+        return run_training(
+            _task(config, setting), config, folder, place=single_place(config, setting.plan), reader=_reader(config)
+        )
+
+
+def prepare_folder(folder: Path, config: RunConfig, setting: TrialSetting) -> None:
+    """Makes the folder of a trial's run, if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the trial's folder {folder} ({error.strerror}); free some space") from error
+    write_text(folder / ENVIRONMENT_NAME, setting.environment)
+    write_text(folder / CONFIG_NAME, to_yaml(config))
+
+
+def past_evaluations(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields what earlier attempts at a trial evaluated, up to their last checkpoint: epoch, step and metrics."""
+    checkpoints = list_checkpoints(folder)
+    last = read_meta(checkpoints[-1]).step if checkpoints else -1
+    for record in read_records(folder):
+        if record["kind"] == "evaluation" and record["step"] <= last:
+            yield record
+
+
+def single_place(config: RunConfig, plan: WorkerPlan) -> Place:
+    """Returns the place of a trial of one worker, and gives torch its share of the machine."""
+    threads = max(1, int(plan.cpus_per_worker))
+    torch.set_num_threads(config.train.threads or threads)
+    if plan.use_gpu and not torch.cuda.is_available():
+        raise UserError("Ray gave this trial a GPU, but torch finds none; check the driver, or use --cpu")
+    return Place(device="cuda" if plan.use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)
+
+
+class _Tally:
+    """Sums up a trial: the best of each training so far, the mean over its seeds."""
+
+    def __init__(self, metrics: tuple[str, ...]):
+        self._metrics = metrics
+        self._folder = Path()
+        self._values: list[tuple[float, ...]] = []
+        self._epochs: list[float] = []
+        self._seconds: list[float] = []
+
+    def begin(self, folder: Path) -> None:
+        """Goes on to the next seed's training."""
+        self._folder = folder
+        self._values.append(())
+        self._epochs.append(0)
+        self._seconds.append(0)
+
+    def add(self, metrics: Mapping[str, Any]) -> Report:
+        """Hears of an evaluation of the current training, whose checkpoint is written."""
+        meta = read_meta(list_checkpoints(self._folder)[-1])
+        self._epochs[-1] = metrics["epoch"]
+        self._seconds[-1] = meta.progress["seconds"]
+        known = {
+            **metrics,
+            "trainable_parameters": sum(math.prod(shape) for shape in meta.trainable.values()),
+            "seconds": self._seconds[-1],
+        }
+        values = tuple(float(known[name]) for name in self._metrics)
+        if not self._values[-1] or values[0] > self._values[-1][0]:
+            self._values[-1] = values
+        return self.report()
+
+    def report(self) -> Report:
+        """Returns where the trial stands."""
+        reached = [values for values in self._values if values]
+        means = tuple(sum(column) / len(column) for column in zip(*reached, strict=True))
+        return Report(
+            epoch=self._epochs[0] if self._epochs else 0,
+            value=means[0] if means else 0.0,
+            values=means,
+            trained=sum(self._epochs),
+            seconds=sum(self._seconds),
+        )
+
+
+def _run_on_workers(folder: Path, config: RunConfig, setting: TrialSetting, tally: _Tally) -> _Tally:
+    """Trains on the workers of Ray Train, whose reports go on to Ray Tune; returns the tally as it is then."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # this process is not the one that started Ray
+    settings = {"run": str(folder), "setting": setting, "tally": tally}
+    return on_workers(_work, settings, config, setting.plan, folder, callbacks=[TuneReportCallback()])
+
+
+def _work(settings: dict[str, Any]) -> _Tally:
+    import ray.train
+
+    from harma_ray.data.ray_stream import ray_batches
+
+    config, place = enter_worker(settings)
+    tally: _Tally = settings["tally"]
+    with plain_errors():
+        run_trial(
+            _task(config, settings["setting"], writable=place.device == "cpu"), config, Path(settings["run"]),
+            place=place, reader=ray_batches, reporter=lambda metrics: ray.train.report(asdict(tally.add(metrics))),
+        )  # fmt: skip
+    return tally
+
+
+def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -> Task:
+    """Returns the task, on the shared backbone if that is its own; `writable`: on a copy of it."""
+    task = make_task(config)
+    if setting.base is None or setting.base[0] != task.base_name:
+        return task
+    shared = setting.base[1]
+
+    def base() -> nn.Module:
+        module: SharedModule = ray.get(shared)
+        return copy.deepcopy(module.build()) if writable else module.build()
+
+    return make_task(config, base)
+
+
+def _reader(config: RunConfig) -> Reader:
+    if config.data.decode == "worker":
+        return prefetched_batches
+    from harma_ray.data.ray_stream import ray_batches
+
+    return ray_batches
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """Waits until no other process trains a run: one that an interruption left behind may need a moment to end."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run.locked())
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+        yield

@@ -1,0 +1,122 @@
+"""A search that is killed at a bad time goes on: no finished trial is lost or trained again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from harma_ray.checkpoint import list_checkpoints
+from harma_ray.tracking import METRICS_NAME, read_records
+from harma_ray.tune.folder import open_search, read_search
+from harma_ray.tune.study import trial_folder
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+SPACE = """
+recipe: harma-scenes
+fixed: {train.epochs: 3, train.global_batch_size: 20, adapter.shared_width: 8}
+space:
+  optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
+  adapter.width: {type: int, low: 16, high: 128, step: 16}
+sampler: {name: tpe, startup_trials: 2}
+scheduler: none
+limits: {trials: 4}
+"""
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "launch.py"), "tune", *map(str, arguments), "--no-dashboard"]
+
+
+def environment():
+    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+
+
+def states(folder):
+    storage = folder / "optuna.db"
+    if not storage.exists():
+        return []
+    try:
+        study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{storage}")
+    except (KeyError, optuna.exceptions.OptunaError):  # it is being made
+        return []
+    return [trial.state.name for trial in study.get_trials()]
+
+
+def before_the_first_epoch_ends(folder):
+    return states(folder)[:1] == ["RUNNING"]
+
+
+def after_an_epoch_of_the_first(folder):
+    return bool(list_checkpoints(trial_folder(folder, 0)))
+
+
+def after_two_trials(folder):
+    return states(folder).count("COMPLETE") >= 2
+
+
+@pytest.mark.parametrize("moment", [before_the_first_epoch_ends, after_an_epoch_of_the_first, after_two_trials])
+def test_a_search_killed_with_its_cluster_goes_on(scenes, tmp_path, moment):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    folder = tmp_path / "runs" / "killed"
+    process = subprocess.Popen(
+        command(tmp_path / "space.yaml", "--data", scenes, "--runs", tmp_path / "runs", "--name", "killed"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not moment(folder):
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    found = states(folder)
+    finished = [number for number, state in enumerate(found) if state == "COMPLETE"]
+    records = {number: (trial_folder(folder, number) / METRICS_NAME).read_bytes() for number in finished}
+    resumed = subprocess.run(
+        command("--resume", folder), capture_output=True, text=True, env=environment(), timeout=240
+    )
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert resumed.stderr.strip() == ""
+    results = read_search(*open_search(folder))
+    assert [trial.state for trial in results.trials] == ["complete"] * 4
+    for number, record in records.items():
+        now = (trial_folder(folder, number) / METRICS_NAME).read_bytes()
+        assert now.startswith(record)  # the winner's final figures may follow
+        assert [json.loads(line)["kind"] for line in now[len(record) :].splitlines()] in (
+            [],
+            ["start", "final", "final"],
+        )
+    for trial in results.trials:
+        assert [epoch for epoch, _ in trial.curve] == [1, 2, 3]
+        steps = [record["step"] for record in read_records(trial.folder) if record["kind"] == "step"]
+        assert steps == sorted(set(steps))
+    assert len({tuple(trial.params.values()) for trial in results.trials}) == 4
+    assert (folder / "report.html").exists()
+    again = subprocess.run(command("--resume", folder), capture_output=True, text=True, env=environment(), timeout=240)
+    assert again.returncode == 0
+    assert len(read_search(*open_search(folder)).trials) == 4
+
+
+def test_ctrl_c_ends_with_the_way_to_go_on(scenes, tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    folder = tmp_path / "runs" / "stopped"
+    process = subprocess.Popen(
+        command(tmp_path / "space.yaml", "--data", scenes, "--runs", tmp_path / "runs", "--name", "stopped"),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not after_an_epoch_of_the_first(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2, error
+    assert error.strip() == (
+        f"interrupted: what was finished is kept; continue with: launch.py tune --resume {folder}"
+    )  # fmt: skip

@@ -1,0 +1,264 @@
+"""Searches through Ray Tune: real trials, made-up trials, trials that die."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ray import cloudpickle
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from harma_ray.checkpoint import list_checkpoints
+from harma_ray.cluster import plan_trials
+from harma_ray.config import build_config, to_dict
+from harma_ray.errors import UserError
+from harma_ray.recipes import recipe_config
+from harma_ray.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
+from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.folder import best_of, read_search
+from harma_ray.tune.parameters import Range
+from harma_ray.tune.study import trial_folder
+
+pytestmark = pytest.mark.ray
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+RATE = Range(name="optim.learning_rate", kind="float", low=1e-3, high=1e-2, log=True)
+WIDTH = Range(name="adapter.width", kind="int", low=16, high=128, step=16)
+
+
+def definition(scenes, *parameters, **changes):
+    config = build_config(recipe_config("harma-scenes"), {
+        "data.path": str(scenes), "train.epochs": 2, "train.global_batch_size": 20, "adapter.shared_width": 8,
+    })  # fmt: skip
+    found = SearchDefinition(config=config, parameters=parameters or (RATE, WIDTH))
+    found = replace(found, sampler=Sampler(name="random"), scheduler=Scheduler(name="none"))
+    return replace(found, **{"limits": Limits(trials=3), **changes})
+
+
+def search(folder, space, cluster, *, trial=None, on_event=lambda event: None):
+    from harma_ray.tune.search import prepare_trials, run_search
+
+    folder.mkdir(exist_ok=True)
+    plan = plan_trials(space.config, cluster, space.concurrent)
+    setting = prepare_trials(space, plan)
+    options = {"trial": trial} if trial else {}
+    return run_search(folder, space, plan, setting, on_event, **options), setting
+
+
+def learning_curve(assignment, setting, report):
+    """A made-up trial: the narrower the better."""
+    width = assignment["params"]["adapter.width"]
+    epochs = assignment["runs"][0]["config"]["train"]["epochs"]
+    record = Path(assignment["runs"][0]["folder"]) / METRICS_NAME
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("")
+    for epoch in range(1, epochs + 1):
+        value = 100 - width / 2 + epoch
+        done = epoch == epochs
+        line = {"kind": "evaluation", "step": epoch, "epoch": epoch, "split": "val", "r_mean": value}
+        with record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        report({"epoch": epoch, "value": value, "values": [value], "trained": epoch, "seconds": 0.1, "finished": done})
+
+
+@pytest.fixture(scope="module")
+def real(scenes, ray_cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searches") / "real"
+    space = definition(scenes)
+    return space, *search(folder, space, ray_cluster)
+
+
+def test_every_trial_runs_and_reports_every_epoch(real):
+    _, results, _ = real
+    assert [trial.state for trial in results.trials] == ["complete"] * 3
+    for trial in results.trials:
+        assert [epoch for epoch, _ in trial.curve] == [1, 2]
+        assert trial.values == (max(value for _, value in trial.curve),)
+        assert trial.epochs == 2
+
+
+def test_no_trial_looks_at_test(real):
+    _, results, _ = real
+    for trial in results.trials:
+        records = list(read_records(trial.folder))
+        assert {record["split"] for record in records if record["kind"] == "evaluation"} == {"val"}
+        assert not [record for record in records if record["kind"] == "final"]
+
+
+def test_only_the_best_keeps_its_checkpoints_and_nothing_of_rays_is_left(real):
+    _, results, _ = real
+    assert [bool(list_checkpoints(trial.folder)) for trial in results.trials] == [
+        trial.number == results.best for trial in results.trials
+    ]
+    assert not (results.folder / "ray").exists()
+
+
+def test_tensorboard_has_every_trial_and_its_hparams(real):
+    _, results, _ = real
+    for trial in results.trials:
+        events = EventAccumulator(str(trial.folder / EVENTS_FOLDER)).Reload()
+        assert [event.value for event in events.Scalars("val/r_mean")] == pytest.approx([v for _, v in trial.curve])
+        assert "_hparams_/session_start_info" in events.summary_metadata
+        assert events.Scalars("search/r_mean")[0].value == pytest.approx(trial.values[0])
+
+
+def test_a_trial_gives_the_same_alone_and_after_others(real, scenes, ray_cluster, tmp_path):
+    """Trial 1 ran in a process that others had used, or beside one; here it runs in one of its own, the first time."""
+    import ray
+
+    from harma_ray.tune.trial import run
+
+    _, results, setting = real
+    for trial in results.trials:
+        config = to_dict(definition(scenes).settings(dict(trial.params)))
+        runs = [{"folder": str(tmp_path / str(trial.number)), "config": config}]
+        fresh = ray.remote(num_cpus=1, max_calls=1)(lambda runs=runs: run({"runs": runs}, setting, lambda result: None))
+        ray.get(fresh.remote())
+        kinds = ("step", "evaluation")
+        told = [
+            [{k: v for k, v in record.items() if k not in _MEASURED} for record in read_records(path)
+             if record["kind"] in kinds]
+            for path in (trial.folder, tmp_path / str(trial.number))
+        ]  # fmt: skip
+        assert told[0] == told[1]
+
+
+_MEASURED = {"pairs_per_second", "data_wait_fraction", "memory_mb", "seconds"}
+
+
+def test_test_is_evaluated_once_for_the_best(real, ray_cluster):
+    from harma_ray.tune.search import finish_best
+
+    space, results, setting = real
+    config = space.settings(dict(results.trials[results.best].params))
+    report = finish_best(results, setting, config)
+    written = (results.trials[results.best].folder / "report.json").stat().st_mtime_ns
+    assert set(report["metrics"]) == {"val", "test"}
+    assert report["metrics"]["val"]["r_mean"] == results.trials[results.best].values[0]
+    assert finish_best(results, setting, config) == report
+    assert (results.trials[results.best].folder / "report.json").stat().st_mtime_ns == written
+    assert read_search(results.folder, space).final == report["metrics"]
+
+
+def test_confirmation_uses_fresh_seeds_for_the_best_and_the_published_setting(real, ray_cluster):
+    from harma_ray.tune.search import confirm
+
+    space, results, setting = real
+    plan, told = plan_trials(space.config, ray_cluster), []
+    results = replace(results, best=1)
+    confirm(results.folder, space, results, plan, setting, ray_cluster, 2, told.append)
+    assert len(told) == 4
+    configs = {path.parent.name: path for path in (results.folder / "confirm").glob("*/report.json")}
+    assert set(configs) == {"00001-seed1", "00001-seed2", "00000-seed1", "00000-seed2"}
+    confirm(results.folder, space, results, plan, setting, ray_cluster, 2, told.append)
+    assert len(told) == 4
+    for number, found in ((1, "00001"), (0, "00000")):
+        reports = [json.loads(configs[f"{found}-seed{seed}"].read_text())["metrics"]["test"] for seed in (1, 2)]
+        assert reports[0] != reports[1], number
+
+
+def test_a_diverging_trial_is_a_failure_with_its_reason_and_the_search_goes_on(scenes, ray_cluster, tmp_path):
+    rate = replace(RATE, high=1e30)
+    space = definition(scenes, rate, starts=({"optim.learning_rate": 1e30},))
+    results, _ = search(tmp_path / "diverging", space, ray_cluster)
+    assert [trial.state for trial in results.trials[:2]] == ["complete", "failed"]
+    assert "not finite at step" in results.trials[1].reason
+    assert "TrainingDiverged" in (results.trials[1].folder / "error.txt").read_text()
+    assert len(results.trials) == 3
+
+
+def test_a_search_in_which_nothing_works_ends_soon_and_says_why(scenes, ray_cluster, tmp_path):
+    space = definition(scenes, RATE, limits=Limits(trials=30))
+    space = replace(space, config=build_config(space.config, {"data.max_pixels": 10}))
+    with pytest.raises(UserError, match=r"no trial of .* succeeded: row \d+ .*pixels"):
+        search(tmp_path / "hopeless", space, ray_cluster)
+    assert len(read_search(tmp_path / "hopeless", space).trials) <= 5
+
+
+def test_asha_stops_weak_trials(scenes, ray_cluster, tmp_path):
+    space = definition(
+        scenes, WIDTH, scheduler=Scheduler(name="asha", reduction_factor=2), sampler=Sampler(name="grid"),
+        limits=Limits(), concurrent=1,
+    )  # fmt: skip
+    space = replace(space, config=build_config(space.config, {"train.epochs": 4}))
+    results, _ = search(tmp_path / "asha", space, ray_cluster, trial=learning_curve)
+    states = {trial.params["adapter.width"]: trial.state for trial in results.trials}
+    assert states[16] == "complete"
+    assert list(states.values()).count("stopped") >= 4
+    assert results.trials[results.best].params["adapter.width"] == 16
+    assert all(trial.epochs == 1 for trial in results.trials if trial.state == "stopped" and trial.number > 4)
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_a_search_in_two_sessions_knows_what_the_first_has_seen(scenes, ray_cluster, tmp_path, scheduler):
+    """Without its past, a scheduler lets the first trials of a session pass."""
+    space = definition(scenes, WIDTH, scheduler=Scheduler(name=scheduler, brackets=1), concurrent=1,
+                       starts=({"adapter.width": 16}, {"adapter.width": 32}, {"adapter.width": 48}),
+                       limits=Limits(trials=4))  # fmt: skip
+    space = replace(space, config=build_config(space.config, {"train.epochs": 4}))
+    search(tmp_path / scheduler, space, ray_cluster, trial=learning_curve)
+    space = replace(space, limits=Limits(trials=6))
+    results, _ = search(tmp_path / scheduler, space, ray_cluster, trial=learning_curve)
+    assert [trial.params["adapter.width"] for trial in results.trials[:4]] == [128, 16, 32, 48]
+    assert [trial.state for trial in results.trials[4:]] == ["stopped", "stopped"]
+
+
+def dies_once(assignment, setting, report):
+    from harma_ray.tune.trial import run
+
+    folder = Path(assignment["runs"][0]["folder"])
+
+    def reporting(result):
+        report(result)
+        mark = folder.parent / f"died-{folder.name}"
+        if result["epoch"] == 1 and assignment["number"] == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run(assignment, setting, reporting)
+
+
+def test_a_killed_trial_goes_on_from_its_checkpoint(real, scenes, ray_cluster, tmp_path):
+    _, undisturbed, _ = real
+    results, _ = search(tmp_path / "killed", definition(scenes), ray_cluster, trial=dies_once)
+    assert (results.folder / "trials" / "died-00001").exists()
+    assert [trial.state for trial in results.trials] == ["complete"] * 3
+    assert results.trials[1].curve == undisturbed.trials[1].curve
+    starts = [record for record in read_records(results.trials[1].folder) if record["kind"] == "start"]
+    assert [record["step"] for record in starts] == [0, 10]
+
+
+def always_dies(assignment, setting, report):
+    if assignment["number"] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    learning_curve(assignment, setting, report)
+
+
+def test_a_trial_that_dies_again_and_again_is_a_failure(scenes, ray_cluster, tmp_path):
+    results, _ = search(tmp_path / "dying", definition(scenes, WIDTH), ray_cluster, trial=always_dies)
+    assert [trial.state for trial in results.trials] == ["complete", "failed", "complete"]
+    assert "its process died" in results.trials[1].reason
+
+
+def test_trials_that_a_limit_cuts_off_go_on_when_it_is_raised(scenes, ray_cluster, tmp_path):
+    space = definition(scenes, WIDTH, limits=Limits(epochs=6), concurrent=1)
+    space = replace(space, config=build_config(space.config, {"train.epochs": 4}))
+    results, _ = search(tmp_path / "cut", space, ray_cluster, trial=learning_curve)
+    assert [trial.state for trial in results.trials] == ["complete", "running"]
+    space = replace(space, limits=Limits(epochs=8))
+    results, _ = search(tmp_path / "cut", space, ray_cluster, trial=learning_curve)
+    assert [trial.state for trial in results.trials] == ["complete", "complete"]
+
+
+def test_several_seeds_are_averaged_and_share_one_decision(scenes, ray_cluster, tmp_path):
+    space = definition(scenes, seeds=2, limits=Limits(trials=1))
+    results, _ = search(tmp_path / "seeds", space, ray_cluster)
+    best = []
+    for seed in (0, 1):
+        records = read_records(trial_folder(results.folder, 0, seed))
+        best.append(max(record["r_mean"] for record in records if record["kind"] == "evaluation"))
+    assert results.trials[0].values == (pytest.approx(sum(best) / 2),)
+    assert results.trials[0].epochs == 4
+    assert best_of(results.trials) == 0

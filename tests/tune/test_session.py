@@ -1,0 +1,117 @@
+"""``tune`` as a user types it: mistakes are told at once and leave nothing behind; a small search says where all is."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harma_ray.cli import main, make_parser
+from harma_ray.recipes import load_config
+from harma_ray.tune.folder import open_search, read_search
+
+ROOT = Path(__file__).parents[2]
+SPACE = """
+recipe: harma-scenes
+fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8}
+space:
+  optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
+  adapter.width: {type: int, low: 16, high: 128, step: 16}
+limits: {trials: 3}
+"""
+
+
+def refused(capsys, *arguments):
+    status = main(["tune", *map(str, arguments)])
+    error = capsys.readouterr().err.strip()
+    assert status == 2, error
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.fixture
+def space(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def test_all_mistakes_of_a_space_are_told_at_once(capsys, tmp_path, scenes):
+    (tmp_path / "bad.yaml").write_text("recipe: harma-scene\nspcae: {}\n")
+    error = refused(capsys, tmp_path / "bad.yaml", "--data", scenes, "--runs", tmp_path / "runs")
+    assert len(re.findall(r"line \d+, column \d+", error)) == 3  # `space` is missing too
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such.yaml"], "no-such.yaml"),
+        ([], "give a search space"),
+        (["report"], "report"),
+        (["report", "nowhere"], "not the folder of a search"),
+        (["--resume", "nowhere"], "not the folder of a search"),
+        (["--resume", "nowhere", "--set", "seed=1"], "its own settings"),
+        (["a.yaml", "--trials", "-1"], "`--trials` must not be negative"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_line(capsys, arguments, message):
+    error = refused(capsys, *arguments)
+    assert message in error
+    assert "\n" not in error
+
+
+def test_missing_data_is_told_before_ray_starts(capsys, space, tmp_path):
+    assert "does not exist" in refused(capsys, space, "--data", tmp_path / "no", "--runs", tmp_path / "runs")
+    assert "no data set is given" in refused(capsys, space, "--runs", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_setting_that_is_searched_cannot_be_set(capsys, space, scenes):
+    assert "--set" in refused(capsys, space, "--data", scenes, "--set", "adapter.width=16")
+
+
+def launch(*arguments, timeout=250):
+    command = [sys.executable, str(ROOT / "launch.py"), "tune", *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.ray
+def test_more_trials_than_fit_are_refused_and_leave_nothing(space, scenes, tmp_path):
+    result = launch(space, "--data", scenes, "--runs", tmp_path / "runs", "--concurrent", 500, "--no-dashboard")
+    assert result.returncode == 2
+    assert "room for" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
+    result = launch(space, "--data", scenes, "--runs", tmp_path / "runs", "--name", "one", "--confirm", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.strip() == ""
+    folder = tmp_path / "runs" / "one"
+    for part in ("trial 0", "at a time", "tensorboard --logdir", "optuna-dashboard sqlite:///", "Ray's dashboard",
+                 "epochs trained", "with fresh seeds", str(folder / "report.html")):  # fmt: skip
+        assert part in result.stdout, part
+    results = read_search(*open_search(folder))
+    assert len(results.trials) == 3
+    best = results.trials[results.best]
+    trained = load_config(folder / "best.yaml")
+    assert trained.adapter.width == best.params["adapter.width"]
+    assert trained.optim.learning_rate == best.params["optim.learning_rate"]
+    assert f"{results.final['test']['r_mean']:.1f}" in result.stdout
+    command = re.search(r"launch\.py (train --config .+)", result.stdout)[1]
+    assert make_parser().parse_args(shlex.split(command)).config == str(folder / "best.yaml")
+    assert yaml.safe_load((folder / "search.yaml").read_text())["limits"] == {"trials": 3}
+    assert not list(folder.glob("ray"))
+    again = launch("report", folder)
+    assert again.returncode == 0, again.stderr[-3000:]
+    more = launch("--resume", folder, "--trials", 4, "--no-dashboard")
+    assert more.returncode == 0, more.stderr[-3000:]
+    assert [trial.number for trial in read_search(*open_search(folder)).trials] == [0, 1, 2, 3]
