@@ -3,7 +3,7 @@
 The grid trains every setting to its end. Random search does so too, with random settings; the search is what
 `launch.py tune` does by default: multivariate TPE and ASHA. All three see the same data, backbone and seed of training.
 
-Run: python benchmarks/search.py [--seeds 3] [--images 80] [--budget 0.34]
+Run: python benchmarks/search.py [--seeds 3] [--images 80] [--budget 0.25]
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=80)
-    parser.add_argument("--budget", type=float, default=0.34, help="epochs of a search, in parts of the grid's")
+    parser.add_argument("--budget", type=float, default=0.25, help="epochs of a search, in parts of the grid's")
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, ray_cluster() as cluster:

@@ -69,3 +69,25 @@ def test_weights_from_a_gpu_give_the_same_figures_on_the_cpu(config, tmp_path):
         for device in ("cpu", "cuda")
     ]
     assert metrics[1] == pytest.approx(metrics[0], abs=2.0)
+
+
+@pytest.mark.ray
+def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
+    from harma_ray.cluster import plan_trials, ray_cluster
+    from harma_ray.tune.definition import Limits, SearchDefinition
+    from harma_ray.tune.parameters import Range
+    from harma_ray.tune.search import finish_best, prepare_trials, run_search
+
+    shared = build_config(config, {"scaling.gpus_per_worker": 0.5, "scaling.cpus_per_worker": 0.5})
+    rate = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-2, log=True)
+    space = SearchDefinition(config=shared, parameters=(rate,), limits=Limits(trials=4), concurrent=2)
+    with ray_cluster() as cluster:
+        plan = plan_trials(shared, cluster, 2)
+        assert plan.workers.gpus_per_worker == 0.5
+        setting = prepare_trials(space, plan)
+        results = run_search(tmp_path, space, plan, setting, lambda event: None)
+        assert {trial.state for trial in results.trials} <= {"complete", "stopped"}
+        steps = [record for record in read_records(results.trials[0].folder) if record["kind"] == "step"]
+        assert all(record["gpu_memory_mb"] > 0 for record in steps)
+        best = space.settings(dict(results.trials[results.best].params))
+        assert "test" in finish_best(results, setting, best)["metrics"]

@@ -17,8 +17,8 @@ def confirmed_section(results: SearchResults) -> str:
     if not results.confirmations:
         command = f"python launch.py tune --resume {shlex.quote(str(results.folder))} --confirm 3"
         return page.paragraph(
-            f"One run a setting proves nothing: the best of {len(measured(results))} trials is in part the luckiest. To "
-            f"train the best and the published setting with three fresh seeds: {command}"
+            f"One run a setting proves nothing: the best of {len(measured(results))} trials is in part the luckiest. "
+            f"To train the best and the published setting with three fresh seeds: {command}"
         )
     names = list(dict.fromkeys(name for confirmation in results.confirmations for name in confirmation.metrics))
     columns, groups = [("metric", names)], []

@@ -23,7 +23,7 @@ from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.parameters import Choices
 from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
 from harma_ray.tune.space import load_search, to_yaml
-from harma_ray.tune.study import DUPLICATE, REASON, RESULT, open_study, trial_folder
+from harma_ray.tune.study import DUPLICATE, REASON, RESULT, open_study, require_new_study, trial_folder
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
@@ -49,6 +49,7 @@ def create_search(runs: str | Path, name: str | None, definition: SearchDefiniti
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"a search's name must be a plain folder name, got `{name}`")
     folder = output_path(runs) / name
+    require_new_study(folder, definition)
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
@@ -188,7 +189,7 @@ def _read_confirmations(folder: Path, best: int | None) -> tuple[Confirmation, .
         if match:
             found.setdefault(int(match[1]), []).append(json.loads(report.read_text())["metrics"])
     confirmations = []
-    for number in [number for number in (best, 0) if number in found]:
+    for number in [number for number in dict.fromkeys((best, 0)) if number in found]:
         title = {best: f"trial {number} (best)"}.get(number, f"trial {number} (published)")
         reports = found[number]
         metrics = {
@@ -196,4 +197,4 @@ def _read_confirmations(folder: Path, best: int | None) -> tuple[Confirmation, .
             for split in reports[0] for name in reports[0][split]
         }  # fmt: skip
         confirmations.append(Confirmation(title, number, metrics))
-    return tuple(dict.fromkeys(confirmations)) if best != 0 else tuple(confirmations[:1])
+    return tuple(confirmations)

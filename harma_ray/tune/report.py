@@ -16,7 +16,7 @@ from harma_ray.tune.figures import draw_curves, draw_history, draw_pareto
 from harma_ray.tune.importance import MIN_TRIALS, importance, partial_parameters
 from harma_ray.tune.parameter_figures import draw_importance, draw_parallel, draw_slices
 from harma_ray.tune.results import Axis, Objective, SearchResults, TrialResult
-from harma_ray.tune.scale import end_of_range, show, value_of
+from harma_ray.tune.scale import end_of_range, short_names, show, value_of
 
 PAGE_NAME = "report.html"
 FIGURES_FOLDER = "figures"
@@ -112,7 +112,7 @@ def _settings_table(axes: Sequence[Axis], best: TrialResult, published: TrialRes
         ("best", [_show_parameter(axis, best) for axis in axes]),
         ("range", [_show_range(axis) for axis in axes]),
     ]
-    return page.table(columns, num_text_columns=1)
+    return page.table(columns, num_text_columns=len(columns))
 
 
 def _warn_of_ends(axes: Sequence[Axis], best: TrialResult) -> list[str]:
@@ -202,7 +202,8 @@ def _trials_section(results: SearchResults) -> str:
         columns.append((label(objective), cells))
     columns.append(("epochs", [f"{trial.epochs:g}" for trial in trials]))
     columns.append(("seconds", [f"{trial.seconds:,.0f}" for trial in trials]))
-    columns += [(axis.name, [_show_parameter(axis, trial) for trial in trials]) for axis in results.axes]
+    shorts = short_names([axis.name for axis in results.axes])
+    columns += [(shorts[axis.name], [_show_parameter(axis, trial) for trial in trials]) for axis in results.axes]
     content = page.table(columns, num_text_columns=2)
     if len(trials) > _MAX_OPEN_ROWS:
         content = page.folded(f"{len(trials)} trials", content)
@@ -228,7 +229,7 @@ def _best_first(results: SearchResults) -> list[TrialResult]:
 
 def _show_number(trial: TrialResult, results: SearchResults) -> str:
     names = [*(["published"] if trial.number == 0 else []), *(["best"] if trial.number == results.best else [])]
-    return f"{trial.number} ({', '.join(names)})" if names else str(trial.number)
+    return f"{trial.number}\N{NO-BREAK SPACE}({', '.join(names)})" if names else str(trial.number)
 
 
 def _show_value(value: float, objective: Objective, *, sign: bool = False) -> str:

@@ -89,6 +89,34 @@ class _Ended:
     """What a scheduler needs to know of a trial of an earlier session."""
 
     trial_id: str
+    number: int
+
+    @property
+    def config(self) -> dict[str, int]:
+        """What the trial was given."""
+        return {"number": self.number}
+
+
+class _Asha(ASHAScheduler):
+    """ASHA that never stops the published setting: all others are compared with what it reaches in the end."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        action = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if _is_published(trial) else action
+
+
+class _Median(MedianStoppingRule):
+    """The median rule that never stops the published setting."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if _is_published(trial):
+            self.on_trial_complete(tune_controller, trial, result)  # which takes a result, and decides nothing
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+def _is_published(trial: Any) -> bool:
+    return trial.config["number"] == 0
 
 
 def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = ()) -> TrialScheduler:
@@ -104,9 +132,9 @@ def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = (
         return FIFOScheduler()
     if settings.name == "median":
         # an infinite slice: a trial is never paused for others, as Ray would without enough to compare with
-        scheduler: TrialScheduler = MedianStoppingRule(**about, min_time_slice=float("inf"))  # type: ignore[arg-type]
+        scheduler: TrialScheduler = _Median(**about, min_time_slice=float("inf"))  # type: ignore[arg-type]
     else:
-        scheduler = ASHAScheduler(
+        scheduler = _Asha(
             **about,
             max_t=epochs - 1,  # no decision after the last epoch
             reduction_factor=settings.reduction_factor,
@@ -115,7 +143,7 @@ def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = (
         )
     for trial in past:
         if trial.state in ("complete", "stopped") and trial.curve:
-            ended: Any = _Ended(f"earlier-{trial.number}")
+            ended: Any = _Ended(f"earlier-{trial.number}", trial.number)
             nobody: Any = None
             scheduler.on_trial_add(nobody, ended)
             best = accumulate((value for _, value in trial.curve), max)

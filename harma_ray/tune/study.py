@@ -260,11 +260,31 @@ def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
         )  # fmt: skip
         study.sampler = make_sampler(definition, len(study.get_trials(deepcopy=False)))
     except Exception as error:  # a database can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the Optuna storage {url} cannot be used ({reason}); check `storage`") from error
+        raise _storage_error(url, error) from error
     if [direction.name.lower() for direction in study.directions] != directions:
         raise UserError(f"the study `{folder.name}` in {url} has other objectives; choose another --name")
     return study
+
+
+def require_new_study(folder: Path, definition: SearchDefinition) -> None:
+    """Checks that a shared storage holds no other search of the name that a new one is to have.
+
+    Raises:
+        UserError: If it does, or cannot be reached.
+    """
+    if not definition.storage:
+        return
+    try:
+        known = optuna.get_all_study_names(definition.storage)
+    except Exception as error:  # a database can fail in any way
+        raise _storage_error(definition.storage, error) from error
+    if folder.name in known:
+        raise UserError(f"the storage {definition.storage} has a study `{folder.name}`; choose another --name")
+
+
+def _storage_error(url: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"the Optuna storage {url} cannot be used ({reason}); check `storage`")
 
 
 def storage_url(folder: Path, definition: SearchDefinition) -> str:

@@ -177,7 +177,7 @@ def test_a_search_in_which_nothing_works_ends_soon_and_says_why(scenes, ray_clus
     assert len(read_search(tmp_path / "hopeless", space).trials) <= 5
 
 
-def test_asha_stops_weak_trials(scenes, ray_cluster, tmp_path):
+def test_asha_stops_weak_trials_but_never_the_published_setting(scenes, ray_cluster, tmp_path):
     space = definition(
         scenes, WIDTH, scheduler=Scheduler(name="asha", reduction_factor=2), sampler=Sampler(name="grid"),
         limits=Limits(), concurrent=1,
@@ -186,6 +186,7 @@ def test_asha_stops_weak_trials(scenes, ray_cluster, tmp_path):
     results, _ = search(tmp_path / "asha", space, ray_cluster, trial=learning_curve)
     states = {trial.params["adapter.width"]: trial.state for trial in results.trials}
     assert states[16] == "complete"
+    assert states[128] == "complete"  # the worst, and published
     assert list(states.values()).count("stopped") >= 4
     assert results.trials[results.best].params["adapter.width"] == 16
     assert all(trial.epochs == 1 for trial in results.trials if trial.state == "stopped" and trial.number > 4)

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
 from harma_ray.tune.definition import Limits, Sampler, SearchDefinition, Target
-from harma_ray.tune.folder import best_of, read_search
+from harma_ray.tune.folder import best_of, create_search, read_search
 from harma_ray.tune.parameters import Choices, Range
 from harma_ray.tune.study import DUPLICATE, REASON, Report, SearchStudy, make_sampler, trial_folder
 
@@ -201,6 +201,16 @@ def test_two_objectives_give_a_front(tmp_path):
 def test_a_storage_that_cannot_be_used_is_refused(tmp_path):
     with pytest.raises(UserError, match="check `storage`"):
         SearchStudy(tmp_path, definition(storage="nosuchdb://here"))
+
+
+def test_a_new_search_does_not_join_one_of_its_name_in_a_shared_storage(tmp_path):
+    space = definition(storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    first = create_search(tmp_path / "a", "one", space)
+    SearchStudy(first, space)
+    with pytest.raises(UserError, match="has a study `one`"):
+        create_search(tmp_path / "b", "one", space)
+    assert not (tmp_path / "b").exists()
+    create_search(tmp_path / "b", "two", space)
 
 
 def test_a_study_of_other_objectives_is_refused(tmp_path):
