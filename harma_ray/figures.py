@@ -69,14 +69,14 @@ def draw_embeddings(
     image_labels = [labels[row] for row in rows]
     text_labels = [labels[row] for row in image_of_text.numpy()[texts]]
     if not any(image_labels):
-        figure = _figure(6.2, 5.4)
+        figure = new_figure(6.2, 5.4)
         axes = figure.add_subplot()
         for name, colour, xy in (("images", _IMAGE, image_points), ("captions", _TEXT, text_points)):
             axes.scatter(*xy.T, s=12, c=colour, linewidths=0, label=name)
         _clear(axes, f"{len(rows)} images and {len(texts)} captions (no classes in this split)")
         axes.legend(loc="upper right", fontsize=8)
-        return _png(figure)
-    return _png(_draw_classes((image_points, image_labels), (text_points, text_labels)))
+        return to_png(figure)
+    return to_png(_draw_classes((image_points, image_labels), (text_points, text_labels)))
 
 
 def _draw_classes(images: tuple[np.ndarray, list], texts: tuple[np.ndarray, list]) -> Figure:
@@ -88,7 +88,7 @@ def _draw_classes(images: tuple[np.ndarray, list], texts: tuple[np.ndarray, list
     palette = matplotlib.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     style = {name: (palette[i % 20], _MARKERS[i // 20 % len(_MARKERS)]) for i, name in enumerate(shown)}
     num_legend_rows = -(-(len(shown) + 1) // 5)
-    figure = _figure(11.5, 5.6 + 0.19 * num_legend_rows)
+    figure = new_figure(11.5, 5.6 + 0.19 * num_legend_rows)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, own, other, title in ((left, images, texts, "images"), (right, texts, images, "captions")):
         axes.scatter(*other[0].T, s=5, c=_OTHER, linewidths=0, alpha=0.6)
@@ -117,7 +117,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> bytes | None:
     steps = [record for record in records if record.get("kind") == "step"]
     if not steps:
         return None
-    figure = _figure(11.5, 3.4)
+    figure = new_figure(11.5, 3.4)
     loss, recall, rate = figure.subplots(1, 3)
     terms = sorted({key for record in steps for key in record if key.startswith("loss_")})
     for key in ("loss", *(terms if len(terms) > 1 else ())):
@@ -138,7 +138,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> bytes | None:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -148,7 +148,8 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of a size in inches, without pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -164,7 +165,8 @@ def _clear(axes: Any, title: str) -> None:
     axes.spines[:].set_color("#d5d8dc")
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """Returns a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

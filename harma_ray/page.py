@@ -96,6 +96,11 @@ def paragraph(text: str) -> str:
     return f'<p class="faint">{escape(text)}</p>'
 
 
+def command(text: str) -> str:
+    """Returns a command to copy."""
+    return f"<p><code>{escape(text)}</code></p>"
+
+
 def table(
     columns: Sequence[tuple[str, Sequence[str]]],
     *,

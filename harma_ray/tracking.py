@@ -71,9 +71,8 @@ class Tracker:
 
     def log_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Records settings with final metrics for TensorBoard's HParams page."""
-        plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
         with self._writing():
-            self._writer.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
+            write_hparams(self._writer, settings, {f"final/{k}": v for k, v in metrics.items()})
 
     def log_embeddings(self, points: Projection, step: int) -> None:
         """Records points for TensorBoard's projector."""
@@ -102,6 +101,12 @@ class Tracker:
             raise UserError(
                 f"cannot write the record of run {self._path.parent} ({error.strerror}); free some space and resume"
             ) from error
+
+
+def write_hparams(writer: SummaryWriter, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """Writes settings and metrics for TensorBoard's HParams page, beside the run's other events."""
+    plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
+    writer.add_hparams(plain, dict(metrics), run_name=".")
 
 
 def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("--epochs", type=int, metavar="N", help="end after so many epochs over all trials (default: "
                         "the file's)")  # fmt: skip
     parser.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (default: as many as fit)")
-    parser.add_argument("--confirm", type=int, default=0, metavar="N", help="train the best and the published setting "
+    parser.add_argument("--confirm", type=int, metavar="N", help="train the best and the published setting "
                         "with N fresh seeds at the end, and print mean and spread")  # fmt: skip
     parser.add_argument("--no-dashboard", action="store_true", help="start Ray without its dashboard: a GiB less")
     add_settings(parser)
@@ -41,12 +41,14 @@ def add_tune(commands: Any) -> None:
 def _tune(options: argparse.Namespace) -> None:
     from harma_ray.tune.session import SearchOptions, report_search, resume_search, start_search
 
-    for name in ("trials", "hours", "epochs", "concurrent", "confirm"):
-        if (getattr(options, name) or 0) < 0:
-            raise UserError(f"`--{name}` must not be negative, got {getattr(options, name)}")
+    limits = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "concurrent", "confirm")}
+    for name, value in limits.items():
+        if value is not None and value <= 0:
+            raise UserError(f"`--{name}` must be above 0, got {value}")
     how = SearchOptions(
         trials=options.trials, hours=options.hours, epochs=options.epochs, concurrent=options.concurrent,
-        confirm=options.confirm, address=options.address, dashboard=not options.no_dashboard, started=options.started,
+        confirm=options.confirm or 0, address=options.address, dashboard=not options.no_dashboard,
+        started=options.started,
     )  # fmt: skip
     overrides = changes_from(options)
     if options.resume:
@@ -54,6 +56,8 @@ def _tune(options: argparse.Namespace) -> None:
             raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
         resume_search(options.resume, how)
     elif len(options.what) == 2 and options.what[0] == "report":
+        if overrides or any(value is not None for value in limits.values()):
+            raise UserError("`tune report` only reads; use --resume to go on")
         report_search(options.what[1])
     elif len(options.what) == 1:
         start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)

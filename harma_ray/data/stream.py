@@ -84,11 +84,14 @@ def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -
 def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
     """Yields the batches of `local_batches`, prepared in a thread ahead of their use."""
     batches = local_batches(source, chunks, how)
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         waiting = deque(pool.submit(next, batches, None) for _ in range(how.config.prefetch_batches))
         while (batch := waiting.popleft().result()) is not None:
             waiting.append(pool.submit(next, batches, None))
             yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class TrainingStream:

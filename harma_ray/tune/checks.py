@@ -12,6 +12,7 @@ import torch
 
 from harma_ray.errors import UserError
 from harma_ray.metrics import RetrievalResult
+from harma_ray.recipes import make_task
 from harma_ray.tune.definition import COSTS, ORIGIN, SearchDefinition
 from harma_ray.tune.located import Place, explain_unknown
 from harma_ray.tune.parameters import Choices, Parameter, Range, parents_first
@@ -110,6 +111,7 @@ def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
 def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
     rank = torch.zeros(1, dtype=torch.int64)
     metrics = tuple(RetrievalResult(rank, rank, rank, rank, rank).metrics)
+    best_epoch = make_task(definition.config).objective
     names = [target.metric for target in definition.objectives]
     for index, target in enumerate(definition.objectives):
         place = ("objective", index, "metric")
@@ -118,9 +120,9 @@ def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
             yield place, text
         elif target.metric in names[:index]:
             yield place, f"the objectives must differ, got `{target.metric}` twice"
-        elif index == 0 and (target.metric in COSTS or target.direction == "minimize"):
-            rule = "the first objective must be a metric to maximize, because the best epoch and stopping look at it"
-            yield place, f"{rule}, got {target.direction} {target.metric}; begin with r_mean"
+        elif index == 0 and (target.metric != best_epoch or target.direction == "minimize"):
+            rule = f"the first objective must be to maximize {best_epoch}, which picks the best epoch of every training"
+            yield place, f"{rule}, got {target.direction} {target.metric}; put it second"
 
 
 def _find_wrong_epochs(definition: SearchDefinition) -> Mistakes:

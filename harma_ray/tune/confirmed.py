@@ -16,10 +16,11 @@ def confirmed_section(results: SearchResults) -> str:
     """Returns tables and sentences of the page on settings that were trained anew with several seeds."""
     if not results.confirmations:
         command = f"python launch.py tune --resume {shlex.quote(str(results.folder))} --confirm 3"
-        return page.paragraph(
+        text = (
             f"One run a setting proves nothing: the best of {len(measured(results))} trials is in part the luckiest. "
-            f"To train the best and the published setting with three fresh seeds: {command}"
+            "To train the best and the published setting with three fresh seeds:"
         )
+        return page.paragraph(text) + page.command(command)
     names = list(dict.fromkeys(name for confirmation in results.confirmations for name in confirmation.metrics))
     columns, groups = [("metric", names)], []
     for confirmation in results.confirmations:

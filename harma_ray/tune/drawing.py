@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from harma_ray.tune.results import Objective
@@ -14,14 +16,18 @@ PUBLISHED, BEST, COMPLETE, STOPPED, FAILED = "#1b1e22", "#d1743a", "#3b6fb6", "#
 INK, RULE = "#3a3f46", "#c9cdd2"
 WIDTH = 11.5
 """Inches of a figure as wide as the page."""
-FEW = 40
-"""Up to this many lines are drawn at full strength."""
+_CUT = "\N{HORIZONTAL ELLIPSIS}"
 
 
 def label(objective: Objective) -> str:
     """Returns the title of an objective, with its unit."""
     known = {"trainable_parameters": "trainable parameters", "seconds": "seconds of training"}
     return known.get(objective.metric, f"val {objective.metric} (%)")
+
+
+def strength(num_lines: int) -> float:
+    """Returns how opaque each of so many lines may be for the others to show."""
+    return min(1.0, max(0.15, 60 / max(1, num_lines)))
 
 
 def note(axes: Axes, text: str, place: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
@@ -49,9 +55,17 @@ def dress(axes: Axes, x: str, y: str, *, whole: bool = False) -> None:
 
 def plain(text: str, room: int) -> str:
     """Returns text in at most so many characters that the font has, none of which starts a formula."""
-    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return (text if len(text) <= room else text[: room - 1] + "\N{HORIZONTAL ELLIPSIS}").replace("$", r"\$")
+    known = (c if c == _CUT or (c.isprintable() and c < "\u0100") else "?" for c in " ".join(text.split()))
+    text = "".join(known)
+    return (text if len(text) <= room else text[: room - 1] + _CUT).replace("$", r"\$")
+
+
+def shorten(texts: Sequence[str], room: int) -> list[str]:
+    """Returns texts in at most so many characters each, without their common beginning where one is too long."""
+    is_long = len(texts) > 1 and max(map(len, texts)) > room
+    columns = zip(*texts, strict=False) if is_long else ()
+    shared = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, columns))
+    return [plain(f"{_CUT}{text[shared:]}" if shared > 1 else text, room) for text in texts]
 
 
 def wrap(text: str, separator: str = "_", room: int = 12) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harma_ray.figures import _figure, _png
-from harma_ray.tune.drawing import BEST, COMPLETE, FAILED, FEW, PUBLISHED, STOPPED, WIDTH, dress, label, note
+from harma_ray.figures import new_figure, to_png
+from harma_ray.tune.drawing import BEST, COMPLETE, FAILED, PUBLISHED, STOPPED, WIDTH, dress, label, note, strength
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scale import measured, value_of
 
@@ -33,12 +33,13 @@ def draw_history(results: SearchResults) -> bytes | None:
     trials = measured(results)
     if not trials:
         return None
-    figure = _figure(WIDTH, 3.8)
+    figure = new_figure(WIDTH, 3.8)
     axes = figure.add_subplot()
     last = results.trials[-1].number
     better = np.maximum if results.objectives[0].maximize else np.minimum
-    best_so_far = better.accumulate([value_of(trial) for trial in trials])
-    axes.step([*(trial.number for trial in trials), last], [*best_so_far, best_so_far[-1]], where="post",
+    ranked = [trial for trial in trials if trial.state == "complete"] or trials  # as the best trial is chosen
+    best_so_far = better.accumulate([value_of(trial) for trial in ranked])
+    axes.step([*(trial.number for trial in ranked), last], [*best_so_far, best_so_far[-1]], where="post",
               color=BEST, linewidth=1.3, label="best so far")  # fmt: skip
     for state, style in (("complete", {"s": 30, "c": COMPLETE, **_FILLED}), ("stopped", {"s": 16, **_HOLLOW})):
         points = [(trial.number, value_of(trial)) for trial in trials if trial.state == state]
@@ -56,12 +57,12 @@ def draw_history(results: SearchResults) -> bytes | None:
             note(axes, f"{_name(trial, results)}: {value:.2f}", (trial.number, value), (0, 8), ha=side, va="bottom")
         elif trial.number == 0:
             axes.axhline(value, color=PUBLISHED, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-            note(axes, f"{_name(trial, results)}: {value:.2f}", (1, value), (-2, -4), ha="right", va="top",
+            note(axes, f"trial 0\n(published)\n{value:.2f}", (1, value), (5, 0), ha="left", va="center",
                  xycoords=axes.get_yaxis_transform())  # fmt: skip
     axes.margins(x=0.02, y=0.12)
     dress(axes, "trial", label(results.objectives[0]), whole=True)
     figure.legend(loc="outside upper right", ncols=4, fontsize=8, frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_curves(results: SearchResults) -> bytes | None:
@@ -69,12 +70,11 @@ def draw_curves(results: SearchResults) -> bytes | None:
     trials = [trial for trial in results.trials if trial.curve]
     if not trials:
         return None
-    figure = _figure(WIDTH, 4.2)
+    figure = new_figure(WIDTH, 4.2)
     axes = figure.add_subplot()
-    strength = 1.0 if len(trials) <= FEW else 0.5
     special, titled = (0, results.best), set()
     for trial in sorted(trials, key=lambda trial: (trial.number in special, list(_LINES).index(trial.state))):
-        style = {**_LINES[trial.state], "linewidth": 1.0, "alpha": strength}
+        style = {**_LINES[trial.state], "linewidth": 1.0, "alpha": strength(len(trials))}
         title = None if trial.state in titled else trial.state
         if trial.number in special:
             colour = BEST if trial.number == results.best else PUBLISHED
@@ -86,7 +86,7 @@ def draw_curves(results: SearchResults) -> bytes | None:
     dress(axes, "epoch", label(results.objectives[0]), whole=True)
     axes.margins(x=0.02)
     figure.legend(loc="outside upper right", ncols=6, fontsize=8, frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_pareto(results: SearchResults) -> bytes | None:
@@ -97,7 +97,7 @@ def draw_pareto(results: SearchResults) -> bytes | None:
     trials = {trial.number: trial for trial in measured(results)}
     points = {number: (trial.values[1], trial.values[0]) for number, trial in trials.items() if trial.values}
     front = [number for number in results.front if number in points]
-    figure = _figure(7.6, 4.8)
+    figure = new_figure(7.6, 4.8)
     axes = figure.add_subplot()
     if front:
         # between two trials of the front, only what the lesser one reaches has been shown to be possible
@@ -125,7 +125,7 @@ def draw_pareto(results: SearchResults) -> bytes | None:
     dress(axes, label(second), label(first))
     figure.legend(loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     _number(axes, {number: points[number] for number in dict.fromkeys((*front, 0)) if number in points})
-    return _png(figure)
+    return to_png(figure)
 
 
 def _name(trial: TrialResult, results: SearchResults) -> str:

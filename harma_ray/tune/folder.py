@@ -27,6 +27,7 @@ from harma_ray.tune.study import DUPLICATE, REASON, RESULT, open_study, require_
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
+UNTRAINED_NAME = "untrained.json"
 CONFIRM_FOLDER = "confirm"
 _STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed",
@@ -96,7 +97,6 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
     )
     best = best_of(trials)
     objectives = tuple(Objective(t.metric, t.direction == "maximize") for t in definition.objectives)
-    report = trial_folder(folder, best) / REPORT_NAME if best is not None else None
     scheduler = definition.scheduler
     details = {
         "asha": f"grace {scheduler.grace_epochs}, reduction {scheduler.reduction_factor:g}",
@@ -115,7 +115,8 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
         trials=trials,
         best=best,
         front=tuple(sorted(trial.number for trial in study.best_trials)) if len(objectives) > 1 else (),
-        final=json.loads(report.read_text())["metrics"] if report is not None and report.is_file() else {},
+        untrained=_read_json(folder / UNTRAINED_NAME),
+        final=_read_json(trial_folder(folder, -1 if best is None else best) / REPORT_NAME).get("metrics", {}),
         confirmations=_read_confirmations(folder, best),
     )
 
@@ -131,10 +132,10 @@ def best_of(trials: tuple[TrialResult, ...]) -> int | None:
 
 def write_best(folder: Path, definition: SearchDefinition, results: SearchResults) -> Path | None:
     """Writes the best setting as a configuration that can be trained; returns the file."""
-    if results.best is None:
+    best = results.best_trial
+    if best is None:
         return None
-    params = next(trial.params for trial in results.trials if trial.number == results.best)
-    write_text(folder / BEST_NAME, config_yaml(definition.settings(dict(params))))
+    write_text(folder / BEST_NAME, config_yaml(definition.settings(best.params)))
     return folder / BEST_NAME
 
 
@@ -174,6 +175,10 @@ def _read_trial(folder: Path, definition: SearchDefinition, trial: FrozenTrial) 
         reason=trial.user_attrs.get(REASON),
         folder=own,
     )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _axis(parameter: Any) -> Axis:

@@ -11,8 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harma_ray.figures import _figure, _png
-from harma_ray.tune.drawing import BEST, COMPLETE, FEW, INK, PUBLISHED, WIDTH, dress, label, note, plain, wrap
+from harma_ray.figures import new_figure, to_png
+from harma_ray.tune.drawing import (
+    BEST,
+    COMPLETE,
+    INK,
+    PUBLISHED,
+    WIDTH,
+    dress,
+    label,
+    note,
+    plain,
+    shorten,
+    strength,
+    wrap,
+)
 from harma_ray.tune.results import Axis, SearchResults, TrialResult
 from harma_ray.tune.scale import measured, place_of, short_names, ticks, value_of
 
@@ -24,7 +37,7 @@ if TYPE_CHECKING:
 _UNUSED = -0.2
 """Where on an axis from 0 to 1 the trials lie that lack the parameter."""
 _UNUSED_LABEL = "unused"
-_FAILED_SHARE = 0.1
+_WORST_SHARE = 0.1
 """Share of the trials, the worst, that share the palest colour: a few that came to nothing would take most of it."""
 _MAX_COLUMNS = 4
 _ROOM = 34
@@ -35,7 +48,7 @@ def draw_importance(shares: Mapping[str, float] | None) -> bytes | None:
     """Draws the shares that `importance` returns as bars; fewer than two parameters have nothing to compare."""
     if shares is None or len(shares) < 2:
         return None
-    figure = _figure(7.6, 0.9 + 0.3 * len(shares))
+    figure = new_figure(7.6, 0.9 + 0.3 * len(shares))
     axes = figure.add_subplot()
     shorts = short_names(list(shares))
     bars = axes.barh(range(len(shares)), [100 * share for share in shares.values()], color=COMPLETE, height=0.68)
@@ -46,7 +59,7 @@ def draw_importance(shares: Mapping[str, float] | None) -> bytes | None:
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.08)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_parallel(results: SearchResults) -> bytes | None:
@@ -60,21 +73,20 @@ def draw_parallel(results: SearchResults) -> bytes | None:
     from matplotlib.colors import Normalize
 
     objective = Axis("", log=False, choices=None, low=min(values), high=max(values))
-    low, high = sorted((values[int(_FAILED_SHARE * len(values))], values[-1]))
+    low, high = sorted((values[int(_WORST_SHARE * len(values))], values[-1]))
     norm = Normalize(low, high, clip=True)
     colours = matplotlib.colormaps["viridis_r" if sign > 0 else "viridis"]
-    figure = _figure(min(WIDTH, 4 + 1.6 * len(results.axes)), 4.6)
+    figure = new_figure(min(WIDTH, 4 + 1.6 * len(results.axes)), 4.6)
     axes = figure.add_subplot()
     num_best = max(1, min(5, len(trials) // 5))
     for rank, (trial, value) in enumerate(zip(trials, values, strict=True)):
         is_best = rank >= len(trials) - num_best
         places = [place_of(axis, trial) for axis in results.axes]
         line = [*(_UNUSED if place is None else place for place in places), (value - min(values)) / np.ptp(values)]
-        strength = 1.0 if is_best or len(trials) <= FEW else 0.5
         axes.plot(line, color=colours(norm(value)), linewidth=2.4 if is_best else 0.9, zorder=3 if is_best else 2,
-                  alpha=strength, solid_joinstyle="round")  # fmt: skip
+                  alpha=1.0 if is_best else strength(len(trials)), solid_joinstyle="round")  # fmt: skip
     for index, axis in enumerate(results.axes):
-        _draw_axis(axes, index, _marks(axis, trials))
+        _draw_axis(axes, index, _marks(axis, trials, 14))
     _draw_axis(axes, len(results.axes), ticks(objective), side="right")
     shorts = short_names([axis.name for axis in results.axes])
     titles = [*(wrap(shorts[axis.name]) for axis in results.axes), wrap(label(results.objectives[0]), " ")]
@@ -85,7 +97,7 @@ def draw_parallel(results: SearchResults) -> bytes | None:
     axes.spines[:].set_visible(False)
     extend = "neither" if low == min(values) and high == max(values) else "min" if sign > 0 else "max"
     _draw_colours(figure, axes, norm, colours, label(results.objectives[0]), extend=extend)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_slices(results: SearchResults) -> bytes | None:
@@ -99,7 +111,7 @@ def draw_slices(results: SearchResults) -> bytes | None:
 
     num_rows = math.ceil(len(results.axes) / _MAX_COLUMNS)
     num_columns = math.ceil(len(results.axes) / num_rows)
-    figure = _figure(min(WIDTH, 1.2 + 3.8 * num_columns), 0.4 + 2.6 * num_rows)
+    figure = new_figure(min(WIDTH, 1.2 + 3.8 * num_columns), 0.4 + 2.6 * num_rows)
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     colours = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 256)))
     norm = Normalize(0, max(1, trials[-1].number))
@@ -115,26 +127,27 @@ def draw_slices(results: SearchResults) -> bytes | None:
             if number == 0:
                 axes.scatter(place, value, s=80, facecolors="none", edgecolors=PUBLISHED, linewidths=1.3, zorder=5,
                              label="published")  # fmt: skip
-        marks = _marks(axis, trials)
-        texts = [plain(text, max(6, _ROOM // len(marks))) for _, text in marks]
-        axes.set_xticks([place for place, _ in marks], texts)
-        axes.set_xlim(min(place for place, _ in (*marks, (0.0, ""))) - 0.07, 1.07)
+        marks = _marks(axis, trials, max(10, _ROOM // (len(axis.choices or ()) + 1)))
+        axes.set_xticks([place for place, _ in marks], [text for _, text in marks])
+        axes.set_xlim(min(0.0, marks[0][0]) - 0.07, 1.07)
         axes.margins(y=0.1)
         dress(axes, plain(shorts[axis.name], _ROOM), label(results.objectives[0]) if axes in grid[:, 0] else "")
-        if len(" ".join(texts)) > _ROOM:
+        if sum(len(text) + 1 for _, text in marks) > _ROOM:
             axes.tick_params(axis="x", labelrotation=30)
     for axes in grid.flat[len(results.axes) :]:
         axes.set_visible(False)
     _draw_colours(figure, grid, norm, colours, "trial", ticks=MaxNLocator(8, integer=True))
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper left", ncols=2, fontsize=8, frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
-def _marks(axis: Axis, trials: list[TrialResult]) -> list[tuple[float, str]]:
+def _marks(axis: Axis, trials: list[TrialResult], room: int) -> list[tuple[float, str]]:
     """Returns the marks of a parameter, and one for trials that lack it if there are any."""
+    places, texts = zip(*ticks(axis), strict=True)
+    marks = list(zip(places, shorten(texts, room), strict=True))
     lacking = any(axis.name not in trial.params for trial in trials)
-    return [*([(_UNUSED, _UNUSED_LABEL)] if lacking else []), *ticks(axis)]
+    return [(_UNUSED, _UNUSED_LABEL), *marks] if lacking else marks
 
 
 def _draw_axis(axes: Axes, index: int, marks: list[tuple[float, str]], side: str = "left") -> None:
@@ -143,7 +156,7 @@ def _draw_axis(axes: Axes, index: int, marks: list[tuple[float, str]], side: str
     axes.vlines(index, 0, 1, color=INK, linewidth=1, zorder=4)
     for place, text in marks:
         axes.plot(index, place, "_", color=INK, markersize=7, zorder=4)
-        note(axes, plain(text, 14), (index, place), offset, ha=align, va="center", fontsize=7.5)
+        note(axes, text, (index, place), offset, ha=align, va="center", fontsize=7.5)
 
 
 def _draw_colours(figure: Figure, axes: Any, norm: Normalize, colours: Colormap, title: str, **style: Any) -> None:

@@ -13,7 +13,8 @@ from rich.live import Live
 from rich.table import Table
 
 from harma_ray.tune.definition import SearchDefinition
-from harma_ray.tune.study import Event
+from harma_ray.tune.results import SearchResults, TrialResult
+from harma_ray.tune.study import Event, Report
 
 _ENDED_SHOWN = 8
 _LINE_SECONDS = 60
@@ -23,18 +24,19 @@ _LINE_SECONDS = 60
 class SearchProgress:
     """Hears of events and shows them."""
 
-    def __init__(self, definition: SearchDefinition, concurrent: int, started: float):
+    def __init__(self, past: SearchResults, definition: SearchDefinition, started: float):
         """Prepares; nothing is shown before the block is entered.
 
         Args:
+            past: What earlier sessions found.
             definition: The search.
-            concurrent: Trials at a time.
             started: When the command started (``time.perf_counter``).
         """
-        self._definition, self._concurrent, self._started = definition, concurrent, started
+        self._definition, self._started = definition, started
         self._metric = definition.objectives[0].metric
         self._events: dict[int, Event] = {}
-        self._best: Event | None = None
+        self._num_past = len([trial for trial in past.trials if trial.state != "running"])
+        self._best = _event_of(past.best_trial)
         self._console = Console(file=sys.stdout, highlight=False)
         self._told = self._began = time.perf_counter()
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
@@ -53,7 +55,7 @@ class SearchProgress:
     def __call__(self, event: Event) -> None:
         """Hears of an event."""
         self._events[event.number] = event
-        if event.state != "failed" and _value(event) > _value(self._best):
+        if event.state in ("complete", "stopped") and _rank(event) > _rank(self._best):
             self._best = event
         if event.state != "running":
             self._print(self._ended_line(event))
@@ -96,9 +98,8 @@ class SearchProgress:
         guesses = []
         if limits.hours:
             guesses.append(limits.hours * 3600 - elapsed)
-        number = max(self._events, default=-1) + 1
         if limits.trials and ended:
-            guesses.append((limits.trials - number + len(self._events) - ended) * elapsed / ended)
+            guesses.append((limits.trials - self._num_past - ended) * elapsed / ended)
         if limits.epochs and trained:
             guesses.append((limits.epochs - trained) * elapsed / trained)
         return max(0.0, min(guesses)) if guesses else None
@@ -126,8 +127,18 @@ class SearchProgress:
         return table
 
 
-def _value(event: Event | None) -> float:
-    return event.report.value if event and event.report and event.report.values else -math.inf
+def _rank(event: Event | None) -> tuple[bool, float]:
+    """Returns what the better of two ended trials has more of; a complete trial is better than a stopped one."""
+    if event is None or event.report is None or not event.report.values:
+        return False, -math.inf
+    return event.state == "complete", event.report.value
+
+
+def _event_of(trial: TrialResult | None) -> Event | None:
+    if trial is None or not trial.values:
+        return None
+    report = Report(epoch=trial.epochs, value=trial.values[0], values=trial.values, trained=trial.epochs)
+    return Event(trial.number, trial.state, dict(trial.params), report)
 
 
 def show_params(params: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from harma_ray import page
@@ -81,14 +80,14 @@ def _subtitle(results: SearchResults) -> str:
 
 
 def _best_section(results: SearchResults) -> str:
-    by_number = {trial.number: trial for trial in results.trials}
-    if results.best is None:
+    best, objective = results.best_trial, results.objectives[0]
+    if best is None:
         return page.paragraph("No trial has come to a value yet.")
-    best, published, objective = by_number[results.best], by_number.get(0), results.objectives[0]
+    published = next((trial for trial in results.trials if trial.number == 0), None)
     value = value_of(best)
     text = f"{label(objective)}: trial {best.number} ({best.state}) reached {_show_value(value, objective)}"
     if best.number == 0:
-        text += ". It is the published setting itself; no other trial was better."
+        text += ". It is the published setting itself; none that ran to its end was better."
     elif published is not None and published.state != "failed" and published.values:
         difference = _show_value(value - value_of(published), objective, sign=True)
         text += f", the published setting (trial 0) {_show_value(value_of(published), objective)}: {difference}."
@@ -99,9 +98,9 @@ def _best_section(results: SearchResults) -> str:
     if (results.folder / _BEST_NAME).is_file():
         config, data = shlex.quote(str(results.folder / _BEST_NAME)), shlex.quote(results.data)
         command = f"python launch.py train --config {config} --data {data}"
-        parts += [page.paragraph("To train with it:"), f"<p><code>{escape(command)}</code></p>"]
+        parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
-        parts += [page.subsection("Final metrics of the best trial (%)"), _final_table(results.final)]
+        parts += [page.subsection("Final metrics of the best trial (%)"), _final_table(results)]
     return "\n".join(parts)
 
 
@@ -124,12 +123,17 @@ def _warn_of_ends(axes: Sequence[Axis], best: TrialResult) -> list[str]:
     ]
 
 
-def _final_table(final: Mapping[str, Mapping[str, float]]) -> str:
-    names = list(dict.fromkeys(name for metrics in final.values() for name in metrics))
+def _final_table(results: SearchResults) -> str:
+    groups = {**results.final, **({"before training": results.untrained} if results.untrained else {})}
+    names = list(dict.fromkeys(name for metrics in results.final.values() for name in metrics))
     columns = [("metric", names)]
-    for split, metrics in final.items():
-        columns.append((split, [f"{metrics[name]:.2f}" if name in metrics else _NO_VALUE for name in names]))
-    return page.table(columns, num_text_columns=1)
+    for title, metrics in groups.items():
+        columns.append((title, [f"{metrics[name]:.2f}" if name in metrics else _NO_VALUE for name in names]))
+    table = page.table(columns, num_text_columns=1)
+    if not results.untrained:
+        return table
+    split = next(iter(results.final))
+    return f"{table}\n{page.paragraph(f'Before training: the model that all trials began with, on {split}.')}"
 
 
 def _cost_section(results: SearchResults) -> str:
@@ -141,8 +145,7 @@ def _cost_section(results: SearchResults) -> str:
         ("epochs trained", [f"{sum(trial.epochs for trial in trials):,.1f}" for trials in groups.values()]),
         ("hours of training", [f"{sum(trial.seconds for trial in trials) / 3600:,.2f}" for trials in groups.values()]),
     ]
-    ended = [trial for trial in results.trials if trial.state in ("complete", "stopped")]
-    planned, trained = sum(trial.planned_epochs for trial in ended), sum(trial.epochs for trial in ended)
+    trained, planned = results.ended_epochs
     parts = [page.table(columns, num_text_columns=1, sum_row=True)]
     if planned:
         parts.append(

@@ -96,7 +96,20 @@ class SearchResults:
     """Number of the best trial by the first objective among those complete or stopped; None before there is one."""
     front: tuple[int, ...]
     """Numbers of the trials that no other one beats in all objectives (complete ones); empty with one objective."""
+    untrained: Mapping[str, float]
+    """Metrics of the model before any training, on the split that the best epoch is picked on; empty before the end."""
     final: Mapping[str, Mapping[str, float]]
     """The best trial's metrics by split after the end: the split it was picked on, and test; empty before that."""
     confirmations: tuple[Confirmation, ...]
     """The best trial and the published setting with several fresh seeds; empty if not asked for."""
+
+    @property
+    def best_trial(self) -> TrialResult | None:
+        """The best trial, if there is one."""
+        return next((trial for trial in self.trials if trial.number == self.best), None)
+
+    @property
+    def ended_epochs(self) -> tuple[float, int]:
+        """Epochs that complete and stopped trials trained, and would have trained if nothing had stopped them."""
+        ended = [trial for trial in self.trials if trial.state in ("complete", "stopped")]
+        return sum(trial.epochs for trial in ended), sum(trial.planned_epochs for trial in ended)

@@ -90,11 +90,13 @@ def show(value: Any) -> str:
 
 
 def _steps(low: float, high: float) -> list[float]:
-    """Returns a few round numbers, evenly spaced."""
+    """Returns a few round numbers, evenly spaced; integers between integers."""
     from matplotlib.ticker import MaxNLocator
 
+    integer = isinstance(low, int) and isinstance(high, int)
     # the product of an integer and a step misses the round number by the last bit
-    return [float(f"{step:.10g}") for step in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high)]
+    locator = MaxNLocator(4, steps=[1, 2, 5, 10], integer=integer)
+    return [float(f"{step:.10g}") for step in locator.tick_values(low, high)]
 
 
 def _powers(low: float, high: float) -> list[float]:

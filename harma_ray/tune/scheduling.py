@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -26,15 +27,18 @@ class StudySearcher(Searcher):
     ever, and can go on after an interruption only from a pickle; a study goes on from what it holds.
     """
 
-    def __init__(self, study: SearchStudy):
+    def __init__(self, study: SearchStudy, concurrent: int, read_trace: Callable[[str], str]):
+        """Takes the study, the number of trials at a time, and what gives the trace of a crash by the trial's id."""
         super().__init__(metric=VALUE, mode="max")
-        self._study = study
+        self._study, self._concurrent, self._read_trace = study, concurrent, read_trace
         self._numbers: dict[str, int] = {}
-        self.errors: Callable[[str], str] = lambda trial_id: ""
-        """Gives the trace of what ended a trial's process, by the trial's id."""
+        self.error: Exception | None = None
+        """What kept the study from hearing of a trial: Ray Tune would take it for the trial's own failure."""
 
     def suggest(self, trial_id: str) -> Any:
         """Returns the next trial's configuration: its number, its settings, its trainings."""
+        if len(self._numbers) >= self._concurrent:
+            return None
         assignment = self._study.next()
         if assignment is None:
             return Searcher.FINISHED
@@ -49,12 +53,23 @@ class StudySearcher(Searcher):
         """Hears of an epoch."""
         report = report_of(result)
         if report is not None and not report.failed:
-            self._study.report(self._numbers[trial_id], report)
+            with self._keeping_errors():
+                self._study.report(self._numbers[trial_id], report)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Hears of the end of a trial; `error`: its process died, and was restarted as often as is allowed."""
-        crashed = describe_crash(self.errors(trial_id)) if error else None
-        self._study.close(self._numbers.pop(trial_id), report_of(result), crashed=crashed)
+        if trial_id not in self._numbers:
+            return
+        with self._keeping_errors():
+            crashed = describe_crash(self._read_trace(trial_id)) if error else None
+            self._study.close(self._numbers.pop(trial_id), report_of(result), crashed=crashed)
+
+    @contextlib.contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
 
     def save(self, checkpoint_path: str) -> None:
         """Saves nothing: the study is on disk."""
@@ -69,8 +84,6 @@ class StudySearcher(Searcher):
 
 def describe_crash(trace: str) -> str:
     """Returns in one line why a trial's process ended, from the trace that Ray gives."""
-    if "OutOfMemoryError" in trace:
-        return "its machine ran out of memory; lower --concurrent, or what a trial needs"
     if "ActorDiedError" in trace or "died" in trace:
         return "its process died again and again: killed from outside, by a crash, or with its machine"
     return (trace.strip().splitlines() or ["its process could not be used"])[-1]
@@ -98,25 +111,30 @@ class _Ended:
 
 
 class _Asha(ASHAScheduler):
-    """ASHA that never stops the published setting: all others are compared with what it reaches in the end."""
+    """ASHA with the exceptions of `_is_spared`."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         action = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if _is_published(trial) else action
+        return TrialScheduler.CONTINUE if _is_spared(trial, result) else action
 
 
 class _Median(MedianStoppingRule):
-    """The median rule that never stops the published setting."""
+    """The median rule with the exceptions of `_is_spared`."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if _is_published(trial):
+        if _is_spared(trial, result):
             self.on_trial_complete(tune_controller, trial, result)  # which takes a result, and decides nothing
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
 
 
-def _is_published(trial: Any) -> bool:
-    return trial.config["number"] == 0
+def _is_spared(trial: Any, result: dict[str, Any]) -> bool:
+    """Tells whether a result may not stop its trial.
+
+    The published setting is what all others are compared with in the end; and an interrupted trial that tells its past
+    again was let pass there before.
+    """
+    return trial.config["number"] == 0 or result.get("replayed", False)
 
 
 def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = ()) -> TrialScheduler:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,29 +16,30 @@ from typing import Any
 import ray
 import ray.exceptions
 import ray.tune
+from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
-from harma_ray.cluster import DRIVER_CPUS, Cluster, TrialPlan
+from harma_ray.cluster import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
 from harma_ray.config import RunConfig, build_config
 from harma_ray.errors import UserError, find_user_error
+from harma_ray.files import write_text
 from harma_ray.recipes import make_task
 from harma_ray.runs import REPORT_NAME, Run, describe_environment
-from harma_ray.tracking import EVENTS_FOLDER
+from harma_ray.tracking import EVENTS_FOLDER, write_hparams
 from harma_ray.train import train
 from harma_ray.tune.definition import SearchDefinition
-from harma_ray.tune.folder import confirmation_folder, drop_checkpoints, read_search
+from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
-from harma_ray.tune.trial import TrialSetting, finish, prepare_folder, run, train_alone
+from harma_ray.tune.trial import TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
 
 WORK_FOLDER = "ray"
 """Ray Tune's own files, inside the search's folder, while it runs."""
 RESTARTS = 2
 """How often a trial is started again from its checkpoint after its process died."""
-_HOPELESS = 3
-"""So many trials that fail before any succeeds end the search."""
+_logger = logging.getLogger(__name__)
 
 
 def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSetting:
@@ -67,13 +70,44 @@ def run_search(
         trial: What runs a trial; see `harma_ray.tune.trial.run`.
 
     Raises:
-        UserError: If the first trials all fail.
+        UserError: If trial after trial fails, or the record cannot be kept.
     """
-    study = SearchStudy(folder, definition)
-    study.listener = partial(_heard, folder, definition, study, on_event)
+    concurrent = plan.concurrent
+    while True:
+        study = SearchStudy(folder, definition)
+        study.listener = partial(_heard, folder, definition, study, on_event)
+        try:
+            _fit(folder, definition, replace(plan, concurrent=concurrent), setting, study, trial)
+            break
+        except _OutOfMemory:
+            if concurrent > 1:
+                concurrent -= 1
+                _logger.warning("the machine ran out of memory; going on with %d trial(s) at a time", concurrent)
+            else:
+                study.close_open("the machine ran out of memory with no other trial beside it")
+                concurrent = plan.concurrent
+    reason = study.hopeless()
+    if reason:
+        raise UserError(
+            f"one trial after another failed, the last because: {reason}; mend that and go on with: launch.py tune "
+            f"--resume {folder}"
+        )
+    return read_search(folder, definition, study.study)
+
+
+class _OutOfMemory(Exception):
+    """Ray killed a trial's process to save its machine; Ray Tune knows no way to go on from there."""
+
+
+def _fit(
+    folder: Path, definition: SearchDefinition, plan: TrialPlan, setting: TrialSetting, study: SearchStudy,
+    trial: Callable[..., None],
+) -> None:  # fmt: skip
     past = read_search(folder, definition, study.study).trials
-    searcher, traces = StudySearcher(study), _Traces()
-    searcher.errors = traces.read
+    traces = _Traces()
+    searcher = StudySearcher(study, plan.concurrent, traces.read)
+    traces.on_error = searcher.on_trial_complete
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.concurrent)  # else their processes start one after another
     work = folder / WORK_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     workers = plan.workers
@@ -87,7 +121,6 @@ def run_search(
             search_alg=searcher,
             scheduler=make_scheduler(definition, past),
             num_samples=-1,
-            max_concurrent_trials=plan.concurrent,
             reuse_actors=workers.num_workers == 1,
             trial_dirname_creator=lambda trial: f"{trial.config['number']:05d}-{trial.trial_id}",
         ),
@@ -96,36 +129,56 @@ def run_search(
             storage_path=str(folder),
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=RESTARTS),
-            stop=_Limits(study),
+            stop=_Limits(study, searcher),
             callbacks=[traces],
         ),
     )
-    tuner.fit()
-    shutil.rmtree(work, ignore_errors=True)
-    reasons = study.failures_alone()
-    if reasons:
-        raise UserError(f"no trial of {folder} succeeded: {reasons[0]}")
-    return read_search(folder, definition, study.study)
+    try:
+        tuner.fit()
+    except RuntimeError as error:
+        if isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+            raise _OutOfMemory from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if searcher.error is not None:
+        way_out = f"mend that and go on with: launch.py tune --resume {folder}"
+        if isinstance(searcher.error, (OSError, StorageInternalError)):
+            raise UserError(f"the search cannot keep its record ({searcher.error}); {way_out}") from searcher.error
+        raise searcher.error
 
 
-def finish_best(results: SearchResults, setting: TrialSetting, config: RunConfig) -> dict[str, Any]:
-    """Evaluates test once, with the best trial's best weights; returns the report of its run."""
-    assert results.best is not None
-    best = next(trial for trial in results.trials if trial.number == results.best)
-    report = best.folder / REPORT_NAME
-    if report.is_file():
-        return json.loads(report.read_text())
-    workers = setting.plan
-    task: Any = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, max_retries=RESTARTS)(
-        finish
-    )
-    return _get(task.remote(best.folder, config, setting, dict(best.params)))
+def finish_best(folder: Path, results: SearchResults, setting: TrialSetting, config: RunConfig) -> None:
+    """Evaluates test once, with the best trial's best weights, and val with the model before any training.
+
+    Args:
+        folder: The search's folder.
+        results: What it found; there is a best trial.
+        setting: What all trials share.
+        config: The best trial's settings.
+
+    Raises:
+        UserError: If an image cannot be read or the disk is full.
+    """
+    best = results.best_trial
+    assert best is not None
+    if not results.final:
+        _get(_remote(finish, setting.plan).remote(best.folder, config, setting, dict(best.params)))
+    if not results.untrained:
+        metrics = _get(_remote(evaluate_untrained, setting.plan).remote(config, setting))
+        write_text(folder / UNTRAINED_NAME, json.dumps(metrics))
+
+
+def _remote(function: Callable[..., Any], workers: WorkerPlan) -> Any:
+    """Returns the function as a Ray task that takes the place of a trial's worker."""
+    options = {"num_cpus": workers.cpus_per_worker, "num_gpus": workers.gpus_per_worker, "max_retries": RESTARTS}
+    return ray.remote(**options)(function)
 
 
 def confirm(
     folder: Path, definition: SearchDefinition, results: SearchResults, plan: TrialPlan, setting: TrialSetting,
     cluster: Cluster, num_seeds: int, tell: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> list[str]:  # fmt: skip
     """Trains the best and the published setting with seeds that the search has not seen; runs that are there stay.
 
     Args:
@@ -137,6 +190,9 @@ def confirm(
         cluster: Where.
         num_seeds: Runs of each setting.
         tell: Hears a line about each run that has ended.
+
+    Returns:
+        What failed, and why.
     """
     by_number = {trial.number: trial for trial in results.trials}
     runs = []
@@ -147,31 +203,39 @@ def confirm(
                 path = confirmation_folder(folder, number, config.seed + seed)
                 if not (path / REPORT_NAME).is_file():
                     runs.append(Run(path, build_config(config, {"seed": config.seed + seed})))
-    if plan.workers.num_workers > 1:
-        for made in runs:
-            prepare_folder(made.path, made.config, setting)
-            train(made, cluster, on_record=lambda record: None)
-            tell(f"{made.path.name} is trained")
-        return
-    _confirm_side_by_side(runs, plan, setting, tell)
+    if plan.workers.num_workers == 1:
+        return _confirm_side_by_side(runs, plan, setting, tell)
+    failures = []
+    for made in runs:
+        prepare_folder(made.path, made.config, setting)
+        failures += _attempt(made, lambda made=made: train(made, cluster, on_record=lambda record: None), tell)
+    return failures
 
 
 def _confirm_side_by_side(
     runs: Sequence[Run], plan: TrialPlan, setting: TrialSetting, tell: Callable[[str], None]
-) -> None:
-    workers = plan.workers
-    task = ray.remote(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker, max_retries=RESTARTS)(
-        train_alone
-    )
-    waiting, running = list(runs), {}
+) -> list[str]:
+    task = _remote(train_alone, plan.workers)
+    waiting, running, failures = list(runs), {}, []
     while waiting or running:
         while waiting and len(running) < plan.concurrent:
             made = waiting.pop(0)
             running[task.remote(made.path, made.config, setting)] = made
         done, _ = ray.wait(list(running))
         for reference in done:
-            _get(reference)
-            tell(f"{running.pop(reference).path.name} is trained")
+            failures += _attempt(running.pop(reference), partial(_get, reference), tell)
+    return failures
+
+
+def _attempt(made: Run, train_it: Callable[[], Any], tell: Callable[[str], None]) -> list[str]:
+    """Trains a run, and tells how it ended; returns why it failed, if it did: the others go on."""
+    try:
+        train_it()
+    except UserError as error:
+        tell(f"{made.path.name} failed: {error}")
+        return [f"{made.path.name}: {error}"]
+    tell(f"{made.path.name} is trained")
+    return []
 
 
 def _get(reference: Any) -> Any:
@@ -200,17 +264,16 @@ def _log_hparams(trial: TrialResult, results: SearchResults) -> None:
     """Fills TensorBoard's HParams page with a trial that has ended."""
     if not trial.values:
         return
-    params = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in trial.params.items()}
     metrics = {f"search/{o.metric}": v for o, v in zip(results.objectives, trial.values, strict=True)}
     with SummaryWriter(str(trial_folder(results.folder, trial.number) / EVENTS_FOLDER)) as writer:
-        writer.add_hparams(params, {**metrics, "search/epochs": trial.epochs}, run_name=".")
+        write_hparams(writer, trial.params, {**metrics, "search/epochs": trial.epochs})
 
 
 class _Limits(ray.tune.Stopper):
     """Ends a search at its limit of hours or epochs, or when nothing works; running trials can go on later."""
 
-    def __init__(self, study: SearchStudy):
-        self._study = study
+    def __init__(self, study: SearchStudy, searcher: StudySearcher):
+        self._study, self._searcher = study, searcher
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Stops no trial of its own."""
@@ -218,7 +281,7 @@ class _Limits(ray.tune.Stopper):
 
     def stop_all(self) -> bool:
         """Says whether the search is over."""
-        return self._study.is_over() or len(self._study.failures_alone()) >= _HOPELESS
+        return self._study.is_over() or self._study.hopeless() is not None or self._searcher.error is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Keeps the study out of Ray Tune's pickles."""
@@ -226,14 +289,19 @@ class _Limits(ray.tune.Stopper):
 
 
 class _Traces(ray.tune.Callback):
-    """Knows where Ray Tune writes the trace of what ended a trial's process."""
+    """Knows where Ray Tune writes the trace of what ended a trial's process, and hears of every such end."""
 
     def __init__(self):
         self._trials: dict[str, Any] = {}
+        self.on_error: Callable[..., None] = lambda trial_id, **result: None
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Remembers a trial."""
         self._trials[trial.trial_id] = trial
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Passes on an error of which Ray Tune may not have told the searcher."""
+        self.on_error(trial.trial_id, error=True)
 
     def read(self, trial_id: str) -> str:
         """Returns the trace, or nothing."""

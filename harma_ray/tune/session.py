@@ -14,7 +14,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from harma_ray.cluster import Cluster, plan_trials, ray_cluster, require_shared_folder, require_visible
+from harma_ray.cluster import Cluster, TrialPlan, plan_trials, ray_cluster, require_shared_folder, require_visible
+from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -36,7 +37,7 @@ from harma_ray.tune.progress import SearchProgress, show_params
 from harma_ray.tune.report import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space import load_search
-from harma_ray.tune.study import storage_url
+from harma_ray.tune.study import show_url, storage_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +60,27 @@ def start_search(
     file: str | Path, overrides: Mapping[str, Any], *, runs: str | Path, name: str | None, options: SearchOptions
 ) -> Path:
     """Starts a search, sees it through, and prints what it found; returns its folder."""
-    definition = load_search(file, overrides=overrides)
-    definition = _with_limits(dataclasses.replace(definition, config=absolute_paths(definition.config)), options)
+    definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
     check_data(definition.config)
     output_path(runs)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
-        plan_trials(definition.config, cluster, definition.concurrent)
+        plan = _plan(definition, cluster, options)
         folder = create_search(runs, name, definition)
-        _search(folder, definition, cluster, options)
+        with Run(folder, definition.config).locked():
+            _search(folder, definition, cluster, plan, options)
     return folder
 
 
 def resume_search(path: str | Path, options: SearchOptions) -> Path:
     """Goes on with a search: trials that were interrupted first; limits may be raised."""
     folder, definition = open_search(path)
-    changed = _with_limits(definition, options)
-    check_data(changed.config)
+    definition = _with_limits(definition, options)
+    check_data(definition.config)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
-        if changed != definition:
-            write_definition(folder, changed)
-        _search(folder, changed, cluster, options)
+        plan = _plan(definition, cluster, options)
+        with Run(folder, definition.config).locked():
+            write_definition(folder, definition)
+            _search(folder, definition, cluster, plan, options)
     return folder
 
 
@@ -90,48 +92,77 @@ def report_search(path: str | Path) -> SearchResults:
     return results
 
 
+def _absolute(definition: SearchDefinition) -> SearchDefinition:
+    """Returns the search with paths that do not depend on the working folder."""
+    config, storage = absolute_paths(definition.config), definition.storage
+    searched = {parameter.name for parameter in definition.parameters}
+    if "model.pretrained" in searched:  # its choices stay as they are written, and so does the published one
+        config = build_config(config, {"model.pretrained": definition.configured["model.pretrained"]})
+    if storage and storage.startswith("sqlite:///"):
+        storage = f"sqlite:///{output_path(storage.removeprefix('sqlite:///'))}"
+    return dataclasses.replace(definition, config=config, storage=storage)
+
+
 def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
     given = {name: getattr(options, name) for name in ("trials", "hours", "epochs")}
     limits = dataclasses.replace(definition.limits, **{k: v for k, v in given.items() if v is not None})
+    least = definition.config.train.epochs * definition.seeds
+    if limits.epochs and limits.epochs < least:
+        raise UserError(f"`--epochs` must be enough for one trial, {least} epochs, got {limits.epochs}")
     concurrent = definition.concurrent if options.concurrent is None else options.concurrent
     return dataclasses.replace(definition, limits=limits, concurrent=concurrent)
 
 
-def _search(folder: Path, definition: SearchDefinition, cluster: Cluster, options: SearchOptions) -> None:
+def _plan(definition: SearchDefinition, cluster: Cluster, options: SearchOptions) -> TrialPlan:
+    """Divides the cluster, and checks that the batches of all trials can be shared out.
+
+    Raises:
+        UserError: If something does not fit.
+    """
+    plan = plan_trials(definition.config, cluster, definition.concurrent)
+    num_workers = plan.workers.num_workers
+    if num_workers > 1 and not (cluster.dashboard or options.address or os.environ.get("RAY_ADDRESS")):
+        raise UserError("trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard")
+    ends = [{parameter.name: end} for parameter in definition.parameters for end in parameter.ends]
+    for point in [{}, *ends]:
+        config = build_config(definition.config, point)
+        check_batch(config, num_workers)
+        planned_order(config)
+    return plan
+
+
+def _search(
+    folder: Path, definition: SearchDefinition, cluster: Cluster, plan: TrialPlan, options: SearchOptions
+) -> None:
     from harma_ray.tune.search import confirm, finish_best, prepare_trials, run_search
 
-    config = definition.config
-    plan = plan_trials(config, cluster, definition.concurrent)
-    check_batch(config, plan.workers.num_workers)
-    if plan.workers.num_workers > 1 and not (cluster.dashboard or options.address or os.environ.get("RAY_ADDRESS")):
-        raise UserError("trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard")
+    config, failures = definition.config, []
     require_shared_folder(folder, cluster)
     require_visible(read_paths(config), cluster)
     _print_plan(folder, definition, cluster, plan.describe())
     try:
-        with Run(folder, config).locked():
-            setting = prepare_trials(definition, plan)
-            with SearchProgress(definition, plan.concurrent, options.started) as progress:
-                results = run_search(folder, definition, plan, setting, progress)
-            drop_checkpoints(folder, results)
-            if results.best is None:
-                raise UserError(f"no trial has ended within the limits; go on with: launch.py tune --resume {folder}")
-            print(f"\nevaluating trial {results.best}, the best, on {config.data.test_split}", flush=True)
-            finish_best(results, setting, _settings_of(definition, results))
+        setting = prepare_trials(definition, plan)
+        with SearchProgress(read_search(folder, definition), definition, options.started) as progress:
+            results = run_search(folder, definition, plan, setting, progress)
+        drop_checkpoints(folder, results)
+        best = results.best_trial
+        if best is None:
+            raise UserError(f"no trial has ended within the limits; go on with: launch.py tune --resume {folder}")
+        try:
+            print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
+            finish_best(folder, results, setting, definition.settings(best.params))
             if options.confirm:
-                print(
-                    f"training the best and the published setting with {options.confirm} fresh seeds each", flush=True
+                print(f"training the best and the published setting with {options.confirm} fresh seeds", flush=True)
+                failures = confirm(
+                    folder, definition, results, plan, setting, cluster, options.confirm, _tell(options.started)
                 )
-                confirm(folder, definition, results, plan, setting, cluster, options.confirm, _tell(options.started))
+        finally:
+            _conclude(folder, definition, read_search(folder, definition))
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: launch.py tune --resume {folder}")
         raise
-    _conclude(folder, definition, read_search(folder, definition))
-
-
-def _settings_of(definition: SearchDefinition, results: SearchResults) -> Any:
-    best = next(trial for trial in results.trials if trial.number == results.best)
-    return definition.settings(dict(best.params))
+    if failures:
+        raise UserError(f"{len(failures)} confirming run(s) failed: " + "; ".join(failures))
 
 
 def _tell(started: float) -> Any:
@@ -155,10 +186,12 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""
     print(f"sampler    {definition.sampler.name}; scheduler {definition.scheduler.name}")
     print(f"a trial    {config.train.epochs} epochs{seeds}")
+    if config.train.select_on != "val":
+        print("WARNING    trials are compared on TEST, as in the released code: the result flatters itself")
     print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
     print(f"trials     {trials}")
     print(f"watch      tensorboard --logdir {folder}")
-    print(f"           optuna-dashboard {storage_url(folder, definition)}")
+    print(f"           optuna-dashboard {show_url(storage_url(folder, definition))}")
     if cluster.dashboard:
         token = os.environ.get("RAY_AUTH_TOKEN") if cluster.address == "local" else None
         print(f"           http://{cluster.dashboard} (Ray's dashboard{f'; access token {token}' if token else ''})")
@@ -172,11 +205,10 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
     by_state = {state: sum(trial.state == state for trial in results.trials)
                 for state in ("complete", "stopped", "failed", "running")}  # fmt: skip
     print(f"\n{len(results.trials)} trials: " + ", ".join(f"{n} {state}" for state, n in by_state.items() if n))
-    spent = sum(trial.epochs for trial in results.trials)
-    planned = sum(trial.planned_epochs for trial in results.trials if trial.state in ("complete", "stopped"))
+    trained, planned = results.ended_epochs
     if planned:
-        counted = sum(trial.epochs for trial in results.trials if trial.state in ("complete", "stopped"))
-        print(f"{spent:g} epochs trained; stopping early saved {1 - counted / planned:.0%} of the ended trials' epochs")
+        spent = sum(trial.epochs for trial in results.trials)
+        print(f"{spent:g} epochs trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' epochs")
     rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
     rows = [
         [trial.number, trial.state, trial.epochs, *(trial.values or ()), show_params(trial.params)]
@@ -186,6 +218,11 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
     print(tabulate(rows, headers=headers, floatfmt=".2f"))
     for split, metrics in results.final.items():
         print(f"\ntrial {results.best} on {split}\n{results_table(metrics)}")
+    metric, best = results.objectives[0].metric, results.best_trial
+    if metric in results.untrained:
+        print(f"\nbefore any training: {metric} {results.untrained[metric]:.2f} on the same split as the trials")
+        if best is not None and best.values and best.values[0] <= results.untrained[metric]:
+            print("notice     no trial is better than the model before any training")
     _print_confirmations(results)
     print(f"\nreport     {page}")
     if best_file is not None:

@@ -6,6 +6,7 @@ that is marked as running when a search starts is one that was interrupted, and 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import optuna
+import sqlalchemy.engine
+import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
-from harma_ray.config import RunConfig, build_config
+from harma_ray.config import RunConfig, build_config, config_hash
 from harma_ray.errors import UserError
 from harma_ray.tune.definition import SearchDefinition
 
@@ -27,6 +30,9 @@ TRIALS_FOLDER = "trials"
 RESULT, REASON, DUPLICATE, POINT = "result", "reason", "duplicate_of", "first_point"
 """Names of what is kept with a trial: its last result, why it failed, which earlier trial it repeats, its place among
 the settings that are tried first."""
+FIRST_FAILURES, MANY_FAILURES = 3, 10
+"""So many trials that fail one after another end a search: before any has worked, and later."""
+_SECONDS, _IDENTITY = "seconds", "identity"
 _MOST_DUPLICATES = 30
 
 
@@ -67,6 +73,8 @@ class Report:
     """Whether all epochs of all seeds are done."""
     failed: str | None = None
     """Why it failed, in one line."""
+    replayed: bool = False
+    """Whether an earlier attempt at the trial had reported this."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +112,25 @@ class SearchStudy:
         self._started = time.monotonic()
         self._first = definition.first_points
         self.study = open_study(folder, definition)
+        self._check_identity()
         done = [trial for trial in self.study.get_trials(deepcopy=False) if DUPLICATE not in trial.user_attrs]
         self._unfinished = [trial for trial in done if trial.state == TrialState.RUNNING]
         self._num_trials = len([trial for trial in done if trial.state != TrialState.WAITING])
-        self._epochs = sum(_result(trial).get("trained", 0) for trial in done if trial.state != TrialState.RUNNING)
+        self._epochs = {trial.number: _result(trial).get("trained", 0) for trial in done}
+        self._earlier_seconds = float(self.study.user_attrs.get(_SECONDS, 0))
         self._seen = {_key(trial.params): trial.number for trial in done}
         self._open: dict[int, _Open] = {}
-        self._succeeded = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in done)
-        self._failures = [trial.user_attrs.get(REASON, "") for trial in done if trial.state == TrialState.FAIL]
+        self._failures: list[str] = []
+        self._anything_worked = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in done)
+
+    def _check_identity(self) -> None:
+        found = identity(self.definition)
+        if self.study.user_attrs.get(_IDENTITY, found) != found:
+            raise UserError(
+                f"the search of {self.folder} began with another space, objective, seeds or fixed settings; its trials "
+                "cannot be compared with new ones: start a new search"
+            )
+        self.study.set_user_attr(_IDENTITY, found)
 
     def next(self) -> Assignment | None:
         """Returns the next trial: an interrupted one, one of those that are tried first, or what the sampler proposes.
@@ -148,6 +167,9 @@ class SearchStudy:
     def _record(self, number: int, report: Report) -> None:
         running = self._open[number]
         running.trained = report.trained
+        if report.trained < self._epochs.get(number, 0):
+            return  # what an earlier session has heard already
+        self._epochs[number] = report.trained
         running.trial.set_user_attr(RESULT, {
             "values": list(report.values), "trained": report.trained, "seconds": round(report.seconds, 3),
         })  # fmt: skip
@@ -155,6 +177,11 @@ class SearchStudy:
         if len(self.definition.objectives) == 1 and step not in running.reported:
             running.trial.report(report.value, step=step)  # once a step: Optuna warns of a second value
             running.reported.add(step)
+
+    def close_open(self, reason: str) -> None:
+        """Gives up the trials that are running."""
+        for number in list(self._open):
+            self.close(number, None, crashed=reason)
 
     def close(self, number: int, report: Report | None, *, crashed: str | None = None) -> None:
         """Hears that a trial has ended: completed, stopped, or failed.
@@ -168,7 +195,7 @@ class SearchStudy:
             self._record(number, report)
         running = self._open.pop(number)
         trial = running.trial
-        self._epochs += running.trained
+        self.study.set_user_attr(_SECONDS, self.seconds)
         reason = crashed or (report.failed if report else "it ended without a result")
         if reason:
             trial.set_user_attr(REASON, reason)
@@ -181,28 +208,38 @@ class SearchStudy:
         else:
             self.study.tell(trial, state=TrialState.PRUNED)
             state = "stopped"
-        self._succeeded |= state != "failed"
+        if state != "failed":
+            self._anything_worked, self._failures = True, []
         self.listener(Event(number, state, trial.params, report, reason))
 
     @property
     def epochs(self) -> float:
         """Epochs trained so far, over all trials."""
-        return self._epochs + sum(running.trained for running in self._open.values())
+        return sum(self._epochs.values())
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, over all sessions."""
+        return self._earlier_seconds + time.monotonic() - self._started
 
     def is_over(self) -> bool:
-        """Whether the limit of epochs or of hours is reached; the hours of earlier sessions do not count.
+        """Whether the limit of epochs or of hours is reached, all sessions together.
 
         A trial that has trained all its epochs is given the moment that it needs to end.
         """
         limits, definition = self.definition.limits, self.definition
         if any(running.trained >= definition.config.train.epochs * definition.seeds for running in self._open.values()):
             return False
-        hours = (time.monotonic() - self._started) / 3600
-        return bool(limits.epochs and self.epochs >= limits.epochs) or bool(limits.hours and hours >= limits.hours)
+        late = bool(limits.hours and self.seconds >= 3600 * limits.hours)
+        return late or bool(limits.epochs and self.epochs >= limits.epochs)
 
-    def failures_alone(self) -> list[str]:
-        """Returns the reasons of all failures so far if no trial has succeeded yet, else nothing."""
-        return [] if self._succeeded else self._failures
+    def hopeless(self) -> str | None:
+        """Returns the last failure's reason if, in this session, trial after trial fails; None if not.
+
+        A few are enough as long as no trial has ever worked; later it may be that many settings in a row are bad.
+        """
+        most = MANY_FAILURES if self._anything_worked else FIRST_FAILURES
+        return self._failures[-1] if len(self._failures) >= most else None
 
     def _enqueue(self, attempt: int) -> bool:
         """Prepares what `ask` will give; returns False if there is nothing left.
@@ -245,6 +282,12 @@ class SearchStudy:
         ))  # fmt: skip
 
 
+def identity(definition: SearchDefinition) -> str:
+    """Returns a hash of what makes trials comparable: all but how they are chosen, stopped and limited."""
+    described = [config_hash(definition.config), definition.parameters, definition.objectives, definition.seeds]
+    return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
 def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
     """Opens the study of a search, or makes it.
 
@@ -256,13 +299,13 @@ def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
     directions: list[Any] = [target.direction for target in definition.objectives]
     try:
         study = optuna.create_study(
-            storage=url, study_name=folder.name, directions=directions, load_if_exists=True
+            storage=url, study_name=study_name(folder, definition), directions=directions, load_if_exists=True
         )  # fmt: skip
         study.sampler = make_sampler(definition, len(study.get_trials(deepcopy=False)))
     except Exception as error:  # a database can fail in any way
         raise _storage_error(url, error) from error
     if [direction.name.lower() for direction in study.directions] != directions:
-        raise UserError(f"the study `{folder.name}` in {url} has other objectives; choose another --name")
+        raise UserError(f"{show_url(url)} has a study `{study.study_name}` of other objectives; choose another --name")
     return study
 
 
@@ -279,17 +322,31 @@ def require_new_study(folder: Path, definition: SearchDefinition) -> None:
     except Exception as error:  # a database can fail in any way
         raise _storage_error(definition.storage, error) from error
     if folder.name in known:
-        raise UserError(f"the storage {definition.storage} has a study `{folder.name}`; choose another --name")
+        url = show_url(definition.storage)
+        raise UserError(f"the storage {url} has a study `{folder.name}`; choose another --name")
 
 
 def _storage_error(url: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"the Optuna storage {url} cannot be used ({reason}); check `storage`")
+    return UserError(f"the Optuna storage {show_url(url)} cannot be used ({reason}); check `storage`")
 
 
 def storage_url(folder: Path, definition: SearchDefinition) -> str:
     """Returns the URL of a search's Optuna storage."""
     return definition.storage or f"sqlite:///{folder / STORAGE_NAME}"
+
+
+def study_name(folder: Path, definition: SearchDefinition) -> str:
+    """Returns the name of a search's study: the folder's in a shared storage; a search's own holds no other."""
+    return folder.name if definition.storage else "search"
+
+
+def show_url(url: str) -> str:
+    """Returns a storage's URL without its password."""
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        return url
 
 
 def trial_folder(folder: Path, number: int, seed: int = 0) -> Path:

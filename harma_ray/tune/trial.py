@@ -11,6 +11,7 @@ import copy
 import gc
 import math
 import os
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from harma_ray.checkpoint import list_checkpoints, read_meta
 from harma_ray.cluster import WorkerPlan
 from harma_ray.config import RunConfig, build_config, to_yaml
 from harma_ray.data.stream import Place, Reader, prefetched_batches
+from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
 from harma_ray.loop import finish_training, run_training, run_trial
@@ -66,6 +68,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
         setting: What all trials have in common.
         report: `ray.tune.report`.
     """
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # for a stopped trial to leave the process to the next one
     tally = _Tally(setting.metrics)
     folder = Path(assignment["runs"][0]["folder"])
 
@@ -78,8 +81,8 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             config = build_config(recipe_config(wanted["config"]["recipe"]), wanted["config"], origin="configuration")
             prepare_folder(folder, config, setting)
             tally.begin(folder)
-            for metrics in past_evaluations(folder):
-                reporter(metrics)
+            for past in tally.catch_up():
+                report(asdict(replace(past, replayed=True)))
             if setting.plan.num_workers > 1:
                 tally = _run_on_workers(folder, config, setting, tally)
                 continue
@@ -92,6 +95,8 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
     except Exception as error:
         told = find_user_error(error)
         reason = str(told) if told else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if setting.plan.num_workers > 1:
+            list(tally.catch_up())  # the workers have heard more than this process
         with contextlib.suppress(OSError):  # a full disk may be why it failed
             (folder / ERROR_NAME).write_text("".join(traceback.format_exception(error)))
         report(asdict(replace(tally.report(), failed=reason)))
@@ -110,6 +115,14 @@ def finish(
             _task(config, setting), config, folder, place=single_place(config, setting.plan), reader=_reader(config),
             hparams=hparams,
         )  # fmt: skip
+
+
+def evaluate_untrained(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
+    """Returns the metrics of the model before any training, on the split that the best epoch is picked on."""
+    task, data = _task(config, setting), config.data
+    split = data.val_split if config.train.select_on == "val" else data.test_split
+    place = single_place(config, setting.plan)
+    return evaluate_split(task, config, task.build_model(), split, place=place, reader=_reader(config)).metrics
 
 
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
@@ -155,42 +168,44 @@ class _Tally:
     def __init__(self, metrics: tuple[str, ...]):
         self._metrics = metrics
         self._folder = Path()
-        self._values: list[tuple[float, ...]] = []
+        self._best: list[dict[str, float]] = []
         self._epochs: list[float] = []
-        self._seconds: list[float] = []
+        self._costs: list[dict[str, float]] = []
 
     def begin(self, folder: Path) -> None:
         """Goes on to the next seed's training."""
         self._folder = folder
-        self._values.append(())
+        self._best.append({})
         self._epochs.append(0)
-        self._seconds.append(0)
+        self._costs.append({"seconds": 0.0})
+
+    def catch_up(self) -> Iterator[Report]:
+        """Forgets the current training, and yields what its record tells, one report an evaluation."""
+        if self._best:
+            self._best[-1], self._epochs[-1] = {}, 0
+            yield from map(self.add, past_evaluations(self._folder))
 
     def add(self, metrics: Mapping[str, Any]) -> Report:
         """Hears of an evaluation of the current training, whose checkpoint is written."""
         meta = read_meta(list_checkpoints(self._folder)[-1])
         self._epochs[-1] = metrics["epoch"]
-        self._seconds[-1] = meta.progress["seconds"]
-        known = {
-            **metrics,
-            "trainable_parameters": sum(math.prod(shape) for shape in meta.trainable.values()),
-            "seconds": self._seconds[-1],
-        }
-        values = tuple(float(known[name]) for name in self._metrics)
-        if not self._values[-1] or values[0] > self._values[-1][0]:
-            self._values[-1] = values
+        parameters = sum(math.prod(shape) for shape in meta.trainable.values())
+        self._costs[-1] = {"seconds": meta.progress["seconds"], "trainable_parameters": parameters}
+        first = self._metrics[0]
+        if not self._best[-1] or metrics[first] > self._best[-1][first]:
+            self._best[-1] = {name: metrics[name] for name in self._metrics if name in metrics}
         return self.report()
 
     def report(self) -> Report:
         """Returns where the trial stands."""
-        reached = [values for values in self._values if values]
-        means = tuple(sum(column) / len(column) for column in zip(*reached, strict=True))
+        reached = [{**cost, **best} for best, cost in zip(self._best, self._costs, strict=True) if best]
+        means = tuple(statistics.fmean(known[name] for known in reached) for name in self._metrics if reached)
         return Report(
             epoch=self._epochs[0] if self._epochs else 0,
             value=means[0] if means else 0.0,
             values=means,
             trained=sum(self._epochs),
-            seconds=sum(self._seconds),
+            seconds=sum(cost["seconds"] for cost in self._costs),
         )
 
 
@@ -210,10 +225,16 @@ def _work(settings: dict[str, Any]) -> _Tally:
 
     config, place = enter_worker(settings)
     tally: _Tally = settings["tally"]
+    if place.rank == 0:
+        list(tally.catch_up())  # these workers may follow others that died
+
+    def reporter(metrics: Mapping[str, Any]) -> None:
+        ray.train.report(asdict(tally.add(metrics)) if place.rank == 0 else {})  # only worker 0 is heard
+
     with plain_errors():
         run_trial(
             _task(config, settings["setting"], writable=place.device == "cpu"), config, Path(settings["run"]),
-            place=place, reader=ray_batches, reporter=lambda metrics: ray.train.report(asdict(tally.add(metrics))),
+            place=place, reader=ray_batches, reporter=reporter,
         )  # fmt: skip
     return tally
 

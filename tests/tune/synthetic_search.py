@@ -52,7 +52,7 @@ def make_results(trials, **changes):
     best = max(counted, key=lambda trial: trial.values[0]).number if counted else None
     results = SearchResults(
         Path("runs/find"), "harma-scenes", "data/scenes", (RATE, MARGIN, KIND), (R_MEAN,), "tpe-multivariate",
-        "asha (grace 1 epoch, reduction 3)", tuple(trials), best, (), {}, (),
+        "asha (grace 1 epoch, reduction 3)", tuple(trials), best, (), {}, {}, (),
     )  # fmt: skip
     return replace(results, **changes)
 

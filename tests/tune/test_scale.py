@@ -3,7 +3,7 @@ import math
 import pytest
 from synthetic_search import KIND, MARGIN, RANK, RATE
 
-from harma_ray.tune.drawing import plain
+from harma_ray.tune.drawing import plain, shorten
 from harma_ray.tune.results import Axis
 from harma_ray.tune.scale import end_of_range, short_names, show, ticks
 
@@ -31,6 +31,7 @@ def test_marks_are_round_numbers_between_the_ends():
     assert [text for _, text in ticks(RATE)] == ["1e-5", "1e-4", "0.001", "0.01"]
     assert [text for _, text in ticks(RANK)] == ["2", "5", "10", "20", "64"]
     assert [text for _, text in ticks(MARGIN)] == ["0", "0.5", "1"]
+    assert [text for _, text in ticks(Axis("layers", log=False, choices=None, low=1, high=3))] == ["1", "2", "3"]
     assert [text for _, text in ticks(KIND)][:4] == ["plain", "True", "None", "1"]
     assert [place for place, _ in ticks(KIND)] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
     assert {text: place for place, text in ticks(RATE)}["1e-4"] == pytest.approx(1 / 3)
@@ -60,3 +61,9 @@ def test_text_in_figures_is_no_formula():
     assert plain("$x$", 10) == r"\$x\$"
     assert plain("a\n\tb \N{SNOWMAN}\x00", 10) == "a b ??"
     assert plain("0123456789", 5) == "0123…"
+
+
+def test_long_choices_keep_what_tells_them_apart():
+    assert shorten(["augmentation-1-weak", "augmentation-2-strong"], 9) == ["…1-weak", "…2-strong"]
+    assert shorten(["short", "shorter"], 9) == ["short", "shorter"]
+    assert shorten(["alone-and-too-long"], 9) == ["alone-an…"]

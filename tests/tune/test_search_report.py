@@ -208,7 +208,16 @@ def test_best_is_set_against_published(tmp_path):
     assert page.row(RATE.name) == [RATE.name, "1e-4", "2e-4", "1e-5 to 0.01, logarithmic"]
     assert page.row(MARGIN.name)[1:3] == ["–", "–"]
     assert page.row("r_mean") == ["r_mean", "32.00", "28.11"]
+    assert "Before training" not in page.text
     assert "Widen the range" not in page.text
+
+
+def test_final_metrics_stand_beside_those_before_training(tmp_path):
+    results = make_results(make_trials(1), final={"val": {"r_mean": 32.0, "txt_r1": 9.0}}, untrained={"r_mean": 7.5})
+    page = write(tmp_path, results)
+    assert page.row("r_mean") == ["r_mean", "32.00", "7.50"]
+    assert page.row("txt_r1") == ["txt_r1", "9.00", "–"]
+    assert "the model that all trials began with, on val." in page.text
 
 
 def test_command_is_given_only_where_its_file_is(tmp_path):
@@ -223,7 +232,7 @@ def test_command_is_given_only_where_its_file_is(tmp_path):
 
 def test_published_setting_that_is_best_is_named_so(tmp_path):
     page = write(tmp_path, make_results([make_trial(0, value=9.0), make_trial(1, value=3.0)]))
-    assert "It is the published setting itself; no other trial was better." in page.text
+    assert "It is the published setting itself; none that ran to its end was better." in page.text
 
 
 def test_best_at_the_end_of_its_range_is_a_warning(tmp_path):

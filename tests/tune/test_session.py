@@ -56,7 +56,8 @@ def test_all_mistakes_of_a_space_are_told_at_once(capsys, tmp_path, scenes):
         (["report", "nowhere"], "not the folder of a search"),
         (["--resume", "nowhere"], "not the folder of a search"),
         (["--resume", "nowhere", "--set", "seed=1"], "its own settings"),
-        (["a.yaml", "--trials", "-1"], "`--trials` must not be negative"),
+        (["report", "nowhere", "--confirm", "3"], "only reads"),
+        (["a.yaml", "--trials", "-1"], "`--trials` must be above 0"),
     ],
 )
 def test_a_wrong_command_is_one_clear_line(capsys, arguments, message):

@@ -7,12 +7,23 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
 from harma_ray.tune.definition import Limits, Sampler, SearchDefinition, Target
 from harma_ray.tune.folder import best_of, create_search, read_search
 from harma_ray.tune.parameters import Choices, Range
-from harma_ray.tune.study import DUPLICATE, REASON, Report, SearchStudy, make_sampler, trial_folder
+from harma_ray.tune.study import (
+    DUPLICATE,
+    FIRST_FAILURES,
+    MANY_FAILURES,
+    REASON,
+    Report,
+    SearchStudy,
+    make_sampler,
+    show_url,
+    trial_folder,
+)
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=True)
 MARGIN = Range(name="loss.margin", kind="float", low=0.1, high=0.4, step=0.1)
@@ -121,12 +132,63 @@ def test_a_trial_that_reports_its_past_again_is_no_trouble(tmp_path):
 
 def test_failures_are_hopeless_only_while_nothing_succeeds(tmp_path):
     study = SearchStudy(tmp_path, definition())
-    study.next(), study.next()
-    study.close(0, None, crashed="first")
-    assert study.failures_alone() == ["first"]
-    study.close(1, reached(1.0))
-    assert study.failures_alone() == []
-    assert SearchStudy(tmp_path, definition()).failures_alone() == []
+    for number in range(FIRST_FAILURES):
+        assert study.hopeless() is None
+        study.next()
+        study.close(number, None, crashed=f"failure {number}")
+    assert study.hopeless() == f"failure {FIRST_FAILURES - 1}"
+    again = SearchStudy(tmp_path, definition())
+    assert again.hopeless() is None  # what was wrong may be mended
+    number = again.next().number
+    again.close(number, reached(1.0))
+    for _ in range(MANY_FAILURES):
+        assert again.hopeless() is None
+        again.close(again.next().number, None, crashed="later")
+    assert again.hopeless() == "later"
+
+
+def test_epochs_and_hours_of_all_sessions_count(tmp_path):
+    before = SearchStudy(tmp_path, definition(limits=Limits(epochs=6, hours=1)))
+    before.next(), before.next()
+    before.report(0, reached(1.0, 2.0))
+    before.close(1, reached(1.0, 3.0, finished=True))
+    after = SearchStudy(tmp_path, definition(limits=Limits(epochs=6)))
+    assert after.epochs == 5
+    after.next()
+    after.report(0, replace(reached(1.0, 1.0), replayed=True))
+    assert after.epochs == 5
+    after.report(0, reached(1.0, 2.0))
+    assert not after.is_over()
+    after.report(0, reached(1.0, 3.0))
+    assert after.epochs == 6
+    after.close(0, reached(1.0, 3.0, finished=True))
+    after.study.set_user_attr("seconds", 3599.0)
+    assert not SearchStudy(tmp_path, definition(limits=Limits(hours=1))).is_over()
+    after.study.set_user_attr("seconds", 3601.0)
+    assert SearchStudy(tmp_path, definition(limits=Limits(hours=1))).is_over()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"parameters": (replace(RATE, high=1.0), MARGIN)}, {"seeds": 2},
+     {"config": build_config(recipe_config("harma-scenes"), {"train.epochs": 9})}],
+)  # fmt: skip
+def test_a_search_whose_trials_could_not_be_compared_is_refused(tmp_path, changes):
+    SearchStudy(tmp_path, definition()).next()
+    with pytest.raises(UserError, match="cannot be compared"):
+        SearchStudy(tmp_path, replace(definition(), **changes))
+    SearchStudy(tmp_path, definition(limits=Limits(trials=99), sampler=Sampler(name="random")))
+
+
+def test_a_search_can_be_moved(tmp_path):
+    (tmp_path / "a").mkdir()
+    run(study := SearchStudy(tmp_path / "a", definition()), study.next(), 1.0)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len(read_search(tmp_path / "b", definition()).trials) == 1
+
+
+def test_the_password_of_a_storage_is_not_shown():
+    assert show_url("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
 
 
 def test_interrupted_trials_go_on_first_as_themselves(tmp_path):
