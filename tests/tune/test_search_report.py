@@ -141,7 +141,7 @@ def test_page_can_be_written_at_any_time(tmp_path, case):
 
 
 def test_page_of_a_large_search_folds_its_trials(tmp_path):
-    count = 500
+    count = 200
     axes = (RATE, RANK, KIND, *(Axis(f"part{i}.weight_of_something", i % 2 == 0, None, 0.1, 5.0) for i in range(9)))
     trials = make_trials(count, axes)
     trials = [

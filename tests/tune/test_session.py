@@ -113,6 +113,3 @@ def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
     assert not list(folder.glob("ray"))
     again = launch("report", folder)
     assert again.returncode == 0, again.stderr[-3000:]
-    more = launch("--resume", folder, "--trials", 4, "--no-dashboard")
-    assert more.returncode == 0, more.stderr[-3000:]
-    assert [trial.number for trial in read_search(*open_search(folder)).trials] == [0, 1, 2, 3]
