@@ -53,7 +53,7 @@ def main() -> None:
             print(f"Ray                       {time.perf_counter() - begin:6.1f} s to start, without its dashboard")
             from harma_ray.tune.search import prepare_trials, run_search
 
-            convert_scenes(folder / "data", {"train": 16, "val": 8}, style="summer", size=224)
+            convert_scenes(folder / "data", {"train": 7, "val": 4}, style="summer", size=224)
             for concurrent in (1, options.concurrent):
                 changes = {
                     "data.path": str(folder / "data"), "model.architecture": options.architecture,
@@ -63,7 +63,7 @@ def main() -> None:
                 definition = SearchDefinition(
                     config=build_config(recipe_config("harma-rsitmd-vit"), changes), parameters=(RATE,),
                     sampler=Sampler(name="random"), scheduler=Scheduler(name="none"),
-                    limits=Limits(trials=2 * concurrent + 1), concurrent=concurrent,
+                    limits=Limits(trials=max(3, concurrent)), concurrent=concurrent,
                 )  # fmt: skip
                 plan = plan_trials(definition.config, cluster, concurrent)
                 begin = time.perf_counter()
