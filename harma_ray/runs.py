@@ -24,7 +24,7 @@ import harma_ray
 from harma_ray.checkpoint import list_checkpoints, load_weights, read_meta
 from harma_ray.config import RunConfig, to_yaml
 from harma_ray.errors import UserError
-from harma_ray.files import output_path
+from harma_ray.files import output_path, write_text
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
 from harma_ray.task import Task
@@ -108,19 +108,28 @@ def create_run(runs: str | Path, name: str | None, config: RunConfig) -> Run:
     Raises:
         UserError: If the name is taken or no folder name, or the folder cannot be written.
     """
-    name = name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = make_folder(runs, name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}", "run")
+    write_text(path / CONFIG_NAME, to_yaml(config))
+    write_text(path / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))
+    return Run(path, config)
+
+
+def make_folder(runs: str | Path, name: str, kind: str) -> Path:
+    """Makes the folder of a new run or search (`kind`), and the folder of all runs if that is missing.
+
+    Raises:
+        UserError: If the name is taken or no folder name, or the folder cannot be made.
+    """
     if name != Path(name).name or name.startswith("."):
-        raise UserError(f"a run's name must be a plain folder name, got `{name}`")
+        raise UserError(f"a {kind}'s name must be a plain folder name, got `{name}`")
     path = output_path(runs) / name
     try:
         path.mkdir(parents=True)
-        (path / CONFIG_NAME).write_text(to_yaml(config))
-        (path / ENVIRONMENT_NAME).write_text(json.dumps(describe_environment(sys.argv), indent=1))
     except FileExistsError as error:
-        raise UserError(f"run {path} exists; choose another --name, or continue it with --resume {path}") from error
+        raise UserError(f"{kind} {path} exists; choose another --name, or continue it with --resume {path}") from error
     except OSError as error:
-        raise UserError(f"cannot write the run's folder {path} ({error.strerror}); choose another --runs") from error
-    return Run(path, config)
+        raise UserError(f"cannot make the {kind}'s folder {path} ({error.strerror}); choose another --runs") from error
+    return path
 
 
 def open_run(path: str | Path) -> Run:

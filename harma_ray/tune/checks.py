@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from itertools import combinations, islice, product
 from typing import Any
@@ -15,7 +14,7 @@ from harma_ray.metrics import RetrievalResult
 from harma_ray.recipes import make_task
 from harma_ray.tune.definition import COSTS, ORIGIN, SearchDefinition
 from harma_ray.tune.located import Place, explain_unknown
-from harma_ray.tune.parameters import Choices, Parameter, Range, parents_first
+from harma_ray.tune.parameters import Choices, Parameter, Range, parents_first, quiet_optuna
 
 Mistakes = Iterator[tuple[Place, str]]
 """Where a mistake stands in the file, and what it is."""
@@ -188,7 +187,7 @@ def _find_refused_random_point(
 ) -> Mistakes:
     import optuna
 
-    with _quiet_optuna():
+    with quiet_optuna():
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
         for _ in range(_NUM_RANDOM_POINTS):
             point = definition.suggest(study.ask())
@@ -197,15 +196,3 @@ def _find_refused_random_point(
                 name, found = next(alone, (None, text))
                 yield ("space", name) if name else ("space",), found
                 return
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from harma_ray.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.config import to_yaml as config_yaml
 from harma_ray.errors import UserError
-from harma_ray.files import output_path, write_text
-from harma_ray.runs import ENVIRONMENT_NAME, REPORT_NAME, describe_environment
+from harma_ray.files import write_text
+from harma_ray.runs import ENVIRONMENT_NAME, REPORT_NAME, describe_environment, make_folder
 from harma_ray.tracking import read_records
 from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.parameters import Choices
@@ -47,18 +47,8 @@ def create_search(runs: str | Path, name: str | None, definition: SearchDefiniti
         UserError: If the name is taken or no folder name, or the folder cannot be written.
     """
     name = name or f"tune-{definition.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"a search's name must be a plain folder name, got `{name}`")
-    folder = output_path(runs) / name
-    require_new_study(folder, definition)
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"{folder} exists; choose another --name, or continue it with --resume {folder}") from error
-    except OSError as error:
-        raise UserError(
-            f"cannot write the search's folder {folder} ({error.strerror}); choose another --runs"
-        ) from error
+    require_new_study(name, definition)
+    folder = make_folder(runs, name, "search")
     write_text(folder / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))
     write_definition(folder, definition)
     return folder

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harma_ray.tune.parameters import quiet_optuna
 from harma_ray.tune.results import Axis, SearchResults, TrialResult
 from harma_ray.tune.scale import measured, place_of, value_of
 
@@ -41,7 +40,7 @@ def importance(results: SearchResults) -> dict[str, float] | None:
 
     space = {axis.name: _distribution(axis) for axis in axes}
     values = (values - values.mean()) / values.std()  # the forest takes tiny differences for none
-    with _quiet_optuna():
+    with quiet_optuna():
         study = optuna.create_study()
         for point, value in zip(points, values, strict=True):
             study.add_trial(optuna.create_trial(params=point, distributions=space, value=float(value)))
@@ -67,15 +66,3 @@ def _distribution(axis: Axis) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     return FloatDistribution(0.0, 1.0) if axis.choices is None else CategoricalDistribution(range(len(axis.choices)))
-
-
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    import optuna
-
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 
 _FROM_FILE = ConfigDict(extra="forbid")
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keeps Optuna from telling of trials for the length of a block."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def same(first: Any, second: Any) -> bool:

@@ -309,7 +309,7 @@ def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
     return study
 
 
-def require_new_study(folder: Path, definition: SearchDefinition) -> None:
+def require_new_study(name: str, definition: SearchDefinition) -> None:
     """Checks that a shared storage holds no other search of the name that a new one is to have.
 
     Raises:
@@ -321,9 +321,9 @@ def require_new_study(folder: Path, definition: SearchDefinition) -> None:
         known = optuna.get_all_study_names(definition.storage)
     except Exception as error:  # a database can fail in any way
         raise _storage_error(definition.storage, error) from error
-    if folder.name in known:
+    if name in known:
         url = show_url(definition.storage)
-        raise UserError(f"the storage {url} has a study `{folder.name}`; choose another --name")
+        raise UserError(f"the storage {url} has a study `{name}`; choose another --name")
 
 
 def _storage_error(url: str, error: Exception) -> UserError:

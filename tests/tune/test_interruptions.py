@@ -43,7 +43,7 @@ def states(folder):
     if not storage.exists():
         return []
     try:
-        study = optuna.load_study(study_name=folder.name, storage=f"sqlite:///{storage}")
+        study = optuna.load_study(study_name="search", storage=f"sqlite:///{storage}")
     except (KeyError, optuna.exceptions.OptunaError):  # it is being made
         return []
     return [trial.state.name for trial in study.get_trials()]
