@@ -124,14 +124,14 @@ def test_every_key_is_read(load):
         ONE + "fixed: {train.epochs: 20, optim: {weight_decay: 0}}\nstart: [{loss.gamma: 1e-1}]\n"
         "sampler: {name: tpe, seed: 3, startup_trials: 5}\n"
         "scheduler: {name: hyperband, grace_epochs: 2, reduction_factor: 4, brackets: 2}\n"
-        "objective: [img_r1, {metric: txt_r1, direction: maximize}]\nlimits: {hours: 8, epochs: 400}\n"
+        "objective: [r_mean, {metric: txt_r1, direction: maximize}]\nlimits: {hours: 8, epochs: 400}\n"
         "seeds: 2\nconcurrent: 4\nstorage: sqlite:///trials.db\n"
     )
     assert (definition.config.train.epochs, definition.config.optim.weight_decay) == (20, 0)
     assert definition.starts == ({"loss.gamma": 0.1},)
     assert definition.sampler == Sampler(name="tpe", seed=3, startup_trials=5)
     assert definition.scheduler == Scheduler(name="hyperband", grace_epochs=2, reduction_factor=4, brackets=2)
-    assert definition.objectives == (Target(metric="img_r1"), Target(metric="txt_r1"))
+    assert definition.objectives == (Target(metric="r_mean"), Target(metric="txt_r1"))
     assert definition.limits == Limits(trials=0, hours=8, epochs=400)
     assert (definition.seeds, definition.concurrent, definition.storage) == (2, 4, "sqlite:///trials.db")
 
