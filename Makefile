@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python launch.py demo
 
 test: $(READY) check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from memory import MIB, Watch
 
-from harma_ray.cluster import plan_trials, ray_cluster
+from harma_ray.cluster import ray_cluster
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
+from harma_ray.plans import plan_trials
 from harma_ray.recipes import recipe_config
 from harma_ray.tracking import read_records
 from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition

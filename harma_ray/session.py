@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from harma_ray.cluster import Cluster, plan_workers, ray_cluster
+from harma_ray.cluster import Cluster, ray_cluster
 from harma_ray.config import RunConfig, build_config, to_yaml
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
@@ -24,6 +24,7 @@ from harma_ray.exchange import load_model
 from harma_ray.files import output_path, write_text
 from harma_ray.loop import check_batch
 from harma_ray.metrics import bootstrap_interval, chance_recalls
+from harma_ray.plans import plan_workers
 from harma_ray.recipes import make_task
 from harma_ray.report import results_table, write_report
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run

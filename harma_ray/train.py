@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from harma_ray.cluster import Cluster, WorkerPlan, node_cpus, plan_workers, require_shared_folder, require_visible
+from harma_ray.cluster import Cluster, node_cpus, require_shared_folder, require_visible
 from harma_ray.config import RunConfig, build_config, to_dict
 from harma_ray.data.stream import Place
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.exchange import load_model
 from harma_ray.loop import check_batch, run_training
+from harma_ray.plans import WorkerPlan, plan_workers
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.task import Evaluation

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from harma_ray.cli import make_parser
-from harma_ray.cluster import DRIVER_CPUS, Cluster, plan_trials, plan_workers, require_shared_folder, require_visible
+from harma_ray.cluster import Cluster, require_shared_folder, require_visible
 from harma_ray.config import build_config
 from harma_ray.errors import UserError
+from harma_ray.plans import DRIVER_CPUS, plan_trials, plan_workers
 from harma_ray.recipes import recipe_config
 
 ROOT = Path(__file__).parent.parent

@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: ["errors", "files", "config", "ranking", "metrics", "distributed", "data.schema", "data.order", "data.captions"],
-    1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.scenes"],
-    2: ["cluster", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream", "data.convert.",
-        "engine", "pictures", "report", "figures", "page"],
+    0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema", "data.order",
+        "data.captions"],
+    1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.padding", "data.scenes"],
+    2: ["cluster", "plans", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream",
+        "data.convert.", "engine", "pictures", "report", "figures", "page"],
     3: ["recipes", "runs", "exchange", "tune.results", "tune.parameters", "tune.definition", "tune.located",
         "tune.checks", "tune.space", "tune.study", "tune.scheduling", "tune.folder", "tune.drawing",
         "tune.figures", "tune.parameter_figures", "tune.importance", "tune.confirmed", "tune.scale", "tune.report",

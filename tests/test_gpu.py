@@ -73,7 +73,8 @@ def test_weights_from_a_gpu_give_the_same_figures_on_the_cpu(config, tmp_path):
 
 @pytest.mark.ray
 def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
-    from harma_ray.cluster import plan_trials, ray_cluster
+    from harma_ray.cluster import ray_cluster
+    from harma_ray.plans import plan_trials
     from harma_ray.tune.definition import Limits, SearchDefinition
     from harma_ray.tune.parameters import Range
     from harma_ray.tune.search import finish_best, prepare_trials, run_search

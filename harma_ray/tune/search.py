@@ -19,10 +19,11 @@ import ray.tune
 from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
-from harma_ray.cluster import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
+from harma_ray.cluster import Cluster
 from harma_ray.config import RunConfig, build_config
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
+from harma_ray.plans import DRIVER_CPUS, TrialPlan, WorkerPlan
 from harma_ray.recipes import make_task
 from harma_ray.runs import REPORT_NAME, Run, describe_environment
 from harma_ray.tracking import EVENTS_FOLDER, write_hparams

@@ -14,12 +14,13 @@ from typing import Any
 
 from tabulate import tabulate
 
-from harma_ray.cluster import Cluster, TrialPlan, plan_trials, ray_cluster, require_shared_folder, require_visible
+from harma_ray.cluster import Cluster, ray_cluster, require_shared_folder, require_visible
 from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
 from harma_ray.loop import check_batch
+from harma_ray.plans import TrialPlan, plan_trials
 from harma_ray.report import results_table
 from harma_ray.runs import Run
 from harma_ray.session import absolute_paths, check_data

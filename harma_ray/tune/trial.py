@@ -24,13 +24,13 @@ import torch
 from torch import nn
 
 from harma_ray.checkpoint import list_checkpoints, read_meta
-from harma_ray.cluster import WorkerPlan
 from harma_ray.config import RunConfig, build_config, to_yaml
 from harma_ray.data.stream import Place, Reader, prefetched_batches
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
 from harma_ray.loop import finish_training, run_training, run_trial
+from harma_ray.plans import WorkerPlan
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
 from harma_ray.task import Task

@@ -14,11 +14,11 @@ from ray import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harma_ray.checkpoint import list_checkpoints
-from harma_ray.cluster import plan_trials
 from harma_ray.config import build_config, to_dict
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
+from harma_ray.plans import plan_trials
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
 from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition

@@ -1,19 +1,44 @@
 """Trials of several workers: Ray Train inside Ray Tune."""
 
+import contextlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 
 from harma_ray.checkpoint import list_checkpoints
-from harma_ray.cluster import plan_trials
 from harma_ray.cluster import ray_cluster as start_cluster
 from harma_ray.config import build_config
+from harma_ray.plans import plan_trials
 from harma_ray.recipes import recipe_config
 from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
 from harma_ray.tune.parameters import Range
 from harma_ray.tune.search import prepare_trials, run_search
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-9, high=1e-2, log=True)
+
+
+@contextlib.contextmanager
+def another_cluster():
+    """Another cluster on this machine, as of another user: Ray Train must not take it for its own."""
+    code = """
+from harma_ray.cluster import ray_cluster
+with ray_cluster(num_cpus=1):
+    print("up", flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "up\n"
+        yield
+        process.communicate("\n", timeout=60)
 
 
 @pytest.mark.ray
@@ -30,7 +55,8 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
         starts=({"optim.learning_rate": 1e-3}, {"optim.learning_rate": 1e-9}), limits=Limits(trials=3),
     )  # fmt: skip
     found = []
-    with start_cluster(num_cpus=2, dashboard=True) as cluster:
+    with another_cluster(), start_cluster(num_cpus=2, dashboard=True) as cluster:
+        assert os.environ["RAY_API_SERVER_ADDRESS"] == f"http://{cluster.dashboard}"
         for workers in (2, 1):
             wanted = replace(space, config=build_config(config, {"scaling.num_workers": workers}), concurrent=1)
             folder = tmp_path / str(workers)
@@ -38,6 +64,7 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
             plan = plan_trials(wanted.config, cluster, 1)
             assert plan.workers.num_workers == workers
             found.append(run_search(folder, wanted, plan, prepare_trials(wanted, plan), lambda event: None))
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
     for results in found:
         assert [trial.state for trial in results.trials] == ["complete", "stopped", "complete"]
         assert [len(trial.curve) for trial in results.trials][::2] == [2, 2]
