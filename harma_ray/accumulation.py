@@ -9,7 +9,7 @@ Batch Size under Memory Limited Setup" (GradCache, arXiv 2101.06983).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 class PartialForward:
     """Stands for a model in `Task.losses`; runs it over parts of the batch.
 
-    Call it once, compute the loss from its outputs, call ``backward`` on the loss, then `backward` here. Layers that
-    draw random numbers in training (dropout) would draw others the second time; the models here have none.
+    Call it once, compute the loss from its outputs, call ``backward`` on the loss, then `backward` here. What layers
+    draw at random (dropout) is drawn alike both times.
     """
 
     def __init__(self, model: nn.Module, num_parts: int):
@@ -36,8 +36,11 @@ class PartialForward:
     def __call__(self, *args: Tensor) -> dict[str, Tensor]:
         """Returns the outputs of the whole batch as leaves that collect gradients."""
         self._parts = list(zip(*(arg.chunk(self._num_parts) for arg in args), strict=True))
+        self._random_states, parts = [], []
         with torch.no_grad():
-            parts = [self._model(*part) for part in self._parts]
+            for part in self._parts:
+                self._random_states.append(_random_state(part))
+                parts.append(self._model(*part))
         self._outputs = {
             name: (torch.cat([part[name] for part in parts]) if value.ndim else value.detach().clone()).requires_grad_()
             for name, value in parts[0].items()
@@ -50,8 +53,9 @@ class PartialForward:
         Args:
             autocast: The context that the first pass ran in.
         """
-        start = 0
+        start, after = 0, _random_state(self._parts[0])
         for number, part in enumerate(self._parts):
+            _set_random_state(part, self._random_states[number])
             last = number == len(self._parts) - 1
             stop = start + len(part[0])
             hold = isinstance(self._model, DistributedDataParallel) and not last
@@ -68,3 +72,16 @@ class PartialForward:
                     pairs.append((output, grad[start:stop] if output.ndim else grad * last))
                 torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
             start = stop
+        _set_random_state(self._parts[0], after)
+
+
+def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Returns the state of the CPU's generator, and of the GPU's that tensors are on, if they are."""
+    device = tensors[0].device
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(tensors: Sequence[Tensor], state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], tensors[0].device)

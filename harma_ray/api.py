@@ -17,9 +17,9 @@ from torch import Tensor
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.images import BadImage, decode_image, to_rgb
 from harma_ray.data.transforms import eval_transform
+from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
-from harma_ray.recipes.harma import encode_texts
 from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import open_run
 

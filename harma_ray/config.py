@@ -59,16 +59,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule: linear warm-up, then linear, cosine or no decay."""
+    """The optimiser and its schedule: linear warm-up, then linear, cosine or no decay."""
 
+    name: Literal["adamw", "adam"] = "adamw"
+    """Adam with decoupled weight decay, or with the decay added to the gradient."""
     learning_rate: float = 4e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's coefficients (HarMA's)."""
+    """Coefficients of the running means (HarMA's)."""
     epsilon: float = 1e-8
-    """AdamW's denominator offset."""
+    """Offset of the denominator."""
     weight_decay: float = 0.04
-    """Decoupled weight decay (HarMA's)."""
+    """Weight decay (HarMA's)."""
     no_decay: tuple[str, ...] = ("bias",)
     """Parameters whose names contain one of these are not decayed (HarMA's rule)."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -19,7 +19,6 @@ from harma_ray.engine import default_place, evaluate_split
 from harma_ray.errors import UserError
 from harma_ray.exchange import export_checkpoint
 from harma_ray.files import output_path
-from harma_ray.metrics import chance_recalls
 from harma_ray.pictures import retrieval_sheet
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
@@ -78,7 +77,7 @@ def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
     for split in ("val", "test"):
         before = evaluate_split(task, frozen, task.build_model(), split, place=place, reader=local_batches)
         details = before.details
-        chance = chance_recalls(details.image_of_text, details.texts, num_images=len(details.image_embeddings))
+        chance = details.chance()
         after = adapted.report["metrics"][split]
         results = {"chance": chance, "step 0": before.metrics, "adapted": after}
         rows += [[split, kind, *(metrics[name] for name in _METRICS)] for kind, metrics in results.items()]

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harma_ray.checkpoint import read_meta
-from harma_ray.cluster import quiet_data
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.schema import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
@@ -58,7 +57,9 @@ def embed(
         UserError: If there is nothing to encode, a shard is damaged, more than `max_bad` images are unreadable, the
             cluster has too few GPUs, or `out` exists.
     """
-    import ray.data
+    import ray
+
+    from harma_ray.data.ray_stream import map_in_actors
 
     for name, value, low in (("batch_size", batch_size, 1), ("num_actors", num_actors, 1), ("max_bad", max_bad, 0)):
         if value < low:
@@ -73,17 +74,9 @@ def embed(
     if not items:
         raise UserError(f"{data} is neither a converted data set nor a folder with images ({', '.join(SUFFIXES)})")
     checkpoint, width = run.best_checkpoint(), _load(run, "cpu").model.embedding_width  # mistakes show before Ray works
-    quiet_data()
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    blocks = min(len(items), 200)
-    dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        _Encoder,
-        fn_constructor_kwargs={"run": run, "device": "cuda" if use_gpu else "cpu", "num_actors": num_actors},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_gpus=1 if use_gpu else 0,
-    )
+    device = "cuda" if use_gpu else "cpu"
+    settings = {"run": run, "device": device, "num_actors": num_actors}
+    dataset = map_in_actors(items, _Encoder, settings, num_actors=num_actors, use_gpu=use_gpu)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -170,7 +163,7 @@ class _Encoder:
         return pa.concat_tables([self._encode(item) for item in table.to_pylist()])
 
     def _encode(self, item: dict[str, Any]) -> pa.Table:
-        from harma_ray.recipes.harma import encode_texts
+        from harma_ray.encoding import encode_texts
 
         try:
             rows = list(_read_items(item))

@@ -1,19 +1,12 @@
-"""Weights in and out: released HarMA files, open_clip state dicts, plain adapter files."""
+"""Weights in and out: released HarMA and CLIP4Cir files, open_clip state dicts, plain adapter files."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,12 +20,15 @@ from harma_ray.checkpoint import (
     save_checkpoint,
     trainable_tensors,
 )
+from harma_ray.composed_exchange import COMBINER_MARK, Imported, describe_combiner, import_combiner, write_composed
 from harma_ray.config import build_config, config_hash, flat_settings, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
 from harma_ray.models.backbones import check_file_activation
 from harma_ray.models.clip import DualEncoder, build_clip
+from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.foreign import describe_tensors, guess_architecture, read_foreign, read_metadata
+from harma_ray.models.output import making, replacing
 from harma_ray.models.released import from_released, to_released
 from harma_ray.models.weights import backbone_fingerprint, check_fit, read_state_dict
 from harma_ray.recipes import make_task
@@ -66,13 +62,17 @@ def export_checkpoint(run: Run, format: str, out_file: str | Path, *, overwrite:
     if format not in FORMATS:
         raise UserError(f"the format must be one of {', '.join(FORMATS)}, got `{format}`")
     model, config = run.load_model(), run.config
+    if isinstance(model, ComposedRetriever):
+        with replacing(path) as partial:
+            write_composed(model, run, format, partial)
+        return path
     assert isinstance(model, DualEncoder)
     assert isinstance(config, HarmaConfig)
     if format == "open_clip" and config.model.tuning == "adapters":
         raise UserError("a model with adapters is no plain CLIP; export it as `released` or `adapter`")
     if format == "adapter" and config.model.tuning == "none":
         raise UserError(f"run {run.path} trained nothing (model.tuning is none); export it as `open_clip`")
-    with _replacing(path) as partial:
+    with replacing(path) as partial:
         if format == "released":
             state = {name: tensor.clone() for name, tensor in to_released(model).items()}
             torch.save({"model": state, "config": to_dict(config)}, partial)
@@ -90,24 +90,10 @@ def export_checkpoint(run: Run, format: str, out_file: str | Path, *, overwrite:
     return path
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an import made."""
-
-    path: Path
-    """A run's folder, or a backbone file."""
-    text: str
-    """What it holds and how to use it."""
-
-    def describe(self) -> str:
-        """Returns what was made and how to use it."""
-        return f"wrote {self.path}\n{self.text}"
-
-
 def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Imported:
     """Turns a file of others into something this program uses.
 
-    A released HarMA file becomes a run; a GeoRSCLIP or other open_clip state dict becomes a backbone file.
+    A released HarMA file or Combiner becomes a run; GeoRSCLIP's, CLIP4Cir's or another CLIP becomes a backbone file.
 
     Args:
         file: What to read; nothing in it is executed.
@@ -123,10 +109,12 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     state = read_foreign(path)
     if _has(state, _ADAPTER_MARK):
         return _import_released(path, state, config, folder)
+    if COMBINER_MARK in state:
+        return import_combiner(path, state, config, folder)
     if _has(state, _OWN_ADAPTER_MARK):
         raise UserError(f"{path} is an adapter file, which needs no import; evaluate it with --checkpoint {path}")
     model = build_clip(config.model.architecture, str(path))
-    with _making(folder) as made:
+    with making(folder) as made:
         made.mkdir()
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, made / BACKBONE_NAME)
     return Imported(
@@ -141,7 +129,7 @@ def _import_released(path: Path, state: dict[str, Tensor], config: Any, folder: 
     config = build_config(config, {"model.pretrained": str(folder / BACKBONE_NAME)})
     base = {name: t.contiguous() for name, t in model.clip.state_dict().items() if _OWN_ADAPTER_MARK not in name}
     backbone = backbone_fingerprint(model)
-    with _making(folder) as made:
+    with making(folder) as made:
         run = create_run(made.parent, made.name, config)
         save_file(base, made / BACKBONE_NAME)
         meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, backbone)
@@ -181,6 +169,8 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         load_weights(path, model, backbone=backbone_fingerprint(model))
         return model.eval()
     state = read_foreign(path)
+    if COMBINER_MARK in state:
+        raise UserError(f"{path} is a Combiner without its CLIP; import it first: launch.py checkpoint import")
     if "visual.conv1.weight" in state:
         raise UserError(f"{path} is a plain CLIP; evaluate it with --zero-shot --set model.pretrained={path}")
     if path.suffix != ".safetensors" or _has(state, _ADAPTER_MARK):
@@ -231,6 +221,8 @@ def describe_file(path: str | Path) -> str:
         )
     elif _has(state, _ADAPTER_MARK):
         title = f"released HarMA file {path}: {guess_architecture(state)}"
+    elif COMBINER_MARK in state:
+        title = f"released CLIP4Cir Combiner {path}: {describe_combiner(state)}"
     elif "visual.conv1.weight" in state and "token_embedding.weight" in state:
         title = f"open_clip state dict {path}: {guess_architecture(state)}"
     else:
@@ -272,38 +264,3 @@ def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:
 
 def _has(state: dict[str, Tensor], mark: str) -> bool:
     return any(mark in name for name in state)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a file to write, which takes the place of `path` if nothing fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    with _write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _making(folder: Path) -> Iterator[Path]:
-    """Gives a folder to make, which becomes `folder` if nothing fails."""
-    with _write_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            yield work / folder.name
-            (work / folder.name).rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the others on a full disk
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"cannot write {path} ({reason}); check the folder and its free space") from error

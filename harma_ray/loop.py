@@ -343,7 +343,8 @@ class _Training:
                 "cuda_rng": cuda_rng,
             }
             save_checkpoint(self._run_dir, meta, self._model, state)
-            prune_checkpoints(self._run_dir, self._task.objective, config.train.keep_checkpoints)
+            objectives = (self._task.objective, *self._task.other_objectives)
+            prune_checkpoints(self._run_dir, objectives, config.train.keep_checkpoints)
         barrier()
 
     def _restore(self, path: Path) -> None:

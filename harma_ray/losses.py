@@ -1,4 +1,4 @@
-"""Losses between the image and text features of one global batch.
+"""Losses between the features of one global batch: of images and texts, or of composed queries and target images.
 
 Pure functions. They take features that are L2-normalised already and gathered over all workers, and return one scalar
 tensor. Where the batch is spread over W workers every worker calls them on the same gathered rows; see
@@ -209,6 +209,34 @@ def affiliation_loss(
         return (F.cross_entropy(image_logits, target) + F.cross_entropy(text_logits.T, target)) / 2
 
 
+def composed_loss(query: Tensor, target: Tensor, *, scale: float = 100.0) -> Tensor:
+    """Cross-entropy of composed queries over the target images of the batch (one-way InfoNCE).
+
+    With ``logits = scale * query @ target.T`` the loss is the mean over the rows i of ``-log softmax(logits_i.)_i``;
+    there is no term from target to query. Source: CLIP4Cir (Baldrati et al., CVPR 2022), both stages of the released
+    code.
+
+    A target image that several rows share is a negative in all rows but its own column's, as in the released code; the
+    loss then does not reach 0.
+
+    Args:
+        query: [N, E] composed queries, L2-normalised.
+        target: [N, E] target images, L2-normalised.
+        scale: Factor of the cosine similarities, fixed, >= 0.
+
+    Returns:
+        Scalar >= 0, float32 (float64 for float64 features).
+
+    Raises:
+        UserError: ``scale`` is negative or not finite.
+        ValueError: Shapes or dtypes do not fit.
+    """
+    _require_not_negative("scale", scale)
+    query, target = _as_pairs(query, target, names=("query", "target"))
+    with _no_autocast(query):
+        return F.cross_entropy(scale * query @ target.T, torch.arange(len(query), device=query.device))
+
+
 def _weighted_hinge_sum(excess: Tensor, gamma: float) -> Tensor:
     """Sum (1 - exp(-c))^gamma * c over c = max(0, excess), with zero gradient wherever c is 0."""
     # The smallest normal number instead of 0: below it, the derivative of the power overflows for gamma near 0.
@@ -239,14 +267,16 @@ def _hinge_arguments(
     return row_excess, column_excess
 
 
-def _as_pairs(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Check paired features and return both in their common dtype, float32 at least."""
-    _require_features("image", image)
-    _require_features("text", text)
-    if image.shape != text.shape:
-        raise ValueError(f"`image` and `text` must have one shape, got {list(image.shape)} and {list(text.shape)}.")
-    dtype = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
-    return image.to(dtype), text.to(dtype)
+def _as_pairs(first: Tensor, second: Tensor, names: tuple[str, str] = ("image", "text")) -> tuple[Tensor, Tensor]:
+    """Return both in their common dtype, float32 at least."""
+    for name, features in zip(names, (first, second), strict=True):
+        _require_features(name, features)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"`{names[0]}` and `{names[1]}` must have one shape, got {list(first.shape)} and {list(second.shape)}."
+        )
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    return first.to(dtype), second.to(dtype)
 
 
 def _as_temperature(temperature: Tensor | float, like: Tensor) -> Tensor | float:

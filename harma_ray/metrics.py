@@ -5,7 +5,7 @@ Shapes: Q queries, E embedding width, N images, M texts.
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -58,6 +58,13 @@ class RetrievalResult:
     image_to_text_ranks_by_text: Tensor
     text_to_image_ranks_by_text: Tensor
     image_index_of_text: Tensor
+
+    METRICS: ClassVar[tuple[str, ...]] = tuple(
+        f"{name}{suffix}"
+        for suffix in ("", "_text")
+        for name in (*(f"{side}_r{k}" for side in ("txt", "img") for k in RECALL_KS), "r_mean")
+    )
+    """Names of `metrics`, in their order."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -166,23 +173,48 @@ def bootstrap_interval(
         seed: of the resampling; the same seed gives the same interval.
         level: share of the samples inside the interval, between 0 and 1.
     """
-    if num_samples < 1 or not 0 < level < 1:
-        raise UserError(f"`num_samples` >= 1 and 0 < `level` < 1 must hold, but got {num_samples} and {level}")
+    check_resampling(num_samples, level)
     num_images = len(result.image_to_text_ranks)
     image_of_query = (np.arange(num_images), result.image_index_of_text.numpy()) * 2
     columns = []  # of each image: its number of queries, then their hits at each k; for each kind of ranks
     for images, ranks in zip(image_of_query, result._all_ranks(), strict=True):
         columns.append(np.bincount(images, minlength=num_images))
         columns += [np.bincount(images[ranks.numpy() < k], minlength=num_images) for k in RECALL_KS]
-    per_image = np.stack(columns, axis=1).astype(np.float64)
-    generator = np.random.default_rng(seed)
-    sums = np.empty((num_samples, per_image.shape[1]))
-    for sample in range(num_samples):
-        drawn = generator.integers(num_images, size=num_images)
-        sums[sample] = np.bincount(drawn, minlength=num_images) @ per_image
-    counts = sums.reshape(num_samples, 4, 1 + len(RECALL_KS))
+    sums = resampled_sums(np.stack(columns, axis=1), num_samples, np.random.default_rng(seed))
+    counts = sums.reshape(-1, 4, 1 + len(RECALL_KS))
     recalls = 100.0 * counts[:, :, 1:] / counts[:, :, :1]
     samples = _named_recalls([dict(zip(RECALL_KS, recalls[:, kind].T, strict=True)) for kind in range(4)])
+    return percentile_intervals(samples, level)
+
+
+def check_resampling(num_samples: int, level: float) -> None:
+    """Raises UserError unless a bootstrap of so many samples can give an interval of this level."""
+    if num_samples < 1 or not 0 < level < 1:
+        raise UserError(f"`num_samples` >= 1 and 0 < `level` < 1 must hold, but got {num_samples} and {level}")
+
+
+def resampled_sums(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
+    """Column sums of bootstrap samples: as many rows as there are, drawn with replacement.
+
+    Args:
+        values: [units, columns], what each unit that is drawn adds.
+        num_samples: bootstrap samples.
+        generator: draws one `integers(units, size=units)` a sample.
+
+    Returns:
+        float64 [num_samples, columns].
+    """
+    values = values.astype(np.float64)
+    num_units = len(values)
+    sums = np.empty((num_samples, values.shape[1]))
+    for sample in range(num_samples):
+        drawn = generator.integers(num_units, size=num_units)
+        sums[sample] = np.bincount(drawn, minlength=num_units) @ values
+    return sums
+
+
+def percentile_intervals(samples: Mapping[str, np.ndarray], level: float) -> dict[str, tuple[float, float]]:
+    """Bounds of the middle part of each metric's bootstrap samples that holds the share `level` of them."""
     tails = ((1 - level) / 2, (1 + level) / 2)
     intervals = {name: np.quantile(values, tails) for name, values in samples.items()}
     return {name: (float(low), float(high)) for name, (low, high) in intervals.items()}

@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from harma_ray.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device | str = "cpu") -> torch.optim.AdamW:
-    """Returns AdamW over the trainable parameters, some of them without weight decay, chosen by name."""
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device | str = "cpu") -> torch.optim.Adam:
+    """Returns the optimiser over the trainable parameters, some of them without weight decay, chosen by name."""
     decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -21,13 +21,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device 
     groups = [group for group in groups if group["params"]]
     if not groups:  # zero-shot: an optimiser of nothing, so that the loop needs no second path
         groups = [{"params": [nn.Parameter(torch.zeros((), device=device))]}]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.epsilon,
-        fused=True,
-    )
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimConfig) -> float:

@@ -1,4 +1,4 @@
-"""Pictures of a retrieval: queries with what the model found for them.
+"""Pictures of a retrieval: queries with what the model found for them; the pieces that such pictures are made of.
 
 Shapes: N images, M texts, E embedding, Q queries, k results of a query.
 """
@@ -34,13 +34,15 @@ EQUAL: Colour = (30, 100, 220)
 WRONG: Colour = (205, 60, 50)
 """Red: anything else."""
 
+INK: Colour = (25, 28, 32)
+FAINT: Colour = (110, 116, 124)
+RULE: Colour = (222, 225, 229)
+MARGIN = 16
+"""Left and right of a sheet, in pixels."""
+GAP = 10
+"""Between images, in pixels."""
 _BACKGROUND = (255, 255, 255)
-_INK = (25, 28, 32)
-_FAINT = (110, 116, 124)
-_RULE = (222, 225, 229)
 _PADDING = (236, 238, 240)
-_MARGIN = 16
-_GAP = 10
 _FRAME = 4  # width of a right image's frame, in pixels; a wrong one has a line of 1
 
 
@@ -128,10 +130,14 @@ def choose_queries(details: RetrievalDetails, num_queries: int, seed: int) -> tu
         Up to `num_queries` rows, and as many texts.
     """
     rng = np.random.default_rng(seed)
-    num_images = len(details.image_embeddings)
-    bounds = np.linspace(0, num_images, min(num_queries, num_images) + 1).astype(np.int64)
-    rows = [int(rng.integers(low, high)) for low, high in itertools.pairwise(bounds)]
+    rows = choose_spread(len(details.image_embeddings), num_queries, rng)
     return rows, [int(rng.choice((details.image_of_text == row).nonzero()[:, 0].numpy())) for row in rows]
+
+
+def choose_spread(size: int, count: int, rng: np.random.Generator) -> list[int]:
+    """Draws one number from each of `count` equal parts of ``range(size)``; all numbers if there are no more."""
+    bounds = np.linspace(0, size, min(count, size) + 1).astype(np.int64)
+    return [int(rng.integers(low, high)) for low, high in itertools.pairwise(bounds)]
 
 
 def retrieval_sheet(
@@ -156,93 +162,131 @@ def retrieval_sheet(
     text_scores, text_items = top_k(details.image_embeddings[rows], details.text_embeddings, min(k, num_texts))
     needed = sorted({*rows, *image_items.flatten().tolist()})
     thumbs = dict(zip(needed, read_images(split, needed, longest_side=thumb), strict=True))
-    page = _Layout.of(thumb, image_items.shape[1])
+    page = Layout.of(thumb, max(240, round(2.2 * thumb)), image_items.shape[1] * (thumb + GAP))
     strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images")]
     for text, scores, items in zip(texts, image_scores.tolist(), image_items.tolist(), strict=True):
-        strips.append(page.text_query(details, text, items, scores, [thumbs[row] for row in items]))
+        strips.append(_text_query(page, details, text, items, scores, [thumbs[row] for row in items]))
     strips.append(page.heading("Image to text", f"the first {text_items.shape[1]} of {num_texts:,} captions"))
     for row, scores, items in zip(rows, text_scores.tolist(), text_items.tolist(), strict=True):
-        strips.append(page.image_query(details, row, thumbs[row], items, scores))
-    strips.append(page.legend())
-    return _stack(strips, page.width)
+        strips.append(_image_query(page, details, row, thumbs[row], items, scores))
+    strips.append(page.legend([(RIGHT, "right"), (EQUAL, "equal caption, other image"), (WRONG, "wrong")]))
+    return page.stack(strips)
+
+
+def _text_query(
+    page: Layout,
+    details: RetrievalDetails,
+    text: int,
+    items: list[int],
+    scores: list[float],
+    found: list[Image.Image],
+) -> Image.Image:
+    strip, draw = page.strip(max(page.thumb + page.line, 5 * page.line) + 2 * GAP)
+    lines = wrap(
+        details.texts[text], load_font(page.size), page.left - MARGIN - 2 * GAP, max(3, page.thumb // page.line)
+    )
+    page.write(draw, (MARGIN, 0), lines)
+    note = f"own image at rank {int(details.result.text_to_image_ranks[text]) + 1:,}"
+    page.write(draw, (MARGIN, len(lines) * page.line), [note], FAINT)
+    for place, (image, score, colour) in enumerate(
+        zip(found, scores, verdict_of_images(details, text, items), strict=True)
+    ):
+        page.result(strip, page.left + place * (page.thumb + GAP), image, colour, [f"{score:.3f}"])
+    return strip
+
+
+def _image_query(
+    page: Layout, details: RetrievalDetails, row: int, image: Image.Image, items: list[int], scores: list[float]
+) -> Image.Image:
+    left, indent = MARGIN + page.thumb + 2 * GAP, 10 + 4 * page.size
+    room = page.width - MARGIN - left - indent
+    captions = [wrap(details.texts[text], load_font(page.size, bold=True), room, 2) for text in items]
+    strip, draw = page.strip(max(page.thumb + page.line, page.line * sum(map(len, captions))) + 2 * GAP)
+    strip.paste(framed(image, page.thumb, None), (MARGIN, 0))
+    note = f"rank {int(details.result.image_to_text_ranks[row]) + 1:,}"
+    page.write(draw, (MARGIN, page.thumb + 1), [note], FAINT)
+    top = 0
+    for lines, score, colour in zip(captions, scores, verdict_of_texts(details, row, items), strict=True):
+        bar = _FRAME if colour != WRONG else 1
+        draw.rectangle((left, top + 1, left + bar - 1, top + len(lines) * page.line - 4), fill=colour)
+        page.write(draw, (left + 10, top), [f"{score:.3f}"], FAINT)
+        page.write(draw, (left + indent, top), lines, INK if colour == WRONG else colour, bold=colour != WRONG)
+        top += len(lines) * page.line
+    return strip
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Sizes of a sheet, in pixels, and its strips, each as wide as the sheet."""
+class Layout:
+    """Sizes of a sheet, in pixels, and its pieces: strips as wide as the sheet, one below another."""
 
     thumb: int
+    """Side of a small image."""
     size: int
+    """Of the font."""
     line: int
+    """Height of a line of text."""
     left: int
+    """Where the results begin; the query stands left of it."""
     width: int
+    """Of the sheet."""
 
     @staticmethod
-    def of(thumb: int, num_results: int) -> _Layout:
+    def of(thumb: int, query_width: int, results_width: int) -> Layout:
+        """Makes a sheet at least 700 pixels wide, with text in proportion to its small images."""
         size = max(12, round(thumb / 7))
-        left = _MARGIN + max(240, round(2.2 * thumb))
-        return _Layout(thumb, size, round(size * 1.4), left, max(700, left + num_results * (thumb + _GAP) + _MARGIN))
+        left = MARGIN + query_width
+        return Layout(thumb, size, round(size * 1.4), left, max(700, left + results_width + MARGIN))
 
-    def _strip(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    def strip(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+        """Returns an empty strip and what draws on it."""
         strip = Image.new("RGB", (self.width, height), _BACKGROUND)
         return strip, ImageDraw.Draw(strip)
 
-    def _write(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], ink: Colour, **font) -> None:
+    def write(
+        self, draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], ink: Colour = INK, *, bold: bool = False
+    ) -> None:
+        """Writes lines whose upper left corner is `at`."""
         for number, text in enumerate(lines):
-            draw.text((at[0], at[1] + number * self.line), text, ink, load_font(self.size, **font))
+            draw.text((at[0], at[1] + number * self.line), text, ink, load_font(self.size, bold=bold))
+
+    def result(
+        self, strip: Image.Image, left: int, image: Image.Image, colour: Colour | None, notes: list[str]
+    ) -> None:
+        """Draws an image at the top of a strip, framed as `framed` does it, with short lines centred below."""
+        strip.paste(framed(image, self.thumb, colour), (left, 0))
+        draw, font = ImageDraw.Draw(strip), load_font(self.size)
+        for number, note in enumerate(notes):
+            at = (left + self.thumb / 2, self.thumb + 1 + number * self.line)
+            draw.text(at, note, FAINT, font, anchor="ma")
 
     def heading(self, title: str, note: str) -> Image.Image:
-        strip, draw = self._strip(3 * self.line)
-        draw.text((_MARGIN, self.line // 2), title, _INK, load_font(round(1.3 * self.size), bold=True))
-        draw.text((self.left, round(0.7 * self.line)), note, _FAINT, load_font(self.size))
-        draw.line((_MARGIN, round(2.3 * self.line), self.width - _MARGIN, round(2.3 * self.line)), _RULE)
+        """Returns a strip with a title and, above the results, a note."""
+        strip, draw = self.strip(3 * self.line)
+        draw.text((MARGIN, self.line // 2), title, INK, load_font(round(1.3 * self.size), bold=True))
+        draw.text((self.left, round(0.7 * self.line)), note, FAINT, load_font(self.size))
+        draw.line((MARGIN, round(2.3 * self.line), self.width - MARGIN, round(2.3 * self.line)), RULE)
         return strip
 
-    def legend(self) -> Image.Image:
-        strip, draw = self._strip(2 * self.line)
-        left = float(_MARGIN)
-        for colour, text in ((RIGHT, "right"), (EQUAL, "equal caption, other image"), (WRONG, "wrong")):
+    def legend(self, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
+        """Returns a strip that tells what frames and numbers mean."""
+        strip, draw = self.strip(2 * self.line)
+        left = float(MARGIN)
+        for colour, text in entries:
             width = _FRAME if colour != WRONG else 1
             draw.rectangle((left, 2, left + self.size, 2 + self.size), outline=colour, width=width)
-            draw.text((left + 1.5 * self.size, 0), text, _FAINT, load_font(self.size))
+            draw.text((left + 1.5 * self.size, 0), text, FAINT, load_font(self.size))
             left += 4 * self.size + load_font(self.size).getlength(text)
-        draw.text((left, 0), "number: cosine", _FAINT, load_font(self.size))
+        draw.text((left, 0), "number: cosine", FAINT, load_font(self.size))
         return strip
 
-    def text_query(
-        self, details: RetrievalDetails, text: int, items: list[int], scores: list[float], found: list[Image.Image]
-    ) -> Image.Image:
-        strip, draw = self._strip(max(self.thumb + self.line, 5 * self.line) + 2 * _GAP)
-        font = load_font(self.size)
-        lines = wrap(details.texts[text], font, self.left - _MARGIN - 2 * _GAP, max(3, self.thumb // self.line))
-        self._write(draw, (_MARGIN, 0), lines, _INK)
-        note = f"own image at rank {int(details.result.text_to_image_ranks[text]) + 1:,}"
-        self._write(draw, (_MARGIN, len(lines) * self.line), [note], _FAINT)
-        colours = verdict_of_images(details, text, items)
-        for place, (image, score, colour) in enumerate(zip(found, scores, colours, strict=True)):
-            left = self.left + place * (self.thumb + _GAP)
-            strip.paste(framed(image, self.thumb, colour), (left, 0))
-            draw.text((left + self.thumb / 2, self.thumb + 1), f"{score:.3f}", _FAINT, font, anchor="ma")
-        return strip
-
-    def image_query(
-        self, details: RetrievalDetails, row: int, image: Image.Image, items: list[int], scores: list[float]
-    ) -> Image.Image:
-        left, indent = _MARGIN + self.thumb + 2 * _GAP, 10 + 4 * self.size
-        room = self.width - _MARGIN - left - indent
-        captions = [wrap(details.texts[text], load_font(self.size, bold=True), room, 2) for text in items]
-        strip, draw = self._strip(max(self.thumb + self.line, self.line * sum(map(len, captions))) + 2 * _GAP)
-        strip.paste(framed(image, self.thumb, None), (_MARGIN, 0))
-        note = f"rank {int(details.result.image_to_text_ranks[row]) + 1:,}"
-        self._write(draw, (_MARGIN, self.thumb + 1), [note], _FAINT)
+    def stack(self, strips: Sequence[Image.Image]) -> Image.Image:
+        """Returns the sheet of some strips."""
+        sheet = Image.new("RGB", (self.width, sum(strip.height for strip in strips)), _BACKGROUND)
         top = 0
-        for lines, score, colour in zip(captions, scores, verdict_of_texts(details, row, items), strict=True):
-            bar = _FRAME if colour != WRONG else 1
-            draw.rectangle((left, top + 1, left + bar - 1, top + len(lines) * self.line - 4), fill=colour)
-            self._write(draw, (left + 10, top), [f"{score:.3f}"], _FAINT)
-            self._write(draw, (left + indent, top), lines, _INK if colour == WRONG else colour, bold=colour != WRONG)
-            top += len(lines) * self.line
-        return strip
+        for strip in strips:
+            sheet.paste(strip, (0, top))
+            top += strip.height
+        return sheet
 
 
 def framed(image: Image.Image, side: int, colour: Colour | None) -> Image.Image:
@@ -287,12 +331,3 @@ def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
     assert found.origin is not None
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / name), size)
-
-
-def _stack(strips: list[Image.Image], width: int) -> Image.Image:
-    sheet = Image.new("RGB", (width, sum(strip.height for strip in strips)), _BACKGROUND)
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet

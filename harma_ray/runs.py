@@ -57,17 +57,23 @@ class Run:
         path = self.path / REPORT_NAME
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def best_checkpoint(self) -> Path:
+    def best_checkpoint(self, metric: str | None = None) -> Path:
         """Returns the checkpoint with the best objective so far; the last one if none was evaluated (an import).
 
+        Args:
+            metric: What to judge by; None = the recipe's objective.
+
         Raises:
-            UserError: If there is none.
+            UserError: If there is none, or none with that metric.
         """
         checkpoints = list_checkpoints(self.path)
         if not checkpoints:
             raise UserError(f"run {self.path} has no checkpoint yet")
-        objective = self.task.objective
+        objective = metric or self.task.objective
         rated = [path for path in checkpoints if objective in read_meta(path).metrics]
+        if metric and not rated:
+            known = ", ".join(read_meta(checkpoints[-1]).metrics) or "none"
+            raise UserError(f"no checkpoint of {self.path} has the metric `{metric}` (there are {known})")
         return max(rated, key=lambda path: read_meta(path).metrics[objective]) if rated else checkpoints[-1]
 
     @contextlib.contextmanager

@@ -21,9 +21,9 @@ from harma_ray.data.stream import local_batches
 from harma_ray.engine import default_place, evaluate_split, parameters_without_gradient
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model
+from harma_ray.features import with_features
 from harma_ray.files import output_path, write_text
 from harma_ray.loop import check_batch
-from harma_ray.metrics import bootstrap_interval, chance_recalls
 from harma_ray.plans import plan_workers
 from harma_ray.recipes import make_task
 from harma_ray.report import results_table, write_report
@@ -87,24 +87,23 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
 def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any]:
     """Trains a run on a cluster that is there, with progress, and prints the results."""
     config = run.config
-    plan = plan_workers(config, cluster)
     order = planned_order(config)
-    split = order.split
     steps = order.steps_per_epoch * config.train.epochs
     print(f"\nrun        {run.path}")
     print(f"recipe     {config.recipe}, seed {config.seed}")
-    print(f"data       {config.data.path}: {split.manifest.rows} images, {order.num_samples} pairs in {split.name}")
+    print(f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch")
     print(
-        f"steps      {config.train.epochs} epochs x {order.steps_per_epoch} steps of "
-        f"{config.train.global_batch_size} pairs"
+        f"steps      {config.train.epochs} epochs x {order.steps_per_epoch} steps of {config.train.global_batch_size} "
+        "samples"
     )
-    print(f"workers    {plan.describe()}")
+    print(f"workers    {plan_workers(config, cluster).describe()}")
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
     print(f"watch      tensorboard --logdir {run.path.parent}", flush=True)
     try:
         with run.locked():
-            train(run, cluster, on_record=_Progress(steps, started))
+            ready = Run(run.path, with_features(config, run.path, cluster))
+            train(ready, cluster, on_record=_Progress(steps, started))
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: launch.py train --resume {run.path}")
         raise
@@ -188,10 +187,8 @@ def evaluate_and_print(
         place = default_place(config)
         evaluation = evaluate_split(task, config, model, split, place=place, reader=local_batches)
     details = evaluation.details
-    intervals = bootstrap_interval(details.result)
-    chance = chance_recalls(details.image_of_text, details.texts, num_images=len(details.image_embeddings))
-    print(f"{data.path}: {data.manifest.rows} images, {data.manifest.captions} captions, "
-          f"{time.perf_counter() - started:.1f} s")  # fmt: skip
+    intervals, chance = details.intervals(), details.chance()
+    print(f"{data.path}: {data.describe()}, {time.perf_counter() - started:.1f} s")
     print(results_table(evaluation.metrics, intervals, chance))
     outcome = {
         "split": split, "data": str(data.path), "weights": file, "metrics": evaluation.metrics,
@@ -202,8 +199,9 @@ def evaluate_and_print(
         print(f"figures    {figures}")
     if folder:
         page = write_report(
-            folder, title=f"{config.recipe} on {split}", split=data, details=details,
-            metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
+            folder, title=f"{config.recipe} on {split}", sections=task.sections(evaluation, data),
+            subtitle=f"{data.path.parent.name}/{split}: {data.describe()}", metrics=evaluation.metrics,
+            intervals=intervals, chance=chance, model=model,
             settings=dataclasses.asdict(config), records=list(read_records(Path(file))) if file else [],
         )  # fmt: skip
         print(f"report     {page}")

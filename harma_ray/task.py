@@ -7,8 +7,8 @@ transforms, the losses and the evaluation. A task never touches rank, device, fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -63,14 +63,50 @@ class EvaluationData(Protocol):
         ...
 
 
+class Details(Protocol):
+    """What lies behind the metrics of an evaluation: embeddings, ranks, the task's own besides."""
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % bootstrap intervals of metrics."""
+        ...
+
+    def chance(self) -> dict[str, float]:
+        """Returns what metrics are expected to be for rankings drawn at random."""
+        ...
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; the same on every worker."""
+    """What an evaluation found; the metrics are the same on every worker."""
 
     metrics: dict[str, float]
     """Metric names and values, such as ``r_mean`` in percent."""
     details: Any = None
-    """The task's own: embeddings, ranks; used for pictures and reports."""
+    """On worker 0 the task's `Details`, for tables, pictures and pages."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page about an evaluation."""
+
+    name: str
+    """Short name, for links."""
+    title: str
+    html: str
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG files that go beside the page, by name."""
+
+
+@dataclass(frozen=True)
+class FeatureEncoder:
+    """Frozen encoders whose outputs may be computed once and trained on."""
+
+    encode_images: Callable[[Sequence[bytes], Sequence[str]], Tensor]
+    """Turns image files into fp32[B, F] on CPU; their names are for messages."""
+    encode_texts: Callable[[list[str]], Tensor]
+    """Turns texts into fp32[B, F] on CPU."""
+    identity: Mapping[str, Any]
+    """What the outputs depend on, the weights' fingerprint among it: features of equal identities are the same."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,16 @@ class Task(Protocol):
 
     objective: str
     """Metric of `evaluate` that selects the best epoch; higher is better."""
+
+    @property
+    def other_objectives(self) -> Sequence[str]:
+        """Metrics whose best checkpoints are kept too."""
+        ...
+
+    @property
+    def metric_names(self) -> Sequence[str]:
+        """Metrics that a search may have as objectives."""
+        ...
 
     def check(self, split: Split) -> None:
         """Raises UserError for settings that cannot work on a training split, as far as shows without the model."""
@@ -132,6 +178,28 @@ class Task(Protocol):
         """Returns points for TensorBoard's projector, or None; called on worker 0 alone."""
         ...
 
+    def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
+        """Returns what a page about an evaluation shows beside the table of metrics."""
+        ...
+
     def monitor(self, model: nn.Module) -> dict[str, float]:
         """Returns values worth watching, such as the temperature and the gates."""
+        ...
+
+
+@runtime_checkable
+class FeatureTask(Protocol):
+    """A task with frozen encoders whose outputs can be computed once, before training."""
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether the outputs of frozen encoders are to be computed once, before training."""
+        ...
+
+    def feature_encoder(self, device: str) -> FeatureEncoder:
+        """Builds these encoders."""
+        ...
+
+    def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
+        """Returns the texts that a query with some captions may be given."""
         ...

@@ -133,9 +133,10 @@ def on_workers(
 
 
 def read_paths(config: RunConfig) -> list[Path]:
-    """Returns what every worker reads: the data set, and the weights if they are a file."""
-    pretrained = Path(getattr(getattr(config, "model", None), "pretrained", ""))
-    return [Path(config.data.path), *([pretrained] if pretrained.is_file() else [])]
+    """Returns what every worker reads: the data set, and weights that lie on a disk."""
+    model = getattr(config, "model", None)
+    weights = [Path(getattr(model, name, "")) for name in ("pretrained", "tuned")]
+    return [Path(config.data.path), *(path for path in weights if path.is_file() or path.is_absolute())]
 
 
 def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ prepare_environment(own_cluster=True)  # before anything imports Ray
 
 from harma_ray.checkpoint import CheckpointMeta, save_checkpoint  # noqa: E402
 from harma_ray.config import build_config, config_hash  # noqa: E402
-from harma_ray.data.convert.commands import convert_scenes  # noqa: E402
+from harma_ray.data.convert.commands import convert_scenes, convert_scenes_cir  # noqa: E402
 from harma_ray.data.convert.tasks import map_serially  # noqa: E402
 from harma_ray.models.weights import backbone_fingerprint  # noqa: E402
 from harma_ray.recipes import make_task, recipe_config  # noqa: E402
@@ -41,6 +41,14 @@ def scenes(tmp_path_factory) -> Path:
     """A data set of drawn scenes: 40 train, 13 val, 11 test images of 64 px with 5 captions each."""
     out = tmp_path_factory.mktemp("scenes")
     convert_scenes(out, {"train": 40, "val": 13, "test": 11}, style="summer", size=64, map_tasks=map_serially)
+    return out
+
+
+@pytest.fixture(scope="session")
+def composed(tmp_path_factory) -> Path:
+    """A data set of composed retrieval: 40 train, 5 val, 4 test queries of drawn scenes of 64 px, 6 images each."""
+    out = tmp_path_factory.mktemp("composed")
+    convert_scenes_cir(out, {"train": 40, "val": 5, "test": 4}, style="summer", size=64, map_tasks=map_serially)
     return out
 
 

@@ -16,7 +16,7 @@ def test_the_best_evaluated_and_the_last_are_kept(tmp_path):
         metrics = {} if value is None else {"r_mean": value}
         meta = CheckpointMeta(step, step / 2, metrics, {}, "settings", "recipe", "backbone")
         save_checkpoint(tmp_path, meta, nn.Linear(1, 1), {"rng": torch.zeros(1)})
-    prune_checkpoints(tmp_path, "r_mean", 3)
+    prune_checkpoints(tmp_path, ["r_mean"], 3)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (2, 4, 6, 9)]
     prune_checkpoints(tmp_path, "r_mean", 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000009"]

@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema", "data.order",
-        "data.captions"],
+    0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema",
+        "data.order", "data.captions", "data.queries", "data.relative_captions"],
     1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.padding", "data.scenes"],
     2: ["cluster", "plans", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream",
-        "data.convert.", "engine", "pictures", "report", "figures", "page"],
-    3: ["recipes", "runs", "exchange", "tune.results", "tune.parameters", "tune.definition", "tune.located",
-        "tune.checks", "tune.space", "tune.study", "tune.scheduling", "tune.folder", "tune.drawing",
+        "data.convert.", "engine", "encoding", "pictures", "composed_pictures", "report", "figures", "page",
+        "image_text_page"],
+    3: ["recipes", "runs", "exchange", "composed_exchange", "tune.results", "tune.parameters", "tune.definition",
+        "tune.located", "tune.checks", "tune.space", "tune.study", "tune.scheduling", "tune.folder", "tune.drawing",
         "tune.figures", "tune.parameter_figures", "tune.importance", "tune.confirmed", "tune.scale", "tune.report",
         "tune.progress", "tune.sharing"],
-    4: ["loop", "train", "embed", "api", "tune.trial", "tune.search"],
+    4: ["loop", "train", "embed", "features", "predict", "api", "tune.trial", "tune.search"],
     5: ["session", "demo", "cli", "tune.session"],
 }  # fmt: skip
 

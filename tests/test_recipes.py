@@ -13,26 +13,35 @@ from harma_ray.engine import parameters_without_gradient
 from harma_ray.loop import run_training
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import RECIPES, make_task, recipe_config
+from harma_ray.recipes.clip4cir_config import Clip4CirConfig, CombinerConfig
 
 TINY = {
     "model.architecture": "scenes-tiny", "model.pretrained": "random", "train.global_batch_size": 40, "train.epochs": 2,
     "optim.learning_rate": 1e-3, "train.log_every_steps": 1,
 }  # fmt: skip
+SMALL_COMBINER = {"combiner.projection_dim": 64, "combiner.hidden_dim": 32}
 
 
 class Stop(Exception):
     pass
 
 
+def tiny_config(name, **changes):
+    base = recipe_config(name)
+    small = SMALL_COMBINER if isinstance(base, CombinerConfig) else {}
+    return build_config(base, {**TINY, **small, **changes})
+
+
 def distinct_recipes():
     """One recipe of those that differ in nothing but what is made tiny here."""
-    tiny = {name: replace(build_config(recipe_config(name), TINY), recipe="any") for name in RECIPES}
+    tiny = {name: replace(tiny_config(name), recipe="any") for name in RECIPES}
     return {config_hash(config): name for name, config in reversed(tiny.items())}.values()
 
 
 @pytest.fixture(scope="module", params=distinct_recipes())
-def config(request, scenes):
-    return build_config(recipe_config(request.param), {**TINY, "data.path": str(scenes)})
+def config(request, scenes, composed):
+    is_composed = isinstance(recipe_config(request.param), Clip4CirConfig)
+    return tiny_config(request.param, **{"data.path": str(composed if is_composed else scenes)})
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,20 @@ def first_batch(config):
     return next(stream.steps(0, 1))
 
 
+def outputs_of(config, model, batch):
+    """What the task asks of the model, and the inputs it gives."""
+    asked = []
+
+    def forward(*inputs):
+        asked.append(inputs)
+        return model(*inputs)
+
+    with torch.no_grad():
+        make_task(config).losses(forward, batch)
+        (inputs,) = asked
+        return model(*inputs), inputs
+
+
 def test_training_moves_what_is_declared_and_nothing_else(config, finished):
     declared = make_task(config).build_model()
     trained = dict(last_model(config, finished[0]).named_parameters())
@@ -78,19 +101,20 @@ def test_what_is_saved_computes_the_same_when_loaded(config, finished):
     path, report = finished
     model, batch = last_model(config, path), first_batch(config)
     again = last_model(config, path)
-    with torch.no_grad():
-        outputs, repeated = model(batch["image"], batch["text"]), again(batch["image"], batch["text"])
+    (outputs, _), (repeated, _) = outputs_of(config, model, batch), outputs_of(config, again, batch)
     assert all(torch.equal(outputs[name], repeated[name]) for name in outputs)
     assert report["metrics"].keys() == {"val", "test"}
 
 
 def test_items_of_a_batch_do_not_touch_each_other(config, finished):
     model, batch = last_model(config, finished[0]), first_batch(config)
+    whole, inputs = outputs_of(config, model, batch)
+    names = [name for name, output in whole.items() if output.ndim]
+    assert len(names) == 2
     with torch.no_grad():
-        whole = model(batch["image"], batch["text"])
         for item in (0, 7):
-            alone = model(batch["image"][item : item + 1], batch["text"][item : item + 1])
-            for name in ("image", "text"):
+            alone = model(*(tensor[item : item + 1] for tensor in inputs))
+            for name in names:
                 torch.testing.assert_close(alone[name], whole[name][item : item + 1], rtol=1e-4, atol=1e-5)
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from harma_ray.errors import UserError
 from harma_ray.figures import draw_curves, draw_embeddings, project
+from harma_ray.image_text_page import find_failures, image_text_sections
 from harma_ray.metrics import bootstrap_interval, chance_recalls
-from harma_ray.report import find_failures, parameter_table, results_table, write_report
+from harma_ray.report import parameter_table, results_table, write_report
 
 CAPTIONS = [[f"caption {i}", f"a second one of {i}"] for i in range(24)]
 RECORDS = [
@@ -38,7 +39,9 @@ def write(folder, split, details, **changes):
         "chance": chance_recalls(details.image_of_text, details.texts, num_images=len(details.image_embeddings)),
         "model": nn.Linear(2, 3), "settings": {"optim": {"learning_rate": 0.001}, "seed": 7}, "records": RECORDS,
     }  # fmt: skip
-    return write_report(folder, split=split, details=details, **{**options, **changes})
+    subtitle = f"{split.path.parent.name}/{split.name}: {split.describe()}"
+    sections = image_text_sections(details, split)
+    return write_report(folder, subtitle=subtitle, sections=sections, **{**options, **changes})
 
 
 class Page(HTMLParser):
@@ -219,10 +222,9 @@ def test_results_table_fits_a_terminal():
 
 def test_results_table_leaves_out_what_is_unknown():
     assert results_table({"txt_r1": 12.345, "score": 3.0}).splitlines() == [
-        "                            own pair right",
-        "metric                                   %",
-        "------------------------------------------",
-        "txt_r1  image to text R@1             12.3",
-        "score                                  3.0",
+        "metric                         %",
+        "--------------------------------",
+        "txt_r1  image to text R@1   12.3",
+        "score                        3.0",
     ]
     assert "chance" not in results_table({"r_mean": 1.0}, None, {})

@@ -14,18 +14,29 @@ from harma_ray.engine import autocast_of, evaluate_split, train_step, wrap_model
 from harma_ray.recipes import make_task, recipe_config
 
 BATCH = 24
+ADAPTERS = {"adapter.width": 16, "adapter.shared_width": 8, "adapter.num_heads": 4}
+COMBINER = {"combiner.projection_dim": 64, "combiner.hidden_dim": 32, "combiner.dropout": 0}
 CASES = {
-    "adapters": {},
-    "accumulated": {"train.accumulation": 3},
-    "full": {"model.tuning": "full", "loss.triplet": "plain"},
-    "no same-image negatives": {"loss.same_image_negatives": False, "adapter.share_across_modalities": True},
-}
+    "adapters": ("harma-scenes", ADAPTERS),
+    "accumulated": ("harma-scenes", {**ADAPTERS, "train.accumulation": 3}),
+    "full": ("harma-scenes", {"model.tuning": "full", "loss.triplet": "plain"}),
+    "no same-image negatives": (
+        "harma-scenes", {**ADAPTERS, "loss.same_image_negatives": False, "adapter.share_across_modalities": True}
+    ),
+    "composed": ("scenes-cir-finetune", {}),
+    "composed, accumulated": ("scenes-cir-finetune", {"train.accumulation": 3, "tuning.encoder": "text"}),
+    "combiner": ("scenes-cir-combiner", COMBINER),
+}  # fmt: skip
 
 
-def settings(scenes, case):
-    small = {"train.global_batch_size": BATCH, "adapter.width": 16, "adapter.shared_width": 8, "adapter.num_heads": 4,
-             "data.path": scenes}  # fmt: skip
-    return build_config(recipe_config("harma-scenes"), {**small, **CASES[case]})
+MEASURED = ("adapters", "composed", "combiner")
+
+
+def settings(data, case):
+    """Settings of a case; `data` are the paths of a data set of captions and of one of composed retrieval."""
+    recipe, changes = CASES[case]
+    small = {"train.global_batch_size": BATCH, "data.path": data[recipe.startswith("scenes-cir")]}
+    return build_config(recipe_config(recipe), {**small, **changes})
 
 
 def moved_model(task):
@@ -42,7 +53,7 @@ def moved_model(task):
 def losses_and_gradients(config, place):
     task = make_task(config)
     stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, place, local_batches)
-    batches = stream.steps(3, 1)
+    batches = stream.steps(3, 5)
     model = moved_model(task)
     forward = wrap_model(model, config.train, place)
     terms = train_step(task, forward, next(batches), config.train, autocast_of(config.train, torch.device("cpu")))
@@ -56,29 +67,34 @@ def figures(config, place, batch_size=4):
     return evaluate_split(task, config, moved_model(task), "val", place=place, reader=local_batches).metrics
 
 
-def work(rank, num_workers, folder, scenes):
+def work(rank, num_workers, folder, data):
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_workers,
         timeout=datetime.timedelta(seconds=90),
     )  # fmt: skip
     place = Place(rank=rank, world_size=num_workers)
-    result = {case: losses_and_gradients(settings(scenes, case), place) for case in CASES}
-    result["figures"] = figures(settings(scenes, "adapters"), place)
+    result = {case: losses_and_gradients(settings(data, case), place) for case in CASES}
+    result["figures"] = {case: figures(settings(data, case), place) for case in MEASURED}
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def data(scenes, composed):
+    return str(scenes), str(composed)
+
+
 @pytest.fixture(scope="module", params=[2, 3])
-def results(request, tmp_path_factory, scenes):
+def results(request, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp(f"workers{request.param}")
-    torch.multiprocessing.spawn(work, args=(request.param, str(folder), str(scenes)), nprocs=request.param)
+    torch.multiprocessing.spawn(work, args=(request.param, str(folder), data), nprocs=request.param)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_workers_give_the_losses_and_gradients_of_one(results, scenes, case):
-    config = settings(str(scenes), case)
+def test_workers_give_the_losses_and_gradients_of_one(results, data, case):
+    config = settings(data, case)
     terms, gradients = losses_and_gradients(replace(config, train=replace(config.train, accumulation=1)), Place())
     for result in results:
         found_terms, found = result[case]
@@ -91,8 +107,9 @@ def test_workers_give_the_losses_and_gradients_of_one(results, scenes, case):
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=2e-4 * scale, msg=lambda m, n=name: n + m)
 
 
-def test_workers_give_the_figures_of_one(results, scenes):
-    expected = figures(settings(str(scenes), "adapters"), Place(), batch_size=13)
+@pytest.mark.parametrize("case", MEASURED)
+def test_workers_give_the_figures_of_one(results, data, case):
+    expected = figures(settings(data, case), Place(), batch_size=13)
     assert len(expected) >= 14
     for result in results:
-        assert result["figures"] == expected
+        assert result["figures"][case] == expected

@@ -14,7 +14,7 @@ import harma_ray
 from harma_ray.cli.checkpoint import add_checkpoint
 from harma_ray.cli.convert import add_convert, add_inspect
 from harma_ray.cli.demo import add_demo
-from harma_ray.cli.evaluate import add_embed, add_evaluate
+from harma_ray.cli.evaluate import add_embed, add_evaluate, add_predict
 from harma_ray.cli.train import add_train
 from harma_ray.cli.tune import add_tune
 from harma_ray.errors import UserError
@@ -67,5 +67,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_tune(commands)
     add_evaluate(commands)
     add_embed(commands)
+    add_predict(commands)
     add_checkpoint(commands)
     return parser

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harma_ray.cli.options import add_address, make_command
+
+if TYPE_CHECKING:
+    from harma_ray.data.convert.composed import ComposedSource
+    from harma_ray.data.convert.writer import WriteSettings
+    from harma_ray.data.schema import Manifest
 
 
 def add_convert(commands: Any) -> None:
@@ -18,10 +23,11 @@ def add_convert(commands: Any) -> None:
     )
     kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
 
-    def kind(name: str, text: str) -> argparse.ArgumentParser:
+    def kind(name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
         made = make_command(kinds, name, _convert, text)
         made.set_defaults(kind=name)
-        made.add_argument("--out", required=True, help="folder of the data set; each split becomes a folder in it")
+        made.add_argument("--out", required=out_required, help="folder of the data set; each split becomes a folder in "
+                          f"it{'' if out_required else ' (not needed with --annotations-only)'}")  # fmt: skip
         made.add_argument("--resize", type=int, metavar="PIXELS", help="make images smaller: shorter side (default: "
                           "keep every file byte for byte)")  # fmt: skip
         made.add_argument("--max-bad", type=int, default=0, metavar="N", help="missing or unreadable images that may "
@@ -44,49 +50,91 @@ def add_convert(commands: Any) -> None:
     folder.add_argument("--caption-template", metavar="TEXT", help='such as "an aerial photograph of {label}"')
     folder.add_argument("--fractions", type=float, nargs=3, default=[0.8, 0.1, 0.1], metavar=("TRAIN", "VAL", "TEST"),
                         help="shares, if there are no split folders (default: 0.8 0.1 0.1)")  # fmt: skip
+    fashioniq = kind("fashioniq", "One split of FashionIQ, for composed image retrieval.", out_required=False)
+    fashioniq.add_argument("--root", required=True, help="folder with captions, image_splits and images")
+    fashioniq.add_argument("--split", required=True, help="train or val; the answers of test were never published")
+    fashioniq.add_argument("--categories", nargs="+", default=["dress", "toptee", "shirt"], metavar="CATEGORY",
+                           help="some of dress, toptee, shirt (default: all)")  # fmt: skip
+    cirr = kind("cirr", "One split of CIRR, for composed image retrieval.", out_required=False)
+    cirr.add_argument("--root", required=True, help="folder with cirr/captions, cirr/image_splits and the images")
+    cirr.add_argument("--split", required=True, help="train, val or test1")
+    for made in (fashioniq, cirr):
+        made.add_argument("--annotations-only", action="store_true", help="write nothing: check the annotations and "
+                          "list all image files that are missing")  # fmt: skip
     scenes = kind("scenes", "Drawn scenes with true captions: data for trials without a data set.")
-    scenes.add_argument("--style", default="summer", help="summer, infrared or winter (default: summer)")
-    scenes.add_argument("--size", type=int, default=96, help="height and width in pixels (default: 96)")
-    scenes.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
-                        help="scenes of each split (default: 2000 200 200)")  # fmt: skip
+    composed = kind("scenes-cir", "Drawn scenes with sentences that change them, for composed image retrieval.")
+    for made, size, noun in ((scenes, 96, "scenes"), (composed, 64, "queries")):
+        made.add_argument("--style", default="summer", help="summer, infrared or winter (default: summer)")
+        made.add_argument("--size", type=int, default=size, help=f"height and width in pixels (default: {size})")
+        made.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
+                          help=f"{noun} of each split (default: 2000 200 200)")  # fmt: skip
 
 
 def _convert(options: argparse.Namespace) -> None:
     from harma_ray.cluster import ray_cluster, require_shared_folder, require_visible
-    from harma_ray.data.convert import commands as convert
     from harma_ray.data.convert.writer import WriteSettings
+    from harma_ray.errors import UserError
     from harma_ray.files import output_path
 
+    if getattr(options, "annotations_only", False):
+        print(_read_composed(options).report())
+        return
+    if options.out is None:
+        raise UserError("give the folder of the data set with --out")
     changes = {"max_pixels": options.max_pixels} if options.max_pixels else {}
     settings = WriteSettings(
         resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
         **changes,
     )  # fmt: skip
+    sources = [getattr(options, name) for name in ("images", "root") if name in options]
     with ray_cluster(options.address) as cluster:
         require_shared_folder(output_path(options.out), cluster)
-        require_visible([Path(options.images).expanduser()] if "images" in options else [], cluster)
-        if options.kind == "harma":
-            manifests = {options.split: convert.convert_harma(
-                options.annotations, options.images, options.split, options.out, settings=settings)}  # fmt: skip
-        elif options.kind == "karpathy":
-            manifests = convert.convert_karpathy(options.annotations, options.images, options.out, settings=settings)
-        elif options.kind == "folder":
-            manifests = convert.convert_folder(
-                options.images, options.out, caption_template=options.caption_template, fractions=options.fractions,
-                settings=settings,
-            )  # fmt: skip
-        else:
-            counts = dict(zip(("train", "val", "test"), options.counts, strict=True))
-            counts = {split: count for split, count in counts.items() if count}
-            manifests = convert.convert_scenes(
-                options.out, counts, style=options.style, size=options.size, settings=settings
-            )
+        require_visible([Path(source).expanduser() for source in sources], cluster)
+        manifests = _write(options, settings)
     for split, manifest in manifests.items():
-        left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
-        shards = f"{len(manifest.shards)} shards"
-        print(f"{Path(options.out) / split}: {manifest.rows} images, {manifest.captions} captions, {shards}{left_out}")
+        print(f"{Path(options.out) / split}: {_summarise(manifest)}")
         for bad in manifest.bad:
             print(f"  left out: {bad.source}: {bad.reason}")
+
+
+def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Manifest]:
+    """Runs the converter and returns the manifests of the splits."""
+    from harma_ray.data.convert import commands as convert
+
+    if options.kind == "harma":
+        return {options.split: convert.convert_harma(
+            options.annotations, options.images, options.split, options.out, settings=settings)}  # fmt: skip
+    if options.kind == "karpathy":
+        return convert.convert_karpathy(options.annotations, options.images, options.out, settings=settings)
+    if options.kind == "folder":
+        return convert.convert_folder(
+            options.images, options.out, caption_template=options.caption_template, fractions=options.fractions,
+            settings=settings,
+        )  # fmt: skip
+    if options.kind == "fashioniq":
+        return {options.split: convert.convert_fashioniq(
+            options.root, options.split, options.out, categories=options.categories, settings=settings)}  # fmt: skip
+    if options.kind == "cirr":
+        return {options.split: convert.convert_cirr(options.root, options.split, options.out, settings=settings)}
+    draw = convert.convert_scenes if options.kind == "scenes" else convert.convert_scenes_cir
+    counts = dict(zip(("train", "val", "test"), options.counts, strict=True))
+    counts = {split: count for split, count in counts.items() if count}
+    return draw(options.out, counts, style=options.style, size=options.size, settings=settings)
+
+
+def _summarise(manifest: Manifest) -> str:
+    queries = manifest.queries
+    more = f"{queries.rows} queries" if queries else f"{manifest.captions} captions"
+    left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
+    return f"{manifest.rows} {manifest.kind}, {more}, {len(manifest.shards)} shards{left_out}"
+
+
+def _read_composed(options: argparse.Namespace) -> ComposedSource:
+    from harma_ray.data.convert.composed import read_cirr, read_fashioniq
+
+    if options.kind == "cirr":
+        return read_cirr(options.root, options.split)
+    return read_fashioniq(options.root, options.split, options.categories)
 
 
 def add_inspect(commands: Any) -> None:
@@ -101,7 +149,8 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from harma_ray.data.convert.inspect import contact_sheet, describe, render_facts
+    from harma_ray.data.convert.inspect import describe, render_facts
+    from harma_ray.data.convert.sheet import contact_sheet
     from harma_ray.data.schema import list_splits, open_split
 
     splits = [options.split] if options.split else list_splits(options.data)

@@ -1,4 +1,4 @@
-"""``evaluate`` and ``embed``."""
+"""``evaluate``, ``embed`` and ``predict``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,29 @@ def _evaluate(options: argparse.Namespace) -> None:
         config, options.run or options.checkpoint, split=options.split, json_file=options.json, report=options.report,
         num_workers=options.workers or 1, address=options.address,
     )  # fmt: skip
+
+
+def add_predict(commands: Any) -> None:
+    """Adds ``predict cirr-test``."""
+    parser = commands.add_parser(
+        "predict", help="answer queries whose targets are not public", description="Files for evaluation servers."
+    )
+    kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
+    made = make_command(kinds, "cirr-test", _predict, "Write the two files of a submission to CIRR's server.")
+    made.add_argument("--run", required=True, help="folder of the run whose best model answers")
+    made.add_argument("--data", required=True, help="converted data set")
+    made.add_argument("--split", default="test1", help="split with the queries (default: test1)")
+    made.add_argument("--out", default="submission/CIRR", help="folder to write (default: submission/CIRR)")
+    made.add_argument("--name", help="last part of the files' names (default: the run's name)")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from harma_ray.predict import predict_cirr
+    from harma_ray.runs import open_run
+
+    run = open_run(options.run)
+    for path in predict_cirr(run, options.data, options.split, options.out, options.name or run.path.name):
+        print(f"wrote {path}")
 
 
 def add_embed(commands: Any) -> None:

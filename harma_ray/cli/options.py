@@ -49,7 +49,25 @@ def config_from(options: argparse.Namespace) -> Any:
     from harma_ray.recipes import load_config, recipe_config
 
     base = load_config(options.config) if options.config else recipe_config(options.recipe)
+    if getattr(options, "source", None):
+        base = build_config(base, stage_changes(options.source, base.recipe), origin="--from")
     return build_config(base, changes_from(options))
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--from``."""
+    parser.add_argument(
+        "--from", metavar="RUN", dest="source", help="a run of an earlier stage whose model this one is built on "
+        "(clip4cir-combiner on a clip4cir-finetune)",
+    )  # fmt: skip
+
+
+def stage_changes(run: str, recipe: str) -> dict[str, Any]:
+    """Returns the settings by which a recipe builds on a run of an earlier stage."""
+    from harma_ray.composed_exchange import settings_after
+    from harma_ray.runs import open_run
+
+    return settings_after(open_run(run), recipe)
 
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harma_ray.cli.options import add_address, add_scaling, add_settings, config_from, make_command, scaling_changes
+from harma_ray.cli.options import (
+    add_address,
+    add_scaling,
+    add_settings,
+    add_source,
+    config_from,
+    make_command,
+    scaling_changes,
+)
 from harma_ray.errors import UserError
 
 
@@ -24,6 +32,7 @@ def add_train(commands: Any) -> None:
     source.add_argument("--recipe", help="published settings to start from; see below")
     source.add_argument("--config", metavar="FILE", help="YAML settings, such as the config.yaml of a run")
     source.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
+    add_source(parser)
     parser.add_argument("--data", help="folder of the converted data set (data.path)")
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run (default: recipe and time)")
@@ -40,7 +49,8 @@ def _train(options: argparse.Namespace) -> None:
     from harma_ray.session import check_gradients, resume_and_train, train_seeds
 
     if options.resume:
-        if options.overrides or options.data or options.seeds or options.name or options.runs or options.check:
+        changed = ("source", "overrides", "data", "seeds", "name", "runs", "check")
+        if any(getattr(options, name) for name in changed):
             raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
         resume_and_train(options.resume, scaling_changes(options), address=options.address, started=options.started)
         return

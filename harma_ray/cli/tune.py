@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harma_ray.cli.options import add_address, add_scaling, add_settings, changes_from, make_command
+from harma_ray.cli.options import (
+    add_address,
+    add_scaling,
+    add_settings,
+    add_source,
+    changes_from,
+    make_command,
+    stage_changes,
+)
 from harma_ray.errors import UserError
 
 
@@ -22,6 +30,7 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("what", nargs="*", metavar="FILE", help="YAML search space, such as search_spaces/harma.yaml; "
                         "or the word `report` and a search's folder: write its report as it stands")  # fmt: skip
     parser.add_argument("--resume", metavar="SEARCH", help="go on with a search; limits may be raised")
+    add_source(parser)
     parser.add_argument("--data", help="folder of the converted data set (data.path)")
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the search (default: recipe and time)")
@@ -40,6 +49,7 @@ def add_tune(commands: Any) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from harma_ray.tune.session import SearchOptions, report_search, resume_search, start_search
+    from harma_ray.tune.space import read_recipe
 
     limits = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "concurrent", "confirm")}
     for name, value in limits.items():
@@ -52,7 +62,7 @@ def _tune(options: argparse.Namespace) -> None:
     )  # fmt: skip
     overrides = changes_from(options)
     if options.resume:
-        if options.what or overrides or options.runs or options.name:
+        if options.what or overrides or options.runs or options.name or options.source:
             raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
         resume_search(options.resume, how)
     elif len(options.what) == 2 and options.what[0] == "report":
@@ -60,6 +70,8 @@ def _tune(options: argparse.Namespace) -> None:
             raise UserError("`tune report` only reads; use --resume to go on")
         report_search(options.what[1])
     elif len(options.what) == 1:
+        if options.source:
+            overrides = {**stage_changes(options.source, read_recipe(options.what[0])), **overrides}
         start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,12 +41,10 @@ class BadImage(UserError):
     """An image that cannot be used; the message says why, the caller knows its name."""
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a whole image to RGB, upright as its EXIF orientation says.
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a whole image in its own mode, upright as its EXIF orientation says.
 
-    Palettes are resolved, transparency is dropped, grey becomes three equal channels, CMYK is converted, bands after
-    the third are dropped. Images of one band with more than 8 bits are stretched from their own smallest to their own
-    largest value, because sensors seldom use the whole range. Of several frames or pages the first is taken.
+    Of several frames or pages the first is taken.
 
     Args:
         data: The image file's bytes, of one of ``FORMATS``.
@@ -56,12 +56,45 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise BadImage("the file is empty")
+    with _errors_named(data, max_pixels), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise BadImage(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
+        image.load()
+        return ImageOps.exif_transpose(image)
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a whole image to RGB, upright as its EXIF orientation says; takes and raises what `open_image` does.
+
+    Palettes are resolved, transparency is dropped, grey becomes three equal channels, CMYK is converted, bands after
+    the third are dropped. Images of one band with more than 8 bits are stretched from their own smallest to their own
+    largest value, because sensors seldom use the whole range. Of several frames or pages the first is taken.
+    """
+    with _errors_named(data, max_pixels):
+        return to_rgb(open_image(data, max_pixels=max_pixels))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB, as `decode_image` does."""
+    if image.mode == "RGB":
+        return image
+    if is_wide(image):
+        return _stretch(image)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def is_wide(image: Image.Image) -> bool:
+    """Tells whether an image has one band of numbers that need not fit 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+@contextmanager
+def _errors_named(data: bytes, max_pixels: int) -> Iterator[None]:
+    """Raises `BadImage` for whatever PIL raises on the file's bytes."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImage(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+        yield
     except BadImage:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -73,17 +106,6 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     except _DECODER_ERRORS as error:
         raise BadImage(f"damaged or incomplete image ({type(error).__name__}: {error})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB, as `decode_image` does."""
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F" or image.mode.startswith("I"):
-        return _stretch(image)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 def _stretch(image: Image.Image) -> Image.Image:

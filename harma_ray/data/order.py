@@ -1,8 +1,8 @@
 """Which samples a worker sees, in which order, and how their rows are read from the shards.
 
-A sample is a pair (row, caption): ``int64[2]``. The order of an epoch is a function of (seed, epoch) alone; step `s`
-takes the next ``global_batch_size`` samples and worker `r` of `W` the r-th W-th of them. So the global batches are the
-same for any number of workers, and a run can be resumed at any step.
+A sample is a pair (row, caption): ``int64[2]``; rows other than images have one sample each. The order of an epoch is a
+function of (seed, epoch) alone; step `s` takes the next ``global_batch_size`` samples and worker `r` of `W` the r-th
+W-th of them. So the global batches are the same for any number of workers, and a run can be resumed at any step.
 
 The shuffle has two levels, so that it never needs the whole split in memory: the row groups (about 1 MiB each) are
 dealt into windows, anew every epoch, and all pairs of a window are permuted together.
@@ -46,8 +46,8 @@ class TrainingOrder(IndexedSplit):
 
     @property
     def num_samples(self) -> int:
-        """(image, caption) pairs of an epoch."""
-        counts = self.index.num_captions
+        """Samples of an epoch, such as (image, caption) pairs."""
+        counts = self.index.num_samples
         return int(np.count_nonzero(counts) if self.one_caption else counts.sum())
 
     @property
@@ -62,12 +62,12 @@ class TrainingOrder(IndexedSplit):
         place = rng.permutation(int(groups[-1]) + 1)
         rows = np.argsort(place[groups], kind="stable")
         if self.one_caption:
-            counts = self.index.num_captions[rows]
+            counts = self.index.num_samples[rows]
             samples = np.stack([rows, (rng.random(len(rows)) * counts).astype(np.int64)], axis=1)[counts > 0]
             windows = [rng.permutation(samples[part]) for part in iterate_slices(len(samples), self.window_rows)]
         else:
             windows = [
-                rng.permutation(_pairs(rows[part], self.index.num_captions))
+                rng.permutation(_pairs(rows[part], self.index.num_samples))
                 for part in iterate_slices(len(rows), self.window_rows)
             ]
         return np.concatenate(windows)[: self.steps_per_epoch * self.global_batch_size]
@@ -140,7 +140,7 @@ def training_order(
         UserError: If the split has no captions, or fewer than a global batch.
     """
     index = index_rows(split)
-    window_rows = max(1, int(len(index) * shuffle_window_mb * 2**20 / max(1, index.image_bytes)))
+    window_rows = max(1, int(len(index) * shuffle_window_mb * 2**20 / max(1, index.binary_bytes)))
     order = TrainingOrder(split, index, seed, global_batch_size, min(window_rows, len(index)), one_caption)
     if not order.num_samples:
         raise UserError(f"{split.path} has no captions to train on; convert it with captions or a caption template")
@@ -172,7 +172,7 @@ def worker_rows(num_rows: int, rank: int, world_size: int) -> np.ndarray:
 
 def chunk_samples(index: RowIndex, chunk_mb: float) -> int:
     """Returns how many samples of average size one read task takes for about `chunk_mb` MiB."""
-    return int(np.clip(chunk_mb * 2**20 * len(index) / max(1, index.image_bytes), 1, MAX_CHUNK_SAMPLES))
+    return int(np.clip(chunk_mb * 2**20 * len(index) / max(1, index.binary_bytes), 1, MAX_CHUNK_SAMPLES))
 
 
 def read_samples(source: IndexedSplit, samples: np.ndarray, epoch: int) -> pa.Table:
@@ -205,8 +205,8 @@ def iterate_slices(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def _pairs(rows: np.ndarray, num_captions: np.ndarray) -> np.ndarray:
-    counts = num_captions[rows]
+def _pairs(rows: np.ndarray, num_samples: np.ndarray) -> np.ndarray:
+    counts = num_samples[rows]
     first = np.cumsum(counts) - counts
     captions = np.arange(counts.sum()) - np.repeat(first, counts)
     return np.stack([np.repeat(rows, counts), captions], axis=1)

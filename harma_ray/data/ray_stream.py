@@ -9,7 +9,8 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.annotations import RayDeprecationWarning
 
 from harma_ray.cluster import quiet_data
 from harma_ray.data.order import Chunk, IndexedSplit
@@ -66,6 +68,36 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         options["collate_fn"] = _Collate(how.with_threads(-(-how.decode.num_threads // at_once)))
     with closing_batches(dataset.iter_torch_batches(**options)) as batches:
         yield from batches
+
+
+def map_in_actors(
+    items: Sequence[Mapping[str, Any]], function: type, settings: Mapping[str, Any], *, num_actors: int, use_gpu: bool
+) -> ray.data.Dataset:
+    """Returns a data set of what the instances of a class make of items, in their order.
+
+    Args:
+        items: One row each.
+        function: Called with tables of one row.
+        settings: Arguments of the class.
+        num_actors: Processes with an instance each.
+        use_gpu: Whether each of them takes a GPU.
+    """
+    quiet_data()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    rows = ray.data.from_items(list(items), override_num_blocks=min(len(items), 200))
+    with warnings.catch_warnings():
+        # Actors that may be restarted make Ray print on the terminal that this could fail; in Ray 2.60 there is no
+        # other way to say that they may not.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return rows.map_batches(
+            function,
+            fn_constructor_kwargs=dict(settings),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
+            num_gpus=1 if use_gpu else 0,
+            max_restarts=0,
+        )
 
 
 @contextlib.contextmanager

@@ -114,7 +114,7 @@ def train_transform(
         applied, negative = rng.random(2) < (augmentation.operation_probability, 0.5)
         if applied:
             image = apply_operation(image, OPERATIONS[position], augmentation.level, negative=bool(negative))
-    return _to_tensor(image)
+    return to_tensor(image)
 
 
 def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
     Returns:
         uint8[3, size, size].
     """
-    return _to_tensor(_resize(image, size))
+    return to_tensor(_resize(image, size))
 
 
 def apply_operation(image: Image.Image, name: str, level: float, *, negative: bool = False) -> Image.Image:
@@ -201,7 +201,8 @@ def _resize(image: Image.Image, size: int) -> Image.Image:
     return F.resize(image, [size, size], InterpolationMode.BICUBIC)
 
 
-def _to_tensor(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """Copies the pixels of an RGB image, uint8[3, height, width]."""
     # With numpy: torch would copy with a team of OpenMP threads for every thread that decodes, and a process with more
     # such threads than cores makes all of them sleep at each other's barriers; training then slows by a seventh.
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.array(image), 2, 0)))

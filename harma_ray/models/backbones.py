@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.models.weights import check_fit, read_state_dict
+from harma_ray.models.weights import CLIP_SECTION, check_fit, read_section
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,12 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
                 f"the weights `{pretrained}` of `{architecture}` could not be loaded ({reason}); fetch them "
                 "where there is a network and give the file's path, or use `random`"
             ) from error
-    state_dict = read_state_dict(pretrained)
+    section, state_dict = read_section(pretrained)
+    if section == CLIP_SECTION and has_quick_twin(architecture):
+        raise UserError(
+            f"{pretrained} is a CLIP4Cir file, trained with quick GELU, but `{architecture}` computes plain GELU; use "
+            f"`{architecture}{_QUICK}`"
+        )
     model = _create(architecture, None, seed)
     check_fit(model.state_dict(), state_dict, f"{pretrained} (for `{architecture}`)")
     model.load_state_dict(state_dict)
@@ -150,6 +155,12 @@ def _check_activation(architecture: str, config: dict, tag: str) -> None:
         )
 
 
+def has_quick_twin(architecture: str) -> bool:
+    """Tell whether an architecture computes plain GELU and open_clip has it with quick GELU too."""
+    quick = bool(_configuration(architecture).get("quick_gelu", False))
+    return not quick and architecture.replace("/", "-") + _QUICK in open_clip.list_models()
+
+
 def check_file_activation(architecture: str, path: str | Path) -> None:
     """Guard against plain GELU for weights of quick GELU: a file does not say which it was trained with.
 
@@ -157,7 +168,7 @@ def check_file_activation(architecture: str, path: str | Path) -> None:
         UserError: the file's name tells that it needs quick GELU. Without that there is a warning.
     """
     twin = architecture + _QUICK
-    if bool(_configuration(architecture).get("quick_gelu", False)) or twin not in open_clip.list_models():
+    if not has_quick_twin(architecture):
         return
     if Path(path).name.startswith(_QUICK_FILE):
         raise UserError(f"{path} was trained with quick GELU, but `{architecture}` computes plain GELU; use `{twin}`")

@@ -107,7 +107,7 @@ class DualEncoder(nn.Module):
             image = (image.to(self.pixel_mean.dtype) / 255 - self.pixel_mean) / self.pixel_std
         elif not image.is_floating_point():
             raise ValueError(f"images must be uint8 or floating point, got {image.dtype}")
-        return _unit(self.clip.encode_image(image)) if normalize else self.clip.encode_image(image)
+        return unit(self.clip.encode_image(image)) if normalize else self.clip.encode_image(image)
 
     def encode_text(self, text: Tensor, *, normalize: bool = True) -> Tensor:
         """Encode captions.
@@ -147,10 +147,10 @@ class DualEncoder(nn.Module):
             features = clip.text_projection(features)
         elif clip.text_projection is not None:
             features = features @ clip.text_projection
-        return _unit(features) if normalize else features
+        return unit(features) if normalize else features
 
 
-def _unit(features: Tensor) -> Tensor:
+def unit(features: Tensor) -> Tensor:
     """Return L2-normalised features, computed in fp32 or finer."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 

@@ -13,14 +13,16 @@ from harma_ray.errors import UserError
 from harma_ray.models.adapters import GatedAdapter
 
 _KEYS_SHOWN = 5
+CLIP_SECTION = "CLIP"
+SECTIONS = ("state_dict", CLIP_SECTION, "Combiner")
+"""Where training programs put tensors: many under the first, CLIP4Cir under the others."""
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a plain state dict; nothing in the file is ever executed.
 
-    Accepted are `.safetensors` and torch files (any other suffix) that hold names and tensors, bare or as
-    `{"state_dict": ...}` (as training programs write it), with or without a `module.` before every name (as
-    `DistributedDataParallel` writes it).
+    Accepted are `.safetensors` and torch files (any other suffix) that hold names and tensors, bare or under one of
+    `SECTIONS`, with or without a `module.` before every name (as `DistributedDataParallel` writes it).
 
     Args:
         path: the file.
@@ -31,6 +33,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, damaged, holds code, or is no state dict.
     """
+    return read_section(path)[1]
+
+
+def read_section(path: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Read as `read_state_dict`, and also return the section that the tensors lie in, or nothing."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"the weights file must exist, got {path}")
@@ -45,8 +52,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights without running code from it ({reason.strip()}); "
             "give a file that holds only a state dict, best as .safetensors"
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    section = ""
+    if isinstance(content, Mapping):
+        section = next((name for name in SECTIONS if isinstance(content.get(name), Mapping)), "")
+        content = content[section] if section else content
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path} must hold a state dict (names to tensors), got {type(content).__name__}")
     strangers = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
@@ -56,8 +65,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "save the state dict alone"
         )
     if all(name.startswith("module.") for name in content):
-        return {name.removeprefix("module."): value for name, value in content.items()}
-    return dict(content)
+        return section, {name.removeprefix("module."): value for name, value in content.items()}
+    return section, dict(content)
 
 
 def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:

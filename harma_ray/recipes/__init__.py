@@ -11,15 +11,18 @@ from torch import nn
 
 from harma_ray.config import RunConfig, build_config, load_yaml
 from harma_ray.errors import UserError
-from harma_ray.recipes import harma_config
+from harma_ray.recipes import clip4cir_config, harma_config
+from harma_ray.recipes.clip4cir import Clip4CirTask
 from harma_ray.recipes.harma import HarmaTask
 from harma_ray.task import Task
 
-RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES}
+RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES, **clip4cir_config.RECIPES}
 """Functions that return a recipe's published settings."""
 
 _TASKS: Mapping[type[RunConfig], Callable[[Any, Callable[[], nn.Module] | None], Task]] = {
-    harma_config.HarmaConfig: HarmaTask
+    harma_config.HarmaConfig: HarmaTask,
+    clip4cir_config.FinetuneConfig: Clip4CirTask,
+    clip4cir_config.CombinerConfig: Clip4CirTask,
 }
 
 

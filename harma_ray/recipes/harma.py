@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from harma_ray.data.order import worker_rows
 from harma_ray.data.schema import Split
 from harma_ray.data.transforms import Augmentation, decode_image, eval_transform, train_transform
-from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank, world_size
+from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
+from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
+from harma_ray.image_text_page import image_text_sections
 from harma_ray.losses import (
     affiliation_loss,
     class_means,
@@ -28,13 +29,13 @@ from harma_ray.losses import (
     triplet_loss,
     weighted_triplet_loss,
 )
-from harma_ray.metrics import RetrievalResult, image_text_recalls
+from harma_ray.metrics import RetrievalResult, bootstrap_interval, chance_recalls, image_text_recalls
 from harma_ray.models.adapters import GatedAdapter, set_tuning
 from harma_ray.models.backbones import check_pretrained
 from harma_ray.models.clip import DualEncoder, build_clip, image_size, tokenize
 from harma_ray.pictures import read_images, retrieval_sheet
 from harma_ray.recipes.harma_config import HarmaConfig
-from harma_ray.task import Array, Batch, Evaluation, EvaluationData, Projection, RowTransform
+from harma_ray.task import Array, Batch, Evaluation, EvaluationData, Projection, RowTransform, Section
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,21 @@ class ImageTextDetails:
     result: RetrievalResult
     """Ranks, from which metrics and intervals follow."""
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % bootstrap intervals of the metrics."""
+        return bootstrap_interval(self.result)
+
+    def chance(self) -> dict[str, float]:
+        """Returns the metrics that rankings drawn at random are expected to have."""
+        return chance_recalls(self.image_of_text, self.texts, num_images=len(self.image_embeddings))
+
 
 class HarmaTask:
     """Image-text retrieval with HarMA."""
 
     objective = "r_mean"
+    other_objectives = ()
+    metric_names = RetrievalResult.METRICS
 
     def __init__(self, config: HarmaConfig, base: Callable[[], nn.Module] | None = None):
         """Takes the settings, and what gives the backbone (None: it is built); nothing is loaded yet."""
@@ -66,6 +77,7 @@ class HarmaTask:
     def check(self, split: Split) -> None:
         """Raises UserError for an unknown architecture, for weights that do not belong to it, for missing labels."""
         check_pretrained(self.config.model.architecture, self.config.model.pretrained)
+        split.require_kind(["images"], f"recipe {self.config.recipe}")
         if self.config.loss.center_factor and split.read(["label"]).column("label").null_count:
             raise UserError(
                 f"`loss.center_factor` needs a class label for every image, but {split.path} has images without; "
@@ -173,6 +185,10 @@ class HarmaTask:
         """Draws some queries with their first results."""
         return retrieval_sheet(evaluation.details, split)
 
+    def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
+        """Returns some queries, the failures and a map of the embeddings."""
+        return image_text_sections(evaluation.details, split)
+
     def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
         """Returns up to 500 image embeddings, labelled by class (or by first caption), with thumbnails."""
         vectors = evaluation.details.image_embeddings[:500]
@@ -193,32 +209,6 @@ class HarmaTask:
                 values[f"gate/{tower}/{block}/block"] = float(module.gate.detach().sigmoid())
                 values[f"gate/{tower}/{block}/adapter"] = float(module.bottleneck.gate.detach().sigmoid())
         return values
-
-
-@torch.no_grad()
-def encode_texts(model: DualEncoder, architecture: str, texts: list[str], batch_size: int) -> Tensor:
-    """Encodes captions, equal ones once, the work shared by all workers.
-
-    Args:
-        model: The unwrapped model.
-        architecture: Its name, for the tokenizer.
-        texts: M captions, the same on every worker.
-        batch_size: Captions at a time.
-
-    Returns:
-        fp32[M, E] on CPU, L2-normalised, the same on every worker.
-    """
-    distinct = sorted(set(texts), key=lambda text: (len(text), text))
-    place = {text: number for number, text in enumerate(distinct)}
-    own = [distinct[i] for i in worker_rows(len(distinct), rank(), world_size())]
-    tokenizer = tokenize(architecture)
-    parts = [
-        model.encode_text(tokenizer(own[start : start + batch_size])).float()
-        for start in range(0, len(own), batch_size)
-    ]
-    width = model.embedding_width
-    encoded = torch.cat(parts) if parts else torch.empty(0, width, device=model.temperature.device)
-    return gather_rows(encoded).cpu()[[place[text] for text in texts]]
 
 
 @dataclass(frozen=True)

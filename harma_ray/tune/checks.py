@@ -7,10 +7,7 @@ from functools import partial
 from itertools import combinations, islice, product
 from typing import Any
 
-import torch
-
 from harma_ray.errors import UserError
-from harma_ray.metrics import RetrievalResult
 from harma_ray.recipes import make_task
 from harma_ray.tune.definition import COSTS, ORIGIN, SearchDefinition
 from harma_ray.tune.located import Place, explain_unknown
@@ -108,9 +105,8 @@ def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
 
 
 def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
-    rank = torch.zeros(1, dtype=torch.int64)
-    metrics = tuple(RetrievalResult(rank, rank, rank, rank, rank).metrics)
-    best_epoch = make_task(definition.config).objective
+    task = make_task(definition.config)
+    metrics, best_epoch = tuple(task.metric_names), task.objective
     names = [target.metric for target in definition.objectives]
     for index, target in enumerate(definition.objectives):
         place = ("objective", index, "metric")

@@ -18,6 +18,7 @@ from harma_ray.cluster import Cluster, ray_cluster, require_shared_folder, requi
 from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
+from harma_ray.features import with_features
 from harma_ray.files import output_path
 from harma_ray.loop import check_batch
 from harma_ray.plans import TrialPlan, plan_trials
@@ -142,20 +143,21 @@ def _search(
     require_visible(read_paths(config), cluster)
     _print_plan(folder, definition, cluster, plan.describe())
     try:
-        setting = prepare_trials(definition, plan)
+        ready = _with_features(definition, folder, cluster)
+        setting = prepare_trials(ready, plan)
         with SearchProgress(read_search(folder, definition), definition, options.started) as progress:
-            results = run_search(folder, definition, plan, setting, progress)
+            results = run_search(folder, ready, plan, setting, progress)
         drop_checkpoints(folder, results)
         best = results.best_trial
         if best is None:
             raise UserError(f"no trial has ended within the limits; go on with: launch.py tune --resume {folder}")
         try:
             print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
-            finish_best(folder, results, setting, definition.settings(best.params))
+            finish_best(folder, results, setting, ready.settings(best.params))
             if options.confirm:
                 print(f"training the best and the published setting with {options.confirm} fresh seeds", flush=True)
                 failures = confirm(
-                    folder, definition, results, plan, setting, cluster, options.confirm, _tell(options.started)
+                    folder, ready, results, plan, setting, cluster, options.confirm, _tell(options.started)
                 )
         finally:
             _conclude(folder, definition, read_search(folder, definition))
@@ -164,6 +166,13 @@ def _search(
         raise
     if failures:
         raise UserError(f"{len(failures)} confirming run(s) failed: " + "; ".join(failures))
+
+
+def _with_features(definition: SearchDefinition, folder: Path, cluster: Cluster) -> SearchDefinition:
+    """Computes once what all trials share of their encoders' features, unless these are searched themselves."""
+    if any(parameter.name.split(".")[0] in ("model", "preparation", "features") for parameter in definition.parameters):
+        return definition
+    return dataclasses.replace(definition, config=with_features(definition.config, folder, cluster))
 
 
 def _tell(started: float) -> Any:
@@ -180,8 +189,8 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
         *([f"{limits.epochs} epochs in all"] if limits.epochs else []),
     ]
     print(f"\nsearch     {folder}")
-    print(f"recipe     {config.recipe}, {order.split.manifest.rows} images, {order.num_samples} pairs, "
-          f"{order.steps_per_epoch} steps an epoch")  # fmt: skip
+    print(f"recipe     {config.recipe}, {order.split.describe()}, {order.num_samples:,} samples and "
+          f"{order.steps_per_epoch:,} steps an epoch")  # fmt: skip
     print(f"space      {', '.join(parameter.name for parameter in definition.parameters)}{size}")
     print(f"published  {show_params(definition.published)} (trial 0)")
     seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""

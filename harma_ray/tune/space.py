@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from harma_ray.config import RunConfig, build_config, flat_settings, to_dict
+from harma_ray.config import RunConfig, build_config, flat_settings, load_yaml, to_dict
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
 from harma_ray.tune.checks import find_mistakes
@@ -39,6 +39,12 @@ def load_search(path: str | Path, *, overrides: Mapping[str, Any] = {}) -> Searc
     file.refuse_mistakes()
     assert definition is not None
     return definition
+
+
+def read_recipe(path: str | Path) -> str:
+    """Returns the recipe that the description of a search names; nothing if that is for `load_search` to refuse."""
+    recipe = load_yaml(path).get("recipe")
+    return recipe if isinstance(recipe, str) else ""
 
 
 def to_yaml(definition: SearchDefinition) -> str:

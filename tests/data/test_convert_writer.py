@@ -104,7 +104,7 @@ def test_parquet_has_the_schema_small_row_groups_and_no_compression(raw, tmp_pat
                 assert metadata.num_rows == 1 or image.total_uncompressed_size < SMALL["row_group_bytes"] + 500
     index = index_rows(split)
     assert len(index) == NUM_IMAGES
-    assert (index.num_captions == 2).all()
+    assert (index.num_samples == 2).all()
 
 
 def test_rows_are_in_a_seeded_random_order(raw, tmp_path):
@@ -334,13 +334,13 @@ def test_killed_process_leaves_no_split_and_can_be_restarted(raw, tmp_path):
         from harma_ray.data.convert.commands import convert_harma
         from harma_ray.data.convert.tasks import map_serially
         from harma_ray.data.convert.writer import WriteSettings
-        make_row, calls = shards._make_row, []
-        def make_row_and_die(*args):
+        make_row, calls = shards.make_row, []
+        def make_row_and_die(*args, **options):
             calls.append(1)
             if len(calls) == 15:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return make_row(*args)
-        shards._make_row = make_row_and_die
+            return make_row(*args, **options)
+        shards.make_row = make_row_and_die
         convert_harma({str(raw / "val.json")!r}, {str(raw / "images")!r}, "val", {str(tmp_path / "data")!r},
                       settings=WriteSettings(**{SMALL!r}), map_tasks=map_serially)
         """

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harma_ray.data.images import BadImage, decode_image
+from harma_ray.data import images
+from harma_ray.data.images import BadImage, decode_image, open_image, to_rgb
 from harma_ray.errors import UserError
 
 
@@ -77,6 +78,20 @@ def test_other_modes_become_rgb(mode, kind):
     assert difference.mean() < (12 if kind == "JPEG" else 0.01)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_opened_image_is_upright_in_its_own_mode_and_decoding_converts_it(mode):
+    wide = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40))
+    upright = wide if mode == "I;16" else _photo().convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kind = "TIFF" if mode in ("CMYK", "F") else "PNG"
+    data = _encode(upright.transpose(Image.Transpose.ROTATE_90), kind, exif=exif)
+    opened = open_image(data)
+    assert (opened.mode, opened.size) == (mode, upright.size)
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(upright))
+    np.testing.assert_array_equal(np.asarray(to_rgb(opened)), np.asarray(decode_image(data)))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_image_is_stretched_over_its_own_range(kind):
     values = np.linspace(300, 2300, 64 * 48).reshape(48, 64).astype(np.uint16)
@@ -128,6 +143,24 @@ def test_cut_off_file_is_bad(kind, options, kept):
 def test_what_is_no_image_is_bad(data):
     with pytest.raises(BadImage):
         decode_image(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", _encode(_photo(), "PNG")[:700], _encode(_photo(), "JPEG")[:400]])
+def test_opening_names_the_errors_that_decoding_does(data):
+    with pytest.raises(BadImage) as opened:
+        open_image(data)
+    with pytest.raises(BadImage) as decoded:
+        decode_image(data)
+    assert str(opened.value) == str(decoded.value)
+
+
+def test_an_error_of_the_conversion_is_a_bad_image(monkeypatch):
+    def fail(image):
+        raise ValueError("conversion not supported")
+
+    monkeypatch.setattr(images, "to_rgb", fail)
+    with pytest.raises(BadImage, match=r"damaged or incomplete image \(ValueError: conversion not supported\)"):
+        decode_image(_encode(_photo(), "PNG"))
 
 
 def test_bad_image_is_a_user_error():

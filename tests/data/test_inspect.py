@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from raw_composed import cirr_split, draw_cirr, draw_fashioniq, fashioniq_split
 
 from harma_ray.data.convert.commands import convert_harma, convert_scenes
-from harma_ray.data.convert.inspect import contact_sheet, describe, render_facts
+from harma_ray.data.convert.inspect import describe, render_facts
+from harma_ray.data.convert.sheet import contact_sheet
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.schema import open_split
@@ -35,17 +37,17 @@ def split(tmp_path):
 
 def test_facts_are_counted(split):
     facts = describe(split, verify=True)
-    assert (facts.rows, facts.captions, facts.distinct_captions) == (10, 20, 11)
+    assert (facts.rows, facts.texts.captions, facts.texts.distinct_captions) == (10, 20, 11)
     assert facts.classes == {"airport": 5, "river": 5}
     assert facts.formats == {"PNG": 7, "JPEG": 3}
-    assert facts.caption_words.percentiles == {0: 2, 5: 2, 50: 2.5, 95: 3, 100: 3}
+    assert facts.texts.caption_words.percentiles == {0: 2, 5: 2, 50: 2.5, 95: 3, 100: 3}
     # Start, "a", "plane", end: 4 tokens; "plane number 3": 5.
-    assert facts.caption_tokens.percentiles[0] == 4
-    assert facts.caption_tokens.percentiles[100] == 5
-    assert facts.caption_tokens.mean == 4.5
+    assert facts.texts.caption_tokens.percentiles[0] == 4
+    assert facts.texts.caption_tokens.percentiles[100] == 5
+    assert facts.texts.caption_tokens.mean == 4.5
     assert facts.heights.mean == 30
     assert (facts.widths.percentiles[0], facts.widths.percentiles[100]) == (20, 29)
-    assert facts.captions_per_image.mean == 2
+    assert facts.texts.captions_per_row.mean == 2
     assert [row.source for row in facts.bad] == ["missing.png"]
     assert facts.undecodable == ()
     assert facts.bytes == sum(path.stat().st_size for path in split.shard_paths())
@@ -81,7 +83,7 @@ def test_split_without_captions_and_classes(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "pond" / "a.bmp")
     convert_folder(tmp_path / "images", tmp_path / "data", map_tasks=map_serially)
     facts = describe(open_split(tmp_path / "data", "train"))
-    assert (facts.captions, facts.caption_words, facts.formats) == (0, None, {"BMP": 1})
+    assert (facts.texts.captions, facts.texts.caption_words, facts.formats) == (0, None, {"BMP": 1})
     assert "tokens" not in render_facts(facts)
     contact_sheet(open_split(tmp_path / "data", "train"), tmp_path / "sheet.png")
 
@@ -119,4 +121,38 @@ def test_scenes_can_be_described(tmp_path):
     facts = describe(open_split(tmp_path, "train"), verify=True)
     assert facts.rows == 6
     assert facts.sizes == {(32, 32): 6}
-    assert facts.caption_tokens.percentiles[100] <= 77
+    assert facts.texts.caption_tokens.percentiles[100] <= 77
+
+
+# --- composed retrieval ---
+
+
+def test_triplets_are_described_by_their_queries(tmp_path):
+    fashioniq_split(draw_fashioniq(tmp_path / "raw"), "train", tmp_path)
+    split = open_split(tmp_path, "train")
+    facts = describe(split, verify=True)
+    assert (facts.kind, facts.rows, facts.queries.rows, facts.queries.images) == ("triplets", 18, 18, 21)
+    assert facts.queries.categories == {"dress": 6, "shirt": 6, "toptee": 6}
+    assert (facts.texts.captions, facts.texts.distinct_captions) == (36, 19)
+    assert facts.texts.captions_per_row.mean == 2
+    assert facts.texts.caption_words.mean == 2
+    assert facts.formats == {"JPEG": 21}  # an image of two triplets is one
+    text = render_facts(facts)
+    for part in ("triplets   18 in ", "18 between 21 different images", "category      queries", "toptee", "all"):
+        assert part in text
+    with Image.open(contact_sheet(split, tmp_path / "sheet.png", 5)) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    assert pixels.shape[1] == 2 * (4 * 8 + 3 * 176) + 8
+    middle = pixels[8 + 88]
+    assert [bool((middle[8 + 88 + column * 184] != 255).any()) for column in range(3)] == [True, False, True]
+
+
+def test_galleries_are_described_with_their_queries(tmp_path):
+    cirr_split(draw_cirr(tmp_path / "raw"), "test1", tmp_path)
+    split = open_split(tmp_path, "test1")
+    facts = describe(split, verify=True)
+    assert (facts.kind, facts.rows, facts.sizes) == ("images", 12, {(16, 20): 12})
+    assert (facts.queries.rows, facts.queries.images, facts.queries.members, facts.queries.unanswered) == (6, 6, 6, 6)
+    assert facts.texts.captions == 6
+    assert "6 between 6 different images, 6 with a subset to rank, 6 without a target" in render_facts(facts)
+    contact_sheet(split, tmp_path / "sheet.png")

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.folders import list_scenes, read_class_folders
-from harma_ray.data.convert.records import SourceRecord, hash_file
+from harma_ray.data.convert.annotations import hash_file
+from harma_ray.data.convert.composed import CATEGORIES, ComposedSource, read_cirr, read_fashioniq
+from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
+from harma_ray.data.convert.records import SourceRecord
 from harma_ray.data.convert.sources import read_harma, read_karpathy
 from harma_ray.data.convert.tasks import map_with_ray
 from harma_ray.data.convert.writer import TaskMap, WriteSettings, write_split
@@ -117,6 +119,93 @@ def convert_scenes(
         )
         for split, rows in records.items()
     }
+
+
+def convert_fashioniq(
+    root: str | Path,
+    split: str,
+    out: str | Path,
+    *,
+    categories: Sequence[str] = CATEGORIES,
+    settings: WriteSettings | None = None,
+    map_tasks: TaskMap = map_with_ray,
+) -> Manifest:
+    """Converts a split of FashionIQ to one of the data set ``out``: triplets for ``train``, else images and queries.
+
+    Raises:
+        UserError: If the source or the folder ``out`` is not as it should be; see ``read_fashioniq``, ``write_split``.
+    """
+    source = read_fashioniq(root, split, categories)
+    options = {"converter": "fashioniq", "categories": [part.category for part in source.parts]}
+    return _write_composed(source, out, options, settings, map_tasks)
+
+
+def convert_cirr(
+    root: str | Path,
+    split: str,
+    out: str | Path,
+    *,
+    settings: WriteSettings | None = None,
+    map_tasks: TaskMap = map_with_ray,
+) -> Manifest:
+    """Converts a split of CIRR to one of the data set ``out``: triplets for ``train``, else images and queries.
+
+    Raises:
+        UserError: If the source or the folder ``out`` is not as it should be; see ``read_cirr``, ``write_split``.
+    """
+    return _write_composed(read_cirr(root, split), out, {"converter": "cirr"}, settings, map_tasks)
+
+
+def convert_scenes_cir(
+    out: str | Path,
+    counts: Mapping[str, int],
+    *,
+    style: str,
+    size: int,
+    settings: WriteSettings | None = None,
+    map_tasks: TaskMap = map_with_ray,
+) -> dict[str, Manifest]:
+    """Draws composed retrieval's scenes and writes them to the splits of ``out``; takes what ``convert_scenes`` does.
+
+    A count is that of queries: of ``train`` they are triplets, of another split each brings 6 images to the gallery.
+
+    Raises:
+        UserError: If a setting is not valid or ``out`` cannot be written.
+    """
+    settings = settings or WriteSettings()
+    splits = list_composed_scenes(counts, style=style, size=size, seed=settings.seed)
+    options = {"converter": "scenes-cir", "style": style, "size": size}
+    return {
+        split: write_split(
+            records,
+            Path(out) / split,
+            options={**options, "count": counts[split]},
+            inputs={},
+            queries=queries,
+            settings=settings,
+            map_tasks=map_tasks,
+        )
+        for split, (records, queries) in splits.items()
+    }
+
+
+def _write_composed(
+    source: ComposedSource,
+    out: str | Path,
+    options: Mapping[str, Any],
+    settings: WriteSettings | None,
+    map_tasks: TaskMap,
+) -> Manifest:
+    return write_split(
+        source.records,
+        Path(out) / source.split,
+        options=options,
+        inputs=source.inputs,
+        queries=source.queries,
+        settings=settings,
+        map_tasks=map_tasks,
+        hint="; --annotations-only lists all that are missing",
+    )
 
 
 def _write_splits(

@@ -9,8 +9,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from harma_ray.data.convert.records import SPLITS, SceneSpec, SourceRecord, clean_captions, fill_labels, image_root
-from harma_ray.data.scenes import scene
+from harma_ray.data.convert.annotations import image_root
+from harma_ray.data.convert.records import (
+    SPLITS,
+    MemberSpec,
+    QueryRecord,
+    Record,
+    SceneSpec,
+    SourceRecord,
+    TripletRecord,
+    clean_captions,
+    fill_labels,
+)
+from harma_ray.data.scenes import composed_scene, draw, scene
 from harma_ray.errors import UserError
 
 LABEL_FIELD = "{label}"
@@ -91,9 +102,6 @@ def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) 
     scene(seed, 0, style, size)  # draws one to check the settings here, before anything starts
     records: dict[str, list[SourceRecord]] = {}
     for split, count in counts.items():
-        if split not in SPLITS or count < 1:
-            raise UserError(f"scenes need 1 or more for some of {', '.join(SPLITS)}, got {split}={count}")
-        names = [(SPLITS.index(split) + len(SPLITS) * number, number) for number in range(count)]
         records[split] = [
             SourceRecord(
                 number,
@@ -101,9 +109,59 @@ def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) 
                 f"{style} scene {index} of seed {seed}",
                 SceneSpec(seed, index, style, size),
             )
-            for index, number in names
+            for number, index in enumerate(_number_scenes(split, count))
         ]
     return records
+
+
+def list_composed_scenes(
+    counts: Mapping[str, int], *, style: str, size: int, seed: int
+) -> dict[str, tuple[list[Record], list[QueryRecord]]]:
+    """Lists generated queries of composed retrieval; no query is in two splits.
+
+    Args:
+        counts: Number of queries of each split.
+        style: Look of the scenes.
+        size: Height and width in pixels.
+        seed: Seed of the data set; other seeds give other scenes.
+
+    Returns:
+        Of each split the records and the queries: of ``train`` triplets and no queries, of any other all members of
+        all queries, and the queries.
+
+    Raises:
+        UserError: If a count, the style, the size or the seed is not valid.
+    """
+    draw(composed_scene(seed, 0, style).reference, style, size)  # checks the settings here, before anything starts
+    splits: dict[str, tuple[list[Record], list[QueryRecord]]] = {}
+    for split, count in counts.items():
+        records: list[Record] = []
+        queries: list[QueryRecord] = []
+        for index in _number_scenes(split, count):
+            composed = composed_scene(seed, index, style)
+            names = tuple(f"scene-{index:06d}-{member}" for member in range(len(composed.members)))
+            places = [MemberSpec(seed, index, style, size, member) for member in range(len(names))]
+            reference, target = composed.members.index(composed.reference), composed.members.index(composed.target)
+            origin = f"{style} query {index} of seed {seed}"
+            query = QueryRecord(
+                len(queries), names[reference], names[target], None, (composed.sentence,), names, origin
+            )
+            queries.append(query)
+            if split == "train":
+                records.append(TripletRecord(query, places[reference], places[target]))
+                continue
+            for name, place in zip(names, places, strict=True):
+                records.append(SourceRecord(len(records), name, origin, place))
+        splits[split] = (records, [] if split == "train" else queries)
+    return splits
+
+
+def _number_scenes(split: str, count: int) -> range:
+    """Returns the numbers of a split's scenes, which no other split has, however many there are."""
+    if split not in SPLITS or count < 1:
+        raise UserError(f"scenes need 1 or more for some of {', '.join(SPLITS)}, got {split}={count}")
+    first = SPLITS.index(split)
+    return range(first, first + len(SPLITS) * count, len(SPLITS))
 
 
 def _list_folders(parent: Path) -> list[Path]:

@@ -1,21 +1,18 @@
-"""What is in a converted split: facts for people, and a sheet of sample images with their captions."""
+"""What is in a converted split: facts for people."""
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import pyarrow as pa
 from tabulate import tabulate
 
 from harma_ray.data.images import MAX_PIXELS, BadImage, decode_image
-from harma_ray.data.schema import BadRow, Split, open_shard
-from harma_ray.errors import UserError
-from harma_ray.files import output_path
+from harma_ray.data.schema import QUERY_SCHEMA, BadRow, Kind, Split, open_shard
 
 PERCENTS = (0, 5, 50, 95, 100)
 """Percentiles that are told of each distribution."""
@@ -30,11 +27,6 @@ _SIGNATURES = {
     b"RIFF": "WEBP",
     b"\0\0\0\x0cjP": "JPEG2000",
 }
-_COLUMNS = 6
-_THUMBNAIL = 176
-_MARGIN = 8
-_FONT_SIZE = 11
-_CAPTION_LINES = 6
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,70 @@ class Distribution:
 
 
 @dataclass(frozen=True)
+class TextFacts:
+    """What the captions of some rows are."""
+
+    captions: int
+    """Number of captions."""
+    distinct_captions: int
+    """Number of different captions; if far fewer than captions, recall by index has a low ceiling."""
+    captions_per_row: Distribution | None
+    """How many captions an image or a query has."""
+    caption_words: Distribution | None
+    """Words of a caption."""
+    caption_tokens: Distribution | None
+    """CLIP tokens of a caption, start and end included; 77 is the most that CLIP reads."""
+
+    @classmethod
+    def of(cls, captions: Sequence[Sequence[str]]) -> TextFacts:
+        """Returns the facts about the captions of some rows."""
+        from open_clip.tokenizer import SimpleTokenizer  # slow to import
+
+        counts = Counter(caption for texts in captions for caption in texts)
+        tokenizer = SimpleTokenizer()
+        words, tokens = [], []
+        for caption, count in counts.items():
+            words += [len(caption.split())] * count
+            tokens += [len(tokenizer.encode(caption)) + 2] * count
+        return cls(
+            captions=counts.total(),
+            distinct_captions=len(counts),
+            captions_per_row=Distribution.of([len(texts) for texts in captions]),
+            caption_words=Distribution.of(words),
+            caption_tokens=Distribution.of(tokens),
+        )
+
+
+@dataclass(frozen=True)
+class QueryFacts:
+    """What queries of composed retrieval are, those of a gallery or those that triplets hold."""
+
+    rows: int
+    """Number of queries."""
+    images: int
+    """Number of different images that are a reference or a target."""
+    categories: dict[str, int]
+    """Number of queries of each category; empty without categories."""
+    members: int
+    """Number of queries with a subset of images to rank."""
+    unanswered: int
+    """Number of queries whose target is not known."""
+
+    @classmethod
+    def of(cls, table: pa.Table) -> QueryFacts:
+        """Returns the facts about a table of ``QUERY_SCHEMA``."""
+        columns = ("reference", "target", "members", "category")
+        reference, target, members, category = (table.column(name).to_pylist() for name in columns)
+        return cls(
+            rows=table.num_rows,
+            images=len({*reference, *target} - {None}),
+            categories=dict(sorted(Counter(name for name in category if name is not None).items())),
+            members=sum(map(bool, members)),
+            unanswered=target.count(None),
+        )
+
+
+@dataclass(frozen=True)
 class SplitFacts:
     """What a split holds."""
 
@@ -62,28 +118,16 @@ class SplitFacts:
     """Name of the split."""
     path: Path
     """Its folder."""
+    kind: Kind
+    """What a row is: an image or a triplet."""
     rows: int
-    """Number of images."""
-    captions: int
-    """Number of (image, caption) pairs."""
-    distinct_captions: int
-    """Number of different captions; if far fewer than captions, recall by index has a low ceiling."""
-    captions_per_image: Distribution | None
-    """How many captions an image has."""
-    caption_words: Distribution | None
-    """Words of a caption."""
-    caption_tokens: Distribution | None
-    """CLIP tokens of a caption, start and end included; 77 is the most that CLIP reads."""
-    classes: dict[str, int]
-    """Number of images of each class, by class number; empty without classes."""
-    heights: Distribution | None
-    """Heights in pixels."""
-    widths: Distribution | None
-    """Widths in pixels."""
-    sizes: dict[tuple[int, int], int]
-    """The most frequent (width, height) and how many images have it."""
+    """Number of rows."""
+    texts: TextFacts
+    """The captions, of the queries if there are any, else of the images."""
+    queries: QueryFacts | None
+    """The queries that go with the images or that the triplets hold; None without any."""
     formats: dict[str, int]
-    """Number of images of each file format, by the first bytes."""
+    """Number of different images of each file format, by the first bytes."""
     shards: int
     """Number of files."""
     bytes: int
@@ -92,8 +136,16 @@ class SplitFacts:
     """What was left out when the split was converted."""
     verified: bool
     """Whether every image has been decoded."""
-    undecodable: tuple[BadRow, ...] = field(default=())
+    undecodable: tuple[BadRow, ...] = ()
     """Images that cannot be decoded; known only if verified."""
+    classes: dict[str, int] = field(default_factory=dict)
+    """Number of images of each class, by class number; empty without classes."""
+    heights: Distribution | None = None
+    """Heights in pixels; None for triplets."""
+    widths: Distribution | None = None
+    """Widths in pixels; None for triplets."""
+    sizes: dict[tuple[int, int], int] = field(default_factory=dict)
+    """The most frequent (width, height) and how many images have it."""
 
 
 def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS) -> SplitFacts:
@@ -104,22 +156,11 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS
         verify: Decodes every image, which takes as long as an epoch.
         max_pixels: Largest image that is decoded.
     """
-    from open_clip.tokenizer import SimpleTokenizer  # slow to import
-
-    table = split.read(["captions", "label", "label_name", "height", "width"])
-    captions = table.column("captions").to_pylist()
-    counts = Counter(caption for texts in captions for caption in texts)
-    tokenizer = SimpleTokenizer()
-    words, tokens = [], []
-    for caption, count in counts.items():
-        words += [len(caption.split())] * count
-        tokens += [len(tokenizer.encode(caption)) + 2] * count
-    heights, widths = table.column("height").to_numpy(), table.column("width").to_numpy()
-    classes = Counter(
-        (label, name or str(label))
-        for label, name in zip(table.column("label").to_pylist(), table.column("label_name").to_pylist(), strict=True)
-        if label is not None
-    )
+    split.require_kind(["images", "triplets"], "inspect")
+    has_triplets, manifest = split.manifest.kind == "triplets", split.manifest
+    light = [] if has_triplets else ["captions", "label", "label_name", "height", "width"]
+    table = split.read(QUERY_SCHEMA.names if has_triplets else light)
+    queries = table if has_triplets else split.queries() if manifest.queries else None
     formats: Counter[str] = Counter()
     undecodable = []
     for source, data in _iterate_images(split):
@@ -129,37 +170,50 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS
                 decode_image(data, max_pixels=max_pixels)
             except BadImage as error:
                 undecodable.append(BadRow(source, str(error)))
-    return SplitFacts(
+    facts = SplitFacts(
         name=split.name,
         path=split.path,
+        kind=manifest.kind,
         rows=table.num_rows,
-        captions=counts.total(),
-        distinct_captions=len(counts),
-        captions_per_image=Distribution.of([len(texts) for texts in captions]),
-        caption_words=Distribution.of(words),
-        caption_tokens=Distribution.of(tokens),
+        texts=TextFacts.of((table if queries is None else queries).column("captions").to_pylist()),
+        queries=None if queries is None else QueryFacts.of(queries),
+        formats=dict(formats.most_common()),
+        shards=len(manifest.shards),
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        bad=manifest.bad,
+        verified=verify,
+        undecodable=tuple(undecodable),
+    )
+    return facts if has_triplets else _add_images(facts, table)
+
+
+def _add_images(facts: SplitFacts, table: pa.Table) -> SplitFacts:
+    """Returns the facts with those of the columns that only images have."""
+    heights, widths = table.column("height").to_numpy(), table.column("width").to_numpy()
+    labels, names = table.column("label").to_pylist(), table.column("label_name").to_pylist()
+    classes = Counter(
+        (label, name or str(label)) for label, name in zip(labels, names, strict=True) if label is not None
+    )
+    return replace(
+        facts,
         classes={name: count for (_, name), count in sorted(classes.items())},
         heights=Distribution.of(heights),
         widths=Distribution.of(widths),
         sizes=dict(Counter(zip(widths.tolist(), heights.tolist(), strict=True)).most_common(5)),
-        formats=dict(formats.most_common()),
-        shards=len(split.manifest.shards),
-        bytes=sum(shard.bytes for shard in split.manifest.shards),
-        bad=split.manifest.bad,
-        verified=verify,
-        undecodable=tuple(undecodable),
     )
 
 
 def render_facts(facts: SplitFacts) -> str:
     """Returns facts as plain text with tables."""
+    noun = "image" if facts.queries is None else "query"
     sizes = ", ".join(f"{width} x {height} ({count:,})" for (width, height), count in facts.sizes.items())
     lines = [
         ("folder", str(facts.path)),
-        ("images", f"{facts.rows:,} in {facts.shards} shards, {facts.bytes / 1e6:,.1f} MB"),
+        (facts.kind, f"{facts.rows:,} in {facts.shards} shards, {facts.bytes / 1e6:,.1f} MB"),
         ("formats", ", ".join(f"{name} ({count:,})" for name, count in facts.formats.items())),
-        ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < facts.rows else ''}"),
-        ("captions", f"{facts.captions:,}, {facts.distinct_captions:,} distinct"),
+        ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < facts.rows else ''}" if sizes else "not read"),
+        ("queries", _tell_queries(facts.queries) if facts.queries else "none"),
+        ("captions", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct"),
         ("classes", f"{len(facts.classes)}" if facts.classes else "none"),
         ("left out", f"{len(facts.bad)}"),
         ("decodable", _tell_decodable(facts)),
@@ -168,85 +222,48 @@ def render_facts(facts: SplitFacts) -> str:
     distributions = {
         "image height": facts.heights,
         "image width": facts.widths,
-        "captions of an image": facts.captions_per_image,
-        "words of a caption": facts.caption_words,
-        "tokens of a caption": facts.caption_tokens,
+        f"captions of {'an' if noun == 'image' else 'a'} {noun}": facts.texts.captions_per_row,
+        "words of a caption": facts.texts.caption_words,
+        "tokens of a caption": facts.texts.caption_tokens,
     }
     rows = [[name, d.mean, *d.percentiles.values()] for name, d in distributions.items() if d is not None]
     header = ["", "mean", *("min" if p == 0 else "max" if p == 100 else f"{p} %" for p in PERCENTS)]
     parts.append(tabulate(rows, headers=header, floatfmt=".4g"))
     if facts.classes:
         parts.append(tabulate(facts.classes.items(), headers=["class", "images"]))
+    if facts.queries and facts.queries.categories:
+        parts.append(tabulate(facts.queries.categories.items(), headers=["category", "queries"]))
     for title, bad in (("left out when converted", facts.bad), ("not decodable", facts.undecodable)):
         if bad:
             parts.append(tabulate([(row.source, row.reason) for row in bad], headers=[title, "reason"]))
     return "\n\n".join(parts) + "\n"
 
 
-def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0) -> Path:
-    """Draws a sample of a split's images, with class and first caption under each, and saves it as PNG.
-
-    Args:
-        split: An opened split.
-        path: The PNG file; its folder is made if need be.
-        n: Number of images, at most those of the split.
-        seed: Seed of the choice.
-
-    Returns:
-        The absolute path of the file.
-
-    Raises:
-        UserError: If ``n`` is not positive or the file cannot be written.
-    """
-    if n < 1:
-        raise UserError(f"a contact sheet needs 1 image or more, got {n}")
-    rows = split.manifest.rows
-    chosen = set(np.random.default_rng(seed).permutation(rows)[:n].tolist())
-    samples = [row for number, row in enumerate(_iterate_rows(split, chosen)) if number in chosen]
-    font = ImageFont.load_default(size=_FONT_SIZE)
-    columns = min(_COLUMNS, len(samples))
-    line_height = _FONT_SIZE + 3
-    cell_width, cell_height = _THUMBNAIL + _MARGIN, _THUMBNAIL + (_CAPTION_LINES + 1) * line_height + 2 * _MARGIN
-    sheet = Image.new(
-        "RGB", (columns * cell_width + _MARGIN, -(-len(samples) // columns) * cell_height + _MARGIN), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for position, row in enumerate(samples):
-        x, y = _MARGIN + position % columns * cell_width, _MARGIN + position // columns * cell_height
-        sheet.paste(ImageOps.pad(decode_image(row["image"]), (_THUMBNAIL, _THUMBNAIL), color="lightgrey"), (x, y))
-        draw.text((x, y + _THUMBNAIL + 2), row["label_name"] or row["source"], fill="black", font=font)
-        caption = row["captions"][0] if row["captions"] else "(no caption)"
-        wrapped = textwrap.wrap(caption, width=int(_THUMBNAIL / _FONT_SIZE * 1.9), max_lines=_CAPTION_LINES)
-        draw.text((x, y + _THUMBNAIL + 2 + line_height), "\n".join(wrapped), fill="dimgrey", font=font)
-    target = output_path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(target, "PNG")
-    except OSError as error:
-        raise UserError(f"cannot write the contact sheet {target} ({error.strerror}); choose another file") from error
-    return target
-
-
 def _iterate_images(split: Split) -> Iterator[tuple[str, bytes]]:
+    """Yields names and bytes of all images; an image that several triplets hold once."""
+    pairs = [("source", "image")]
+    if split.manifest.kind == "triplets":
+        pairs = [("reference", "reference_image"), ("target", "target_image")]
+    seen: set[str] = set()
     for path in split.shard_paths():
         with open_shard(path) as file:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["source", "image"])
-                yield from zip(table.column("source").to_pylist(), table.column("image").to_pylist(), strict=True)
+                table = file.read_row_group(group, columns=[column for pair in pairs for column in pair])
+                for source, image in pairs:
+                    for name, data in zip(table.column(source).to_pylist(), table.column(image), strict=True):
+                        if len(pairs) > 1 and name in seen:
+                            continue
+                        seen.add(name)
+                        yield name, data.as_py()
 
 
-def _iterate_rows(split: Split, wanted: set[int]) -> Iterator[dict]:
-    """Yields all rows in order; those of row groups without a wanted row are empty, because they are not read."""
-    start = 0
-    for path in split.shard_paths():
-        with open_shard(path) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if wanted.isdisjoint(range(start, start + rows)):
-                    yield from ({} for _ in range(rows))
-                else:
-                    yield from file.read_row_group(group).to_pylist()
-                start += rows
+def _tell_queries(queries: QueryFacts) -> str:
+    parts = [f"{queries.rows:,} between {queries.images:,} different images"]
+    if queries.members:
+        parts.append(f"{queries.members:,} with a subset to rank")
+    if queries.unanswered:
+        parts.append(f"{queries.unanswered:,} without a target")
+    return ", ".join(parts)
 
 
 def _name_format(data: bytes) -> str:

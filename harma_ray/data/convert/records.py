@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from harma_ray.data.captions import clean_caption
+from harma_ray.data.schema import BadRow, Kind
 from harma_ray.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -32,8 +30,26 @@ class SceneSpec:
 
 
 @dataclass(frozen=True)
+class MemberSpec:
+    """A generated image of composed retrieval, drawn when it is written."""
+
+    seed: int
+    """Seed of the data set."""
+    index: int
+    """Number of the query; queries with different numbers differ."""
+    style: str
+    """Look of the scene, one of the styles of ``harma_ray.data.scenes``."""
+    size: int
+    """Height and width in pixels."""
+    member: int
+    """Position among the members of the query."""
+
+
+@dataclass(frozen=True)
 class SourceRecord:
     """One image before conversion; holds no pixels."""
+
+    kind: ClassVar[Kind] = "images"
 
     image_id: int
     """Number of the image, unique in its split."""
@@ -41,7 +57,7 @@ class SourceRecord:
     """Name of the image, relative to its root, the same on every machine."""
     origin: str
     """Where the record was read, for messages: annotation file and row."""
-    image: Path | SceneSpec
+    image: Path | SceneSpec | MemberSpec
     """Absolute path of the image file, or the scene to draw."""
     captions: tuple[str, ...] = ()
     """Cleaned captions; a scene brings its own."""
@@ -50,53 +66,67 @@ class SourceRecord:
     label_name: str | None = None
     """Name of the class."""
 
-
-def read_json(path: str | Path) -> Any:
-    """Reads an annotation file.
-
-    Raises:
-        UserError: If it is missing, cannot be read, or is not JSON in UTF-8.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"annotation file {path} is not JSON ({error}); is it a complete download?") from error
-    except RecursionError as error:
-        raise UserError(f"annotation file {path} is nested too deeply to be a list of annotations") from error
-    except OSError as error:
-        raise UserError(f"annotation file {path} cannot be read ({error.strerror}); check the path") from error
+    @property
+    def images(self) -> tuple[tuple[str, Path | SceneSpec | MemberSpec], ...]:
+        """Names and places of the images that the row needs."""
+        return ((self.source, self.image),)
 
 
-def hash_file(path: str | Path) -> str:
-    """Returns the SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@dataclass(frozen=True)
+class QueryRecord:
+    """One query of composed retrieval, with the fields of ``QUERY_SCHEMA``."""
+
+    pair_id: int
+    """The data set's own number, or a running one."""
+    reference: str
+    """Name of the reference image."""
+    target: str | None
+    """Name of the target image; None = not known."""
+    category: str | None
+    """Part of the data set whose images it is to be found among; None = there are no parts."""
+    captions: tuple[str, ...]
+    """What changes the reference into the target, as annotated."""
+    members: tuple[str, ...]
+    """Names of the images of a subset ranking, reference and target included; possibly none."""
+    source: str
+    """Where it was read: annotation file and row."""
+
+    @property
+    def pair(self) -> list[str]:
+        """Names of the reference and, if it is known, the target."""
+        return [self.reference, *([] if self.target is None else [self.target])]
+
+    @property
+    def needs(self) -> list[str]:
+        """Names of the images that it cannot be evaluated without."""
+        return [*self.pair, *self.members]
+
+    def explain(self, lost: Iterable[str]) -> BadRow:
+        """Returns why it is left out if some images are."""
+        return BadRow(self.source, f"needs {', '.join(dict.fromkeys(lost))}, which cannot be used")
 
 
-def resolve_image(root: Path, name: str, origin: str) -> Path:
-    """Returns the absolute path of an image under its root.
+@dataclass(frozen=True)
+class TripletRecord:
+    """One training row of composed retrieval before conversion; holds no pixels."""
 
-    Links below the root may lead anywhere: they are the user's own.
+    kind: ClassVar[Kind] = "triplets"
 
-    Raises:
-        UserError: If the name is empty, absolute, or leads out of the root.
-    """
-    path = Path(os.path.normpath(root / name))
-    if not name or "\0" in name or Path(name).is_absolute() or root not in path.parents:
-        raise UserError(f"{origin}: image paths must lie under the image folder {root}, got {name!r}; correct the row")
-    return path
+    query: QueryRecord
+    """What is known of it; with a target."""
+    reference_image: Path | MemberSpec
+    """Absolute path of the file of the reference, or the scene to draw."""
+    target_image: Path | MemberSpec
+    """That of the target."""
+
+    @property
+    def images(self) -> tuple[tuple[str, Path | MemberSpec], ...]:
+        """Names and places of the images that the row needs."""
+        return ((self.query.reference, self.reference_image), (self.query.target or "", self.target_image))
 
 
-def image_root(path: str | Path) -> Path:
-    """Returns an image folder as a clean absolute path.
-
-    Raises:
-        UserError: If it is no folder.
-    """
-    root = Path(os.path.abspath(Path(path).expanduser()))
-    if not root.is_dir():
-        raise UserError(f"image folder {root} does not exist; give the folder that image paths are relative to")
-    return root
+Record = SourceRecord | TripletRecord
+"""What becomes a row of a split."""
 
 
 def clean_captions(texts: Iterable[Any], origin: str) -> tuple[str, ...]:

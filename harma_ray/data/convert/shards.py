@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from harma_ray.data.convert.records import SceneSpec, SourceRecord, clean_captions
-from harma_ray.data.images import BadImage, decode_image
-from harma_ray.data.scenes import scene
-from harma_ray.data.schema import IMAGE_SCHEMA, ROW_GROUP_BYTES, BadRow
+from harma_ray.data.convert.records import Record
+from harma_ray.data.convert.rows import make_row
+from harma_ray.data.schema import ROW_GROUP_BYTES, SCHEMAS, BadRow, Shard
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file
 
-JPEG_QUALITY = 95
-"""Quality of JPEG images that had to be made smaller."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,8 +27,8 @@ class ShardPlan:
 
     path: Path
     """Where the shard goes; absolute."""
-    records: tuple[SourceRecord, ...]
-    """What it holds, in this order."""
+    records: tuple[Record, ...]
+    """What it holds, in this order; at least one, all of one kind."""
     fingerprint: str
     """Identifies the whole conversion; a finished shard of another one is not this shard."""
     resize: int | None
@@ -51,13 +46,13 @@ class ShardResult:
     file: str
     """Name of the file."""
     rows: int
-    """Number of images written."""
+    """Number of rows written."""
     captions: int
     """Number of captions written."""
     bytes: int
     """Size of the file."""
     bad: tuple[BadRow, ...]
-    """Images that could not be used."""
+    """Images that could not be used, and triplets that need them."""
     fingerprint: str
     """That of the plan."""
 
@@ -95,20 +90,11 @@ def write_shard(plan: ShardPlan) -> ShardResult:
         return finished
     bad: list[BadRow] = []
     captions = rows = 0
+    schema = SCHEMAS[plan.records[0].kind]
     try:
-        with (
-            atomic_file(plan.path) as file,
-            pq.ParquetWriter(
-                file,
-                IMAGE_SCHEMA,
-                compression="NONE",
-                use_dictionary=False,
-                write_statistics=False,
-                write_page_checksum=True,
-            ) as writer,
-        ):
+        with atomic_file(plan.path) as file, _open_writer(file, schema) as writer:
             for group in _row_groups(plan, bad):
-                writer.write_table(pa.Table.from_pylist(group, schema=IMAGE_SCHEMA), row_group_size=len(group))
+                writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
                 rows += len(group)
                 captions += sum(len(row["captions"]) for row in group)
         size = plan.path.stat().st_size
@@ -118,6 +104,13 @@ def write_shard(plan: ShardPlan) -> ShardResult:
     except OSError as error:
         raise disk_error(plan.path, error) from error
     return result
+
+
+def write_table(table: pa.Table, path: Path) -> Shard:
+    """Writes a table as one file of a split, whole or not at all."""
+    with atomic_file(path) as file, _open_writer(file, table.schema) as writer:
+        writer.write_table(table)
+    return Shard(path.name, table.num_rows, path.stat().st_size)
 
 
 def find_finished(plan: ShardPlan) -> ShardResult | None:
@@ -140,69 +133,33 @@ def disk_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path} ({reason}); check the folder or choose another, and run the command again")
 
 
+def _open_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+
+
 def _row_groups(plan: ShardPlan, bad: list[BadRow]) -> Iterator[list[dict[str, Any]]]:
     """Yields rows in groups of about ``row_group_bytes``; adds what cannot be used to ``bad``."""
     group: list[dict[str, Any]] = []
     size = 0
     for record in plan.records:
-        try:
-            row = _make_row(record, plan.resize, plan.max_pixels)
-        except BadImage as error:
-            bad.append(BadRow(record.source, str(error)))
+        row = make_row(record, resize=plan.resize, max_pixels=plan.max_pixels, bad=bad)
+        if row is None:
             continue
-        if group and size + len(row["image"]) > plan.row_group_bytes:
+        row_bytes = sum(len(value) for value in row.values() if isinstance(value, bytes))
+        if group and size + row_bytes > plan.row_group_bytes:
             yield group
             group, size = [], 0
         group.append(row)
-        size += len(row["image"])
+        size += row_bytes
     if group:
         yield group
-
-
-def _make_row(record: SourceRecord, resize: int | None, max_pixels: int) -> dict[str, Any]:
-    captions, label, label_name = record.captions, record.label, record.label_name
-    if isinstance(record.image, SceneSpec):
-        spec = record.image
-        drawn = scene(spec.seed, spec.index, spec.style, spec.size)
-        captions = clean_captions(drawn.captions, record.origin)
-        label, label_name, image = drawn.label, drawn.label_name, drawn.image
-        data = _encode(image, "PNG")
-    else:
-        data = _read(record.image)
-        image = decode_image(data, max_pixels=max_pixels)
-    if resize is not None and min(image.size) > resize:
-        image = _shrink(image, resize)
-        data = _encode(image, "JPEG" if data.startswith(b"\xff\xd8\xff") else "PNG")
-    return {
-        "image_id": record.image_id,
-        "image": data,
-        "height": image.height,
-        "width": image.width,
-        "captions": list(captions),
-        "label": label,
-        "label_name": label_name,
-        "source": record.source,
-    }
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read ({error.strerror})") from error
-
-
-def _shrink(image: Image.Image, shorter_side: int) -> Image.Image:
-    scale = shorter_side / min(image.size)
-    size = (max(shorter_side, round(image.width * scale)), max(shorter_side, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def _encode(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    options = {"quality": JPEG_QUALITY} if kind == "JPEG" else {}
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _result_path(path: Path) -> Path:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.records import (
-    SPLITS,
-    SourceRecord,
-    check_unique,
-    clean_captions,
-    fill_labels,
+from harma_ray.data.convert.annotations import (
+    as_object,
+    get_field,
     image_root,
     read_json,
+    read_rows,
     resolve_image,
+    tell_shape,
 )
+from harma_ray.data.convert.records import SPLITS, SourceRecord, check_unique, clean_captions, fill_labels
 from harma_ray.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -39,14 +39,11 @@ def read_harma(annotations: str | Path, images: str | Path) -> list[SourceRecord
     Raises:
         UserError: Naming file and row, if the file does not have one of these shapes.
     """
-    root, file = image_root(images), Path(annotations).name
-    rows = read_json(annotations)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file} must be a JSON list of rows {_TRAIN_ROW} or {_EVAL_ROW}, got {_shape(rows)}")
-    # Rows are counted from 1, as people count.
-    named = [(f"{file} row {number}", row) for number, row in enumerate(rows, 1)]
-    training = isinstance(rows[0], dict) and isinstance(rows[0].get("caption"), str)
-    records = _join_training_rows(named, root) if training else _read_evaluation_rows(named, root)
+    root = image_root(images)
+    rows = read_rows(Path(annotations), f"{_TRAIN_ROW} or {_EVAL_ROW}")
+    first = rows[0][1]
+    training = isinstance(first, dict) and isinstance(first.get("caption"), str)
+    records = _join_training_rows(rows, root) if training else _read_evaluation_rows(rows, root)
     check_unique(records)
     return fill_labels(records)
 
@@ -71,18 +68,18 @@ def read_karpathy(
     content = read_json(annotations)
     rows = content.get("images") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file} must look like {_KARPATHY}, got {_shape(content)}")
+        raise UserError(f"{file} must look like {_KARPATHY}, got {tell_shape(content)}")
     found: dict[str, list[SourceRecord]] = {}
     for number, row in enumerate(rows):
         origin = f"{file} image {number + 1}"
-        row = _object(row, origin, _KARPATHY)
-        split = _field(row, "split", str, origin, _KARPATHY)
+        row = as_object(row, origin, _KARPATHY)
+        split = get_field(row, "split", str, origin, _KARPATHY)
         if splits is not None and split not in splits:
             continue
-        folder = _field(row, "filepath", str, origin, _KARPATHY) if row.get("filepath") is not None else ""
-        name = str(Path(folder) / _field(row, "filename", str, origin, _KARPATHY))
-        sentences = _field(row, "sentences", list, origin, _KARPATHY)
-        texts = [_field(_object(s, origin, _KARPATHY), "raw", str, origin, _KARPATHY) for s in sentences]
+        folder = get_field(row, "filepath", str, origin, _KARPATHY) if row.get("filepath") is not None else ""
+        name = str(Path(folder) / get_field(row, "filename", str, origin, _KARPATHY))
+        sentences = get_field(row, "sentences", list, origin, _KARPATHY)
+        texts = [get_field(as_object(s, origin, _KARPATHY), "raw", str, origin, _KARPATHY) for s in sentences]
         if not texts:
             raise UserError(f"{origin}: `sentences` is empty, so the image has no caption; correct or remove the row")
         record = SourceRecord(number, name, origin, resolve_image(root, name, origin), clean_captions(texts, origin))
@@ -104,9 +101,9 @@ def read_karpathy(
 def _join_training_rows(rows: list[tuple[str, Any]], root: Path) -> list[SourceRecord]:
     joined: dict[int, tuple[SourceRecord, list[str]]] = {}
     for origin, row in rows:
-        row = _object(row, origin, _TRAIN_ROW)
-        text = _field(row, "caption", str, origin, _TRAIN_ROW)
-        image_id = _field(row, "image_id", int, origin, _TRAIN_ROW)
+        row = as_object(row, origin, _TRAIN_ROW)
+        text = get_field(row, "caption", str, origin, _TRAIN_ROW)
+        image_id = get_field(row, "image_id", int, origin, _TRAIN_ROW)
         captions = clean_captions([text], origin)
         record = _make_record(row, image_id, (), origin, root, _TRAIN_ROW)
         first, texts = joined.setdefault(image_id, (record, []))
@@ -127,8 +124,8 @@ def _join_training_rows(rows: list[tuple[str, Any]], root: Path) -> list[SourceR
 def _read_evaluation_rows(rows: list[tuple[str, Any]], root: Path) -> list[SourceRecord]:
     records = []
     for number, (origin, row) in enumerate(rows):
-        row = _object(row, origin, _EVAL_ROW)
-        texts = _field(row, "caption", list, origin, _EVAL_ROW)
+        row = as_object(row, origin, _EVAL_ROW)
+        texts = get_field(row, "caption", list, origin, _EVAL_ROW)
         if not texts:
             raise UserError(f"{origin}: `caption` is an empty list; give the image a caption or remove the row")
         records.append(_make_record(row, number, clean_captions(texts, origin), origin, root, _EVAL_ROW))
@@ -138,34 +135,7 @@ def _read_evaluation_rows(rows: list[tuple[str, Any]], root: Path) -> list[Sourc
 def _make_record(
     row: dict[str, Any], image_id: int, captions: tuple[str, ...], origin: str, root: Path, expected: str
 ) -> SourceRecord:
-    name = _field(row, "image", str, origin, expected)
-    label = None if row.get("label") is None else _field(row, "label", int, origin, expected)
-    label_name = None if row.get("label_name") is None else _field(row, "label_name", str, origin, expected)
+    name = get_field(row, "image", str, origin, expected)
+    label = None if row.get("label") is None else get_field(row, "label", int, origin, expected)
+    label_name = None if row.get("label_name") is None else get_field(row, "label_name", str, origin, expected)
     return SourceRecord(image_id, name, origin, resolve_image(root, name, origin), captions, label, label_name)
-
-
-def _object(value: Any, origin: str, expected: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"{origin} must look like {expected}, got {_shape(value)}")
-    return value
-
-
-def _field(row: dict[str, Any], name: str, kind: type, origin: str, expected: str) -> Any:
-    value = row.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        got = f"`{name}` = {_shape(value)}" if name in row else f"no `{name}` (keys: {', '.join(map(str, row))})"
-        raise UserError(f"{origin} must look like {expected}, got {got}")
-    if isinstance(value, int) and not 0 <= value < 2**31:  # labels are stored as int32
-        raise UserError(f"{origin}: `{name}` must lie in 0..{2**31 - 1}, got {value}")
-    return value
-
-
-def _shape(value: Any) -> str:
-    """Describes a JSON value in a few words."""
-    if isinstance(value, dict):
-        keys = ", ".join(list(value)[:6])
-        return f"an object with {f'keys {keys}' if keys else 'no keys'}"
-    if isinstance(value, list):
-        return f"a list of {len(value)}" if value else "an empty list"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."

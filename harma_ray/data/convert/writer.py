@@ -11,9 +11,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from harma_ray import __version__
-from harma_ray.data.convert.records import SceneSpec, SourceRecord, hash_file
+from harma_ray.data.convert.examination import Examination, examine, list_bad
+from harma_ray.data.convert.records import QueryRecord, Record, TripletRecord
+from harma_ray.data.convert.rows import tabulate_queries
 from harma_ray.data.convert.shards import (
     ShardPlan,
     ShardResult,
@@ -29,18 +30,21 @@ from harma_ray.data.convert.shards import (
     find_finished,
     pack_shards,
     write_shard,
+    write_table,
 )
 from harma_ray.data.convert.staging import lock, swap, work_folder
 from harma_ray.data.convert.tasks import map_with_ray
 from harma_ray.data.images import MAX_PIXELS
 from harma_ray.data.schema import (
     MANIFEST_NAME,
+    QUERIES_NAME,
     ROW_GROUP_BYTES,
     SCHEMA_VERSION,
     SHARD_BYTES,
     BadRow,
     Manifest,
     Shard,
+    Split,
     open_split,
 )
 from harma_ray.errors import UserError
@@ -49,8 +53,6 @@ from harma_ray.files import atomic_file, output_path
 MIN_SHARDS = 8
 """Splits are cut into this many shards even if they are small, so that several tasks write (and read) them."""
 
-_LISTED = 10
-_HASHING_THREADS = 8
 _logger = logging.getLogger(__name__)
 
 TaskMap = Callable[[Callable[[ShardPlan], ShardResult], Sequence[ShardPlan]], Iterator[ShardResult]]
@@ -86,27 +88,60 @@ class WriteSettings:
                 raise UserError(f"`{name}` must be at least {least}, got {value}")
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One split to be written."""
+
+    split: Path
+    """Its folder."""
+    records: Sequence[Record]
+    """What its rows are made from."""
+    queries: Sequence[QueryRecord]
+    """What goes with its images."""
+    images: Examination
+    """The images of the records."""
+    wanted: Manifest
+    """Its manifest, as far as it is known before anything is written."""
+    settings: WriteSettings
+    """How it is written."""
+    hint: str
+    """What messages about images that cannot be used end with."""
+
+    @property
+    def noun(self) -> str:
+        """What a row is called."""
+        return self.wanted.kind
+
+    def check_bad(self, bad: Sequence[BadRow]) -> None:
+        """Raises UserError if more images are left out than may be."""
+        self.images.check_bad(bad, self.settings.max_bad, self.hint)
+
+
 def write_split(
-    records: Sequence[SourceRecord],
+    records: Sequence[Record],
     out_dir: str | Path,
     *,
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
+    queries: Sequence[QueryRecord] = (),
     settings: WriteSettings | None = None,
     map_tasks: TaskMap = map_with_ray,
+    hint: str = "",
 ) -> Manifest:
     """Writes one split of a data set, or finds that it is there already.
 
     Args:
-        records: The images. Each is read and decoded whole before it is written.
+        records: The images, or the triplets. Every image is read and decoded whole before it is written.
         out_dir: Folder of the split, such as ``data/rsitmd/train``; the folder above is made if need be.
         options: The converter's name and its own settings, for the manifest.
-        inputs: Annotation files and their hashes, for the manifest; image files are added here.
+        inputs: Annotation files and their hashes, for the manifest; image files and queries are added here.
+        queries: Queries of composed retrieval whose images are among the records' ``source``; none by default.
         settings: How to write; the defaults if None.
         map_tasks: Runs the tasks: ``map_with_ray`` (Ray must have been initialised) or ``map_serially``.
+        hint: What the message about images that cannot be used ends with.
 
     Returns:
-        The manifest.
+        The manifest. Triplets and queries that need an image that was left out are left out and listed too.
 
     Raises:
         UserError: If more than ``settings.max_bad`` images are missing or unreadable (none is written to the split
@@ -118,57 +153,37 @@ def write_split(
     if not records:
         raise UserError(f"there are no images to write to {split}; check the annotations and the name of the split")
     try:
-        sizes, fingerprints, missing = _examine(records, settings.progress)
-        if fingerprints is not None:
-            inputs = {**inputs, "images": fingerprints}
+        images = examine(records, progress=settings.progress)
+        known = {"images": images.fingerprint, "queries": _hash_queries(records, queries)}
+        inputs = {**inputs, **{name: content for name, content in known.items() if content is not None}}
         kept = {name: getattr(settings, name) for name in ("resize", "seed", "max_pixels")}
-        wanted = Manifest(0, 0, (), dict(inputs), json.loads(json.dumps({**options, **kept})), tool_version=__version__)
+        wanted = Manifest(
+            0, 0, (), dict(inputs), json.loads(json.dumps({**options, **kept})), tool_version=__version__,
+            kind=records[0].kind,
+        )  # fmt: skip
+        job = _Job(split, records, queries, images, wanted, settings, hint)
         with lock(split):
             done = _find_done(split, wanted, settings)
             if done is not None:
-                _check_bad(done.bad, settings.max_bad, len(records))
-                _logger.info("%s is done already: %d images", split, done.rows)
+                job.check_bad(done.bad)
+                _logger.info("%s is done already: %s", split, Split(split, done).describe())
                 return done
-            _check_bad(missing, settings.max_bad, len(records))
-            absent = {row.source for row in missing}
-            present = [(r, size) for r, size in zip(records, sizes, strict=True) if r.source not in absent]
-            work, plans = _plan(present, split, wanted, settings)
-            results = _run(plans, map_tasks, len(present), settings.progress)
-            return _finish(split, work, results, missing, wanted, settings.max_bad, len(records))
+            job.check_bad(images.missing)
+            present, left_out = images.divide(records)
+            if not present:
+                raise UserError(
+                    f"none of the {len(records)} {job.noun} of {split} can be used, such as {list_bad(left_out[:1])}"
+                )
+            work, plans = _plan(job, present)
+            return _finish(job, work, _run(job, plans, map_tasks), left_out)
     except OSError as error:
         raise disk_error(split, error) from error
 
 
-def _examine(records: Sequence[SourceRecord], progress: bool) -> tuple[list[int], str | None, list[BadRow]]:
-    """Returns image sizes, a hash of the files' names and contents (None without files), and what is missing."""
-    digest, sizes, missing = hashlib.sha256(), [], []
-    files = [record for record in records if not isinstance(record.image, SceneSpec)]
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        hashes = iter(tqdm(
-            pool.map(_hash_file, [record.image for record in files]), total=len(files), unit=" images", desc="hashing",
-            disable=not progress or not files,
-        ))  # fmt: skip
-        for record in records:
-            if isinstance(record.image, SceneSpec):
-                sizes.append(record.image.size**2 * 2)  # about what PNG makes of a scene
-                continue
-            size, content, reason = next(hashes)
-            if reason:
-                missing.append(BadRow(record.source, reason))
-            sizes.append(size)
-            digest.update(f"{record.source}\0{content}\n".encode())
-    return sizes, digest.hexdigest() if files else None, missing
-
-
-def _hash_file(path: Path) -> tuple[int, str, str]:
-    """Returns a file's size, the hash of its content, and why it cannot be read, if so."""
-    if path.exists() and not path.is_file():
-        return 0, "", "not a file"
-    try:
-        return path.stat().st_size, hash_file(path), ""
-    except OSError as error:
-        verb = "found" if isinstance(error, FileNotFoundError) else "read"
-        return 0, "", f"cannot be {verb} ({error.strerror}: {path})"
+def _hash_queries(records: Sequence[Record], queries: Sequence[QueryRecord]) -> str | None:
+    """Returns a hash of the queries, those of triplets too; None without any."""
+    held = [record.query for record in records if isinstance(record, TripletRecord)]
+    return hashlib.sha256(repr([*held, *queries]).encode()).hexdigest() if held or queries else None
 
 
 def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manifest | None:
@@ -178,7 +193,8 @@ def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manife
     manifest_path = split / MANIFEST_NAME
     if not manifest_path.is_file():
         raise UserError(f"{split} exists but is no converted split; remove it or choose another folder")
-    foreign = [p.name for p in split.iterdir() if p.name != MANIFEST_NAME and not p.match("part-*.parquet")]
+    ours = (MANIFEST_NAME, QUERIES_NAME)
+    foreign = [p.name for p in split.iterdir() if p.name not in ours and not p.match("part-*.parquet")]
     reason = ""
     try:
         there = Manifest.from_json(manifest_path.read_text(), origin=str(manifest_path))
@@ -198,10 +214,9 @@ def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manife
     return None
 
 
-def _plan(
-    present: list[tuple[SourceRecord, int]], split: Path, wanted: Manifest, settings: WriteSettings
-) -> tuple[Path, list[ShardPlan]]:
+def _plan(job: _Job, present: list[tuple[Record, int]]) -> tuple[Path, list[ShardPlan]]:
     """Cuts the records into shards, prepares the work folder, and checks that there is room."""
+    settings, wanted = job.settings, job.wanted
     digest = hashlib.sha256(
         json.dumps(
             [SCHEMA_VERSION, __version__, settings.shard_bytes, settings.row_group_bytes, wanted.inputs, wanted.options]
@@ -210,7 +225,7 @@ def _plan(
     for record, _ in present:
         digest.update(repr(record).encode())
     fingerprint = digest.hexdigest()
-    work = work_folder(split) / fingerprint[:16]
+    work = work_folder(job.split) / fingerprint[:16]
     for other in work.parent.glob("*"):
         if other != work:
             shutil.rmtree(other)
@@ -234,65 +249,60 @@ def _plan(
     needed, free = sum(sizes) - done, shutil.disk_usage(work).free
     if settings.resize is None and needed > free:
         raise UserError(
-            f"{split} needs about {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; free some first"
+            f"{job.split} needs about {needed / 1e6:,.0f} MB but {free / 1e6:,.0f} MB are free; free some first"
         )
     return work, plans
 
 
-def _run(plans: list[ShardPlan], map_tasks: TaskMap, num_images: int, progress: bool) -> list[ShardResult]:
+def _run(job: _Job, plans: list[ShardPlan], map_tasks: TaskMap) -> list[ShardResult]:
+    counts = {plan.path.name: len(plan.records) for plan in plans}
     results = []
-    with tqdm(total=num_images, unit=" images", disable=not progress, desc="converting") as bar:
+    with tqdm(
+        total=sum(counts.values()), unit=f" {job.noun}", disable=not job.settings.progress, desc="converting"
+    ) as bar:
         for result in map_tasks(write_shard, plans):
             results.append(result)
-            bar.update(result.rows + len(result.bad))
+            bar.update(counts[result.file])
     return sorted(results, key=lambda result: result.file)
 
 
-def _finish(
-    split: Path,
-    work: Path,
-    results: list[ShardResult],
-    missing: list[BadRow],
-    wanted: Manifest,
-    max_bad: int,
-    num_images: int,
-) -> Manifest:
-    """Writes the manifest and moves the folder to its place."""
-    bad = tuple(sorted([*missing, *(row for result in results for row in result.bad)], key=lambda row: row.source))
-    _check_bad(bad, max_bad, num_images)
+def _finish(job: _Job, work: Path, results: list[ShardResult], left_out: list[BadRow]) -> Manifest:
+    """Writes the queries and the manifest, and moves the folder to its place."""
+    # An image that several rows need is found bad by each of them.
+    bad = {*left_out, *(row for result in results for row in result.bad)}
+    job.check_bad(_sort(bad))
+    lost = {row.source for row in bad}
+    unusable = {query.source: [name for name in query.needs if name in lost] for query in job.queries}
+    bad |= {query.explain(unusable[query.source]) for query in job.queries if unusable[query.source]}
+    queries = [query for query in job.queries if not unusable[query.source]]
     filled = [result for result in results if result.rows]
-    if not filled:
-        raise UserError(f"none of the {num_images} images of {split} can be used, such as {_list_bad(bad[:1])}")
+    if not filled or (job.queries and not queries):
+        what = f"{len(job.queries)} queries" if filled else f"{len(job.records)} {job.noun}"
+        raise UserError(f"none of the {what} of {job.split} can be used, such as {list_bad(_sort(bad)[:1])}")
     shards = tuple(Shard(result.file, result.rows, result.bytes) for result in filled)
-    manifest = Manifest(
+    manifest = replace(
+        job.wanted,
         rows=sum(result.rows for result in filled),
         captions=sum(result.captions for result in filled),
         shards=shards,
-        inputs=wanted.inputs,
-        options=wanted.options,
-        bad=bad,
-        tool_version=wanted.tool_version,
+        bad=tuple(_sort(bad)),
+        queries=write_table(tabulate_queries(queries), work / QUERIES_NAME) if queries else None,
     )
-    names = {shard.file for shard in shards}
+    names = {MANIFEST_NAME, *(shard.file for shard in shards), *([QUERIES_NAME] if queries else [])}
     with atomic_file(work / MANIFEST_NAME) as file:
         file.write(manifest.to_json().encode())
     for path in work.iterdir():
-        if path.name not in names and path.name != MANIFEST_NAME:
+        if path.name not in names:
             path.unlink()
-    swap(work, split)
+    swap(work, job.split)
     if bad:
-        _logger.warning("%d of %d images were left out: %s", len(bad), num_images, _list_bad(bad))
+        images = [row for row in manifest.bad if row.source in job.images.names]
+        others = f", and {len(bad) - len(images)} rows that need them," if len(bad) > len(images) else ""
+        _logger.warning(
+            "%d of %d images%s were left out: %s", len(images), len(job.images.names), others, list_bad(images)
+        )
     return manifest
 
 
-def _check_bad(bad: Sequence[BadRow], max_bad: int, num_images: int) -> None:
-    if len(bad) > max_bad:
-        raise UserError(
-            f"{len(bad)} of {num_images} images cannot be used, at most {max_bad} may be left out (--max-bad): "
-            f"{_list_bad(bad)}; mend them or raise the limit"
-        )
-
-
-def _list_bad(bad: Sequence[BadRow]) -> str:
-    listed = ", ".join(f"{row.source} ({row.reason})" for row in bad[:_LISTED])
-    return listed + (f", and {len(bad) - _LISTED} more" if len(bad) > _LISTED else "")
+def _sort(bad: Iterable[BadRow]) -> list[BadRow]:
+    return sorted(bad, key=lambda row: (row.source, row.reason))

@@ -1,7 +1,8 @@
 """Small overhead scenes with true captions, drawn from a seed: the demo data that comes with the package.
 
-What a scene holds (`content`), how it looks (`drawing`, `shapes`, `looks`) and how it is told (`phrasing`) are apart.
-All styles share one distribution of contents; a style changes the palette, the light, the sensor and the phrasing.
+What a scene holds (`content`), how it looks (`drawing`, `shapes`, `looks`) and how it is told (`phrasing`) are apart;
+so is what changes one scene into another (`edits`). All styles share one distribution of contents; a style changes the
+palette, the light, the sensor and the phrasing.
 Everything follows from (seed, index, style) alone and is the same in every process.
 """
 
@@ -13,10 +14,22 @@ from PIL import Image
 
 from harma_ray.data.scenes.content import LABEL_NAMES, SceneContent, sample_content
 from harma_ray.data.scenes.drawing import draw
+from harma_ray.data.scenes.edits import ComposedScene, composed_scene
 from harma_ray.data.scenes.looks import STYLES
 from harma_ray.data.scenes.phrasing import captions
 
-__all__ = ["LABEL_NAMES", "STYLES", "Scene", "SceneContent", "captions", "draw", "sample_content", "scene"]
+__all__ = [
+    "LABEL_NAMES",
+    "STYLES",
+    "ComposedScene",
+    "Scene",
+    "SceneContent",
+    "captions",
+    "composed_scene",
+    "draw",
+    "sample_content",
+    "scene",
+]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Label:
         grounds: The ground materials.
         excluded: Features and extra kinds that would be confused with the rest of the scene.
         ground_phrase: Tells the ground material.
+        surface: What is made of the ground material, as a noun.
     """
 
     place: str
@@ -47,6 +48,7 @@ class Label:
     grounds: tuple[str, ...]
     excluded: tuple[str, ...] = ()
     ground_phrase: str = "on {}"
+    surface: str = "ground"
 
 
 LABELS = {
@@ -65,6 +67,7 @@ LABELS = {
         ("grass", "sand", "concrete"),
         ("stream", "pond"),
         "by a {} shore",
+        "shore",
     ),
     "parking lot": Label(
         "a parking lot",
@@ -91,6 +94,7 @@ LABELS = {
         ("grass", "sand", "soil"),
         ("stream", "pond"),
         "between {} banks",
+        "banks",
     ),
     "residential": Label(
         "a residential area",

@@ -13,7 +13,7 @@ from harma_ray.errors import UserError
 
 MAX_CAPTIONS = 6
 
-_COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six")
+COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six")
 
 
 @dataclass(frozen=True)
@@ -167,32 +167,61 @@ def captions(content: SceneContent, style: str, count: int = 5) -> list[str]:
     return [chosen[position].format(**fields) for position in rng.permutation(count)]
 
 
+def tell_noun(count: int, kind: str, style: str) -> str:
+    """Returns the noun of `count` objects of a kind in the words of a style, such as "planes"."""
+    return _count_noun(count, kind, _PHRASINGS[style])
+
+
+def tell_ground(ground: str, style: str) -> str:
+    """Returns the words of a style for a ground material."""
+    return _name_ground(ground, _PHRASINGS[style])
+
+
+def tell_feature(feature: str, variant: str, style: str) -> str:
+    """Returns the words of a style for a feature, without article and with its variant in front unless that is ""."""
+    return _name_feature(feature, variant, _PHRASINGS[style])
+
+
+def tell_arrangement(arrangement: str, style: str) -> str:
+    """Returns the phrase of a style for an arrangement, which stands behind the objects."""
+    return _PHRASINGS[style].arrangements[arrangement]
+
+
 def _count_noun(count: int, kind: str, phrasing: _Phrasing) -> str:
     """Returns the noun of `count` objects of a kind."""
     singular, plural = phrasing.nouns.get(kind) or _NOUNS.get(kind) or (kind, f"{kind}s")
     return singular if count == 1 else plural
 
 
+def _name_ground(ground: str, phrasing: _Phrasing) -> str:
+    """Returns the words for a ground material."""
+    return phrasing.grounds.get(ground, ground)
+
+
+def _name_feature(feature: str, variant: str, phrasing: _Phrasing) -> str:
+    """Returns the words for a feature with its variant in front."""
+    variant = phrasing.curved if variant == "curved" else variant
+    return f"{variant} {phrasing.features.get(feature, feature)}".strip()
+
+
 def _tell(content: SceneContent, phrasing: _Phrasing) -> dict[str, str]:
     """Returns the fields for the templates that this content has; what it lacks has no field."""
     label = LABELS[content.label]
-    ground = phrasing.grounds.get(content.ground, content.ground)
     fields = {
-        "main": f"{_COUNT_WORDS[content.num_main]} {content.colour} "
+        "main": f"{COUNT_WORDS[content.num_main]} {content.colour} "
         f"{_count_noun(content.num_main, content.kind, phrasing)}",
         "be": "is" if content.num_main == 1 else "are",
-        "ground": label.ground_phrase.format(ground),
+        "ground": label.ground_phrase.format(_name_ground(content.ground, phrasing)),
         "place": label.place,
         "at": f"{label.preposition} {label.place}",
     }
     if content.num_main >= (3 if content.arrangement == "rows" else 2):
         fields["arranged"] = phrasing.arrangements[content.arrangement]
     if content.feature != "none":
-        variant = phrasing.curved if content.feature_variant == "curved" else content.feature_variant
-        fields["feature"] = f"a {variant} {phrasing.features.get(content.feature, content.feature)}"
+        fields["feature"] = f"a {_name_feature(content.feature, content.feature_variant, phrasing)}"
     if content.num_extras:
         noun = _count_noun(content.num_extras, content.extra_kind, phrasing)
-        fields["extras"] = f"{_COUNT_WORDS[content.num_extras]} {noun}"
+        fields["extras"] = f"{COUNT_WORDS[content.num_extras]} {noun}"
     return fields
 
 

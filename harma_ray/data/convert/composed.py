@@ -1,0 +1,281 @@
+"""Readers of the data sets of composed image retrieval: FashionIQ and CIRR."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harma_ray.data.convert.annotations import (
+    as_object,
+    as_text,
+    check_distinct,
+    get_field,
+    get_texts,
+    hash_file,
+    image_root,
+    read_json,
+    read_rows,
+    resolve_image,
+    tell_shape,
+    tell_some,
+)
+from harma_ray.data.convert.records import QueryRecord, Record, SourceRecord, TripletRecord
+from harma_ray.errors import UserError
+
+CATEGORIES = ("dress", "toptee", "shirt")
+"""FashionIQ's parts, in the order in which its training rows are joined."""
+FASHIONIQ_SPLITS = ("train", "val")
+CIRR_SPLITS = ("train", "val", "test1")
+
+_FASHIONIQ_ROW = '{"candidate": name, "target": name, "captions": [1 or 2 texts]}'
+_NAME = "the name of an image"
+_FASHIONIQ_SUFFIXES = (".jpg", ".png", ".jpeg")
+_CIRR_ROW = (
+    '{"pairid": number, "reference": name, "target_hard": name, "caption": text, "img_set": {"members": [6 names]}}'
+)
+_CIRR_INDEX = "{name: path, ...}"
+_CIRR_MEMBERS = 6
+_EDGES = ".?, \t\n"  # what training strips from captions, and white space
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ComposedPart:
+    """The queries of a category, or of all if there are none, and the images that answers are to be found among."""
+
+    name: str
+    """For people, such as ``dress val``."""
+    queries: list[QueryRecord]
+    """In the file's order."""
+    index: list[str]
+    """Names of the images, in the file's order."""
+    category: str | None = None
+    """The category."""
+    label: int | None = None
+    """Its number."""
+
+
+@dataclass(frozen=True)
+class ComposedSource:
+    """What one split of composed retrieval is made from."""
+
+    split: str
+    """Name of the split: ``train`` is made of triplets, any other of the images of the index, with queries."""
+    parts: list[ComposedPart]
+    """The queries and the index."""
+    root: Path
+    """Absolute folder of the data set."""
+    files: dict[str, Path]
+    """Absolute paths of the images that the split needs, by their names; a file may be missing."""
+    inputs: dict[str, str]
+    """Annotation files and their SHA-256."""
+
+    @property
+    def queries(self) -> list[QueryRecord]:
+        """The queries that go with the images; none in training, whose rows hold them."""
+        return [] if self.split == "train" else [query for part in self.parts for query in part.queries]
+
+    @property
+    def records(self) -> list[Record]:
+        """What the rows of the split are made from."""
+        if self.split == "train":
+            queries = [query for part in self.parts for query in part.queries]
+            return [TripletRecord(q, self.files[q.reference], self.files[q.target or ""]) for q in queries]
+        images = [(part, name) for part in self.parts for name in part.index]
+        return [
+            SourceRecord(number, name, part.name, self.files[name], (), part.label, part.category)
+            for number, (part, name) in enumerate(images)
+        ]
+
+    def report(self) -> str:
+        """Returns what the annotations tell of and all image files that are missing, in lines for people."""
+        lines = [f"{p.name}: {len(p.queries):,} queries, {len(p.index):,} images in the index" for p in self.parts]
+        files = list(dict.fromkeys(self.files.values()))
+        missing = [path.relative_to(self.root).as_posix() for path in files if not os.path.isfile(path)]
+        lines.append(f"{len(files):,} distinct images are needed in all")
+        lines.append(f"{len(missing):,} are missing under {self.root}:" if missing else "all images are there")
+        return "\n".join(lines + missing)
+
+
+def read_fashioniq(root: str | Path, split: str, categories: Sequence[str] = CATEGORIES) -> ComposedSource:
+    """Reads FashionIQ's annotations of one split.
+
+    Queries are numbered from 0 over all categories. An image in the index of two categories counts in both.
+
+    Args:
+        root: Folder with ``captions``, ``image_splits`` and ``images``.
+        split: ``train`` or ``val``.
+        categories: The categories to read.
+
+    Raises:
+        UserError: Naming file and row, if a file is missing or not of this shape, or a query of ``val`` names an image
+            that is not in the index.
+    """
+    if split not in FASHIONIQ_SPLITS:
+        why = "the answers of test were never published" if split == "test" else f"got {split!r}"
+        raise UserError(f"of FashionIQ the splits {' and '.join(FASHIONIQ_SPLITS)} can be converted; {why}")
+    unknown = [name for name in categories if name not in CATEGORIES]
+    if unknown or not categories:
+        raise UserError(f"FashionIQ's categories are {', '.join(CATEGORIES)}, got {', '.join(unknown) or 'none'}")
+    source = ComposedSource(split, [], image_root(root), {}, {})
+    for label, category in enumerate(CATEGORIES):
+        if category in categories:
+            _add_category(source, category, label)
+    _warn(source.parts)
+    return source
+
+
+def read_cirr(root: str | Path, split: str) -> ComposedSource:
+    """Reads CIRR's annotations of one split.
+
+    Args:
+        root: Folder with ``cirr`` and the images, whose paths in it the annotations tell.
+        split: ``train``, ``val`` or ``test1``, whose queries have no target.
+
+    Raises:
+        UserError: Naming file and row, if a file is missing or not of this shape, a query names an image that is not
+            in the index (in training, where members do not matter: a reference or target), or what evaluation rests
+            on does not hold: numbers of pairs differ, the members are 6, reference and target among them.
+    """
+    if split not in CIRR_SPLITS:
+        raise UserError(f"CIRR's splits are {', '.join(CIRR_SPLITS)}, got {split!r}")
+    folder = image_root(root)
+    texts = folder / "cirr" / "captions" / f"cap.rc2.{split}.json"
+    index = folder / "cirr" / "image_splits" / f"split.rc2.{split}.json"
+    queries = [_read_cirr_row(row, origin, split) for origin, row in read_rows(texts, _CIRR_ROW)]
+    places = read_json(index, unique_keys=True)
+    if not isinstance(places, dict) or not places:
+        raise UserError(f"{index.name} must look like {_CIRR_INDEX}, got {tell_shape(places)}")
+    files = {}
+    for name, place in places.items():
+        origin = f"{index.name} `{as_text(name, index.name, _CIRR_INDEX)}`"
+        files[name] = resolve_image(folder, as_text(place, origin, _CIRR_INDEX), origin)
+    _check_names(queries, files, index.name, split)
+    if split == "train":
+        files = {name: files[name] for query in queries for name in _names_of(query, split)}
+    else:
+        _check_pair_ids(queries)
+    part = ComposedPart(split, queries, list(places))
+    _warn([part])
+    inputs = {path.name: hash_file(path) for path in (texts, index)}
+    return ComposedSource(split, [part], folder, files, inputs)
+
+
+def _add_category(source: ComposedSource, category: str, label: int) -> None:
+    """Reads one category of FashionIQ and adds it to a source."""
+    texts = source.root / "captions" / f"cap.{category}.{source.split}.json"
+    index = source.root / "image_splits" / f"split.{category}.{source.split}.json"
+    for path in (texts, index):
+        if not path.is_file():
+            raise UserError(f"annotation file {path} does not exist; --categories can leave {category} out")
+    rows = enumerate(read_rows(texts, _FASHIONIQ_ROW), start=sum(len(part.queries) for part in source.parts))
+    queries = [_read_fashioniq_row(row, origin, number, category) for number, (origin, row) in rows]
+    listed = [(as_text(name, origin, _NAME), origin) for origin, name in read_rows(index, f"that are each {_NAME}")]
+    names = [name for name, _ in listed]
+    check_distinct(names, index.name)
+    if source.split == "train":  # takes images by their names; that the index has them all is promised nowhere
+        listed = [(name, query.source) for query in queries for name in _names_of(query, source.split)]
+    else:
+        _check_names(queries, set(names), index.name, source.split)
+    for name, origin in listed:
+        if name not in source.files:
+            source.files[name] = _find_fashioniq_image(source.root / "images", name, origin)
+    source.inputs.update({path.name: hash_file(path) for path in (texts, index)})
+    source.parts.append(ComposedPart(f"{category} {source.split}", queries, names, category, label))
+
+
+def _read_fashioniq_row(row: Any, origin: str, number: int, category: str) -> QueryRecord:
+    row = as_object(row, origin, _FASHIONIQ_ROW)
+    captions = get_texts(row, "captions", origin, _FASHIONIQ_ROW)
+    if len(captions) not in (1, 2):
+        raise UserError(f"{origin}: `captions` must be 1 or 2 texts, got {len(captions)}; correct the row")
+    return QueryRecord(
+        pair_id=number,
+        reference=get_field(row, "candidate", str, origin, _FASHIONIQ_ROW),
+        target=get_field(row, "target", str, origin, _FASHIONIQ_ROW),
+        category=category,
+        captions=captions,
+        members=(),
+        source=origin,
+    )
+
+
+def _find_fashioniq_image(folder: Path, name: str, origin: str) -> Path:
+    """Returns the path of an image; that of a .jpg file if there is none."""
+    stem = resolve_image(folder, name, origin)
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in _FASHIONIQ_SUFFIXES]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
+
+
+def _read_cirr_row(row: Any, origin: str, split: str) -> QueryRecord:
+    row = as_object(row, origin, _CIRR_ROW)
+    unanswered = split == "test1" and row.get("target_hard") is None
+    group = as_object(get_field(row, "img_set", dict, origin, _CIRR_ROW), origin, _CIRR_ROW)
+    query = QueryRecord(
+        pair_id=get_field(row, "pairid", int, origin, _CIRR_ROW),
+        reference=get_field(row, "reference", str, origin, _CIRR_ROW),
+        target=None if unanswered else get_field(row, "target_hard", str, origin, _CIRR_ROW),
+        category=None,
+        captions=(get_field(row, "caption", str, origin, _CIRR_ROW),),
+        members=get_texts(group, "members", origin, _CIRR_ROW),
+        source=origin,
+    )
+    if split == "train":
+        return query
+    absent = set(query.pair) - set(query.members)
+    if absent or len(set(query.members)) != _CIRR_MEMBERS or len(query.members) != _CIRR_MEMBERS:
+        raise UserError(
+            f"{origin}: `members` must be {_CIRR_MEMBERS} different names, reference and target among them, got "
+            f"{', '.join(query.members) or 'none'} for {query.reference} and {query.target}; correct the row"
+        )
+    if query.reference == query.target:  # the reference is never ranked
+        raise UserError(f"{origin}: the target must not be the reference, got {query.target!r}; correct the row")
+    return query
+
+
+def _names_of(query: QueryRecord, split: str) -> list[str]:
+    """Returns the images that a query of a split needs; training has no use for members."""
+    return query.pair if split == "train" else query.needs
+
+
+def _check_names(queries: list[QueryRecord], index: Collection[str], file: str, split: str) -> None:
+    """Raises UserError if queries name images that the index has not."""
+    wrong: dict[str, str] = {}
+    for query in queries:
+        for name in _names_of(query, split):
+            if name not in index:
+                wrong.setdefault(name, f"{name!r} of {query.source}")
+    if wrong:
+        raise UserError(
+            f"{file} lacks {tell_some(len(wrong), 'name', list(wrong.values()))} that queries need; take both files "
+            "from one release"
+        )
+
+
+def _check_pair_ids(queries: list[QueryRecord]) -> None:
+    first: dict[int, QueryRecord] = {}
+    for query in queries:
+        other = first.setdefault(query.pair_id, query)
+        if other is not query:
+            raise UserError(f"{query.source}: `pairid` {query.pair_id} is also in {other.source}; correct one of them")
+
+
+def _warn(parts: list[ComposedPart]) -> None:
+    """Logs what is odd but kept."""
+    for part in parts:
+        texts = [(text, query.source) for query in part.queries for text in query.captions]
+        empty = [source for text, source in texts if not text.strip(_EDGES)]
+        if empty:
+            _logger.warning(
+                "%s: %d of %d captions are empty, the first in %s", part.name, len(empty), len(texts), empty[0]
+            )
+        same = [query.source for query in part.queries if query.reference == query.target]
+        if same:
+            counts = (len(same), len(part.queries))
+            _logger.warning(
+                "%s: %d of %d targets are the reference itself, the first in %s", part.name, *counts, same[0]
+            )

@@ -1,0 +1,137 @@
+"""Features computed once are what encoding anew gives, for training and for evaluation."""
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harma_ray.config import build_config
+from harma_ray.data.order import planned_order
+from harma_ray.data.schema import MANIFEST_NAME, open_split
+from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.engine import evaluate_split
+from harma_ray.errors import UserError
+from harma_ray.features import FOLDER, with_features
+from harma_ray.recipes import make_task, recipe_config
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore:.*use_(polars|push_based_shuffle|arrow_tensor_v2):DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`use_push_based_shuffle:DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def config(composed):
+    small = {"combiner.projection_dim": 64, "combiner.hidden_dim": 32, "combiner.dropout": 0}
+    more = {"train.global_batch_size": 20, "train.eval_batch_size": 16, "data.path": str(composed)}
+    return build_config(recipe_config("scenes-cir-combiner"), {**small, **more})
+
+
+@pytest.fixture(scope="module")
+def cached(config, ray_cluster, tmp_path_factory):
+    return with_features(config, tmp_path_factory.mktemp("run"), ray_cluster)
+
+
+def first_batch(config):
+    transform = make_task(config).transform(training=True)
+    batches = TrainingStream(planned_order(config), transform, config.data, Place(), local_batches).steps(0, 1)
+    batch = next(batches)
+    batches.close()
+    return batch
+
+
+def test_a_batch_gives_the_outputs_of_the_images_and_texts(config, cached):
+    model = make_task(config).build_model().eval()
+    images, vectors = first_batch(config), first_batch(cached)
+    assert torch.equal(images["row"], vectors["row"])
+    assert vectors["reference"].shape == (20, 128)
+    with torch.no_grad():
+        expected = model(images["reference"], images["text"], images["target"])
+        found = model(vectors["reference"], vectors["text"], vectors["target"])
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_gives_the_figures_of_the_images(config, cached):
+    model = make_task(config).build_model()
+    for split in ("val", "test"):
+        expected, found = (
+            evaluate_split(make_task(which), which, model, split, place=Place(), reader=local_batches)
+            for which in (config, cached)
+        )
+        torch.testing.assert_close(found.details.query_embeddings, expected.details.query_embeddings)
+        assert found.metrics == expected.metrics
+
+
+def test_a_second_call_keeps_what_is_there(config, cached, ray_cluster):
+    folder = open_split(cached.data.path, "train").path.parent.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    assert len(before) >= 5
+    assert with_features(config, folder, ray_cluster) == cached
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")} == before
+
+
+def test_every_image_is_encoded_once(config, cached):
+    table = open_split(cached.data.path, "train").read(["reference", "target", "reference_vector", "target_vector"])
+    by_name = {}
+    for row in table.to_pylist():
+        for side in ("reference", "target"):
+            by_name.setdefault(row[side], set()).add(row[f"{side}_vector"])
+    assert Counter(map(len, by_name.values())) == {1: len(by_name)}
+
+
+def test_vectors_of_other_encoders_are_refused(cached):
+    other = build_config(cached, {"seed": 1})
+    task = make_task(other)
+    with pytest.raises(UserError, match=r"come from other encoders or settings than the model's \(backbone differ\)"):
+        evaluate_split(task, other, task.build_model(), "val", place=Place(), reader=local_batches)
+
+
+def test_vectors_are_not_fine_tuned_on(cached):
+    config = build_config(recipe_config("scenes-cir-finetune"), {"data.path": cached.data.path})
+    with pytest.raises(UserError, match=r"fine-tuning needs triplets, but .* holds triplet vectors"):
+        make_task(config).check(open_split(cached.data.path, "train"))
+
+
+def test_features_of_other_data_are_refused(config, cached, composed, ray_cluster, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(composed, data)
+    shutil.copytree(cached.data.path, run / FOLDER)
+    manifest = data / "val" / MANIFEST_NAME
+    manifest.write_text(manifest.read_text() + "\n")
+    with pytest.raises(UserError, match="holds features of other data"):
+        with_features(build_config(config, {"data.path": str(data)}), run, ray_cluster)
+
+
+def test_on_the_fly_nothing_is_written(config, ray_cluster, tmp_path):
+    wanted = build_config(config, {"features.cached": False})
+    assert with_features(wanted, tmp_path, ray_cluster) == wanted
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_image_is_named_and_leaves_nothing(config, composed, ray_cluster, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = tmp_path / "data"
+    shutil.copytree(composed, data)
+    split = open_split(data, "val")
+    path = split.shard_paths()[0]
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[1]["image"] = b"not an image"
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=table.schema), path, compression="NONE", use_dictionary=False,
+        write_statistics=False, write_page_checksum=True,
+    )  # fmt: skip
+    shards = [
+        replace(shard, bytes=file.stat().st_size)
+        for shard, file in zip(split.manifest.shards, split.shard_paths(), strict=True)
+    ]
+    (split.path / MANIFEST_NAME).write_text(replace(split.manifest, shards=tuple(shards)).to_json())
+    with pytest.raises(UserError, match=f"val: image {rows[1]['source']}: not an image"):
+        with_features(build_config(config, {"data.path": str(data)}), tmp_path / "run", ray_cluster)
+    assert [path.parent.name for path in (tmp_path / "run").rglob(MANIFEST_NAME)] == ["train"]
