@@ -18,8 +18,16 @@ def test_the_best_evaluated_and_the_last_are_kept(tmp_path):
         save_checkpoint(tmp_path, meta, nn.Linear(1, 1), {"rng": torch.zeros(1)})
     prune_checkpoints(tmp_path, ["r_mean"], 3)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (2, 4, 6, 9)]
-    prune_checkpoints(tmp_path, "r_mean", 1)
+    prune_checkpoints(tmp_path, ["r_mean"], 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000009"]
+
+
+def test_the_best_by_each_metric_are_kept(tmp_path):
+    for step, (first, second) in enumerate([(1.0, 4.0), (3.0, 1.0), (2.0, 2.0), (0.0, 0.0)]):
+        meta = CheckpointMeta(step, step, {"first": first, "second": second}, {}, "settings", "recipe", "backbone")
+        save_checkpoint(tmp_path, meta, nn.Linear(1, 1), {"rng": torch.zeros(1)})
+    prune_checkpoints(tmp_path, ["first", "second", "unknown"], 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (0, 1, 3)]
 
 
 @pytest.mark.parametrize("limit", [1_000, 41_000])
