@@ -21,7 +21,7 @@ from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
 from harma_ray.recipes.harma_config import HarmaConfig
-from harma_ray.runs import open_run
+from harma_ray.runs import Run, open_run
 
 ImageLike = str | Path | bytes | Image.Image
 
@@ -118,8 +118,12 @@ def load_run(path: str | Path, device: str | None = None) -> Retriever:
     Raises:
         UserError: If the folder is no run of image-text retrieval, or has no checkpoint.
     """
-    run = open_run(path)
+    return load_retriever(open_run(path), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_retriever(run: Run, device: str) -> Retriever:
+    """Loads a run's best weights; see `load_run`."""
     model = run.load_model()
     if not isinstance(model, DualEncoder) or not isinstance(run.config, HarmaConfig):
-        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which has no image and text encoder")
-    return Retriever(model, run.config, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
+    return Retriever(model, run.config, device)

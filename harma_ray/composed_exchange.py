@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from harma_ray.checkpoint import CheckpointMeta, read_meta, save_checkpoint
+from harma_ray.checkpoint import CheckpointMeta, save_checkpoint
 from harma_ray.config import build_config, config_hash
 from harma_ray.errors import UserError
+from harma_ray.files import making
 from harma_ray.models.backbones import has_quick_twin
 from harma_ray.models.composed import ComposedRetriever
-from harma_ray.models.output import making
-from harma_ray.models.weights import backbone_fingerprint, check_fit
+from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.clip4cir_config import CombinerConfig, FinetuneConfig
 from harma_ray.runs import Run, create_run
@@ -52,10 +51,13 @@ def settings_after(run: Run, recipe: str) -> dict[str, Any]:
     first = run.config
     if not isinstance(first, FinetuneConfig):
         raise UserError(f"recipe {recipe} builds on a fine-tuned CLIP, but {run.path} is a run of {first.recipe}")
+    if run.report is None:  # going on with it could delete the checkpoint
+        raise UserError(f"run {run.path} is not finished; finish it first: launch.py train --resume {run.path}")
     return {
         "model.architecture": first.model.architecture,
         "model.pretrained": first.model.pretrained,
         "model.tuned": str(run.best_checkpoint()),
+        "model.tuned_seed": first.seed,
         **{f"preparation.{name}": value for name, value in dataclasses.asdict(first.preparation).items()},
     }
 
@@ -74,10 +76,8 @@ def import_combiner(path: Path, state: Mapping[str, Tensor], config: Any, folder
     """
     if not isinstance(config, CombinerConfig):
         raise UserError(f"{path} is a CLIP4Cir Combiner; import it with --recipe clip4cir-combiner")
-    projection_dim, hidden_dim = (
-        len(state.get(f"{name}.weight", ())) for name in ("text_projection_layer", "combiner_layer")
-    )
-    sizes = {"combiner.projection_dim": projection_dim, "combiner.hidden_dim": hidden_dim}
+    layers = {"combiner.projection_dim": "text_projection_layer.bias", "combiner.hidden_dim": "combiner_layer.bias"}
+    sizes = {name: len(state[layer]) for name, layer in layers.items() if layer in state and state[layer].ndim}
     config = build_config(config, sizes, origin=str(path))
     model = make_task(config).build_model()
     assert isinstance(model, ComposedRetriever)
@@ -102,20 +102,21 @@ def describe_combiner(state: Mapping[str, Tensor]) -> str:
     return f"Combiner of {features} features, projection {projection}, hidden {hidden}"
 
 
-def write_composed(model: ComposedRetriever, run: Run, format: str, path: Path) -> None:
+def write_composed(model: ComposedRetriever, run: Run, format: str, epoch: float, path: Path) -> None:
     """Writes a composed retriever for other programs.
 
     Args:
-        model: With the run's best weights.
+        model: With weights of the run.
         run: The run.
         format: ``released`` (the ``.pt`` of CLIP4Cir: a CLIP, or the Combiner), or ``open_clip`` (the CLIP).
+        epoch: When the weights were so.
         path: The file.
 
     Raises:
         UserError: If the format does not fit.
     """
     if format == "open_clip":
-        save_file({name: tensor.contiguous() for name, tensor in model.clip.state_dict().items()}, path)
+        save_clip(model.clip, path)
     elif format == "released":
         architecture = run.config.model.architecture  # type: ignore[attr-defined]
         if model.combiner is None and has_quick_twin(architecture):
@@ -124,7 +125,6 @@ def write_composed(model: ComposedRetriever, run: Run, format: str, path: Path) 
                 "GELU; export it as `open_clip`"
             )
         name, module = ("CLIP", model.clip) if model.combiner is None else ("Combiner", model.combiner)
-        epoch = read_meta(run.best_checkpoint()).epoch
         torch.save({"epoch": epoch, name: {key: value.clone() for key, value in module.state_dict().items()}}, path)
     else:
         raise UserError(f"run {run.path} has no adapters; export it as `released` or `open_clip`")

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harma_ray.api import load_retriever
 from harma_ray.checkpoint import read_meta
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.schema import index_rows, list_splits, open_split
@@ -73,7 +74,8 @@ def embed(
     items = list(_items(Path(data).expanduser().absolute(), split, batch_size))
     if not items:
         raise UserError(f"{data} is neither a converted data set nor a folder with images ({', '.join(SUFFIXES)})")
-    checkpoint, width = run.best_checkpoint(), _load(run, "cpu").model.embedding_width  # mistakes show before Ray works
+    checkpoint = run.best_checkpoint()
+    width = load_retriever(run, "cpu").model.embedding_width  # mistakes show before Ray works
     device = "cuda" if use_gpu else "cpu"
     settings = {"run": run, "device": device, "num_actors": num_actors}
     dataset = map_in_actors(items, _Encoder, settings, num_actors=num_actors, use_gpu=use_gpu)
@@ -143,12 +145,6 @@ def _schema(width: int) -> pa.Schema:
     return pa.schema([*texts, pa.field("vector", pa.list_(pa.float32(), width))])
 
 
-def _load(run: Run, device: str) -> Any:
-    from harma_ray.api import Retriever
-
-    return Retriever(run.load_model(), run.config, device)  # type: ignore[arg-type]
-
-
 class _Encoder:
     """Holds the model in its process. Mistakes come back as rows: Ray would wrap an exception in its own traces."""
 
@@ -156,7 +152,7 @@ class _Encoder:
         import torch
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_actors))
-        self._retriever = _load(run, device)
+        self._retriever = load_retriever(run, device)
         self._width = self._retriever.model.embedding_width
 
     def __call__(self, table: pa.Table) -> pa.Table:

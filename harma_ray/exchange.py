@@ -23,14 +23,13 @@ from harma_ray.checkpoint import (
 from harma_ray.composed_exchange import COMBINER_MARK, Imported, describe_combiner, import_combiner, write_composed
 from harma_ray.config import build_config, config_hash, flat_settings, to_dict
 from harma_ray.errors import UserError
-from harma_ray.files import output_path
+from harma_ray.files import making, output_path, replacing
 from harma_ray.models.backbones import check_file_activation
 from harma_ray.models.clip import DualEncoder, build_clip
 from harma_ray.models.composed import ComposedRetriever
-from harma_ray.models.foreign import describe_tensors, guess_architecture, read_foreign, read_metadata
-from harma_ray.models.output import making, replacing
+from harma_ray.models.foreign import describe_tensors, guess_architecture, read_foreign
 from harma_ray.models.released import from_released, to_released
-from harma_ray.models.weights import backbone_fingerprint, check_fit, read_state_dict
+from harma_ray.models.weights import backbone_fingerprint, check_fit, read_metadata, read_state_dict, save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
@@ -44,13 +43,16 @@ _ADAPTER_MARK = ".mmadapter."
 _OWN_ADAPTER_MARK = ".mlp.adapter."
 
 
-def export_checkpoint(run: Run, format: str, out_file: str | Path, *, overwrite: bool = False) -> Path:
+def export_checkpoint(
+    run: Run, format: str, out_file: str | Path, *, metric: str | None = None, overwrite: bool = False
+) -> Path:
     """Writes a run's best weights for other programs.
 
     Args:
         run: The run.
         format: ``released`` (HarMA's layout), ``adapter`` (the trainable tensors), ``open_clip`` (a whole CLIP).
         out_file: The file; written whole or not at all.
+        metric: What the best weights are the best by; None = the recipe's objective.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
@@ -61,10 +63,10 @@ def export_checkpoint(run: Run, format: str, out_file: str | Path, *, overwrite:
         raise UserError(f"{path} exists; choose another file, or replace it with --overwrite")
     if format not in FORMATS:
         raise UserError(f"the format must be one of {', '.join(FORMATS)}, got `{format}`")
-    model, config = run.load_model(), run.config
+    checkpoint, model, config = run.best_checkpoint(metric), run.load_model(metric), run.config
     if isinstance(model, ComposedRetriever):
         with replacing(path) as partial:
-            write_composed(model, run, format, partial)
+            write_composed(model, run, format, read_meta(checkpoint).epoch, partial)
         return path
     assert isinstance(model, DualEncoder)
     assert isinstance(config, HarmaConfig)
@@ -81,12 +83,12 @@ def export_checkpoint(run: Run, format: str, out_file: str | Path, *, overwrite:
                 "format": _ADAPTER_FORMAT,
                 "recipe": config.recipe,
                 "architecture": config.model.architecture,
-                "backbone": read_meta(run.best_checkpoint()).backbone,
+                "backbone": read_meta(checkpoint).backbone,
                 "config": json.dumps(to_dict(config)),
             }
             save_file({name: t.clone() for name, t in trainable_tensors(model).items()}, partial, metadata=metadata)
         else:
-            save_file({name: t.contiguous() for name, t in model.clip.state_dict().items()}, partial)
+            save_clip(model.clip, partial)
     return path
 
 
@@ -116,7 +118,7 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     model = build_clip(config.model.architecture, str(path))
     with making(folder) as made:
         made.mkdir()
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, made / BACKBONE_NAME)
+        save_clip(model, made / BACKBONE_NAME)
     return Imported(
         folder / BACKBONE_NAME,
         f"{len(state)} tensors of `{config.model.architecture}`, fingerprint {backbone_fingerprint(model)[:12]}\n"
@@ -127,11 +129,10 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
 def _import_released(path: Path, state: dict[str, Tensor], config: Any, folder: Path) -> Imported:
     model, config = _released_model(path, state, config)
     config = build_config(config, {"model.pretrained": str(folder / BACKBONE_NAME)})
-    base = {name: t.contiguous() for name, t in model.clip.state_dict().items() if _OWN_ADAPTER_MARK not in name}
     backbone = backbone_fingerprint(model)
     with making(folder) as made:
         run = create_run(made.parent, made.name, config)
-        save_file(base, made / BACKBONE_NAME)
+        save_clip(model.clip, made / BACKBONE_NAME, without=_OWN_ADAPTER_MARK)
         meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, backbone)
         save_checkpoint(run.path, meta, model, {})
     return Imported(

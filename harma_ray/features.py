@@ -6,25 +6,24 @@ with vectors in place of images and beside the texts; it is trained on and evalu
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import json
 import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from harma_ray import __version__
 from harma_ray.cluster import Cluster, node_cpus
 from harma_ray.config import RunConfig, build_config, to_dict
-from harma_ray.data.convert.shards import disk_error
+from harma_ray.data.convert.shards import disk_error, write_table
 from harma_ray.data.convert.staging import lock, swap, work_folder
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.schema import (
@@ -34,6 +33,7 @@ from harma_ray.data.schema import (
     ROW_GROUP_BYTES,
     SCHEMAS,
     SHARD_BYTES,
+    SOURCE,
     Kind,
     Manifest,
     Shard,
@@ -45,7 +45,7 @@ from harma_ray.data.schema import (
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import atomic_file, output_path
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.task import FeatureTask
+from harma_ray.task import FeatureEncoder, FeatureTask
 
 FOLDER = "features"
 """Where the features of a run or a search lie, in its folder."""
@@ -90,13 +90,13 @@ def write_features(config: RunConfig, out: str | Path, splits: Sequence[str], cl
         return
     wanted = [_Wanted.of(config, source) for source in missing]
     items = [item for split in wanted for item in split.items(config.train.eval_batch_size)]
-    results = _encode(config, items, cluster)
-    for split in wanted:
-        vectors, identity = _collect(results, split.items(config.train.eval_batch_size))
-        try:
-            _write(split, vectors, identity, target / split.source.name)
-        except OSError as error:
-            raise disk_error(target, error) from error
+    with contextlib.closing(_encode(config, items, cluster)) as results:
+        for split in wanted:
+            vectors, identity = _collect(results, split.items(config.train.eval_batch_size))
+            try:
+                _write(split, vectors, identity, target / split.source.name)
+            except OSError as error:
+                raise disk_error(target, error) from error
 
 
 def feature_task(config: RunConfig) -> FeatureTask:
@@ -111,14 +111,10 @@ def feature_task(config: RunConfig) -> FeatureTask:
     return task
 
 
-def _fingerprint(source: Split) -> str:
-    return hashlib.sha256((source.path / MANIFEST_NAME).read_bytes()).hexdigest()
-
-
 def _is_done(source: Split, target: Path) -> bool:
     if not (target / source.name / MANIFEST_NAME).is_file():
         return False
-    if open_split(target, source.name).manifest.inputs != {"manifest": _fingerprint(source)}:
+    if open_split(target, source.name).manifest.inputs != {"manifest": source.fingerprint}:
         raise UserError(f"{target / source.name} holds features of other data than {source.path}; remove it")
     return True
 
@@ -181,7 +177,7 @@ class _Wanted:
         return {"image": self.source.read(["source"]).column("source").to_pylist()}
 
 
-def _encode(config: RunConfig, items: Sequence[_Item], cluster: Cluster) -> Iterator[dict[str, Any]]:
+def _encode(config: RunConfig, items: Sequence[_Item], cluster: Cluster) -> Generator[dict[str, Any]]:
     """Yields for every item, in order, the bytes of its vectors and the identity of the encoders."""
     from harma_ray.data.ray_stream import closing_batches, map_in_actors
 
@@ -206,28 +202,32 @@ class _Encoder:
         import torch
 
         torch.set_num_threads(max(1, node_cpus() // actors))
-        base = recipe_config(config["recipe"])
-        self._encoder = feature_task(build_config(base, config)).feature_encoder(device)
+        self._task, self._device = feature_task(build_config(recipe_config(config["recipe"]), config)), device
+
+    @functools.cached_property
+    def _encoder(self) -> FeatureEncoder:
+        return self._task.feature_encoder(self._device)
 
     def __call__(self, table: pa.Table) -> dict[str, list]:
         rows = [self._encode(pickle.loads(item)) for item in table.column("item").to_pylist()]
         return {name: [row[name] for row in rows] for name in ("vectors", "identity", "error")}
 
     def _encode(self, item: _Item) -> dict[str, Any]:
+        origin = ""
         try:
+            encoder, origin = self._encoder, f"{item.split.path}: "
             if item.column:
                 samples = np.stack([np.asarray(item.rows), np.zeros(len(item.rows), np.int64)], axis=1)
                 table = read_samples(_indexed(item.split.path), samples, 0)
-                vectors = self._encoder.encode_images(table.column(item.column).to_pylist(), list(item.keys))
+                vectors = encoder.encode_images(table.column(item.column).to_pylist(), list(item.keys))
             else:
-                vectors = self._encoder.encode_texts(list(item.keys))
+                vectors = encoder.encode_texts(list(item.keys))
         except Exception as raised:
             error = find_user_error(raised)
             if error is None:
                 raise
-            return {"vectors": b"", "identity": "", "error": f"{item.split.path}: {error}"}
-        identity = json.dumps(dict(self._encoder.identity))
-        return {"vectors": vectors.numpy().tobytes(), "identity": identity, "error": ""}
+            return {"vectors": b"", "identity": "", "error": f"{origin}{error}"}
+        return {"vectors": vectors.numpy().tobytes(), "identity": json.dumps(dict(encoder.identity)), "error": ""}
 
 
 @functools.lru_cache(maxsize=4)
@@ -274,13 +274,13 @@ def _write(wanted: _Wanted, vectors: _Vectors, identity: dict[str, Any], out: Pa
         shards = _write_shards(rows.cast(SCHEMAS[kind]), work)
         beside = None
         if not wanted.training:
-            beside = _write_file(queries.cast(QUERY_VECTOR_SCHEMA), work / QUERIES_NAME, len(queries))
+            beside = write_table(queries.cast(QUERY_VECTOR_SCHEMA), work / QUERIES_NAME)
         manifest = Manifest(
             rows=len(rows),
             captions=source.manifest.captions,
             shards=tuple(shards),
-            inputs={"manifest": _fingerprint(source)},
-            options={"converter": FOLDER, "encoder": identity},
+            inputs={"manifest": source.fingerprint},
+            options={"converter": FOLDER, "encoder": identity, SOURCE: str(source.path)},
             tool_version=__version__,
             kind=kind,
             queries=beside,
@@ -293,13 +293,5 @@ def _write(wanted: _Wanted, vectors: _Vectors, identity: dict[str, Any], out: Pa
 def _write_shards(rows: pa.Table, folder: Path) -> Iterator[Shard]:
     row_bytes = max(1, rows.nbytes // max(1, len(rows)))
     for number, part in enumerate(iterate_slices(len(rows), max(1, SHARD_BYTES // row_bytes))):
-        path = folder / f"part-{number:05d}.parquet"
-        yield _write_file(rows.slice(part.start, part.stop - part.start), path, max(1, ROW_GROUP_BYTES // row_bytes))
-
-
-def _write_file(rows: pa.Table, path: Path, group_rows: int) -> Shard:
-    pq.write_table(
-        rows, path, row_group_size=group_rows, compression="NONE", use_dictionary=False, write_statistics=False,
-        write_page_checksum=True,
-    )  # fmt: skip
-    return Shard(path.name, len(rows), path.stat().st_size)
+        path, shard = folder / f"part-{number:05d}.parquet", rows.slice(part.start, part.stop - part.start)
+        yield write_table(shard, path, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes))

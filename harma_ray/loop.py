@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,8 +134,11 @@ def _start(
     reporter: Reporter = lambda metrics: None, *, draw: bool = True,
 ) -> _Training:  # fmt: skip
     check_batch(config, place.world_size)
-    torch.manual_seed(config.seed)
-    return _Training(task, config, run_dir, place, reader, reporter, draw=draw)
+    torch.manual_seed(config.seed)  # the same model on every worker
+    training = _Training(task, config, run_dir, place, reader, reporter, draw=draw)
+    own = np.random.SeedSequence((config.seed, place.rank)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(own))  # dropout of its own on each
+    return training
 
 
 def check_batch(config: RunConfig, world_size: int) -> None:

@@ -96,10 +96,10 @@ class Run:
                 _logger.warning("%s cannot be locked (%s): train it in one process only", self.path, error.strerror)
             yield
 
-    def load_model(self) -> nn.Module:
-        """Returns the model with the best weights, on CPU, in evaluation mode."""
+    def load_model(self, metric: str | None = None) -> nn.Module:
+        """Returns the model with the best weights, see `best_checkpoint`, on CPU, in evaluation mode."""
         model = self.task.build_model()
-        load_weights(self.best_checkpoint(), model, backbone=backbone_fingerprint(model))
+        load_weights(self.best_checkpoint(metric), model, backbone=backbone_fingerprint(model))
         return model.eval()
 
 

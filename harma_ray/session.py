@@ -208,20 +208,26 @@ def evaluate_and_print(
     return outcome
 
 
-def check_data(config: RunConfig) -> None:
+def check_data(config: RunConfig, metrics: Sequence[str] = ()) -> None:
     """Checks, before any worker starts, that the splits are there and the model can be described.
 
+    Args:
+        config: Settings.
+        metrics: Metrics that a search compares, beside the recipe's objective.
+
     Raises:
-        UserError: If they are not.
+        UserError: If they are not, or the splits have other metrics.
     """
     data = config.data
     if not data.path:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
     order = planned_order(config)
-    open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)
+    evaluated = [open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)]
     if data.test_split not in list_splits(data.path):
         print(f"notice: {data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")
-    make_task(config).check(order.split)
+    elif data.test_split != evaluated[0].name:
+        evaluated.append(open_split(data.path, data.test_split))
+    make_task(config).check(order.split, evaluated, metrics)
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
@@ -229,9 +235,10 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {}
     if config.data.path:
         changes["data.path"] = str(Path(config.data.path).expanduser().absolute())
-    pretrained = getattr(getattr(config, "model", None), "pretrained", None)
-    if pretrained and Path(pretrained).expanduser().is_file():
-        changes["model.pretrained"] = str(Path(pretrained).expanduser().absolute())
+    for name, is_there in (("pretrained", Path.is_file), ("tuned", Path.is_dir)):
+        weights = getattr(getattr(config, "model", None), name, None)
+        if weights and is_there(Path(weights).expanduser()):
+            changes[f"model.{name}"] = str(Path(weights).expanduser().absolute())
     return build_config(config, changes)
 
 

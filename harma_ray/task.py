@@ -1,7 +1,8 @@
 """The one seam of the platform: what a batch means.
 
 The engine owns the loop, the streams, the optimiser, checkpoints and logging; a `Task` owns the model, the row
-transforms, the losses and the evaluation. A task never touches rank, device, files or Ray.
+transforms, the losses and the evaluation. A task never touches Ray, nor the files of a run. It computes on the device
+that the model is on; what only one worker needs it computes on worker 0 alone.
 """
 
 from __future__ import annotations
@@ -137,8 +138,14 @@ class Task(Protocol):
         """Metrics that a search may have as objectives."""
         ...
 
-    def check(self, split: Split) -> None:
-        """Raises UserError for settings that cannot work on a training split, as far as shows without the model."""
+    def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
+        """Raises UserError for settings that cannot work on a data set, as far as shows without the model.
+
+        Args:
+            training: The split that is trained on.
+            evaluated: Splits that will be evaluated.
+            metrics: Metrics that a search compares, beside the objective.
+        """
         ...
 
     @property

@@ -12,13 +12,12 @@ from harma_ray.cluster import prepare_environment
 os.environ["HF_HUB_OFFLINE"] = "1"
 prepare_environment(own_cluster=True)  # before anything imports Ray
 
-from harma_ray.checkpoint import CheckpointMeta, save_checkpoint  # noqa: E402
-from harma_ray.config import build_config, config_hash  # noqa: E402
+from random_runs import make_random_run  # noqa: E402
+
+from harma_ray.config import build_config  # noqa: E402
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_cir  # noqa: E402
 from harma_ray.data.convert.tasks import map_serially  # noqa: E402
-from harma_ray.models.weights import backbone_fingerprint  # noqa: E402
-from harma_ray.recipes import make_task, recipe_config  # noqa: E402
-from harma_ray.runs import create_run  # noqa: E402
+from harma_ray.recipes import recipe_config  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,13 +61,4 @@ def scenes_copy(scenes, tmp_path) -> Path:
 def random_run(scenes, tmp_path_factory):
     """A run whose adapters are random, so that nothing is the identity."""
     config = build_config(recipe_config("harma-scenes"), {"data.path": str(scenes)})
-    run = create_run(tmp_path_factory.mktemp("runs"), "random", config)
-    model = make_task(config).build_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    meta = CheckpointMeta(0, 0, {"r_mean": 1.0}, {}, config_hash(config), config.recipe, backbone_fingerprint(model))
-    save_checkpoint(run.path, meta, model, {})
-    return run
+    return make_random_run(tmp_path_factory.mktemp("runs"), "random", config)

@@ -1,37 +1,20 @@
 """The commands as a user types them: exit codes, one clear line, results that agree."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from command_line import ROOT, launch, refused
 
 from harma_ray.checkpoint import list_checkpoints
 from harma_ray.cli import main
 from harma_ray.tracking import read_records
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["--set", "train.epochs=2", "--set", "train.global_batch_size=20", "--set", "adapter.width=16",
          "--set", "adapter.shared_width=8", "--set", "adapter.num_heads=4"]  # fmt: skip
-
-
-def launch(*arguments, timeout=200):
-    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-
-
-def refused(capsys, *arguments):
-    status = main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err.strip()
-    assert status == 2, error
-    assert error.startswith("error: ")
-    assert "\n" not in error
-    return error
 
 
 def test_a_missing_data_set_is_one_clear_line(capsys, tmp_path):
@@ -89,7 +72,7 @@ def one_worker(scenes, tmp_path_factory):
 @pytest.mark.ray
 def test_train_says_what_it_does_and_leaves_no_noise(one_worker):
     run, result = one_worker
-    for part in ("40 images, 200 pairs", "2 epochs x 10 steps of 20 pairs", "1 worker(s)", "tensorboard --logdir",
+    for part in ("40 images, 200 samples", "2 epochs x 10 steps of 20 samples", "1 worker(s)", "tensorboard --logdir",
                  "first step", "epoch 2", "best epoch", "r_mean"):  # fmt: skip
         assert part in result.stdout, part
     assert result.stderr.strip() == ""

@@ -287,7 +287,9 @@ def test_a_combiner_builds_on_what_fine_tuning_left(composed, tmp_path):
         assert torch.equal(tensor, trained.get(name, untuned[name])), name
     assert any(not torch.equal(trained[name], untuned[name]) for name in trained)
     assert {name.split(".")[0] for name, p in tuned.named_parameters() if p.requires_grad} == {"combiner"}
-    other = settings(composed, "scenes-cir-combiner", model__tuned=str(last), seed=1)
+    seeded = settings(composed, "scenes-cir-combiner", model__tuned=str(last), seed=1)
+    assert torch.equal(make_task(seeded).build_model().clip.ln_final.weight, tuned.clip.ln_final.weight)
+    other = settings(composed, "scenes-cir-combiner", model__tuned=str(last), model__tuned_seed=1)
     with pytest.raises(UserError, match="was trained on a backbone with fingerprint"):
         make_task(other).build_model()
 

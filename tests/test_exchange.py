@@ -12,6 +12,7 @@ from harma_ray.checkpoint import WEIGHTS_NAME, CheckpointMeta, list_checkpoints,
 from harma_ray.config import build_config, config_hash
 from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
+from harma_ray.models import weights
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
@@ -176,7 +177,8 @@ def test_a_full_disk_leaves_nothing_half_made(random_run, released, tmp_path, mo
     def full(*arguments, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(exchange, "save_file", full)
+    for module in (exchange, weights):
+        monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         import_checkpoint(released, random_run.config, tmp_path / "imported")
     with pytest.raises(UserError, match="No space left"):

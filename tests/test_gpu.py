@@ -76,6 +76,7 @@ def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
     from harma_ray.cluster import ray_cluster
     from harma_ray.plans import plan_trials
     from harma_ray.tune.definition import Limits, SearchDefinition
+    from harma_ray.tune.folder import read_search
     from harma_ray.tune.parameters import Range
     from harma_ray.tune.search import finish_best, prepare_trials, run_search
 
@@ -91,4 +92,5 @@ def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
         steps = [record for record in read_records(results.trials[0].folder) if record["kind"] == "step"]
         assert all(record["gpu_memory_mb"] > 0 for record in steps)
         best = space.settings(dict(results.trials[results.best].params))
-        assert "test" in finish_best(results, setting, best)["metrics"]
+        finish_best(tmp_path, results, setting, best)
+        assert set(read_search(tmp_path, space).final) == {"val", "test"}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harma_ray.cli.options import add_settings, make_command
+from harma_ray.cli.options import add_metric, add_settings, make_command
 
 
 def add_checkpoint(commands: Any) -> None:
     """Adds ``checkpoint import``, ``export`` and ``show``."""
     parser = commands.add_parser("checkpoint", help="import, export or show weights", description="Weights of others.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    made = make_command(verbs, "import", _import, "Turn a released HarMA, GeoRSCLIP or open_clip file into a "
+    made = make_command(verbs, "import", _import, "Turn a released HarMA, CLIP4Cir, GeoRSCLIP or open_clip file into a "
                     "run or a backbone file.")  # fmt: skip
     made.add_argument("file", help=".pth, .pt or .safetensors")
     made.add_argument("--recipe", required=True, help="recipe that the weights belong to")
@@ -23,6 +23,7 @@ def add_checkpoint(commands: Any) -> None:
     made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip"], help="layout")
     made.add_argument("--out", required=True, help="file to write")
     made.add_argument("--overwrite", action="store_true", help="replace the file")
+    add_metric(made)
     made = make_command(verbs, "show", _show, "Print what a file or folder is.")
     made.add_argument("path", help="file, checkpoint folder or run folder")
 
@@ -31,8 +32,9 @@ def _import(options: argparse.Namespace) -> None:
     from harma_ray.config import build_config, parse_overrides
     from harma_ray.exchange import import_checkpoint
     from harma_ray.recipes import recipe_config
+    from harma_ray.session import absolute_paths
 
-    config = build_config(recipe_config(options.recipe), parse_overrides(options.overrides))
+    config = absolute_paths(build_config(recipe_config(options.recipe), parse_overrides(options.overrides)))
     print(import_checkpoint(options.file, config, options.out).describe())
 
 
@@ -40,7 +42,9 @@ def _export(options: argparse.Namespace) -> None:
     from harma_ray.exchange import export_checkpoint
     from harma_ray.runs import open_run
 
-    path = export_checkpoint(open_run(options.run), options.format, options.out, overwrite=options.overwrite)
+    path = export_checkpoint(
+        open_run(options.run), options.format, options.out, metric=options.metric, overwrite=options.overwrite
+    )
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -7,7 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harma_ray.cli.options import add_address, add_scaling, add_settings, changes_from, config_from, make_command
+from harma_ray.cli.options import (
+    add_address,
+    add_device,
+    add_metric,
+    add_scaling,
+    add_settings,
+    changes_from,
+    config_from,
+    make_command,
+    scaling_changes,
+)
 from harma_ray.errors import UserError
 
 
@@ -29,6 +39,7 @@ def add_evaluate(commands: Any) -> None:
     built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
     parser.add_argument("--data", help="folder of the converted data set (default: the run's)")
     parser.add_argument("--split", default="test", help="split (default: test)")
+    add_metric(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
     add_settings(parser)
@@ -41,17 +52,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     from harma_ray.runs import open_run
     from harma_ray.session import evaluate_and_print
 
+    weights = options.run or options.checkpoint
+    if options.metric and not options.run:
+        raise UserError("`--metric` chooses among the checkpoints of a run; give it with --run")
     if options.run:
         if options.recipe or options.config:
             raise UserError("`--run` brings its own settings; leave out --recipe and --config")
-        trained = replace(open_run(options.run).config, scaling=ScalingConfig())
-        config = build_config(trained, changes_from(options))
+        run = open_run(options.run)
+        if options.metric:
+            weights = str(run.best_checkpoint(options.metric))
+        config = build_config(replace(run.config, scaling=ScalingConfig()), changes_from(options))
     elif options.recipe or options.config:
         config = config_from(options)
     else:
         raise UserError("`--checkpoint` and `--zero-shot` need --recipe or --config: how the model is built")
     evaluate_and_print(
-        config, options.run or options.checkpoint, split=options.split, json_file=options.json, report=options.report,
+        config, weights, split=options.split, json_file=options.json, report=options.report,
         num_workers=options.workers or 1, address=options.address,
     )  # fmt: skip
 
@@ -68,14 +84,19 @@ def add_predict(commands: Any) -> None:
     made.add_argument("--split", default="test1", help="split with the queries (default: test1)")
     made.add_argument("--out", default="submission/CIRR", help="folder to write (default: submission/CIRR)")
     made.add_argument("--name", help="last part of the files' names (default: the run's name)")
+    add_metric(made)
+    add_device(made)
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from harma_ray.config import ScalingConfig, build_config
     from harma_ray.predict import predict_cirr
-    from harma_ray.runs import open_run
+    from harma_ray.runs import Run, open_run
 
-    run = open_run(options.run)
-    for path in predict_cirr(run, options.data, options.split, options.out, options.name or run.path.name):
+    found = open_run(options.run)
+    run = Run(found.path, build_config(replace(found.config, scaling=ScalingConfig()), scaling_changes(options)))
+    name = options.name or run.path.name
+    for path in predict_cirr(run, options.data, options.split, options.out, name, metric=options.metric):
         print(f"wrote {path}")
 
 

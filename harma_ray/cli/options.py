@@ -30,9 +30,22 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 def add_scaling(parser: argparse.ArgumentParser, *, default: str) -> None:
     """Adds ``--workers``, ``--gpu`` and ``--cpu``; `default` says how many workers there are without."""
     parser.add_argument("--workers", type=int, metavar="N", help=f"workers (default: {default})")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--gpu`` and ``--cpu``."""
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--gpu", action="store_true", help="every worker takes a GPU (default: if there is one)")
     device.add_argument("--cpu", action="store_true", help="no worker takes a GPU")
+
+
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--metric``."""
+    parser.add_argument(
+        "--metric", metavar="NAME", help="take the run's checkpoint that is best by this metric on val (default: the "
+        "recipe's; selection.also_keep keeps others)",
+    )  # fmt: skip
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +96,7 @@ def changes_from(options: argparse.Namespace) -> dict[str, Any]:
 def scaling_changes(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings that ``--workers``, ``--gpu`` and ``--cpu`` change."""
     changes: dict[str, Any] = {}
-    if options.workers is not None:
+    if getattr(options, "workers", None) is not None:
         if options.workers < 1:
             raise UserError(f"`--workers` must be at least 1, got {options.workers}")
         changes["scaling.num_workers"] = options.workers

@@ -70,8 +70,9 @@ def _tune(options: argparse.Namespace) -> None:
             raise UserError("`tune report` only reads; use --resume to go on")
         report_search(options.what[1])
     elif len(options.what) == 1:
-        if options.source:
-            overrides = {**stage_changes(options.source, read_recipe(options.what[0])), **overrides}
+        recipe = read_recipe(options.what[0]) if options.source else ""
+        if recipe:  # else the search tells what is wrong with its file
+            overrides = {**stage_changes(options.source, recipe), **overrides}
         start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

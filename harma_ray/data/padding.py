@@ -43,8 +43,9 @@ def padded_transform(
     Source: CLIP4Cir (Baldrati et al., CVPR 2022), as in the released code. There the conversion to RGB comes last, and
     so it does here, because it decides what padding and resize do: zero is the first colour of a palette (not black),
     transparent black with an alpha channel and white in CMYK; palettes and bilevel images are resized to the nearest
-    pixel. Deviation: images of one band with more than 8 bits are converted first, by `to_rgb`, which stretches them
-    over the range that they use: zero has no meaning there, and the released code clips them.
+    pixel. Deviations: images of one band with more than 8 bits are converted first, by `to_rgb`, which stretches them
+    over the range that they use: zero has no meaning there, and the released code clips them; and `open_image` turns
+    images upright by their EXIF orientation, which the released code ignores.
 
     Args:
         image: Of any mode, as `open_image` gives it.

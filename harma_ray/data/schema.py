@@ -11,6 +11,7 @@ triplets without images, whose answers are to be found among the split's images.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from harma_ray.errors import UserError
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 QUERIES_NAME = "queries.parquet"
+SOURCE = "source"
+"""Option of a manifest of vectors: the folder of the split that they were computed from."""
 SHARD_BYTES = 64 * 2**20
 """Target size of a shard, in bytes of encoded images."""
 ROW_GROUP_BYTES = 2**20
@@ -192,6 +195,26 @@ class Split:
     def name(self) -> str:
         """The split's name, such as ``train``."""
         return self.path.name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, in hexadecimal digits."""
+        return hashlib.sha256((self.path / MANIFEST_NAME).read_bytes()).hexdigest()
+
+    @property
+    def pictured(self) -> Split | None:
+        """The split with the images of this one's rows: itself, or what its vectors were computed from.
+
+        None if there are no images, or they are not there any more as they were.
+        """
+        if self.manifest.kind == "images":
+            return self
+        place = Path(self.manifest.options.get(SOURCE, ""))
+        if not (place / MANIFEST_NAME).is_file():
+            return None
+        split = open_split(place.parent, place.name)
+        same = self.manifest.inputs.get("manifest") == split.fingerprint
+        return split if same and split.manifest.kind == "images" else None
 
     def describe(self) -> str:
         """Returns what it holds in a few words."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.models.weights import CLIP_SECTION, check_fit, read_section
+from harma_ray.models.weights import CLIP_SECTION, check_fit, read_section, says_quick_gelu
 
 logger = logging.getLogger(__name__)
 
@@ -162,15 +162,18 @@ def has_quick_twin(architecture: str) -> bool:
 
 
 def check_file_activation(architecture: str, path: str | Path) -> None:
-    """Guard against plain GELU for weights of quick GELU: a file does not say which it was trained with.
+    """Guard against plain GELU for weights of quick GELU: only files of `save_clip` say which they were trained with.
 
     Raises:
-        UserError: the file's name tells that it needs quick GELU. Without that there is a warning.
+        UserError: the file says so, or its name tells that it needs quick GELU. Without that there is a warning.
     """
-    twin = architecture + _QUICK
-    if not has_quick_twin(architecture):
+    twin, told = architecture + _QUICK, says_quick_gelu(path)
+    if told is False and _configuration(architecture).get("quick_gelu", False):
+        plain = architecture.removesuffix(_QUICK)
+        raise UserError(f"{path} was trained with plain GELU, but `{architecture}` computes quick GELU; use `{plain}`")
+    if not has_quick_twin(architecture) or told is False:
         return
-    if Path(path).name.startswith(_QUICK_FILE):
+    if told or Path(path).name.startswith(_QUICK_FILE):
         raise UserError(f"{path} was trained with quick GELU, but `{architecture}` computes plain GELU; use `{twin}`")
     logger.warning("%s is run with plain GELU; if it was trained with quick GELU, use `%s`", path, twin)
 

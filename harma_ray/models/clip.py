@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from harma_ray.errors import UserError
 from harma_ray.models.backbones import build_clip, image_size, pixel_statistics, tokenize
-from harma_ray.models.weights import backbone_fingerprint
 
-__all__ = ["DualEncoder", "backbone_fingerprint", "build_clip", "image_size", "pixel_statistics", "tokenize"]
+__all__ = ["DualEncoder", "build_clip", "image_size", "pixel_statistics", "tokenize"]
 
 TEXT_TOKENS = ("full", "trim")
 

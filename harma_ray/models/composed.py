@@ -3,7 +3,8 @@
 Shape letters: B batch, F features of CLIP.
 """
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,27 @@ class ComposedRetriever(nn.Module):
     """CLIP's two encoders and what makes one vector of their outputs: the sum, or a Combiner.
 
     The encoders stay in evaluation mode while they are trained, as in CLIP4Cir's code: the running statistics of batch
-    normalisation are frozen, its weights are not.
+    normalisation are frozen, its weights are not. Where neither is trained, they run in chunks, without gradients, and
+    in fp32 whatever autocast says, so that features computed once, in training or in evaluation are the same.
 
     Args:
         encoder: CLIP's encoders.
         combiner: What combines; None: the features are added.
         trained: Which encoders are trained.
+        chunk_size: Images or texts that frozen encoders take at a time.
 
     Attributes:
         encoder: As given.
         combiner: As given.
     """
 
-    def __init__(self, encoder: DualEncoder, combiner: Combiner | None = None, *, trained: Encoders = "none"):
+    def __init__(
+        self, encoder: DualEncoder, combiner: Combiner | None = None, *, trained: Encoders = "none",
+        chunk_size: int = 64,
+    ):  # fmt: skip
         super().__init__()
         self.encoder, self.combiner = encoder, combiner
+        self._is_frozen, self._chunk_size = trained == "none", chunk_size
         for name, parameter in encoder.named_parameters():
             is_image = name.startswith("clip.visual.")
             used = name.startswith("clip.") and not name.startswith("clip.logit_")  # the loss has a fixed scale
@@ -43,6 +50,11 @@ class ComposedRetriever(nn.Module):
     def clip(self) -> nn.Module:
         """open_clip's model."""
         return self.encoder.clip
+
+    def image_parameters(self) -> Iterator[nn.Parameter]:
+        """Yields the parameters of the image encoder."""
+        visual: Any = self.clip.visual
+        return visual.parameters()
 
     @property
     def device(self) -> torch.device:
@@ -72,12 +84,18 @@ class ComposedRetriever(nn.Module):
 
     def image_features(self, image: Tensor) -> Tensor:
         """Return [B, F], not normalised, of images uint8[B, 3, S, S], or of features fp32[B, F], which stay."""
-        return self.encoder.encode_image(image, normalize=False) if image.ndim == 4 else image
+        return self._encode(self.encoder.encode_image, image) if image.ndim == 4 else image
 
     def text_features(self, text: Tensor) -> Tensor:
         """Return [B, F], not normalised, of tokens int64[B, L], or of features fp32[B, F], which stay."""
-        return text if text.is_floating_point() else self.encoder.encode_text(text, normalize=False)
+        return text if text.is_floating_point() else self._encode(self.encoder.encode_text, text)
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
         """Return query vectors [B, F], L2-normalised, of features [B, F] that are not."""
-        return unit(image + text) if self.combiner is None else self.combiner(image, text)
+        return unit(image.float() + text.float()) if self.combiner is None else self.combiner(image, text)
+
+    def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        if not self._is_frozen:
+            return encode(inputs, normalize=False)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return torch.cat([encode(part, normalize=False) for part in inputs.split(self._chunk_size)])

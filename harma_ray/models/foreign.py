@@ -8,20 +8,11 @@ from pathlib import Path
 
 import open_clip
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from harma_ray.errors import UserError
 from harma_ray.models.backbones import image_size
 from harma_ray.models.weights import read_state_dict
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the texts that a safetensors file carries beside its tensors; of other files, nothing."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, framework="pt") as opened:
-        return opened.metadata() or {}
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:

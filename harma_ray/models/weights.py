@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from open_clip.transformer import QuickGELU
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.models.adapters import GatedAdapter
 
-_KEYS_SHOWN = 5
+_ACTIVATION, _KEYS_SHOWN = "activation", 5
 CLIP_SECTION = "CLIP"
 SECTIONS = ("state_dict", CLIP_SECTION, "Combiner")
 """Where training programs put tensors: many under the first, CLIP4Cir under the others."""
@@ -69,6 +69,40 @@ def read_section(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     return section, dict(content)
 
 
+def save_clip(model: nn.Module, path: str | Path, *, without: str = "") -> None:
+    """Write a CLIP's state dict as `.safetensors`, and which activation it was trained with beside it.
+
+    Args:
+        model: an open_clip model.
+        path: the file.
+        without: names that contain this are left out; empty: none.
+    """
+    state = {name: t.contiguous() for name, t in model.state_dict().items() if not (without and without in name)}
+    save_file(state, path, metadata={_ACTIVATION: "quick GELU" if has_quick_gelu(model) else "GELU"})
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the texts that a safetensors file carries beside its tensors; of other files, nothing."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as weights ({error})") from error
+
+
+def says_quick_gelu(path: str | Path) -> bool | None:
+    """Return whether a file says that its weights were trained with quick GELU; None: it says nothing."""
+    found = read_metadata(path).get(_ACTIVATION)
+    return None if found is None else found == "quick GELU"
+
+
+def has_quick_gelu(model: nn.Module) -> bool:
+    """Return whether a CLIP computes quick GELU."""
+    return any(isinstance(module, QuickGELU) for module in model.modules())
+
+
 def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
     """Raise UserError unless both hold the same names with the same shapes.
 
@@ -99,8 +133,8 @@ def backbone_fingerprint(model: nn.Module) -> str:
     """Return the SHA-256 of a CLIP's own weights, the same before and after adapters are inserted.
 
     Names, dtypes, shapes and bytes enter, in the order of the names, and whether the activation is quick GELU;
-    temperatures of a `DualEncoder` do not. Another device changes nothing, another dtype does. Hashing ViT-B/32 takes
-    about a second.
+    temperatures of a `DualEncoder` do not, nor do modules that say `is_added`. Another device changes nothing, another
+    dtype does. Hashing ViT-B/32 takes about a second.
 
     Args:
         model: an open_clip model, or a `DualEncoder` around one.
@@ -109,9 +143,8 @@ def backbone_fingerprint(model: nn.Module) -> str:
         64 hexadecimal digits.
     """
     clip_model = getattr(model, "clip", model)
-    added = tuple(f"{name}." for name, module in clip_model.named_modules() if isinstance(module, GatedAdapter))
-    quick = any(isinstance(module, QuickGELU) for module in clip_model.modules())
-    digest = hashlib.sha256(b"quick GELU" if quick else b"")
+    added = tuple(f"{name}." for name, module in clip_model.named_modules() if getattr(module, "is_added", False))
+    digest = hashlib.sha256(b"quick GELU" if has_quick_gelu(clip_model) else b"")
     for name, tensor in sorted(clip_model.state_dict().items()):
         if not name.startswith(added):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -83,25 +83,24 @@ class Clip4CirTask:
         self._trusted: set[Path] = set()
         self._frozen_gallery: dict[Path, Tensor] = {}
 
-    def check(self, split: Split) -> None:
-        """Raises UserError for weights that do not fit, for a split of another kind, for a metric that it has not."""
+    def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
+        """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
         check_pretrained(self.config.model.architecture, self.config.model.pretrained)
         if self._tuned:
             read_meta(self._tuned)
-        split.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
-        if self._trains_encoders:
-            split.require_kind(["triplets"], "fine-tuning")
-        members = split.read(["members"]).column("members").combine_chunks().value_lengths().to_numpy()
+        training.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
+        if isinstance(self.config, FinetuneConfig):
+            training.require_kind(["triplets"], "fine-tuning")
+        for split in evaluated:
+            ComposedQueries.of(split).require_targets()
+        members = training.read(["members"]).column("members").combine_chunks().value_lengths().to_numpy()
         known = _names_of_protocol(bool(members.any()))
-        for name in (self.objective, *self.other_objectives):
+        wanted = [("selection", name) for name in (self.objective, *self.other_objectives)]
+        for asker, name in (*wanted, *(("objective", name) for name in metrics)):
             if name not in known:
                 raise UserError(
-                    f"`selection` names `{name}`, which is not measured on {split.path} (there are {', '.join(known)})"
+                    f"`{asker}` names `{name}`, which is not measured on {training.path} (there are {', '.join(known)})"
                 )
-
-    @property
-    def _trains_encoders(self) -> bool:
-        return isinstance(self.config, FinetuneConfig)
 
     @property
     def _tuned(self) -> Path | None:
@@ -110,17 +109,22 @@ class Clip4CirTask:
         return Path(model.tuned) if isinstance(model, TunedClipConfig) and model.tuned else None
 
     @property
+    def _base_seed(self) -> int:
+        model = self.config.model
+        return model.tuned_seed if isinstance(model, TunedClipConfig) and model.tuned else self.config.seed
+
+    @property
     def base_name(self) -> str:
         """The backbone's architecture and weights."""
         settings = self.config.model
-        drawn = f" of seed {self.config.seed}" if settings.pretrained == "random" else ""
+        drawn = f" of seed {self._base_seed}" if settings.pretrained == "random" else ""
         tuned = f", tuned by {self._tuned}" if self._tuned else ""
         return f"{settings.architecture}, {settings.pretrained}{drawn}{tuned}"
 
     def build_base(self) -> nn.Module:
         """Returns CLIP on CPU, with the weights of the fine-tuning run if the settings name one."""
         settings = self.config.model
-        clip = build_clip(settings.architecture, settings.pretrained, seed=self.config.seed)
+        clip = build_clip(settings.architecture, settings.pretrained, seed=self._base_seed)
         if self._tuned:
             model = ComposedRetriever(DualEncoder(clip))
             names = read_meta(self._tuned).trainable
@@ -143,7 +147,7 @@ class Clip4CirTask:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(self.config.seed)
                 combiner = Combiner(encoder.embedding_width, sizes.projection_dim, sizes.hidden_dim, sizes.dropout)
-        return ComposedRetriever(encoder, combiner, trained=trained)
+        return ComposedRetriever(encoder, combiner, trained=trained, chunk_size=self.config.train.eval_batch_size)
 
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the transform of triplets, or of the gallery; the same padding and crop in both."""
@@ -201,7 +205,7 @@ class Clip4CirTask:
             ]
             empty = torch.empty(0, model.encoder.embedding_width, device=model.device)
             gallery = gather_rows(torch.cat(own) if own else empty).cpu()
-            if isinstance(self.config, FinetuneConfig) and self.config.tuning.encoder == "text":
+            if not any(parameter.requires_grad for parameter in model.image_parameters()):
                 self._frozen_gallery[path] = gallery
         if queries.text_vectors is not None:
             return gallery, queries.text_vectors
@@ -260,33 +264,31 @@ class Clip4CirTask:
         model = ComposedRetriever(DualEncoder(base, text_tokens="trim")).to(device)
         inputs = self._inputs
 
-        @torch.no_grad()
         def encode_images(files: Sequence[bytes], names: Sequence[str]) -> Tensor:
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 images = torch.stack(list(pool.map(inputs.named_image, files, names)))
             return model.image_features(images.to(device)).float().cpu()
 
-        @torch.no_grad()
         def encode_texts(texts: list[str]) -> Tensor:
             return model.text_features(inputs.tokens(texts)).float().cpu()
 
         return FeatureEncoder(encode_images, encode_texts, self._identity(model))
 
     def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
-        """Draws some queries with their first results; nothing for vectors, which have no images."""
-        return composed_sheet(evaluation.details, split) if split.manifest.kind == "images" else None
+        """Draws some queries with their first results; nothing if the images are not there any more."""
+        return composed_sheet(evaluation.details, split.pictured) if split.pictured else None
 
     def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
         """Returns some queries and the worst ones."""
-        return composed_sections(evaluation.details, split) if split.manifest.kind == "images" else []
+        return composed_sections(evaluation.details, split.pictured) if split.pictured else []
 
     def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
         """Returns up to 500 gallery embeddings, labelled by name, with thumbnails if there are images."""
         vectors = evaluation.details.gallery_embeddings[:_MAX_POINTS]
         names = split.read(["source"]).column("source").to_pylist()[: len(vectors)]
         thumbnails = None
-        if split.manifest.kind == "images":
-            images = read_images(split, np.arange(len(vectors)), longest_side=64)
+        if split.pictured:
+            images = read_images(split.pictured, np.arange(len(vectors)), longest_side=64)
             thumbnails = torch.stack([padded_transform(image, 32, padding="square") for image in images]) / 255
         return Projection(vectors, [name.replace("\t", " ") for name in names], thumbnails)
 

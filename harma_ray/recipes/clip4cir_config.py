@@ -31,6 +31,8 @@ class TunedClipConfig(ClipConfig):
 
     tuned: str = ""
     """Folder of a fine-tuning run's checkpoint, whose weights take the place of the pretrained ones (``--from``)."""
+    tuned_seed: int = 0
+    """Seed of that run: weights that are ``random`` are drawn with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,7 @@ def scenes_cir_finetune() -> FinetuneConfig:
         recipe="scenes-cir-finetune",
         model=ClipConfig(architecture="scenes-tiny", pretrained="random"),
         optim=replace(base.optim, learning_rate=3e-4),
-        train=TrainConfig(epochs=4, global_batch_size=128),
+        train=TrainConfig(epochs=8, global_batch_size=128),
     )
 
 

@@ -6,7 +6,7 @@ Shape letters: B batch, N images, M texts, E embedding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -74,13 +74,16 @@ class HarmaTask:
         self.config = config
         self._base = base
 
-    def check(self, split: Split) -> None:
-        """Raises UserError for an unknown architecture, for weights that do not belong to it, for missing labels."""
+    def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
+        """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
         check_pretrained(self.config.model.architecture, self.config.model.pretrained)
-        split.require_kind(["images"], f"recipe {self.config.recipe}")
-        if self.config.loss.center_factor and split.read(["label"]).column("label").null_count:
+        for split in (training, *evaluated):
+            split.require_kind(["images"], f"recipe {self.config.recipe}")
+        for split in evaluated:
+            _require_captions(split.read(["captions"]).column("captions").to_pylist(), split.path)
+        if self.config.loss.center_factor and training.read(["label"]).column("label").null_count:
             raise UserError(
-                f"`loss.center_factor` needs a class label for every image, but {split.path} has images without; "
+                f"`loss.center_factor` needs a class label for every image, but {training.path} has images without; "
                 "convert it with labels, or set loss.center_factor=0"
             )
 

@@ -108,6 +108,8 @@ class SearchDefinition:
     """Trials at a time; 0 = as many as the cluster holds."""
     storage: str | None = None
     """URL of a shared Optuna database."""
+    study: str | None = None
+    """Name of the search's study in it; None = that of its folder."""
 
     @property
     def published(self) -> dict[str, Any]:
@@ -160,6 +162,10 @@ class SearchDefinition:
             if parameter.is_active(point):
                 point[parameter.name] = parameter.suggest(trial)
         return point
+
+    def read(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a trial's values in the parameters' own form, as `suggest` gives them, of what Optuna keeps."""
+        return {p.name: p.find(raw[p.name]) for p in self.parameters if p.name in raw}
 
     def settings(self, params: Mapping[str, Any]) -> RunConfig:
         """Returns `config` with searched values.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.parameters import Choices
 from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
 from harma_ray.tune.space import load_search, to_yaml
-from harma_ray.tune.study import DUPLICATE, REASON, RESULT, open_study, require_new_study, trial_folder
+from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, open_study, require_new_study, trial_folder
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
@@ -47,7 +48,9 @@ def create_search(runs: str | Path, name: str | None, definition: SearchDefiniti
         UserError: If the name is taken or no folder name, or the folder cannot be written.
     """
     name = name or f"tune-{definition.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    require_new_study(name, definition)
+    if definition.storage:
+        definition = dataclasses.replace(definition, study=definition.study or name)  # stays when the folder is renamed
+        require_new_study(definition)
     folder = make_folder(runs, name, "search")
     write_text(folder / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))
     write_definition(folder, definition)
@@ -108,6 +111,8 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
         untrained=_read_json(folder / UNTRAINED_NAME),
         final=_read_json(trial_folder(folder, -1 if best is None else best) / REPORT_NAME).get("metrics", {}),
         confirmations=_read_confirmations(folder, best),
+        seeds=definition.seeds,
+        seconds=float(study.user_attrs.get(SECONDS, 0)),
     )
 
 
@@ -129,13 +134,13 @@ def write_best(folder: Path, definition: SearchDefinition, results: SearchResult
     return folder / BEST_NAME
 
 
-def drop_checkpoints(folder: Path, results: SearchResults) -> None:
+def drop_checkpoints(folder: Path, definition: SearchDefinition, results: SearchResults) -> None:
     """Deletes the checkpoints of trials that have ended and are neither the best nor on the Pareto front."""
     keep = {results.best, *results.front}
     for trial in results.trials:
         if trial.state != "running" and trial.number not in keep:
-            for run in (folder / trial.folder.parent.name).glob(f"{trial.number:05d}*"):
-                shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+            for seed in range(definition.seeds):
+                shutil.rmtree(trial_folder(folder, trial.number, seed) / CHECKPOINTS, ignore_errors=True)
 
 
 def confirmation_folder(folder: Path, number: int, seed: int) -> Path:
@@ -156,7 +161,7 @@ def _read_trial(folder: Path, definition: SearchDefinition, trial: FrozenTrial) 
     return TrialResult(
         number=trial.number,
         state=_STATES[trial.state],
-        params={p.name: p.find(trial.params[p.name]) for p in definition.parameters if p.name in trial.params},
+        params=definition.read(trial.params),
         curve=curve,
         values=tuple(result["values"]) if result.get("values") else None,
         epochs=result.get("trained", 0),

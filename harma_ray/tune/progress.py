@@ -36,6 +36,8 @@ class SearchProgress:
         self._metric = definition.objectives[0].metric
         self._events: dict[int, Event] = {}
         self._num_past = len([trial for trial in past.trials if trial.state != "running"])
+        self._past_epochs = {trial.number: trial.epochs for trial in past.trials}
+        self._past_seconds = past.seconds
         self._best = _event_of(past.best_trial)
         self._console = Console(file=sys.stdout, highlight=False)
         self._told = self._began = time.perf_counter()
@@ -91,17 +93,20 @@ class SearchProgress:
 
     def _seconds_left(self) -> float | None:
         """Returns a guess from what the ended trials took and the limits that are set; None without any."""
-        limits = self._definition.limits
+        limits, grid = self._definition.limits, self._definition.sampler.name == "grid"
+        trials = limits.trials or (len(self._definition.first_points) if grid else 0)
         elapsed = time.perf_counter() - self._began
         ended = sum(event.state != "running" for event in self._events.values())
-        trained = sum(event.report.trained for event in self._events.values() if event.report)
+        now = {number: event.report.trained for number, event in self._events.items() if event.report}
+        in_all = sum({**self._past_epochs, **now}.values())
+        trained = in_all - sum(self._past_epochs.values())
         guesses = []
         if limits.hours:
-            guesses.append(limits.hours * 3600 - elapsed)
-        if limits.trials and ended:
-            guesses.append((limits.trials - self._num_past - ended) * elapsed / ended)
-        if limits.epochs and trained:
-            guesses.append((limits.epochs - trained) * elapsed / trained)
+            guesses.append(limits.hours * 3600 - self._past_seconds - elapsed)
+        if trials and ended:
+            guesses.append((trials - self._num_past - ended) * elapsed / ended)
+        if limits.epochs and trained > 0:
+            guesses.append((limits.epochs - in_all) * elapsed / trained)
         return max(0.0, min(guesses)) if guesses else None
 
     def _table(self) -> Table:

@@ -100,7 +100,7 @@ def _best_section(results: SearchResults) -> str:
         command = f"python launch.py train --config {config} --data {data}"
         parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
-        parts += [page.subsection("Final metrics of the best trial (%)"), _final_table(results)]
+        parts += [page.subsection(f"Final metrics of {results.final_title.rstrip(',')} (%)"), _final_table(results)]
     return "\n".join(parts)
 
 
@@ -133,7 +133,7 @@ def _final_table(results: SearchResults) -> str:
     if not results.untrained:
         return table
     split = next(iter(results.final))
-    return f"{table}\n{page.paragraph(f'Before training: the model that all trials began with, on {split}.')}"
+    return f"{table}\n{page.paragraph(f'Before training: the model of the best setting as it was built, on {split}.')}"
 
 
 def _cost_section(results: SearchResults) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,20 @@ class SearchResults:
     """The best trial's metrics by split after the end: the split it was picked on, and test; empty before that."""
     confirmations: tuple[Confirmation, ...]
     """The best trial and the published setting with several fresh seeds; empty if not asked for."""
+    seeds: int = 1
+    """Trainings of each trial."""
+    seconds: float = 0
+    """Time spent, over all sessions."""
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with the search, as it is typed."""
+        return f"launch.py tune --resume {shlex.quote(str(self.folder))}"
+
+    @property
+    def final_title(self) -> str:
+        """Whose the final metrics are."""
+        return f"trial {self.best}" + (f", the first of its {self.seeds} seeds," if self.seeds > 1 else "")
 
     @property
     def best_trial(self) -> TrialResult | None:

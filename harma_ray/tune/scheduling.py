@@ -39,7 +39,9 @@ class StudySearcher(Searcher):
         """Returns the next trial's configuration: its number, its settings, its trainings."""
         if len(self._numbers) >= self._concurrent:
             return None
-        assignment = self._study.next()
+        assignment = None
+        with self._keeping_errors():
+            assignment = self._study.next()
         if assignment is None:
             return Searcher.FINISHED
         self._numbers[trial_id] = assignment.number
@@ -119,10 +121,14 @@ class _Asha(ASHAScheduler):
 
 
 class _Median(MedianStoppingRule):
-    """The median rule with the exceptions of `_is_spared`."""
+    """The median rule with the exceptions of `_is_spared`, and no decision after the last epoch."""
+
+    def __init__(self, epochs: int, **options: Any):
+        super().__init__(**options)
+        self._epochs = epochs
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if _is_spared(trial, result):
+        if _is_spared(trial, result) or result[EPOCH] >= self._epochs:
             self.on_trial_complete(tune_controller, trial, result)  # which takes a result, and decides nothing
             return TrialScheduler.CONTINUE
         return super().on_trial_result(tune_controller, trial, result)
@@ -150,7 +156,7 @@ def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = (
         return FIFOScheduler()
     if settings.name == "median":
         # an infinite slice: a trial is never paused for others, as Ray would without enough to compare with
-        scheduler: TrialScheduler = _Median(**about, min_time_slice=float("inf"))  # type: ignore[arg-type]
+        scheduler: TrialScheduler = _Median(epochs, **about, min_time_slice=float("inf"))
     else:
         scheduler = _Asha(
             **about,
@@ -165,7 +171,10 @@ def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = (
             nobody: Any = None
             scheduler.on_trial_add(nobody, ended)
             best = accumulate((value for _, value in trial.curve), max)
-            results = [{EPOCH: epoch, VALUE: value} for (epoch, _), value in zip(trial.curve, best, strict=True)]
+            results = [
+                {EPOCH: epoch, VALUE: value, "replayed": True}
+                for (epoch, _), value in zip(trial.curve, best, strict=True)
+            ]
             for result in results:
                 scheduler.on_trial_result(nobody, ended, result)
             scheduler.on_trial_complete(nobody, ended, results[-1])

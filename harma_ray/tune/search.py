@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from harma_ray.train import train
 from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults, TrialResult
-from harma_ray.tune.scheduling import StudySearcher, make_scheduler
+from harma_ray.tune.scheduling import StudySearcher, describe_crash, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
 from harma_ray.tune.trial import TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
@@ -73,27 +74,30 @@ def run_search(
     Raises:
         UserError: If trial after trial fails, or the record cannot be kept.
     """
-    concurrent = plan.concurrent
+    concurrent, failures = plan.concurrent, []
     while True:
-        study = SearchStudy(folder, definition)
+        study = SearchStudy(folder, definition, failures)
         study.listener = partial(_heard, folder, definition, study, on_event)
         try:
             _fit(folder, definition, replace(plan, concurrent=concurrent), setting, study, trial)
-            break
         except _OutOfMemory:
             if concurrent > 1:
                 concurrent -= 1
                 _logger.warning("the machine ran out of memory; going on with %d trial(s) at a time", concurrent)
             else:
                 study.close_open("the machine ran out of memory with no other trial beside it")
-                concurrent = plan.concurrent
-    reason = study.hopeless()
+            failures = study.failures
+            if study.hopeless() is None:
+                continue
+        break
+    study.save_time()
+    results, reason = read_search(folder, definition, study.study), study.hopeless()
     if reason:
         raise UserError(
-            f"one trial after another failed, the last because: {reason}; mend that and go on with: launch.py tune "
-            f"--resume {folder}"
+            f"one trial after another failed, the last because: {reason}; mend that and go on with: "
+            f"{results.resume_command}"
         )
-    return read_search(folder, definition, study.study)
+    return results
 
 
 class _OutOfMemory(Exception):
@@ -143,7 +147,7 @@ def _fit(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if searcher.error is not None:
-        way_out = f"mend that and go on with: launch.py tune --resume {folder}"
+        way_out = f"mend that and go on with: launch.py tune --resume {shlex.quote(str(folder))}"
         if isinstance(searcher.error, (OSError, StorageInternalError)):
             raise UserError(f"the search cannot keep its record ({searcher.error}); {way_out}") from searcher.error
         raise searcher.error
@@ -232,9 +236,10 @@ def _attempt(made: Run, train_it: Callable[[], Any], tell: Callable[[str], None]
     """Trains a run, and tells how it ended; returns why it failed, if it did: the others go on."""
     try:
         train_it()
-    except UserError as error:
-        tell(f"{made.path.name} failed: {error}")
-        return [f"{made.path.name}: {error}"]
+    except (UserError, ray.exceptions.RayError) as error:
+        reason = str(error) if isinstance(error, UserError) else describe_crash(str(error))
+        tell(f"{made.path.name} failed: {reason}")
+        return [f"{made.path.name}: {reason}"]
     tell(f"{made.path.name} is trained")
     return []
 
@@ -256,7 +261,7 @@ def _heard(
 ) -> None:
     if event.state in ("complete", "stopped", "failed"):
         results = read_search(folder, definition, study.study)
-        drop_checkpoints(folder, results)
+        drop_checkpoints(folder, definition, results)
         _log_hparams(next(trial for trial in results.trials if trial.number == event.number), results)
     on_event(event)
 

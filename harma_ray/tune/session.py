@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from harma_ray.report import results_table
 from harma_ray.runs import Run
 from harma_ray.session import absolute_paths, check_data
 from harma_ray.train import read_paths
-from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.definition import COSTS, SearchDefinition
 from harma_ray.tune.folder import (
     create_search,
     drop_checkpoints,
@@ -63,7 +64,7 @@ def start_search(
 ) -> Path:
     """Starts a search, sees it through, and prints what it found; returns its folder."""
     definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
-    check_data(definition.config)
+    _check_data(definition)
     output_path(runs)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
         plan = _plan(definition, cluster, options)
@@ -77,7 +78,7 @@ def resume_search(path: str | Path, options: SearchOptions) -> Path:
     """Goes on with a search: trials that were interrupted first; limits may be raised."""
     folder, definition = open_search(path)
     definition = _with_limits(definition, options)
-    check_data(definition.config)
+    _check_data(definition)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
         plan = _plan(definition, cluster, options)
         with Run(folder, definition.config).locked():
@@ -105,6 +106,11 @@ def _absolute(definition: SearchDefinition) -> SearchDefinition:
     return dataclasses.replace(definition, config=config, storage=storage)
 
 
+def _check_data(definition: SearchDefinition) -> None:
+    compared = [target.metric for target in definition.objectives if target.metric not in COSTS]
+    check_data(definition.config, compared)
+
+
 def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
     given = {name: getattr(options, name) for name in ("trials", "hours", "epochs")}
     limits = dataclasses.replace(definition.limits, **{k: v for k, v in given.items() if v is not None})
@@ -123,8 +129,11 @@ def _plan(definition: SearchDefinition, cluster: Cluster, options: SearchOptions
     """
     plan = plan_trials(definition.config, cluster, definition.concurrent)
     num_workers = plan.workers.num_workers
-    if num_workers > 1 and not (cluster.dashboard or options.address or os.environ.get("RAY_ADDRESS")):
-        raise UserError("trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard")
+    if num_workers > 1 and not cluster.dashboard:
+        raise UserError(
+            "trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard, or start "
+            "the cluster with it"
+        )
     ends = [{parameter.name: end} for parameter in definition.parameters for end in parameter.ends]
     for point in [{}, *ends]:
         config = build_config(definition.config, point)
@@ -147,10 +156,10 @@ def _search(
         setting = prepare_trials(ready, plan)
         with SearchProgress(read_search(folder, definition), definition, options.started) as progress:
             results = run_search(folder, ready, plan, setting, progress)
-        drop_checkpoints(folder, results)
+        drop_checkpoints(folder, definition, results)
         best = results.best_trial
         if best is None:
-            raise UserError(f"no trial has ended within the limits; go on with: launch.py tune --resume {folder}")
+            raise UserError(f"no trial has ended within the limits; go on with: {results.resume_command}")
         try:
             print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
             finish_best(folder, results, setting, ready.settings(best.params))
@@ -162,7 +171,7 @@ def _search(
         finally:
             _conclude(folder, definition, read_search(folder, definition))
     except KeyboardInterrupt as error:
-        error.add_note(f"continue with: launch.py tune --resume {folder}")
+        error.add_note(f"continue with: launch.py tune --resume {shlex.quote(str(folder))}")
         raise
     if failures:
         raise UserError(f"{len(failures)} confirming run(s) failed: " + "; ".join(failures))
@@ -200,7 +209,7 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
         print("WARNING    trials are compared on TEST, as in the released code: the result flatters itself")
     print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
     print(f"trials     {trials}")
-    print(f"watch      tensorboard --logdir {folder}")
+    print(f"watch      tensorboard --logdir {shlex.quote(str(folder))}")
     print(f"           optuna-dashboard {show_url(storage_url(folder, definition))}")
     if cluster.dashboard:
         token = os.environ.get("RAY_AUTH_TOKEN") if cluster.address == "local" else None
@@ -227,7 +236,7 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
     headers = ["trial", "", "epochs", *(objective.metric for objective in results.objectives), "settings"]
     print(tabulate(rows, headers=headers, floatfmt=".2f"))
     for split, metrics in results.final.items():
-        print(f"\ntrial {results.best} on {split}\n{results_table(metrics)}")
+        print(f"\n{results.final_title} on {split}\n{results_table(metrics)}")
     metric, best = results.objectives[0].metric, results.best_trial
     if metric in results.untrained:
         print(f"\nbefore any training: {metric} {results.untrained[metric]:.2f} on the same split as the trials")
@@ -236,12 +245,12 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
     _print_confirmations(results)
     print(f"\nreport     {page}")
     if best_file is not None:
-        print(f"best       launch.py train --config {best_file}")
+        print(f"best       launch.py train --config {shlex.quote(str(best_file))}")
     if results.best == 0:
         print("notice     the published setting is the best one found")
     elif results.best is not None and not results.confirmations:
         print("notice     one run of a setting proves little; compare over fresh seeds with:")
-        print(f"           launch.py tune --resume {folder} --confirm 3")
+        print(f"           {results.resume_command} --confirm 3")
 
 
 def _print_confirmations(results: SearchResults) -> None:

@@ -11,16 +11,25 @@ from pydantic import Field
 
 from harma_ray.config import RunConfig, build_config, flat_settings, load_yaml, to_dict
 from harma_ray.errors import UserError
-from harma_ray.recipes import recipe_config
+from harma_ray.recipes import RECIPES, recipe_config
 from harma_ray.tune.checks import find_mistakes
 from harma_ray.tune.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.located import LocatedYaml, Place, dump_yaml, explain_unknown
 from harma_ray.tune.parameters import Choices, Parameter, Range
 
 _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective", "limits", "seeds", "concurrent",
-         "storage")  # fmt: skip
-_NOT_OF_A_TRIAL = ("recipe", "seed", "data", "scaling")
+         "storage", "study")  # fmt: skip
+_NOT_OF_A_TRIAL = ("recipe", "seed", "data", "scaling", "selection")
 """Settings and sections that all trials share."""
+_SAME_FOR_ALL = {
+    "train.epochs": "trials are compared, stopped and counted by epochs",
+    "train.eval_every_epochs": "trials report every epoch",
+    "train.select_on": "trials are compared on one split",
+    "train.early_stopping_patience": "the scheduler decides who is stopped early",
+    "train.threads": "it changes how fast a trial is, not how good",
+}
+"""Settings of `train` that are no part of what is compared, and why."""
+_IN_MEMORY = ("sqlite:", "sqlite:///:memory:")
 _DEFAULT_LIMITS = Limits(trials=20)
 
 
@@ -42,9 +51,9 @@ def load_search(path: str | Path, *, overrides: Mapping[str, Any] = {}) -> Searc
 
 
 def read_recipe(path: str | Path) -> str:
-    """Returns the recipe that the description of a search names; nothing if that is for `load_search` to refuse."""
+    """Returns the recipe that the description of a search names; nothing if it names none that there is."""
     recipe = load_yaml(path).get("recipe")
-    return recipe if isinstance(recipe, str) else ""
+    return recipe if isinstance(recipe, str) and recipe in RECIPES else ""
 
 
 def to_yaml(definition: SearchDefinition) -> str:
@@ -62,8 +71,7 @@ def to_yaml(definition: SearchDefinition) -> str:
         "seeds": definition.seeds,
         "concurrent": definition.concurrent,
     }
-    if definition.storage:
-        raw["storage"] = definition.storage
+    raw |= {name: value for name in ("storage", "study") if (value := getattr(definition, name))}
     return dump_yaml(raw)
 
 
@@ -119,7 +127,7 @@ class _SearchReader:
             limits = _DEFAULT_LIMITS
         plan = {
             "sampler": sampler,
-            "scheduler": self._parse_named(Scheduler, "scheduler"),
+            "scheduler": self._read_scheduler(),
             "objectives": self._read_objectives(),
             "limits": limits,
             "seeds": self._file.parse(Annotated[int, Field(strict=True, ge=1)], ("seeds",), self._raw.get("seeds", 1)),
@@ -127,12 +135,20 @@ class _SearchReader:
                 Annotated[int, Field(strict=True, ge=0)], ("concurrent",), self._raw.get("concurrent", 0)
             ),
             "storage": self._read_storage(),
+            "study": self._file.parse(Annotated[str | None, Field(strict=True)], ("study",), self._raw.get("study")),
         }
         return {name: part for name, part in plan.items() if part is not None}
 
     def _parse_named(self, shape: Any, key: str) -> Any:
         value = self._raw.get(key, {})
         return self._file.parse(shape, (key,), {"name": value} if isinstance(value, str) else value)
+
+    def _read_scheduler(self) -> Scheduler | None:
+        """Returns the scheduler; none with two objectives, unless it is asked for: it judges by the first alone."""
+        raw = self._raw.get("objective")
+        if "scheduler" not in self._raw and isinstance(raw, list) and len(raw) > 1:
+            return Scheduler(name="none")
+        return self._parse_named(Scheduler, "scheduler")
 
     def _read_objectives(self) -> tuple[Target, ...] | None:
         raw = self._raw.get("objective", "r_mean")
@@ -151,8 +167,11 @@ class _SearchReader:
 
     def _read_storage(self) -> str | None:
         storage = self._raw.get("storage")
-        if storage is not None and not (isinstance(storage, str) and "://" in storage):
-            text = f"`storage` must be the URL of a database, got {storage!r}; for example sqlite:///trials.db"
+        lasting = isinstance(storage, str) and "://" in storage and storage.rstrip("/") not in _IN_MEMORY
+        if storage is not None and not lasting:
+            text = (
+                f"`storage` must be the URL of a database that lasts, got {storage!r}; for example sqlite:///trials.db"
+            )
             self._file.add_mistake(("storage",), text)
             return None
         return storage
@@ -232,8 +251,8 @@ class _SearchReader:
     def _explain_unsearchable(self, name: str, config: RunConfig) -> str | None:
         if name.partition(".")[0] in _NOT_OF_A_TRIAL:
             return f"`{name}` cannot be searched, because it is no part of what a trial is: all trials share it"
-        if name == "train.eval_every_epochs":
-            return f"`{name}` cannot be searched, because trials report every epoch"
+        if name in _SAME_FOR_ALL:
+            return f"`{name}` cannot be searched, because {_SAME_FOR_ALL[name]}"
         if name in self._fixed:
             line = self._file.position(self._fixed[name]).line
             return f"`{name}` must be searched or fixed, got both; remove it here or on line {line}"

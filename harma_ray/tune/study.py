@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ RESULT, REASON, DUPLICATE, POINT = "result", "reason", "duplicate_of", "first_po
 the settings that are tried first."""
 FIRST_FAILURES, MANY_FAILURES = 3, 10
 """So many trials that fail one after another end a search: before any has worked, and later."""
-_SECONDS, _IDENTITY = "seconds", "identity"
+SECONDS = "seconds"
+"""Name of what is kept with the study: the time spent, over all sessions."""
+_IDENTITY = "identity"
 _MOST_DUPLICATES = 30
 
 
@@ -101,8 +103,13 @@ class _Open:
 class SearchStudy:
     """Proposes settings, hears of results."""
 
-    def __init__(self, folder: Path, definition: SearchDefinition):
+    def __init__(self, folder: Path, definition: SearchDefinition, failures: Sequence[str] = ()):
         """Opens the study of a search's folder, or of the definition's storage, or makes it.
+
+        Args:
+            folder: The search's folder.
+            definition: The search.
+            failures: Of this session so far, see `failures`.
 
         Raises:
             UserError: If the storage cannot be reached.
@@ -114,14 +121,18 @@ class SearchStudy:
         self.study = open_study(folder, definition)
         self._check_identity()
         done = [trial for trial in self.study.get_trials(deepcopy=False) if DUPLICATE not in trial.user_attrs]
-        self._unfinished = [trial for trial in done if trial.state == TrialState.RUNNING]
-        self._num_trials = len([trial for trial in done if trial.state != TrialState.WAITING])
+        # Optuna has no public way to go on with a trial of another process
+        self._unfinished = [optuna.trial.Trial(self.study, t._trial_id) for t in done if t.state == TrialState.RUNNING]
+        self._counted = {trial.number for trial in done if trial.state != TrialState.WAITING}
         self._epochs = {trial.number: _result(trial).get("trained", 0) for trial in done}
-        self._earlier_seconds = float(self.study.user_attrs.get(_SECONDS, 0))
-        self._seen = {_key(trial.params): trial.number for trial in done}
+        self._earlier_seconds = float(self.study.user_attrs.get(SECONDS, 0))
+        self._seen: dict[tuple, int] = {}
+        for trial in done:
+            self._seen.setdefault(_key(definition.read(trial.params)), trial.number)
         self._open: dict[int, _Open] = {}
-        self._failures: list[str] = []
-        self._anything_worked = any(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in done)
+        self.failures = list(failures)
+        """Why trials failed in this session, since the last one that did not."""
+        self._anything_worked = any(_result(trial).get("values") for trial in done)
 
     def _check_identity(self) -> None:
         found = identity(self.definition)
@@ -137,27 +148,31 @@ class SearchStudy:
 
         None: the limit is reached, or there is nothing left to try.
         """
-        if self.is_over():
-            return None
-        if self._unfinished:
-            frozen = self._unfinished.pop(0)
-            # Optuna has no public way to go on with a trial of another process
-            return self._assign(optuna.trial.Trial(self.study, frozen._trial_id)) or self.next()
-        limit = self.definition.limits.trials
-        if limit and self._num_trials >= limit:
-            return None
-        for attempt in range(_MOST_DUPLICATES + 1):
-            if not self._enqueue(attempt):
+        attempt = 0
+        while not self.is_over():
+            trial = self._unfinished.pop(0) if self._unfinished else self._propose(attempt)
+            if trial is None:
                 return None
-            trial = self.study.ask()
             params = self.definition.suggest(trial)
-            earlier = self._seen.get(_key(params))
-            if earlier is None:
-                self._num_trials += 1
-                return self._assign(trial) or self.next()
-            trial.set_user_attr(DUPLICATE, earlier)
-            self.study.tell(trial, state=TrialState.FAIL)
+            earlier = self._seen.setdefault(_key(params), trial.number)
+            if earlier != trial.number:
+                trial.set_user_attr(DUPLICATE, earlier)
+                self.study.tell(trial, state=TrialState.FAIL)
+                attempt += 1
+                continue
+            self._counted.add(trial.number)
+            assignment = self._assign(trial, params)
+            if assignment is not None:
+                return assignment
+            attempt = 0
         return None
+
+    def _propose(self, attempt: int) -> optuna.trial.Trial | None:
+        """Asks for a new trial, after so many that repeated earlier ones; None: there is nothing left to try."""
+        limit = self.definition.limits.trials
+        if attempt > _MOST_DUPLICATES or (limit and len(self._counted) >= limit) or not self._enqueue(attempt):
+            return None
+        return self.study.ask()
 
     def report(self, number: int, report: Report) -> None:
         """Hears what a running trial has reached."""
@@ -167,12 +182,14 @@ class SearchStudy:
     def _record(self, number: int, report: Report) -> None:
         running = self._open[number]
         running.trained = report.trained
+        self._anything_worked = True
         if report.trained < self._epochs.get(number, 0):
             return  # what an earlier session has heard already
         self._epochs[number] = report.trained
         running.trial.set_user_attr(RESULT, {
             "values": list(report.values), "trained": report.trained, "seconds": round(report.seconds, 3),
         })  # fmt: skip
+        self.save_time()
         step = math.floor(report.epoch)
         if len(self.definition.objectives) == 1 and step not in running.reported:
             running.trial.report(report.value, step=step)  # once a step: Optuna warns of a second value
@@ -195,13 +212,13 @@ class SearchStudy:
             self._record(number, report)
         running = self._open.pop(number)
         trial = running.trial
-        self.study.set_user_attr(_SECONDS, self.seconds)
+        self.save_time()
         reason = crashed or (report.failed if report else "it ended without a result")
         if reason:
             trial.set_user_attr(REASON, reason)
             self.study.tell(trial, state=TrialState.FAIL)
             state = "failed"
-            self._failures.append(reason)
+            self.failures.append(reason)
         elif report is not None and report.finished:
             self.study.tell(trial, list(report.values))
             state = "complete"
@@ -209,8 +226,12 @@ class SearchStudy:
             self.study.tell(trial, state=TrialState.PRUNED)
             state = "stopped"
         if state != "failed":
-            self._anything_worked, self._failures = True, []
+            self.failures = []
         self.listener(Event(number, state, trial.params, report, reason))
+
+    def save_time(self) -> None:
+        """Keeps the time spent so far for later sessions."""
+        self.study.set_user_attr(SECONDS, self.seconds)
 
     @property
     def epochs(self) -> float:
@@ -236,10 +257,10 @@ class SearchStudy:
     def hopeless(self) -> str | None:
         """Returns the last failure's reason if, in this session, trial after trial fails; None if not.
 
-        A few are enough as long as no trial has ever worked; later it may be that many settings in a row are bad.
+        A few are enough as long as no trial has ever told a result; later many settings in a row may be bad.
         """
         most = MANY_FAILURES if self._anything_worked else FIRST_FAILURES
-        return self._failures[-1] if len(self._failures) >= most else None
+        return self.failures[-1] if len(self.failures) >= most else None
 
     def _enqueue(self, attempt: int) -> bool:
         """Prepares what `ask` will give; returns False if there is nothing left.
@@ -264,10 +285,8 @@ class SearchStudy:
             self.study.enqueue_trial(left[np.random.default_rng(len(known)).integers(len(left))])
         return bool(left)
 
-    def _assign(self, trial: optuna.trial.Trial) -> Assignment | None:
+    def _assign(self, trial: optuna.trial.Trial, params: dict[str, Any]) -> Assignment | None:
         """Makes a trial ready to run; None if its settings do not fit together, which counts as its failure."""
-        params = self.definition.suggest(trial)
-        self._seen[_key(params)] = trial.number
         running = _Open(trial, set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values))
         self._open[trial.number] = running
         try:
@@ -309,21 +328,20 @@ def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
     return study
 
 
-def require_new_study(name: str, definition: SearchDefinition) -> None:
+def require_new_study(definition: SearchDefinition) -> None:
     """Checks that a shared storage holds no other search of the name that a new one is to have.
 
     Raises:
         UserError: If it does, or cannot be reached.
     """
-    if not definition.storage:
-        return
+    assert definition.storage is not None
     try:
         known = optuna.get_all_study_names(definition.storage)
     except Exception as error:  # a database can fail in any way
         raise _storage_error(definition.storage, error) from error
-    if name in known:
+    if definition.study in known:
         url = show_url(definition.storage)
-        raise UserError(f"the storage {url} has a study `{name}`; choose another --name")
+        raise UserError(f"the storage {url} has a study `{definition.study}`; choose another --name")
 
 
 def _storage_error(url: str, error: Exception) -> UserError:
@@ -337,8 +355,8 @@ def storage_url(folder: Path, definition: SearchDefinition) -> str:
 
 
 def study_name(folder: Path, definition: SearchDefinition) -> str:
-    """Returns the name of a search's study: the folder's in a shared storage; a search's own holds no other."""
-    return folder.name if definition.storage else "search"
+    """Returns the name of a search's study; a search's own storage holds no other."""
+    return (definition.study or folder.name) if definition.storage else "search"
 
 
 def show_url(url: str) -> str:
@@ -360,10 +378,14 @@ def make_sampler(definition: SearchDefinition, num_trials: int = 0) -> optuna.sa
     seed = settings.seed + num_trials
     if settings.name in ("random", "grid"):  # the grid's settings are all among those that are tried first
         return optuna.samplers.RandomSampler(seed=seed)
+    for argument in ("group", "consider_pruned_trials"):
+        warnings.filterwarnings("ignore", f"Argument ``{argument}``", optuna.exceptions.ExperimentalWarning)
     if settings.name == "cmaes":
-        return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=settings.startup_trials)
+        # most trials are stopped early: without them it would know too little
+        return optuna.samplers.CmaEsSampler(
+            seed=seed, n_startup_trials=settings.startup_trials, consider_pruned_trials=True
+        )
     several = settings.name == "tpe-multivariate"
-    warnings.filterwarnings("ignore", "Argument ``group``", optuna.exceptions.ExperimentalWarning)
     return optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=settings.startup_trials, multivariate=several, group=several, constant_liar=True
     )

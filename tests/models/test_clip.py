@@ -13,13 +13,12 @@ from harma_ray.models.adapters import insert_adapters
 from harma_ray.models.backbones import check_pretrained
 from harma_ray.models.clip import (
     DualEncoder,
-    backbone_fingerprint,
     build_clip,
     image_size,
     pixel_statistics,
     tokenize,
 )
-from harma_ray.models.weights import read_state_dict
+from harma_ray.models.weights import backbone_fingerprint, read_state_dict
 
 TINY = "scenes-tiny"
 

@@ -217,7 +217,7 @@ def test_final_metrics_stand_beside_those_before_training(tmp_path):
     page = write(tmp_path, results)
     assert page.row("r_mean") == ["r_mean", "32.00", "7.50"]
     assert page.row("txt_r1") == ["txt_r1", "9.00", "–"]
-    assert "the model that all trials began with, on val." in page.text
+    assert "the model of the best setting as it was built, on val." in page.text
 
 
 def test_command_is_given_only_where_its_file_is(tmp_path):

@@ -106,10 +106,10 @@ def write_shard(plan: ShardPlan) -> ShardResult:
     return result
 
 
-def write_table(table: pa.Table, path: Path) -> Shard:
+def write_table(table: pa.Table, path: Path, *, row_group_size: int | None = None) -> Shard:
     """Writes a table as one file of a split, whole or not at all."""
     with atomic_file(path) as file, _open_writer(file, table.schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table, row_group_size)
     return Shard(path.name, table.num_rows, path.stat().st_size)
 
 

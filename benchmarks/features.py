@@ -1,0 +1,75 @@
+"""Epochs per second of a Combiner's training: features computed once against encoding images and texts every epoch.
+
+Run: python benchmarks/features.py [--triplets 512] [--architecture scenes-tiny] [--epochs 2] [--size 64]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from harma_ray.cluster import ray_cluster
+from harma_ray.config import build_config
+from harma_ray.data.convert.commands import convert_scenes_cir
+from harma_ray.data.order import planned_order
+from harma_ray.data.stream import Place, TrainingStream, prefetched_batches
+from harma_ray.engine import autocast_of, default_place, train_step
+from harma_ray.features import with_features
+from harma_ray.optim import build_optimizer
+from harma_ray.recipes import make_task, recipe_config
+
+
+def seconds_of_epochs(config, place: Place, epochs: int) -> float:
+    """Returns the seconds of some epochs, reading and steps, without evaluation; one step before is left out."""
+    task, device = make_task(config), torch.device(place.device)
+    model = task.build_model().to(device).train()
+    optimizer = build_optimizer(model, config.optim, device)
+    order = planned_order(config)
+    stream = TrainingStream(order, task.transform(training=True), config.data, place, prefetched_batches)
+    begin = 0.0
+    for number, batch in enumerate(stream.steps(order.steps_per_epoch - 1, epochs + 1)):
+        train_step(task, model, batch, config.train, autocast_of(config.train, device))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = begin if number else time.perf_counter()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """Measures both ways in turns and prints the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--triplets", type=int, default=512)
+    parser.add_argument("--architecture", default="scenes-tiny")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--size", type=int, default=64)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, ray_cluster() as cluster:
+        folder = Path(name)
+        convert_scenes_cir(folder / "data", {"train": options.triplets, "val": 1}, style="summer", size=options.size)
+        changes = {
+            "data.path": str(folder / "data"), "model.architecture": options.architecture, "model.pretrained": "random",
+            "train.global_batch_size": min(128, options.triplets),
+        }  # fmt: skip
+        anew = build_config(recipe_config("scenes-cir-combiner"), changes)
+        begin = time.perf_counter()
+        once = with_features(anew, folder, cluster)
+        print(
+            f"features of {options.triplets} triplets once, with a process's start: {time.perf_counter() - begin:.1f} s"
+        )
+        place = default_place(anew)
+        torch.set_num_threads(place.decode_threads)
+        seconds = {"anew": 0.0, "once": 0.0}
+        for _ in range(2):  # in turns: the machine may be slower at one time than at another
+            for kind, config in (("anew", anew), ("once", once)):
+                seconds[kind] += seconds_of_epochs(config, place, options.epochs)
+    rates = {kind: 2 * options.epochs / value for kind, value in seconds.items()}
+    print(f"epochs/s   encoding every epoch {rates['anew']:.3f}, features computed once {rates['once']:.3f}")
+    print(f"ratio      {rates['once'] / rates['anew']:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Commands run as a user types them, in a process of their own or in this one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harma_ray.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*arguments, timeout=200):
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def done(capsys, *arguments):
+    """Returns what a command printed that ends well."""
+    status = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    assert status == 0, output.err
+    return output.out
+
+
+def refused(capsys, *arguments):
+    """Returns the one line in which a command told a user's mistake."""
+    status = main([str(argument) for argument in arguments])
+    error = capsys.readouterr().err.strip()
+    assert status == 2, error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+    return error

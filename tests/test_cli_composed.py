@@ -1,0 +1,253 @@
+"""CLIP4Cir as a user types it: two stages, a search, evaluation, submissions, weights in and out."""
+
+import json
+
+import pytest
+import torch
+from command_line import done, launch, refused
+from random_runs import make_random_run
+from raw_composed import draw_fashioniq
+
+from harma_ray.config import build_config
+from harma_ray.data.convert.commands import convert_scenes_cir
+from harma_ray.data.convert.tasks import map_serially
+from harma_ray.data.schema import list_splits, open_split
+from harma_ray.exchange import load_model
+from harma_ray.recipes import recipe_config
+from harma_ray.runs import open_run
+from harma_ray.tracking import read_records
+
+FIRST = {"train.global_batch_size": 20, "train.epochs": 1}
+SECOND = {"train.global_batch_size": 8, "train.epochs": 2, "combiner.projection_dim": 32, "combiner.hidden_dim": 16}
+SPACE = """
+recipe: scenes-cir-combiner
+fixed: {train.epochs: 1, train.global_batch_size: 8, combiner.hidden_dim: 16}
+space:
+  combiner.projection_dim: {choices: [32, 512]}
+sampler: grid
+scheduler: none
+limits: {}
+"""
+
+
+def sets(changes):
+    return [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+
+
+def small(composed, recipe, **changes):
+    sizes = FIRST if recipe.endswith("finetune") else SECOND
+    return build_config(recipe_config(recipe), {"data.path": str(composed), **sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def tuned(composed, runs):
+    """A run of the first stage, with random weights, which counts as finished."""
+    run = make_random_run(runs, "tuned", small(composed, "scenes-cir-finetune", seed=3))
+    (run.path / "report.json").write_text("{}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def combined(composed, runs):
+    """A run of the second stage, with random weights."""
+    return make_random_run(runs, "combined", small(composed, "scenes-cir-combiner"))
+
+
+@pytest.mark.ray
+def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, tmp_path):
+    result = launch("train", "--recipe", "scenes-cir-combiner", "--from", tuned.path, "--data", composed, "--runs",
+                    tmp_path, "--name", "second", "--workers", 1, *sets(SECOND))  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    for part in ("40 triplets", "2 epochs x 5 steps of 8 samples", "group_recall_at1", "recall_at10"):
+        assert part in result.stdout, part
+    run = open_run(tmp_path / "second")
+    assert list_splits(run.path / "features") == ["test", "train", "val"]
+    report = run.report
+    assert report is not None
+    model, first = run.load_model(), tuned.load_model()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    figures = tmp_path / "figures.json"
+    printed = done(capsys, "evaluate", "--run", run.path, "--split", "test", "--json", figures, "--report",
+                   tmp_path / "page")  # fmt: skip
+    assert "group_recall_at1" in printed
+    found = json.loads(figures.read_text())
+    assert found["metrics"] == pytest.approx(report["metrics"]["test"], abs=1e-6)  # images here, vectors there
+    assert found["chance"]["group_recall_at1"] == pytest.approx(20)
+    assert "<img" in (tmp_path / "page" / "index.html").read_text()
+    resumed = launch("train", "--resume", run.path)
+    assert "is finished" in resumed.stdout, resumed.stderr
+
+
+@pytest.mark.ray
+def test_a_search_over_the_second_stage_computes_features_once(composed, tuned, tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    result = launch("tune", tmp_path / "space.yaml", "--from", tuned.path, "--data", composed, "--runs", tmp_path,
+                    "--name", "found", "--no-dashboard")  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("features: 100%") <= 1
+    folder = tmp_path / "found"
+    trials = sorted(path for path in (folder / "trials").iterdir())
+    assert len(trials) == 2
+    for path in trials:
+        assert open_run(path).config.data.path == str(folder / "features")
+        assert not (path / "features").exists()
+        assert [record["split"] for record in read_records(path) if record["kind"] == "evaluation"] == ["val"]
+    assert open_run(trials[0]).config.model.tuned == str(tuned.best_checkpoint())
+
+
+def test_a_stage_that_does_not_fit_is_one_clear_line(capsys, composed, tuned, combined, random_run):
+    for recipe, source, why in (
+        ("harma-scenes", tuned, "recipe harma-scenes does not build on another run"),
+        ("scenes-cir-finetune", tuned, "recipe scenes-cir-finetune does not build on another run"),
+        ("scenes-cir-combiner", combined, "is a run of scenes-cir-combiner"),
+        ("scenes-cir-combiner", random_run, "is a run of harma-scenes"),
+    ):
+        assert why in refused(capsys, "train", "--recipe", recipe, "--from", source.path, "--data", composed)
+    (tuned.path / "report.json").rename(tuned.path / "away.json")
+    try:
+        unfinished = refused(
+            capsys, "train", "--recipe", "scenes-cir-combiner", "--from", tuned.path, "--data", composed
+        )
+    finally:
+        (tuned.path / "away.json").rename(tuned.path / "report.json")
+    assert f"is not finished; finish it first: launch.py train --resume {tuned.path}" in unfinished
+    none = refused(capsys, "train", "--recipe", "scenes-cir-combiner", "--from", composed, "--data", composed)
+    assert "is not the folder of a run" in none
+
+
+def test_data_of_captions_are_refused_before_ray_starts(capsys, scenes):
+    error = refused(capsys, "train", "--recipe", "scenes-cir-finetune", "--data", scenes)
+    assert "needs triplets or triplet vectors" in error
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """10 queries among 60 images."""
+    out = tmp_path_factory.mktemp("gallery")
+    convert_scenes_cir(out, {"test": 10}, style="summer", size=64, map_tasks=map_serially)
+    return out
+
+
+@pytest.mark.parametrize("stage", ["tuned", "combined"])
+def test_a_submission_is_what_a_plain_ranking_gives(capsys, gallery, request, stage, tmp_path):
+    run = request.getfixturevalue(stage)
+    done(
+        capsys,
+        "predict",
+        "cirr-test",
+        "--run",
+        run.path,
+        "--data",
+        gallery,
+        "--split",
+        "test",
+        "--out",
+        tmp_path,
+        "--name",
+        "try",
+    )
+    files = {metric: tmp_path / f"{metric}_submission_try.json" for metric in ("recall", "recall_subset")}
+    found = {metric: json.loads(path.read_text()) for metric, path in files.items()}
+    for metric, path in files.items():
+        assert (found[metric].pop("version"), found[metric].pop("metric")) == ("rc2", metric)
+        assert list(found[metric]) == sorted(found[metric])
+        assert path.read_text() == json.dumps(json.loads(path.read_text()), sort_keys=True)
+    split, model, inputs = open_split(gallery, "test"), run.load_model(), run.task._inputs
+    names = split.read(["source"]).column("source").to_pylist()
+    with torch.no_grad():
+        images = torch.stack([inputs.image(data) for data in split.read(["image"]).column("image").to_pylist()])
+        vectors = model.image_features(images)
+        for row in split.queries().to_pylist():
+            text = model.text_features(inputs.tokens(row["captions"]))
+            query = model.compose(vectors[names.index(row["reference"])][None], text)[0]
+            scores = torch.nn.functional.normalize(vectors, dim=1) @ query
+            order = [names[place] for place in scores.argsort(descending=True, stable=True)]
+            order.remove(row["reference"])
+            key = str(row["pair_id"])
+            score_of = dict(zip(names, scores.tolist(), strict=True))
+            among = [name for name in order if name in row["members"]]
+            for listed, wanted in ((found["recall"][key], order[:50]), (found["recall_subset"][key], among[:3])):
+                assert [score_of[n] for n in listed] == pytest.approx([score_of[n] for n in wanted], abs=1e-5)
+                assert len(set(listed)) == len(wanted)
+                assert row["reference"] not in listed
+            assert set(found["recall_subset"][key]) <= set(row["members"])
+    assert {len(listed) for listed in found["recall"].values()} == {50}
+    assert (
+        set(found["recall"]) == set(found["recall_subset"]) == {str(r["pair_id"]) for r in split.queries().to_pylist()}
+    )
+
+
+def test_a_submission_that_the_server_would_refuse_is_not_written(
+    capsys, composed, scenes, tuned, random_run, tmp_path
+):
+    def predict(run, data, split):
+        return refused(capsys, "predict", "cirr-test", "--run", run.path, "--data", data, "--split", split, "--out",
+                       tmp_path / "out")  # fmt: skip
+
+    assert "has 50 names a query, but" in predict(tuned, composed, "val")
+    assert "has no queries of composed retrieval" in predict(tuned, scenes, "val")
+    assert "which has no composed queries" in predict(random_run, composed, "val")
+    assert "no split `test1`" in predict(tuned, composed, "test1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_files_go_out_and_come_in(capsys, composed, tuned, combined, tmp_path):
+    clip, combiner = tmp_path / "clip.pt", tmp_path / "combiner.pt"
+    error = refused(
+        capsys, "checkpoint", "export", "--run", tuned.path, "--format", "adapter", "--out", tmp_path / "no"
+    )
+    assert "export it as `released` or `open_clip`" in error
+    done(capsys, "checkpoint", "export", "--run", tuned.path, "--format", "released", "--out", clip)
+    done(capsys, "checkpoint", "export", "--run", combined.path, "--format", "released", "--out", combiner)
+    state = torch.load(clip, weights_only=True)
+    assert set(state) == {"epoch", "CLIP"}
+    assert set(torch.load(combiner, weights_only=True)) == {"epoch", "Combiner"}
+    assert "open_clip state dict" in done(capsys, "checkpoint", "show", clip)
+    assert "features, projection 32, hidden 16" in done(capsys, "checkpoint", "show", combiner)
+    done(capsys, "checkpoint", "import", clip, "--recipe", "scenes-cir-finetune", "--out", tmp_path / "clip")
+    done(capsys, "checkpoint", "import", combiner, "--recipe", "scenes-cir-combiner", "--out", tmp_path / "combiner")
+    assert open_run(tmp_path / "combiner").config.combiner.projection_dim == 32
+    again = open_run(tmp_path / "combiner").load_model().state_dict()
+    for name, tensor in combined.load_model().state_dict().items():
+        assert torch.equal(again[name], tensor), name
+    backbone = build_config(tuned.config, {"model.pretrained": str(tmp_path / "clip" / "backbone.safetensors")})
+    again = load_model(None, backbone).state_dict()
+    for name, tensor in tuned.load_model().state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize(("stage", "section"), [("tuned", "CLIP"), ("combined", "Combiner")])
+@pytest.mark.parametrize("change", ["missing", "left over"])
+def test_a_published_file_that_does_not_fit_is_refused_by_name(capsys, request, tmp_path, stage, section, change):
+    run = request.getfixturevalue(stage)
+    done(capsys, "checkpoint", "export", "--run", run.path, "--format", "released", "--out", tmp_path / "good.pt")
+    content = torch.load(tmp_path / "good.pt", weights_only=True)
+    name = {"CLIP": "ln_final.weight", "Combiner": "dynamic_scalar.3.bias"}[section]
+    if change == "missing":
+        del content[section][name]
+    else:
+        name = "stranger.weight"
+        content[section][name] = torch.zeros(1)
+    torch.save(content, tmp_path / "bad.pt")
+    error = refused(capsys, "checkpoint", "import", tmp_path / "bad.pt", "--recipe", run.config.recipe, "--out",
+                    tmp_path / "out")  # fmt: skip
+    assert name in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_check_lists_all_missing_images(capsys, tmp_path):
+    root = draw_fashioniq(tmp_path)
+    assert "all images are there" in done(
+        capsys, "convert", "fashioniq", "--root", root, "--split", "val", "--annotations-only"
+    )
+    for name in ("Dv1.jpg", "Sv2.jpg"):
+        (root / "images" / name).unlink()
+    report = done(capsys, "convert", "fashioniq", "--root", root, "--split", "val", "--annotations-only")
+    assert report.splitlines()[-3:] == [f"2 are missing under {root}:", "images/Dv1.jpg", "images/Sv2.jpg"]
+    assert "with --out" in refused(capsys, "convert", "fashioniq", "--root", root, "--split", "val")
