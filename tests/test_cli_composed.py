@@ -66,7 +66,7 @@ def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, 
     for part in ("40 triplets", "2 epochs x 5 steps of 8 samples", "group_recall_at1", "recall_at10"):
         assert part in result.stdout, part
     run = open_run(tmp_path / "second")
-    assert list_splits(run.path / "features") == ["test", "train", "val"]
+    assert list_splits(run.path / "features") == ["train", "val", "test"]
     report = run.report
     assert report is not None
     model, first = run.load_model(), tuned.load_model()

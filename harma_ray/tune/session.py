@@ -67,7 +67,7 @@ def start_search(
     _check_data(definition)
     output_path(runs)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
-        plan = _plan(definition, cluster, options)
+        plan = _plan(definition, cluster)
         folder = create_search(runs, name, definition)
         with Run(folder, definition.config).locked():
             _search(folder, definition, cluster, plan, options)
@@ -80,7 +80,7 @@ def resume_search(path: str | Path, options: SearchOptions) -> Path:
     definition = _with_limits(definition, options)
     _check_data(definition)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
-        plan = _plan(definition, cluster, options)
+        plan = _plan(definition, cluster)
         with Run(folder, definition.config).locked():
             write_definition(folder, definition)
             _search(folder, definition, cluster, plan, options)
@@ -121,7 +121,7 @@ def _with_limits(definition: SearchDefinition, options: SearchOptions) -> Search
     return dataclasses.replace(definition, limits=limits, concurrent=concurrent)
 
 
-def _plan(definition: SearchDefinition, cluster: Cluster, options: SearchOptions) -> TrialPlan:
+def _plan(definition: SearchDefinition, cluster: Cluster) -> TrialPlan:
     """Divides the cluster, and checks that the batches of all trials can be shared out.
 
     Raises:

@@ -18,7 +18,7 @@ from harma_ray.tune.folder import open_search, read_search
 from harma_ray.tune.study import trial_folder
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SPACE = """
 recipe: harma-scenes
 fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8}
@@ -63,43 +63,50 @@ def after_two_trials(folder):
     return states(folder).count("COMPLETE") >= 2
 
 
-@pytest.mark.parametrize(
-    ("moment", "how"),
-    [
-        (before_the_first_epoch_ends, signal.SIGKILL),
-        (after_an_epoch_of_the_first, signal.SIGINT),
-        (after_two_trials, signal.SIGKILL),
-    ],
-)
-def test_a_search_that_is_stopped_with_its_cluster_goes_on(scenes, tmp_path, moment, how):
-    (tmp_path / "space.yaml").write_text(SPACE)
-    folder = tmp_path / "runs" / "killed"
+def start_and_stop(arguments, folder, moment, how):
+    """Starts or resumes a search and stops its driver and with it its cluster at a moment; returns what it said."""
     process = subprocess.Popen(
-        command(tmp_path / "space.yaml", "--data", scenes, "--runs", tmp_path / "runs", "--name", "killed"),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(),
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(),
+        start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not moment(folder):
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(how)
-    _, error = process.communicate(timeout=60)
     if how == signal.SIGINT:
-        assert process.returncode == 2
-        way_out = f"continue with: launch.py tune --resume {folder}"
-        assert error.decode().strip() == f"interrupted: what was finished is kept; {way_out}"
-    found = states(folder)
-    finished = [number for number, state in enumerate(found) if state == "COMPLETE"]
-    records = {number: (trial_folder(folder, number) / METRICS_NAME).read_bytes() for number in finished}
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.kill()
+    _, error = process.communicate(timeout=120)
+    return process.returncode, error.decode().strip()
+
+
+def records_of_finished(folder):
+    finished = [number for number, state in enumerate(states(folder)) if state == "COMPLETE"]
+    return {number: (trial_folder(folder, number) / METRICS_NAME).read_bytes() for number in finished}
+
+
+def test_a_search_that_is_stopped_at_three_moments_with_its_cluster_goes_on(scenes, tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    folder = tmp_path / "runs" / "killed"
+    start = [tmp_path / "space.yaml", "--data", scenes, "--runs", tmp_path / "runs", "--name", "killed"]
+    start_and_stop(start, folder, before_the_first_epoch_ends, signal.SIGKILL)
+    status, error = start_and_stop(["--resume", folder], folder, after_an_epoch_of_the_first, signal.SIGINT)
+    assert status == 2
+    way_out = f"continue with: launch.py tune --resume {folder}"
+    assert error == f"interrupted: what was finished is kept; {way_out}"
+    start_and_stop(["--resume", folder], folder, after_two_trials, signal.SIGKILL)
+    finished = records_of_finished(folder)
+    assert len(finished) >= 2
     resumed = subprocess.run(
-        command("--resume", folder), capture_output=True, text=True, env=environment(), timeout=240
+        command("--resume", folder), capture_output=True, text=True, env=environment(), timeout=400
     )
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stderr.strip() == ""
     results = read_search(*open_search(folder))
     assert [trial.state for trial in results.trials] == ["complete"] * 3
-    for number, record in records.items():
+    for number, record in finished.items():
         now = (trial_folder(folder, number) / METRICS_NAME).read_bytes()
         assert now.startswith(record)  # the winner's final figures may follow
         assert [json.loads(line)["kind"] for line in now[len(record) :].splitlines()] in (

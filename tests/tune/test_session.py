@@ -5,14 +5,19 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from harma_ray.cli import main, make_parser
+from harma_ray.cluster import Cluster
+from harma_ray.errors import UserError
 from harma_ray.recipes import load_config
 from harma_ray.tune.folder import open_search, read_search
+from harma_ray.tune.session import _plan
+from harma_ray.tune.space import load_search
 
 ROOT = Path(__file__).parents[2]
 SPACE = """
@@ -76,22 +81,30 @@ def test_a_setting_that_is_searched_cannot_be_set(capsys, space, scenes):
     assert "--set" in refused(capsys, space, "--data", scenes, "--set", "adapter.width=16")
 
 
-def launch(*arguments, timeout=250):
+def launch(*arguments, timeout=500):
     command = [sys.executable, str(ROOT / "launch.py"), "tune", *map(str, arguments)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-@pytest.mark.ray
-def test_more_trials_than_fit_are_refused_and_leave_nothing(space, scenes, tmp_path):
-    result = launch(space, "--data", scenes, "--runs", tmp_path / "runs", "--concurrent", 500, "--no-dashboard")
-    assert result.returncode == 2
-    assert "room for" in result.stderr
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [
+        (Cluster(2, 0, 1, "local", "", ((2, 0, 8),)), {"concurrent": 500}, "room for"),
+        (Cluster(8, 0, 1, "local", "", ((8, 0, 8),)), {"workers": 2}, "need Ray's dashboard"),
+        (Cluster(8, 0, 1, "local", "here", ((8, 0, 8),)), {"workers": 3}, "use 18 or 21"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_refused(space, scenes, cluster, options, message):
+    """Each before a folder is made."""
+    overrides = {"data.path": str(scenes), "scaling.num_workers": options.get("workers", 1)}
+    definition = replace(load_search(space, overrides=overrides), concurrent=options.get("concurrent", 0))
+    with pytest.raises(UserError, match=message):
+        _plan(definition, cluster)
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
     result = launch(space, "--data", scenes, "--runs", tmp_path / "runs", "--name", "one", "--confirm", 1)
     assert result.returncode == 0, result.stderr[-3000:]

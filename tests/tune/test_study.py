@@ -1,6 +1,7 @@
 """The study of a search: what is proposed, what is remembered, what an interruption leaves."""
 
 import itertools
+import time
 from dataclasses import replace
 
 import optuna
@@ -11,7 +12,7 @@ from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
 from harma_ray.tune.definition import Limits, Sampler, SearchDefinition, Target
-from harma_ray.tune.folder import best_of, create_search, read_search
+from harma_ray.tune.folder import best_of, create_search, open_search, read_search
 from harma_ray.tune.parameters import Choices, Range
 from harma_ray.tune.study import (
     DUPLICATE,
@@ -147,8 +148,8 @@ def test_failures_are_hopeless_only_while_nothing_succeeds(tmp_path):
     assert again.hopeless() == "later"
 
 
-def test_epochs_and_hours_of_all_sessions_count(tmp_path):
-    before = SearchStudy(tmp_path, definition(limits=Limits(epochs=6, hours=1)))
+def test_epochs_of_all_sessions_count(tmp_path):
+    before = SearchStudy(tmp_path, definition(limits=Limits(epochs=6)))
     before.next(), before.next()
     before.report(0, reached(1.0, 2.0))
     before.close(1, reached(1.0, 3.0, finished=True))
@@ -162,10 +163,58 @@ def test_epochs_and_hours_of_all_sessions_count(tmp_path):
     after.report(0, reached(1.0, 3.0))
     assert after.epochs == 6
     after.close(0, reached(1.0, 3.0, finished=True))
-    after.study.set_user_attr("seconds", 3599.0)
-    assert not SearchStudy(tmp_path, definition(limits=Limits(hours=1))).is_over()
-    after.study.set_user_attr("seconds", 3601.0)
-    assert SearchStudy(tmp_path, definition(limits=Limits(hours=1))).is_over()
+
+
+def test_hours_of_all_sessions_count_up_to_the_last_report(tmp_path, monkeypatch):
+    """The driver is killed while its only trial runs, half an hour after it began."""
+    space = definition(limits=Limits(hours=1))
+    now = time.monotonic()
+    before = SearchStudy(tmp_path, space)
+    before.next()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1801)
+    before.report(0, reached(1.0))
+    after = SearchStudy(tmp_path, space)
+    assert not after.is_over()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1801 + 1790)
+    assert not after.is_over()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1801 + 1801)
+    assert after.is_over()
+
+
+def test_what_was_tried_before_an_interruption_is_not_tried_again(tmp_path):
+    """Optuna keeps 0.30000000000000004 where the space has 0.3."""
+    space = definition(MARGIN, sampler=Sampler(name="random"))
+    before = SearchStudy(tmp_path, space)
+    tried = []
+    for _ in range(3):
+        assignment = before.next()
+        tried.append(assignment.params["loss.margin"])
+        run(before, assignment, 1.0)
+    after = SearchStudy(tmp_path, space)
+    while (assignment := after.next()) is not None:
+        tried.append(assignment.params["loss.margin"])
+        run(after, assignment, 1.0)
+    assert sorted(tried) == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_repetition_that_was_just_drawn_when_the_driver_was_killed_is_not_trained(tmp_path):
+    before = SearchStudy(tmp_path, definition())
+    published = before.next()
+    run(before, published, 1.0)
+    before.study.enqueue_trial(published.params)
+    before.definition.suggest(before.study.ask())
+    after = SearchStudy(tmp_path, definition())
+    assert after.next().number == 2
+    assert after.study.trials[1].user_attrs[DUPLICATE] == 0
+
+
+def test_early_failures_end_no_search_in_which_a_trial_gets_on(tmp_path):
+    study = SearchStudy(tmp_path, definition())
+    study.next()
+    study.report(0, reached(30.0))
+    for _ in range(FIRST_FAILURES):
+        study.close(study.next().number, None, crashed="diverged")
+    assert study.hopeless() is None
 
 
 @pytest.mark.parametrize(
@@ -234,15 +283,18 @@ def test_after_an_interruption_the_sampler_knows_and_does_not_repeat_itself(tmp_
     assert after.epochs == 30
 
 
-def test_the_sampler_learns(tmp_path):
+@pytest.mark.parametrize("name", ["tpe-multivariate", "cmaes"])
+def test_the_sampler_learns_though_most_trials_are_stopped(tmp_path, name):
     """Most proposals after the random ones are better than most random ones."""
     target = 1e-2
-    study = SearchStudy(tmp_path, definition(RATE, limits=Limits(trials=40)))
+    space = definition(RATE, WIDTH, limits=Limits(trials=40), sampler=Sampler(name=name))
+    study = SearchStudy(tmp_path, space)
     distances = []
     while (assignment := study.next()) is not None:
         ratio = assignment.params["optim.learning_rate"] / target
         distances.append(max(ratio, 1 / ratio))
-        run(study, assignment, -distances[-1])
+        study.report(assignment.number, reached(-distances[-1]))
+        study.close(assignment.number, reached(-distances[-1], finished=assignment.number == 0))
     assert sorted(distances[-15:])[7] < sorted(distances[1:11])[5] / 2
 
 
@@ -272,7 +324,10 @@ def test_a_new_search_does_not_join_one_of_its_name_in_a_shared_storage(tmp_path
     with pytest.raises(UserError, match="has a study `one`"):
         create_search(tmp_path / "b", "one", space)
     assert not (tmp_path / "b").exists()
-    create_search(tmp_path / "b", "two", space)
+    two = create_search(tmp_path / "b", "two", space)
+    run(study := SearchStudy(*open_search(two)), study.next(), 1.0)
+    two.rename(tmp_path / "renamed")
+    assert len(read_search(*open_search(tmp_path / "renamed")).trials) == 1
 
 
 def test_a_study_of_other_objectives_is_refused(tmp_path):
@@ -314,6 +369,7 @@ def test_repeated_proposals_are_marked(tmp_path):
     study = SearchStudy(tmp_path, definition(WIDTH, sampler=Sampler(name="random")))
     while (assignment := study.next()) is not None:
         run(study, assignment, 1.0)
-    for trial in study.study.trials:
-        if trial.state == TrialState.FAIL:
-            assert study.study.trials[trial.user_attrs[DUPLICATE]].params == trial.params
+    repeated = [trial for trial in study.study.trials if trial.state == TrialState.FAIL]
+    assert repeated
+    for trial in repeated:
+        assert study.study.trials[trial.user_attrs[DUPLICATE]].params == trial.params
