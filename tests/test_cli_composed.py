@@ -1,17 +1,22 @@
 """CLIP4Cir as a user types it: two stages, a search, evaluation, submissions, weights in and out."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from command_line import done, launch, refused
 from random_runs import make_random_run
 from raw_composed import draw_fashioniq
+from safetensors.torch import load_file
 
+from harma_ray.checkpoint import read_meta, save_checkpoint
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
-from harma_ray.data.schema import list_splits, open_split
+from harma_ray.data.schema import MANIFEST_NAME, BadRow, list_splits, open_split
 from harma_ray.exchange import load_model
 from harma_ray.recipes import recipe_config
 from harma_ray.runs import open_run
@@ -195,6 +200,73 @@ def test_a_submission_that_the_server_would_refuse_is_not_written(
     assert "which has no composed queries" in predict(random_run, composed, "val")
     assert "no split `test1`" in predict(tuned, composed, "test1")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_submission_without_every_pair_is_refused(capsys, gallery, tuned, tmp_path):
+    split = open_split(gallery, "test")
+    lacking = replace(split.manifest, bad=(BadRow("test1-7-img0.png", "not an image"),))
+    copy = Path(shutil.copytree(gallery, tmp_path / "data"))
+    (copy / "test" / MANIFEST_NAME).write_text(lacking.to_json())
+    command = [
+        "predict",
+        "cirr-test",
+        "--run",
+        tuned.path,
+        "--data",
+        copy,
+        "--split",
+        "test",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert "1 were left out of" in (error := refused(capsys, *command))
+    assert "test1-7-img0.png" in error
+    assert "must be a plain part of a file's name" in refused(capsys, *command, "--name", "a/b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_by_another_metric_is_taken_if_it_was_kept(capsys, composed, tuned, tmp_path):
+    run = make_random_run(tmp_path, "two", tuned.config)
+    model = run.load_model()
+    with torch.no_grad():
+        model.clip.ln_final.weight.add_(1)
+    first = run.best_checkpoint()
+    meta = read_meta(first)
+    later = replace(meta, step=5, epoch=1.0, metrics={"r_mean": 0.5, "recall_at1": 9.0})
+    save_checkpoint(run.path, later, model, {})
+    assert run.best_checkpoint() == first
+    figures = [tmp_path / name for name in ("usual.json", "other.json")]
+    done(capsys, "evaluate", "--run", run.path, "--split", "val", "--json", figures[0])
+    done(capsys, "evaluate", "--run", run.path, "--split", "val", "--metric", "recall_at1", "--json", figures[1])
+    usual, other = (json.loads(path.read_text()) for path in figures)
+    assert other["weights"].endswith("step_00000005")
+    assert usual["metrics"] != other["metrics"]
+    out = tmp_path / "clip.safetensors"
+    done(
+        capsys,
+        "checkpoint",
+        "export",
+        "--run",
+        run.path,
+        "--format",
+        "open_clip",
+        "--metric",
+        "recall_at1",
+        "--out",
+        out,
+    )
+    assert torch.equal(load_file(out)["ln_final.weight"], model.clip.ln_final.weight)
+    assert "has the metric `recall_at50`" in refused(
+        capsys, "evaluate", "--run", run.path, "--metric", "recall_at50", "--split", "val"
+    )
+
+
+@pytest.mark.ray
+def test_vectors_of_pairs_are_for_image_text_retrieval(capsys, composed, tuned, tmp_path):
+    command = ["embed", "--run", tuned.path, "--data", composed, "--out", tmp_path / "out"]
+    result = launch(*command)
+    assert result.returncode == 2
+    assert "which is not image-text retrieval" in result.stderr
 
 
 def test_published_files_go_out_and_come_in(capsys, composed, tuned, combined, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from harma_ray import loop
 from harma_ray.checkpoint import list_checkpoints
 from harma_ray.composed_metrics import composed_recalls
 from harma_ray.config import build_config
@@ -210,6 +211,20 @@ def test_a_metric_of_the_other_protocol_is_refused(composed, name):
         make_task(config).check(open_split(composed, "train"))
 
 
+def test_what_is_evaluated_later_and_compared_by_a_search_is_checked_before(composed, scenes, tmp_path):
+    task, train = make_task(settings(composed)), open_split(composed, "train")
+    val = open_split(composed, "val")
+    task.check(train, [val], ["recall_at1"])
+    with pytest.raises(UserError, match="`objective` names `average_recall`, which is not measured on"):
+        task.check(train, [val], ["average_recall"])
+    with pytest.raises(UserError, match=r"1 of 5 queries of .* have no target"):
+        task.check(train, [without(val, tmp_path, target=None)])
+    with pytest.raises(UserError, match="has no queries of composed retrieval"):
+        task.check(train, [open_split(scenes, "val")])
+    with pytest.raises(UserError, match=r"needs images, but .* holds triplets"):
+        make_task(recipe_config("harma-scenes")).check(open_split(scenes, "train"), [train])
+
+
 def test_data_of_another_kind_is_refused(scenes, composed):
     with pytest.raises(UserError, match=r"needs triplets or triplet vectors, but .* holds images"):
         make_task(settings(composed)).check(open_split(scenes, "train"))
@@ -231,6 +246,49 @@ def test_the_gallery_is_encoded_once_if_the_image_encoder_is_frozen(composed):
     first, second = (evaluate_split(task, config, model, "val", place=Place(), reader=counting) for _ in range(2))
     assert first.metrics == second.metrics
     assert read == ["val"]
+
+
+def test_a_frozen_gallery_is_encoded_once_under_a_combiner_too(composed):
+    config = settings(composed, "scenes-cir-combiner")
+    task, read = make_task(config), []
+
+    def counting(source, chunks, how):
+        read.append(source.split.name)
+        return local_batches(source, chunks, how)
+
+    model = task.build_model()
+    for _ in range(2):
+        evaluate_split(task, config, model, "val", place=Place(), reader=counting)
+    assert read == ["val"]
+
+
+def test_frozen_encoders_give_the_same_in_any_chunk_and_whatever_autocast_says(composed):
+    images = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    tokens = INPUTS.tokens(["add a plane", "no river", "red roofs", "two tanks", "a road"])
+    found = []
+    for size, enabled in ((64, False), (2, False), (2, True)):
+        config = settings(composed, "scenes-cir-combiner", train__eval_batch_size=size)
+        model = make_task(config).build_model()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            features = model.image_features(images), model.text_features(tokens)
+        assert not any(part.requires_grad for part in features)
+        found.append(torch.cat(features))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[2], found[1])
+
+
+def test_workers_draw_dropout_of_their_own(composed, tmp_path):
+    """At the same step the masks of two workers differ, and a worker's own come again in another run."""
+    config = settings(composed, "scenes-cir-combiner", train__epochs=1)
+    states = []
+    for rank, seed in ((0, 0), (1, 0), (0, 0), (0, 1)):
+        seeded = replace(config, seed=seed)
+        place = Place(rank=rank, world_size=2)
+        loop._start(make_task(seeded), seeded, tmp_path, place, local_batches)
+        states.append(torch.rand(8))
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[3])
 
 
 def test_accumulation_draws_the_same_dropout_twice(composed):

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from raw_composed import draw_fashioniq, fashioniq_split
 
 from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
-from harma_ray.data.schema import MANIFEST_NAME, open_split
+from harma_ray.data.relative_captions import training_texts
+from harma_ray.data.schema import MANIFEST_NAME, Split, open_split
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
@@ -64,6 +66,62 @@ def test_an_evaluation_gives_the_figures_of_the_images(config, cached):
         )
         torch.testing.assert_close(found.details.query_embeddings, expected.details.query_embeddings)
         assert found.metrics == expected.metrics
+
+
+def test_features_are_pictured_by_the_images_they_came_from(cached, composed, tmp_path):
+    split = open_split(cached.data.path, "val")
+    assert split.pictured == open_split(composed, "val")
+    task = make_task(cached)
+    evaluation = evaluate_split(task, cached, task.build_model(), "val", place=Place(), reader=local_batches)
+    assert task.picture(evaluation, split).width > 500
+    assert task.projection(evaluation, split).thumbnails.shape == (30, 3, 32, 32)
+    assert task.sections(evaluation, split)
+    manifest = replace(split.manifest, options={**split.manifest.options, "source": str(tmp_path)})
+    moved = Split(split.path, manifest)
+    assert moved.pictured is None
+    assert task.picture(evaluation, moved) is None
+    changed = Split(split.path, replace(split.manifest, inputs={"manifest": "of other data"}))
+    assert changed.pictured is None
+
+
+def test_a_query_with_two_captions_keeps_its_four_texts(ray_cluster, tmp_path):
+    """FashionIQ, by category: vectors give the figures of the images, and training draws all four texts."""
+    data = tmp_path / "data"
+    root = draw_fashioniq(tmp_path / "raw")
+    for split in ("train", "val"):
+        fashioniq_split(root, split, data)
+    changes = {"data.path": str(data), "train.global_batch_size": 6, "combiner.dropout": 0}
+    config = build_config(recipe_config("scenes-cir-combiner"), changes)
+    cached = with_features(config, tmp_path / "run", ray_cluster)
+    model = make_task(config).build_model().eval()
+    rows = open_split(cached.data.path, "train").read(["captions", "text_vectors"]).to_pylist()
+    inputs = make_task(config)._inputs
+    with torch.no_grad():
+        for row in rows[:3]:
+            texts = model.text_features(inputs.tokens(list(training_texts(row["captions"]))))
+            kept = torch.stack(
+                [torch.frombuffer(bytearray(vector), dtype=torch.float32) for vector in row["text_vectors"]]
+            )
+            torch.testing.assert_close(kept, texts, rtol=1e-4, atol=1e-5)
+    assert {len(row["text_vectors"]) for row in rows} == {4}
+    expected, found = (
+        evaluate_split(make_task(which), which, model, "val", place=Place(), reader=local_batches)
+        for which in (config, cached)
+    )
+    assert found.metrics == expected.metrics
+    for category in ("dress", "toptee", "shirt"):
+        assert f"{category}_recall_at10" in found.metrics
+    gallery = open_split(data, "val").read(["label_name"]).column("label_name").to_pylist()
+    assert found.details.chance()["toptee_recall_at50"] == 100  # of 8 images
+    assert gallery.count("dress") == 9
+
+
+def test_weights_that_do_not_fit_are_one_clear_mistake(config, ray_cluster, tmp_path):
+    torch.save({"ln_final.weight": torch.zeros(3)}, tmp_path / "wrong.pt")
+    wrong = build_config(config, {"model.pretrained": str(tmp_path / "wrong.pt")})
+    with pytest.raises(UserError, match=r"^[^\n]*wrong\.pt.* does not fit the model: .* missing"):
+        with_features(wrong, tmp_path / "run", ray_cluster)
+    assert not list((tmp_path / "run").rglob(MANIFEST_NAME))
 
 
 def test_a_second_call_keeps_what_is_there(config, cached, ray_cluster):
