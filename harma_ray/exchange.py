@@ -24,7 +24,7 @@ from harma_ray.composed_exchange import COMBINER_MARK, Imported, describe_combin
 from harma_ray.config import build_config, config_hash, flat_settings, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing
-from harma_ray.models.backbones import check_file_activation
+from harma_ray.models.backbones import check_file_activation, knows_activation
 from harma_ray.models.clip import DualEncoder, build_clip
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.foreign import describe_tensors, guess_architecture, read_foreign
@@ -118,7 +118,7 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     model = build_clip(config.model.architecture, str(path))
     with making(folder) as made:
         made.mkdir()
-        save_clip(model, made / BACKBONE_NAME)
+        save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation(path))
     return Imported(
         folder / BACKBONE_NAME,
         f"{len(state)} tensors of `{config.model.architecture}`, fingerprint {backbone_fingerprint(model)[:12]}\n"
@@ -132,7 +132,7 @@ def _import_released(path: Path, state: dict[str, Tensor], config: Any, folder: 
     backbone = backbone_fingerprint(model)
     with making(folder) as made:
         run = create_run(made.parent, made.name, config)
-        save_clip(model.clip, made / BACKBONE_NAME, without=_OWN_ADAPTER_MARK)
+        save_clip(model.clip, made / BACKBONE_NAME, without=_OWN_ADAPTER_MARK, says_activation=False)
         meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, backbone)
         save_checkpoint(run.path, meta, model, {})
     return Imported(

@@ -1,8 +1,8 @@
 """The one seam of the platform: what a batch means.
 
 The engine owns the loop, the streams, the optimiser, checkpoints and logging; a `Task` owns the model, the row
-transforms, the losses and the evaluation. A task never touches Ray, nor the files of a run. It computes on the device
-that the model is on; what only one worker needs it computes on worker 0 alone.
+transforms, the losses and the evaluation. A task never touches Ray, nor the files of its own run. It computes on the
+device that the model is on; what only one worker needs it computes on worker 0 alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from harma_ray.config import build_config, config_hash
 from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
 from harma_ray.models import weights
-from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.models.clip import build_clip
+from harma_ray.models.weights import backbone_fingerprint, save_clip, says_quick_gelu
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
 
@@ -197,3 +198,12 @@ def test_weights_trained_with_settings_that_no_shape_shows_are_refused_with_othe
     for file in (adapter, random_run.best_checkpoint()):
         with pytest.raises(UserError, match=r"--set model\.text_tokens=trim --set adapter\.num_heads=8"):
             load_model(file, other)
+
+
+def test_an_imported_backbone_says_no_more_of_its_activation_than_its_file(random_run, tmp_path):
+    """Plain GELU was only assumed: the other architecture must stay open. Where it is known it is held to."""
+    clip = build_clip("scenes-tiny", "random")
+    for known in (False, True):
+        save_clip(clip, tmp_path / "clip.safetensors", says_activation=known)
+        path = import_checkpoint(tmp_path / "clip.safetensors", random_run.config, tmp_path / f"out{known}").path
+        assert says_quick_gelu(path) is (False if known else None)

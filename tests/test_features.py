@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +81,9 @@ def test_features_are_pictured_by_the_images_they_came_from(cached, composed, tm
     moved = Split(split.path, manifest)
     assert moved.pictured is None
     assert task.picture(evaluation, moved) is None
+    damaged = Path(shutil.copytree(composed / "val", tmp_path / "val"))
+    next(damaged.glob("*.parquet")).unlink()
+    assert Split(split.path, replace(manifest, options={"source": str(damaged)})).pictured is None
     changed = Split(split.path, replace(split.manifest, inputs={"manifest": "of other data"}))
     assert changed.pictured is None
 

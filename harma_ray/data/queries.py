@@ -99,7 +99,8 @@ class ComposedQueries:
         if unknown:
             raise UserError(
                 f"{unknown} of {len(self.target)} queries of {self.origin} have no target, so nothing can be measured "
-                "there; make a submission with `launch.py predict`"
+                "there; name splits with answers (data.val_split, data.test_split), or make a submission with "
+                "`launch.py predict`"
             )
         return self.target
 

@@ -209,10 +209,13 @@ class Split:
         """
         if self.manifest.kind == "images":
             return self
-        place = Path(self.manifest.options.get(SOURCE, ""))
-        if not (place / MANIFEST_NAME).is_file():
+        place = self.manifest.options.get(SOURCE)
+        if place is None:
             return None
-        split = open_split(place.parent, place.name)
+        try:
+            split = open_split(Path(place).parent, Path(place).name)
+        except UserError:
+            return None
         same = self.manifest.inputs.get("manifest") == split.fingerprint
         return split if same and split.manifest.kind == "images" else None
 

@@ -178,6 +178,12 @@ def check_file_activation(architecture: str, path: str | Path) -> None:
     logger.warning("%s is run with plain GELU; if it was trained with quick GELU, use `%s`", path, twin)
 
 
+def knows_activation(path: str | Path) -> bool:
+    """Return whether the file tells which GELU it was trained with: it says so, or by its name, or by its layout."""
+    known = says_quick_gelu(path) is not None or Path(path).name.startswith(_QUICK_FILE)
+    return known or read_section(path)[0] == CLIP_SECTION
+
+
 def _nearest(architecture: str, pretrained: str) -> str:
     """Say what the user may have meant by an unknown tag or a missing file."""
     if "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):

@@ -69,16 +69,18 @@ def read_section(path: str | Path) -> tuple[str, dict[str, Tensor]]:
     return section, dict(content)
 
 
-def save_clip(model: nn.Module, path: str | Path, *, without: str = "") -> None:
-    """Write a CLIP's state dict as `.safetensors`, and which activation it was trained with beside it.
+def save_clip(model: nn.Module, path: str | Path, *, without: str = "", says_activation: bool = True) -> None:
+    """Write a CLIP's state dict as `.safetensors`.
 
     Args:
         model: an open_clip model.
         path: the file.
         without: names that contain this are left out; empty: none.
+        says_activation: keep with it that the model's activation is the one that it was trained with.
     """
     state = {name: t.contiguous() for name, t in model.state_dict().items() if not (without and without in name)}
-    save_file(state, path, metadata={_ACTIVATION: "quick GELU" if has_quick_gelu(model) else "GELU"})
+    activation = {_ACTIVATION: "quick GELU" if has_quick_gelu(model) else "GELU"}
+    save_file(state, path, metadata=activation if says_activation else None)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -276,19 +276,21 @@ class Clip4CirTask:
 
     def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
         """Draws some queries with their first results; nothing if the images are not there any more."""
-        return composed_sheet(evaluation.details, split.pictured) if split.pictured else None
+        pictured = split.pictured
+        return composed_sheet(evaluation.details, pictured) if pictured else None
 
     def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
         """Returns some queries and the worst ones."""
-        return composed_sections(evaluation.details, split.pictured) if split.pictured else []
+        pictured = split.pictured
+        return composed_sections(evaluation.details, pictured) if pictured else []
 
     def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
         """Returns up to 500 gallery embeddings, labelled by name, with thumbnails if there are images."""
         vectors = evaluation.details.gallery_embeddings[:_MAX_POINTS]
         names = split.read(["source"]).column("source").to_pylist()[: len(vectors)]
-        thumbnails = None
-        if split.pictured:
-            images = read_images(split.pictured, np.arange(len(vectors)), longest_side=64)
+        thumbnails, pictured = None, split.pictured
+        if pictured:
+            images = read_images(pictured, np.arange(len(vectors)), longest_side=64)
             thumbnails = torch.stack([padded_transform(image, 32, padding="square") for image in images]) / 255
         return Projection(vectors, [name.replace("\t", " ") for name in names], thumbnails)
 

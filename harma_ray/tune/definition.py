@@ -109,7 +109,7 @@ class SearchDefinition:
     storage: str | None = None
     """URL of a shared Optuna database."""
     study: str | None = None
-    """Name of the search's study in it; None = that of its folder."""
+    """Name of the search's study in it, which a new search is given; None = that of its folder."""
 
     @property
     def published(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def create_search(runs: str | Path, name: str | None, definition: SearchDefiniti
     """
     name = name or f"tune-{definition.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     if definition.storage:
-        definition = dataclasses.replace(definition, study=definition.study or name)  # stays when the folder is renamed
+        definition = dataclasses.replace(definition, study=name)  # stays when the folder is renamed
         require_new_study(definition)
     folder = make_folder(runs, name, "search")
     write_text(folder / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))

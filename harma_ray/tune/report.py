@@ -100,7 +100,7 @@ def _best_section(results: SearchResults) -> str:
         command = f"python launch.py train --config {config} --data {data}"
         parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
-        parts += [page.subsection(f"Final metrics of {results.final_title.rstrip(',')} (%)"), _final_table(results)]
+        parts += [page.subsection(f"Final metrics of {results.final_title} (%)"), _final_table(results)]
     return "\n".join(parts)
 
 

@@ -116,7 +116,7 @@ class SearchResults:
     @property
     def final_title(self) -> str:
         """Whose the final metrics are."""
-        return f"trial {self.best}" + (f", the first of its {self.seeds} seeds," if self.seeds > 1 else "")
+        return f"trial {self.best}" + (f" (the first of {self.seeds} seeds)" if self.seeds > 1 else "")
 
     @property
     def best_trial(self) -> TrialResult | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import ray.train
 import ray.tune
 from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +33,7 @@ from harma_ray.train import train
 from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults, TrialResult
-from harma_ray.tune.scheduling import StudySearcher, describe_crash, make_scheduler
+from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
 from harma_ray.tune.trial import TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
@@ -41,6 +42,14 @@ WORK_FOLDER = "ray"
 """Ray Tune's own files, inside the search's folder, while it runs."""
 RESTARTS = 2
 """How often a trial is started again from its checkpoint after its process died."""
+_LOST = (
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.NodeDiedError,
+    ray.train.WorkerGroupError,
+)
+"""What Ray raises where a process is gone."""
 _logger = logging.getLogger(__name__)
 
 
@@ -78,19 +87,20 @@ def run_search(
     while True:
         study = SearchStudy(folder, definition, failures)
         study.listener = partial(_heard, folder, definition, study, on_event)
+        out_of_memory = False
         try:
             _fit(folder, definition, replace(plan, concurrent=concurrent), setting, study, trial)
         except _OutOfMemory:
+            out_of_memory = True
             if concurrent > 1:
                 concurrent -= 1
                 _logger.warning("the machine ran out of memory; going on with %d trial(s) at a time", concurrent)
             else:
                 study.close_open("the machine ran out of memory with no other trial beside it")
-            failures = study.failures
-            if study.hopeless() is None:
-                continue
-        break
-    study.save_time()
+        study.save_time()
+        failures = study.failures
+        if not out_of_memory or study.hopeless():
+            break
     results, reason = read_search(folder, definition, study.study), study.hopeless()
     if reason:
         raise UserError(
@@ -236,8 +246,10 @@ def _attempt(made: Run, train_it: Callable[[], Any], tell: Callable[[str], None]
     """Trains a run, and tells how it ended; returns why it failed, if it did: the others go on."""
     try:
         train_it()
-    except (UserError, ray.exceptions.RayError) as error:
-        reason = str(error) if isinstance(error, UserError) else describe_crash(str(error))
+    except (UserError, *_LOST) as error:
+        reason = str(error) if isinstance(error, UserError) else "its process was killed, or its machine was lost"
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            reason = "the machine ran out of memory"
         tell(f"{made.path.name} failed: {reason}")
         return [f"{made.path.name}: {reason}"]
     tell(f"{made.path.name} is trained")

@@ -149,7 +149,7 @@ class SearchStudy:
         None: the limit is reached, or there is nothing left to try.
         """
         attempt = 0
-        while not self.is_over():
+        while not self.is_over() and self.hopeless() is None:
             trial = self._unfinished.pop(0) if self._unfinished else self._propose(attempt)
             if trial is None:
                 return None
@@ -158,6 +158,7 @@ class SearchStudy:
             if earlier != trial.number:
                 trial.set_user_attr(DUPLICATE, earlier)
                 self.study.tell(trial, state=TrialState.FAIL)
+                self._counted.discard(trial.number)
                 attempt += 1
                 continue
             self._counted.add(trial.number)

@@ -198,13 +198,14 @@ def test_what_was_tried_before_an_interruption_is_not_tried_again(tmp_path):
 
 
 def test_a_repetition_that_was_just_drawn_when_the_driver_was_killed_is_not_trained(tmp_path):
-    before = SearchStudy(tmp_path, definition())
+    space = definition(limits=Limits(trials=2))
+    before = SearchStudy(tmp_path, space)
     published = before.next()
     run(before, published, 1.0)
     before.study.enqueue_trial(published.params)
     before.definition.suggest(before.study.ask())
-    after = SearchStudy(tmp_path, definition())
-    assert after.next().number == 2
+    after = SearchStudy(tmp_path, space)
+    assert after.next().number == 2  # the repetition counts for nothing
     assert after.study.trials[1].user_attrs[DUPLICATE] == 0
 
 
@@ -326,6 +327,7 @@ def test_a_new_search_does_not_join_one_of_its_name_in_a_shared_storage(tmp_path
     assert not (tmp_path / "b").exists()
     two = create_search(tmp_path / "b", "two", space)
     run(study := SearchStudy(*open_search(two)), study.next(), 1.0)
+    create_search(tmp_path / "b", "three", open_search(two)[1])  # begins anew, under its own name
     two.rename(tmp_path / "renamed")
     assert len(read_search(*open_search(tmp_path / "renamed")).trials) == 1
 
