@@ -16,9 +16,9 @@ FLOORS = {
         "data.convert.", "engine", "encoding", "pictures", "composed_pictures", "report", "figures", "page",
         "image_text_page"],
     3: ["recipes", "runs", "exchange", "composed_exchange", "tune.results", "tune.parameters", "tune.definition",
-        "tune.located", "tune.checks", "tune.space", "tune.study", "tune.scheduling", "tune.folder", "tune.drawing",
-        "tune.figures", "tune.parameter_figures", "tune.importance", "tune.confirmed", "tune.scale", "tune.report",
-        "tune.progress", "tune.sharing"],
+        "tune.located", "tune.checks", "tune.space", "tune.storage", "tune.study", "tune.scheduling", "tune.folder",
+        "tune.drawing", "tune.figures", "tune.parameter_figures", "tune.importance", "tune.confirmed", "tune.scale",
+        "tune.report", "tune.progress", "tune.sharing"],
     4: ["loop", "train", "embed", "features", "predict", "api", "tune.trial", "tune.search"],
     5: ["session", "demo", "cli", "tune.session"],
 }  # fmt: skip

@@ -24,7 +24,8 @@ from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.parameters import Choices
 from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
 from harma_ray.tune.space import load_search, to_yaml
-from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, open_study, require_new_study, trial_folder
+from harma_ray.tune.storage import open_study, require_new_study
+from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, trial_folder
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"

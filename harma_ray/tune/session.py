@@ -40,7 +40,7 @@ from harma_ray.tune.progress import SearchProgress, show_params
 from harma_ray.tune.report import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space import load_search
-from harma_ray.tune.study import show_url, storage_url
+from harma_ray.tune.storage import show_url, storage_url
 
 
 @dataclass(frozen=True, kw_only=True)

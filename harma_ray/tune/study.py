@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import optuna
-import sqlalchemy.engine
-import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from harma_ray.config import RunConfig, build_config, config_hash
 from harma_ray.errors import UserError
 from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.storage import open_study
 
-STORAGE_NAME = "optuna.db"
 TRIALS_FOLDER = "trials"
 RESULT, REASON, DUPLICATE, POINT = "result", "reason", "duplicate_of", "first_point"
 """Names of what is kept with a trial: its last result, why it failed, which earlier trial it repeats, its place among
@@ -308,88 +305,9 @@ def identity(definition: SearchDefinition) -> str:
     return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
-def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
-    """Opens the study of a search, or makes it.
-
-    Raises:
-        UserError: If the storage cannot be reached, or holds another kind of study under this name.
-    """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = storage_url(folder, definition)
-    directions: list[Any] = [target.direction for target in definition.objectives]
-    try:
-        study = optuna.create_study(
-            storage=url, study_name=study_name(folder, definition), directions=directions, load_if_exists=True
-        )  # fmt: skip
-        study.sampler = make_sampler(definition, len(study.get_trials(deepcopy=False)))
-    except Exception as error:  # a database can fail in any way
-        raise _storage_error(url, error) from error
-    if [direction.name.lower() for direction in study.directions] != directions:
-        raise UserError(f"{show_url(url)} has a study `{study.study_name}` of other objectives; choose another --name")
-    return study
-
-
-def require_new_study(definition: SearchDefinition) -> None:
-    """Checks that a shared storage holds no other search of the name that a new one is to have.
-
-    Raises:
-        UserError: If it does, or cannot be reached.
-    """
-    assert definition.storage is not None
-    try:
-        known = optuna.get_all_study_names(definition.storage)
-    except Exception as error:  # a database can fail in any way
-        raise _storage_error(definition.storage, error) from error
-    if definition.study in known:
-        url = show_url(definition.storage)
-        raise UserError(f"the storage {url} has a study `{definition.study}`; choose another --name")
-
-
-def _storage_error(url: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"the Optuna storage {show_url(url)} cannot be used ({reason}); check `storage`")
-
-
-def storage_url(folder: Path, definition: SearchDefinition) -> str:
-    """Returns the URL of a search's Optuna storage."""
-    return definition.storage or f"sqlite:///{folder / STORAGE_NAME}"
-
-
-def study_name(folder: Path, definition: SearchDefinition) -> str:
-    """Returns the name of a search's study; a search's own storage holds no other."""
-    return (definition.study or folder.name) if definition.storage else "search"
-
-
-def show_url(url: str) -> str:
-    """Returns a storage's URL without its password."""
-    try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
-
-
 def trial_folder(folder: Path, number: int, seed: int = 0) -> Path:
     """Returns the run folder of a trial; `seed` counts its trainings."""
     return folder / TRIALS_FOLDER / (f"{number:05d}" + (f"-seed{seed}" if seed else ""))
-
-
-def make_sampler(definition: SearchDefinition, num_trials: int = 0) -> optuna.samplers.BaseSampler:
-    """Returns the sampler; after an interruption its random numbers are others than before (`num_trials` were made)."""
-    settings = definition.sampler
-    seed = settings.seed + num_trials
-    if settings.name in ("random", "grid"):  # the grid's settings are all among those that are tried first
-        return optuna.samplers.RandomSampler(seed=seed)
-    for argument in ("group", "consider_pruned_trials"):
-        warnings.filterwarnings("ignore", f"Argument ``{argument}``", optuna.exceptions.ExperimentalWarning)
-    if settings.name == "cmaes":
-        # most trials are stopped early: without them it would know too little
-        return optuna.samplers.CmaEsSampler(
-            seed=seed, n_startup_trials=settings.startup_trials, consider_pruned_trials=True
-        )
-    several = settings.name == "tpe-multivariate"
-    return optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=settings.startup_trials, multivariate=several, group=several, constant_liar=True
-    )
 
 
 def _result(trial: FrozenTrial) -> Mapping[str, Any]:

@@ -14,17 +14,8 @@ from harma_ray.recipes import recipe_config
 from harma_ray.tune.definition import Limits, Sampler, SearchDefinition, Target
 from harma_ray.tune.folder import best_of, create_search, open_search, read_search
 from harma_ray.tune.parameters import Choices, Range
-from harma_ray.tune.study import (
-    DUPLICATE,
-    FIRST_FAILURES,
-    MANY_FAILURES,
-    REASON,
-    Report,
-    SearchStudy,
-    make_sampler,
-    show_url,
-    trial_folder,
-)
+from harma_ray.tune.storage import make_sampler, show_url
+from harma_ray.tune.study import DUPLICATE, FIRST_FAILURES, MANY_FAILURES, REASON, Report, SearchStudy, trial_folder
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=True)
 MARGIN = Range(name="loss.margin", kind="float", low=0.1, high=0.4, step=0.1)
