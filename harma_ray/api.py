@@ -18,6 +18,7 @@ from harma_ray.data.captions import clean_caption
 from harma_ray.data.images import BadImage, decode_image, to_rgb
 from harma_ray.data.transforms import eval_transform
 from harma_ray.encoding import encode_texts
+from harma_ray.engine import evaluating
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
 from harma_ray.recipes.harma_config import HarmaConfig
@@ -70,10 +71,11 @@ class Retriever:
         except BadImage as error:
             raise UserError(f"{name}: {error}") from error
 
-    @torch.no_grad()
     def encode_prepared(self, images: Sequence[Tensor]) -> Tensor:
         """Encodes one batch of prepared images: fp32[N, E] on CPU, L2-normalised."""
-        return self.model.encode_image(torch.stack(list(images)).to(self.model.temperature.device)).float().cpu()
+        device = self.model.temperature.device
+        with evaluating(self.config.train, device):
+            return self.model.encode_image(torch.stack(list(images)).to(device)).float().cpu()
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Encodes captions, cleaned as in training.
@@ -94,7 +96,12 @@ class Retriever:
             raise UserError(f"caption {texts[cleaned.index('')]!r} holds no word")
         if not cleaned:
             return torch.empty(0, self.model.embedding_width)
-        return encode_texts(self.model, self.config.model.architecture, cleaned, batch_size)
+        return self.encode_cleaned(cleaned, batch_size)
+
+    def encode_cleaned(self, texts: list[str], batch_size: int = 256) -> Tensor:
+        """Encodes captions that are clean already; see `encode_texts`."""
+        with evaluating(self.config.train, self.model.temperature.device):
+            return encode_texts(self.model, self.config.model.architecture, texts, batch_size)
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """Returns cosines, fp32[N, M], of N images and M captions."""

@@ -103,7 +103,11 @@ class TrainConfig:
     """Micro-batches a worker cuts its share into. Exact: features are cached, so no negatives are lost; costs one more
     forward pass."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast of the model; losses are always fp32. auto = bf16 on GPUs that have it, else fp32."""
+    """Autocast of the model in training steps; losses are always fp32. auto = bf16 on GPUs that compute it themselves,
+    else fp32."""
+    eval_precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which models are evaluated, while training and after: fp32 on any device, as the published figures
+    were measured (without TF32 too), or bf16 autocast, which moves ranks."""
     compile: bool = False
     """`torch.compile` the model; the first steps take minutes, changing shapes (text_tokens=trim) compile again."""
     eval_every_epochs: int = 1
@@ -190,6 +194,10 @@ _NOT_IDENTITY = {
 """Settings that do not change what a run computes: a run may be resumed with others."""
 
 
+_LATER = {"train": {"eval_precision": "fp32"}}
+"""Settings that older runs do not have, with the values at which they change nothing: a run may be resumed without."""
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Returns the configuration as nested plain dictionaries and lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -216,6 +224,8 @@ def config_hash(config: RunConfig) -> str:
     raw = json.loads(json.dumps(to_dict(config)), parse_int=float)  # 256 and 256.0 are the same setting
     for section, keys in _NOT_IDENTITY.items():
         raw[section] = {} if keys is None else {k: v for k, v in raw[section].items() if k not in keys}
+    for section, settings in _LATER.items():
+        raw[section] = {k: v for k, v in raw[section].items() if k not in settings or v != settings[k]}
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 

@@ -42,7 +42,7 @@ def embed(
     an image is followed by those of its captions.
 
     Args:
-        run: Whose best weights encode.
+        run: Whose best weights encode, in its `train.eval_precision`.
         data: Folder of a converted data set, or of images (with sub-folders).
         out: Folder to make; written whole or not at all.
         split: One split of a data set; None = all.
@@ -76,7 +76,7 @@ def embed(
         raise UserError(f"{data} is neither a converted data set nor a folder with images ({', '.join(SUFFIXES)})")
     checkpoint = run.best_checkpoint()
     width = load_retriever(run, "cpu").model.embedding_width  # mistakes show before Ray works
-    device = "cuda" if use_gpu else "cpu"
+    device, precision = "cuda" if use_gpu else "cpu", run.config.train.eval_precision
     settings = {"run": run, "device": device, "num_actors": num_actors}
     dataset = map_in_actors(items, _Encoder, settings, num_actors=num_actors, use_gpu=use_gpu)
     partial = target.with_name(f".{target.name}.partial")
@@ -91,6 +91,7 @@ def embed(
             "backbone": read_meta(checkpoint).backbone,
             "data": str(data),
             "width": width,
+            "precision": precision,
             "counts": counts,
             "bad": bad,
         }
@@ -103,7 +104,10 @@ def embed(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     left_out = "".join(f"\n  left out: {entry}" for entry in bad)
-    return f"wrote {counts['image']} image and {counts['text']} text vectors of width {width} to {target}{left_out}"
+    return (
+        f"wrote {counts['image']} image and {counts['text']} text vectors of width {width}, in {precision}, "
+        f"to {target}{left_out}"
+    )
 
 
 def _items(data: Path, split: str | None, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -159,8 +163,6 @@ class _Encoder:
         return pa.concat_tables([self._encode(item) for item in table.to_pylist()])
 
     def _encode(self, item: dict[str, Any]) -> pa.Table:
-        from harma_ray.encoding import encode_texts
-
         try:
             rows = list(_read_items(item))
         except (UserError, OSError, pa.ArrowException) as error:
@@ -173,9 +175,8 @@ class _Encoder:
             except UserError as error:
                 lines.append((row["id"], "bad", f"{row['source']}: {error}", None, self._zeros()))
         vectors = self._retriever.encode_prepared(images).numpy() if images else []
-        texts = [text for row in good for text in row["captions"]]  # clean already
-        architecture = self._retriever.config.model.architecture
-        text_vectors = iter(encode_texts(self._retriever.model, architecture, texts, 256).numpy() if texts else [])
+        texts = [text for row in good for text in row["captions"]]
+        text_vectors = iter(self._retriever.encode_cleaned(texts).numpy() if texts else [])
         for row, vector in zip(good, vectors, strict=True):
             lines.append((row["id"], "image", row["source"], None, vector))
             for number, text in enumerate(row["captions"]):

@@ -19,6 +19,7 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.errors import UserError
+from harma_ray.models.precision import full_precision
 from harma_ray.task import Evaluation, Task
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
@@ -51,13 +52,21 @@ def wrap_model(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
 
 
 def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
-    """Returns a maker of the contexts that models run in: bf16 where asked for or, by default, where a GPU has it."""
+    """Returns a maker of the contexts that training runs in: bf16 if asked for or, by default, where a GPU has it."""
     bf16 = train.precision == "bf16"
     if train.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if not bf16:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def evaluating(train: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Computes as models are evaluated: without gradients, in `train.eval_precision`."""
+    bf16 = train.eval_precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if bf16 else full_precision(device):
+        yield
 
 
 def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
@@ -86,7 +95,7 @@ def evaluate_split(
     device = torch.device(place.device)
     model.to(device).eval()
     stream = EvaluationStream(open_split(config.data.path, split), config.data, place, reader)
-    with torch.no_grad(), autocast_of(config.train, device)():
+    with evaluating(config.train, device):
         return task.evaluate(model, stream)
 
 

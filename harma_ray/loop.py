@@ -34,7 +34,7 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.distributed import barrier, broadcast_object, gather_rows
-from harma_ray.engine import Meter, autocast_of, timed, train_step, wrap_model
+from harma_ray.engine import Meter, autocast_of, evaluating, timed, train_step, wrap_model
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
 from harma_ray.models.weights import backbone_fingerprint
@@ -290,7 +290,7 @@ class _Training:
 
     def _evaluate(self, stream: EvaluationStream) -> Evaluation:
         self._model.eval()
-        with torch.no_grad(), self._autocast():
+        with evaluating(self._config.train, self._device):
             return self._task.evaluate(self._model, stream)
 
     def _update(self, losses: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -375,6 +375,7 @@ class _Training:
             "recipe": self._config.recipe,
             "objective": self._task.objective,
             "selected_on": self._selection.split.name,
+            "eval_precision": self._config.train.eval_precision,
             "best_step": self._progress.best_step,
             "best_epoch": read_meta(best).epoch,
             "steps": self._progress.step,

@@ -11,7 +11,7 @@ import torch
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.schema import Split, open_split
 from harma_ray.data.stream import EvaluationStream, local_batches
-from harma_ray.engine import autocast_of, default_place
+from harma_ray.engine import default_place, evaluating
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
 from harma_ray.models.clip import unit
@@ -56,7 +56,7 @@ def predict_cirr(
     assert isinstance(model, ComposedRetriever)
     device = torch.device(place.device)
     stream = EvaluationStream(opened, run.config.data, place, local_batches)
-    with torch.no_grad(), autocast_of(run.config.train, device)():
+    with evaluating(run.config.train, device):
         features, texts = task.encode(model.to(device).eval(), stream, queries)
         vectors, gallery = task.compose(model, features, texts, queries), unit(features)
     own = torch.arange(len(queries.pair_ids) + 1)

@@ -118,7 +118,8 @@ def print_report(run: Run) -> None:
     size = report["checkpoint_bytes"] / 1e6
     print(f"\n{report['trainable_parameters']:,} of {report['parameters']:,} parameters trained; "
           f"best epoch {report['best_epoch']:g} by {report['selected_on']} {report['objective']}"
-          + ("; stopped early" if report["stopped_early"] else ""))  # fmt: skip
+          + ("; stopped early" if report["stopped_early"] else "")
+          + (f"; figures in {report['eval_precision']}" if "eval_precision" in report else ""))  # fmt: skip
     print(f"checkpoint {run.path / report['checkpoint']} ({size:.1f} MB)")
     for split, metrics in report["metrics"].items():
         print(f"\n{split}\n{results_table(metrics)}")
@@ -188,10 +189,11 @@ def evaluate_and_print(
         evaluation = evaluate_split(task, config, model, split, place=place, reader=local_batches)
     details = evaluation.details
     intervals, chance = details.intervals(), details.chance()
-    print(f"{data.path}: {data.describe()}, {time.perf_counter() - started:.1f} s")
+    precision = config.train.eval_precision
+    print(f"{data.path}: {data.describe()}, {precision}, {time.perf_counter() - started:.1f} s")
     print(results_table(evaluation.metrics, intervals, chance))
     outcome = {
-        "split": split, "data": str(data.path), "weights": file, "metrics": evaluation.metrics,
+        "split": split, "data": str(data.path), "weights": file, "precision": precision, "metrics": evaluation.metrics,
         "interval_95": intervals, "chance": chance,
     }  # fmt: skip
     if figures:
@@ -200,8 +202,8 @@ def evaluate_and_print(
     if folder:
         page = write_report(
             folder, title=f"{config.recipe} on {split}", sections=task.sections(evaluation, data),
-            subtitle=f"{data.path.parent.name}/{split}: {data.describe()}", metrics=evaluation.metrics,
-            intervals=intervals, chance=chance, model=model,
+            subtitle=f"{data.path.parent.name}/{split}: {data.describe()}; measured in {precision}",
+            metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
             settings=dataclasses.asdict(config), records=list(read_records(Path(file))) if file else [],
         )  # fmt: skip
         print(f"report     {page}")

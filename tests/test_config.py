@@ -79,3 +79,15 @@ def test_the_hash_changes_with_what_is_computed_and_not_with_where():
 def test_unknown_recipes_are_refused_with_the_nearest():
     with pytest.raises(UserError, match="harma-rsitmd-vit"):
         recipe_config("harma-rsitmd")
+
+
+def test_runs_made_before_later_settings_came_go_on():
+    """Hashes as checkpoints of version 0.1 hold them; other values of the later settings make another run."""
+    told = {
+        "harma-rsitmd-vit": "dcf56efdc1491abb4cd03a5059158b9bf11ebdcb6b3d8dcc94f03d252bc0698b",
+        "clip4cir-finetune": "55d0a50802874bb3a7bc724de3f896666f8a0c1287c9fa7941a77c1bc1ab07ee",
+        "clip4cir-combiner": "5c97e833fd560ebbe5fe025984008769d08efcf403c2321db4752a0fa33d7efa",
+    }
+    assert {name: config_hash(recipe_config(name)) for name in told} == told
+    later = build_config(recipe_config("harma-rsitmd-vit"), {"train.eval_precision": "bf16"})
+    assert config_hash(later) not in told.values()

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from harma_ray.api import load_run
+from harma_ray.config import build_config
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.embed import embed
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
+from harma_ray.runs import Run
 
 pytestmark = [
     pytest.mark.ray,
@@ -44,8 +46,19 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_pa
     manifest = json.loads((tmp_path / "vectors" / "manifest.json").read_text())
     assert manifest["counts"] == {"image": 11, "text": 55}
     assert manifest["width"] == 128
+    assert manifest["precision"] == "fp32"
     with pytest.raises(UserError, match="exists"):
         embed(random_run, scenes, tmp_path / "vectors")
+
+
+def test_bf16_vectors_are_made_where_they_are_asked_for_and_said(random_run, scenes, tmp_path, ray_cluster):
+    rough = Run(random_run.path, build_config(random_run.config, {"train.eval_precision": "bf16"}))
+    assert "of width 128, in bf16, to" in embed(rough, scenes, tmp_path / "vectors", split="test")
+    rows = pq.read_table(tmp_path / "vectors" / "vectors.parquet").to_pylist()
+    found = torch.tensor([row["vector"] for row in rows if row["kind"] == "image"])
+    exact = load_run(random_run.path, "cpu").encode_images(images_of(scenes))
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
+    assert not torch.allclose(found, exact, atol=1e-5)
 
 
 def test_bad_images_of_a_folder_are_listed_and_limited(random_run, scenes, tmp_path, ray_cluster):

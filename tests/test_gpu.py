@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from harma_ray.checkpoint import list_checkpoints
-from harma_ray.config import build_config
+from harma_ray.config import TrainConfig, build_config
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.engine import evaluate_split
+from harma_ray.engine import evaluate_split, evaluating
 from harma_ray.exchange import load_model
 from harma_ray.loop import run_training
 from harma_ray.recipes import make_task, recipe_config
@@ -62,13 +63,46 @@ def test_weights_from_a_gpu_give_the_same_figures_on_the_cpu(config, tmp_path):
     exact = replace(config, train=replace(config.train, precision="fp32"))
     train(exact, tmp_path, "cuda")
     weights = list_checkpoints(tmp_path)[-1]
-    metrics = [
-        evaluate_split(
-            make_task(exact), exact, load_model(weights, exact), "val", place=Place(device=device), reader=local_batches
-        ).metrics["r_mean"]
-        for device in ("cpu", "cuda")
-    ]
+    metrics = [evaluate(exact, weights, device).metrics["r_mean"] for device in ("cpu", "cuda")]
     assert metrics[1] == pytest.approx(metrics[0], abs=2.0)
+
+
+def evaluate(config, weights, device):
+    model, place = load_model(weights, config), Place(device=device)
+    return evaluate_split(make_task(config), config, model, "val", place=place, reader=local_batches)
+
+
+def test_figures_on_a_gpu_are_fp32_unless_bf16_is_asked_for(config, tmp_path):
+    train(config, tmp_path, "cuda")  # in bf16, where the GPU has it
+    weights = list_checkpoints(tmp_path)[-1]
+    rough = replace(config, train=replace(config.train, eval_precision="bf16"))
+    on_cpu, on_gpu, in_bf16 = (
+        evaluate(settings, weights, device).details.image_embeddings
+        for settings, device in ((config, "cpu"), (config, "cuda"), (rough, "cuda"))
+    )
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-5)
+    assert float((in_bf16 - on_cpu).abs().max()) > 1e-4
+
+
+def test_evaluation_keeps_tf32_out_of_convolutions():
+    """torch allows it there by default: 10 bits of mantissa in place of 23."""
+    images, filters = torch.randn(8, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    exact = torch.nn.functional.conv2d(images.cpu().double(), filters.cpu().double())
+    with evaluating(TrainConfig(), torch.device("cuda")):
+        found = torch.nn.functional.conv2d(images, filters)
+    assert torch.backends.cudnn.allow_tf32
+    assert float((found.cpu() - exact).abs().max()) < 1e-3
+
+
+def test_submissions_and_features_of_a_composed_run_are_fp32_on_a_gpu(composed):
+    config = build_config(recipe_config("scenes-cir-finetune"), {"data.path": str(composed)})
+    found = [evaluate(config, None, device).details.query_embeddings for device in ("cpu", "cuda")]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    row = (composed / "val").glob("*.parquet")
+    images = pq.read_table(next(path for path in sorted(row) if path.name.startswith("part")))["image"].to_pylist()
+    combiner = make_task(build_config(recipe_config("scenes-cir-combiner"), {"data.path": str(composed)}))
+    vectors = [combiner.feature_encoder(device).encode_images(images, [""] * len(images)) for device in ("cpu", "cuda")]
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.ray

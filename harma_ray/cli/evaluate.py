@@ -11,11 +11,13 @@ from harma_ray.cli.options import (
     add_address,
     add_device,
     add_metric,
+    add_precision,
     add_scaling,
     add_settings,
     changes_from,
     config_from,
     make_command,
+    precision_changes,
     scaling_changes,
 )
 from harma_ray.errors import UserError
@@ -42,6 +44,7 @@ def add_evaluate(commands: Any) -> None:
     add_metric(parser)
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
+    add_precision(parser)
     add_settings(parser)
     add_scaling(parser, default="1")
     add_address(parser)
@@ -85,6 +88,7 @@ def add_predict(commands: Any) -> None:
     made.add_argument("--out", default="submission/CIRR", help="folder to write (default: submission/CIRR)")
     made.add_argument("--name", help="last part of the files' names (default: the run's name)")
     add_metric(made)
+    add_precision(made)
     add_device(made)
 
 
@@ -94,10 +98,11 @@ def _predict(options: argparse.Namespace) -> None:
     from harma_ray.runs import Run, open_run
 
     found = open_run(options.run)
-    run = Run(found.path, build_config(replace(found.config, scaling=ScalingConfig()), scaling_changes(options)))
+    changes = {**scaling_changes(options), **precision_changes(options)}
+    run = Run(found.path, build_config(replace(found.config, scaling=ScalingConfig()), changes))
     name = options.name or run.path.name
     for path in predict_cirr(run, options.data, options.split, options.out, name, metric=options.metric):
-        print(f"wrote {path}")
+        print(f"wrote {path} ({run.config.train.eval_precision})")
 
 
 def add_embed(commands: Any) -> None:
@@ -112,16 +117,19 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--split", help="one split (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")
+    add_precision(parser)
     add_scaling(parser, default="1")
     add_address(parser)
 
 
 def _embed(options: argparse.Namespace) -> None:
     from harma_ray.cluster import ray_cluster, require_visible
+    from harma_ray.config import build_config
     from harma_ray.embed import embed
-    from harma_ray.runs import open_run
+    from harma_ray.runs import Run, open_run
 
-    run = open_run(options.run)
+    found = open_run(options.run)
+    run = Run(found.path, build_config(found.config, precision_changes(options)))
     with ray_cluster(options.address) as cluster:
         require_visible([run.path, Path(options.data).expanduser()], cluster)
         summary = embed(

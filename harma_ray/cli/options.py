@@ -40,6 +40,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--cpu", action="store_true", help="no worker takes a GPU")
 
 
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--precision``."""
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], help="precision of the figures (default: the settings' "
+        "train.eval_precision, which is fp32 unless they say otherwise); bf16 is faster on GPUs and moves ranks",
+    )  # fmt: skip
+
+
 def add_metric(parser: argparse.ArgumentParser) -> None:
     """Adds ``--metric``."""
     parser.add_argument(
@@ -87,10 +95,16 @@ def changes_from(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings that options change, by dotted name."""
     from harma_ray.config import parse_overrides
 
-    changes = {**parse_overrides(options.overrides), **scaling_changes(options)}
+    changes = {**parse_overrides(options.overrides), **scaling_changes(options), **precision_changes(options)}
     if options.data:
         changes["data.path"] = str(Path(options.data).expanduser().absolute())
     return changes
+
+
+def precision_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the setting that ``--precision`` changes."""
+    precision = getattr(options, "precision", None)
+    return {"train.eval_precision": precision} if precision else {}
 
 
 def scaling_changes(options: argparse.Namespace) -> dict[str, Any]:

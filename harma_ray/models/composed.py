@@ -3,6 +3,7 @@
 Shape letters: B batch, F features of CLIP.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from harma_ray.models.clip import DualEncoder, unit
 from harma_ray.models.combiner import Combiner
+from harma_ray.models.precision import full_precision
 
 Encoders = Literal["both", "text", "image", "none"]
 
@@ -20,7 +22,8 @@ class ComposedRetriever(nn.Module):
 
     The encoders stay in evaluation mode while they are trained, as in CLIP4Cir's code: the running statistics of batch
     normalisation are frozen, its weights are not. Where neither is trained, they run in chunks, without gradients, and
-    in fp32 whatever autocast says, so that features computed once, in training or in evaluation are the same.
+    in fp32: in training whatever autocast says, so that features computed once or in every step are the same; in
+    evaluation unless autocast is on.
 
     Args:
         encoder: CLIP's encoders.
@@ -97,5 +100,6 @@ class ComposedRetriever(nn.Module):
     def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
         if not self._is_frozen:
             return encode(inputs, normalize=False)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        as_asked = not self.training and torch.is_autocast_enabled(self.device.type)
+        with torch.no_grad(), contextlib.nullcontext() if as_asked else full_precision(self.device):
             return torch.cat([encode(part, normalize=False) for part in inputs.split(self._chunk_size)])
