@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from harma_ray.data.captions import clean_caption
+from harma_ray.data.image_files import readable_name
 from harma_ray.data.images import BadImage, decode_image, to_rgb
 from harma_ray.data.transforms import eval_transform
 from harma_ray.encoding import encode_texts
@@ -60,7 +61,7 @@ class Retriever:
         Raises:
             UserError: Naming the image, if it cannot be read.
         """
-        name = str(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
+        name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
         try:
             if isinstance(image, Image.Image):
                 return eval_transform(to_rgb(ImageOps.exif_transpose(image)), self._size)

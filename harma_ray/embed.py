@@ -16,13 +16,12 @@ import pyarrow.parquet as pq
 
 from harma_ray.api import load_retriever
 from harma_ray.checkpoint import read_meta
+from harma_ray.data.image_files import FoundImages, find_images, original_name, readable_name
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.schema import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
 from harma_ray.runs import Run
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
 
 
 def embed(
@@ -38,8 +37,9 @@ def embed(
 ) -> str:
     """Writes vectors with columns ``id``, ``kind`` (image, text), ``source``, ``text``, ``vector`` (float32[E]).
 
-    Ray must have been initialised. Rows are in the order of the shards, or of the sorted paths of a folder; a row of
-    an image is followed by those of its captions.
+    Ray must have been initialised. Rows are in the order of the shards, or of the sorted paths of a folder's images
+    (see `find_images`; names that are not UTF-8 are escaped by `readable_name`); a row of an image is followed by those
+    of its captions.
 
     Args:
         run: Whose best weights encode, in its `train.eval_precision`.
@@ -71,9 +71,15 @@ def embed(
     target = output_path(out)
     if target.exists():
         raise UserError(f"{target} exists; choose another --out")
-    items = list(_items(Path(data).expanduser().absolute(), split, batch_size))
-    if not items:
-        raise UserError(f"{data} is neither a converted data set nor a folder with images ({', '.join(SUFFIXES)})")
+    folder = Path(data).expanduser().absolute()
+    splits = [split] if split else list_splits(folder) if folder.is_dir() else []
+    found = find_images(folder) if folder.is_dir() and not splits else None
+    if found is not None:
+        found = found.once_per(lambda path: path.relative_to(folder).parts[:1])
+        found.warn()
+    if not splits and (found is None or not found.images):
+        raise UserError(f"{readable_name(folder)} is neither a converted data set nor a folder with images")
+    items = list(_items(folder, splits, found, batch_size))
     checkpoint = run.best_checkpoint()
     width = load_retriever(run, "cpu").model.embedding_width  # mistakes show before Ray works
     device, precision = "cuda" if use_gpu else "cpu", run.config.train.eval_precision
@@ -89,11 +95,12 @@ def embed(
             "recipe": run.config.recipe,
             "checkpoint": checkpoint.name,
             "backbone": read_meta(checkpoint).backbone,
-            "data": str(data),
+            "data": readable_name(data),
             "width": width,
             "precision": precision,
             "counts": counts,
             "bad": bad,
+            "left_out": {} if found is None else found.counts,
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.replace(partial, target)
@@ -110,17 +117,16 @@ def embed(
     )
 
 
-def _items(data: Path, split: str | None, batch_size: int) -> Iterator[dict[str, Any]]:
+def _items(data: Path, splits: list[str], found: FoundImages | None, batch_size: int) -> Iterator[dict[str, Any]]:
     """Yields small descriptions of batches; images are read where they are encoded."""
-    splits = [split] if split else list_splits(data) if data.is_dir() else []
+    root = readable_name(data)
     for name in splits:
         rows = open_split(data, name).manifest.rows
         for part in iterate_slices(rows, batch_size):
-            yield {"data": str(data), "split": name, "start": part.start, "stop": part.stop, "paths": ""}
-    if not splits and data.is_dir():
-        paths = sorted(str(path) for path in data.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        for part in iterate_slices(len(paths), batch_size):
-            yield {"data": str(data), "split": "", "start": 0, "stop": 0, "paths": json.dumps(paths[part])}
+            yield {"data": root, "split": name, "start": part.start, "stop": part.stop, "names": ""}
+    names = [] if found is None else [found.name(path) for path in found.images]
+    for part in iterate_slices(len(names), batch_size):
+        yield {"data": root, "split": "", "start": 0, "stop": 0, "names": json.dumps(names[part])}
 
 
 def _write(dataset: Any, path: Path, width: int, max_bad: int) -> tuple[dict[str, int], list[str]]:
@@ -197,15 +203,15 @@ class _Encoder:
 
 
 def _read_items(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if item["paths"]:
-        root = Path(item["data"])
-        for path in json.loads(item["paths"]):
-            name = str(Path(path).relative_to(root))
+    data = original_name(item["data"])
+    if item["names"]:
+        for name in json.loads(item["names"]):
+            path = os.path.join(data, original_name(name))
             yield {"id": name, "image": path, "source": name, "captions": []}
         return
     rows = np.arange(item["start"], item["stop"])
     samples = np.stack([rows, np.zeros_like(rows)], axis=1)
-    for row in read_samples(_indexed(item["data"], item["split"]), samples, 0).to_pylist():
+    for row in read_samples(_indexed(data, item["split"]), samples, 0).to_pylist():
         key = f"{item['split']}/{row['image_id']}"
         yield {"id": key, "image": row["image"], "source": row["source"], "captions": row["captions"]}
 

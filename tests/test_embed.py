@@ -1,4 +1,5 @@
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,6 +74,29 @@ def test_bad_images_of_a_folder_are_listed_and_limited(random_run, scenes, tmp_p
     assert "left out: bad.png" in embed(random_run, folder, tmp_path / "out", max_bad=1)
     (row,) = pq.read_table(tmp_path / "out" / "vectors.parquet").to_pylist()
     assert (row["id"], row["kind"], row["text"]) == ("deep/good.png", "image", None)
+
+
+def test_folders_are_walked_as_in_conversion(random_run, scenes, tmp_path, ray_cluster):
+    image = images_of(scenes)[0]
+    folder, disk = tmp_path / os.fsdecode(b"images \xff"), tmp_path / "disk"
+    names = [
+        os.fsdecode(b"farm/\xc5\xa91\xff.png"),
+        "farm/2.GIF",
+        "farm/.ipynb_checkpoints/2-checkpoint.png",
+        "farm/_.txt",
+    ]
+    for path in [*(folder / name for name in names), disk / "3.png"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    (folder / "lake").symlink_to(disk)
+    embed(random_run, folder, tmp_path / "out", batch_size=2)
+    table = pq.read_table(tmp_path / "out" / "vectors.parquet")
+    assert table["id"].to_pylist() == ["farm/2.GIF", "farm/ũ1\\xff.png", "lake/3.png"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["left_out"] == {"hidden": 1, "no images": 1}
+    (folder / names[0]).write_bytes(b"")
+    with pytest.raises(UserError, match=r"farm/ũ1\\xff\.png: .*the file is empty"):
+        embed(random_run, folder, tmp_path / "out2")
 
 
 def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema",
         "data.order", "data.captions", "data.queries", "data.relative_captions"],
-    1: ["models.", "losses", "optim", "data.images", "data.transforms", "data.padding", "data.scenes"],
+    1: ["models.", "losses", "optim", "data.images", "data.image_files", "data.transforms", "data.padding",
+        "data.scenes"],
     2: ["cluster", "plans", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream",
         "data.convert.", "engine", "encoding", "pictures", "composed_pictures", "report", "figures", "page",
         "image_text_page"],

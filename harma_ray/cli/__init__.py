@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -29,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 2 the user's mistake or wish (an interruption), 1 anything else.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not all terminals take all names
+            stream.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
         signal.signal(signal.SIGTERM, _interrupt)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pytest
@@ -249,8 +250,58 @@ def test_folders_that_are_no_class_folders_are_refused(tmp_path):
     (tmp_path / "a/1.png").unlink()
     (tmp_path / "a").rmdir()
     _make_images(tmp_path, "train/loose.png")
-    with pytest.raises(UserError, match="lies in no class folder"):
+    with pytest.raises(UserError, match=r"2 images lie in no class folder .*loose\.png"):
         read_class_folders(tmp_path)
+
+
+def test_top_folder_of_an_archive_is_named_instead_of_becoming_the_only_class(tmp_path):
+    _make_images(tmp_path, "My UCM/Images/farm/1.tif", "My UCM/Images/lake/2.tif")
+    with pytest.raises(UserError, match=r"one class, 'My UCM', .*2 folders of My UCM/Images \(farm, lake\)") as caught:
+        read_class_folders(tmp_path)
+    assert f"--images '{tmp_path}/My UCM/Images';" in str(caught.value)
+    assert len(read_class_folders(tmp_path / "My UCM" / "Images", fractions=(1, 0, 0))["train"]) == 2
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    (tmp_path / "My UCM" / "Images").rename(tmp_path / "train" / "Images")
+    _make_images(tmp_path, "test/Images/lake/3.tif")
+    with pytest.raises(
+        UserError, match=r"2 folders of Images \(farm, lake\).*move them up, into the folders of the splits"
+    ):
+        read_class_folders(tmp_path)
+
+
+def test_one_class_may_have_folders_if_it_has_images_of_its_own(tmp_path):
+    _make_images(tmp_path, "farm/1.tif", "farm/part2/2.tif")
+    assert [r.label_name for r in read_class_folders(tmp_path, fractions=(1, 0, 0))["train"]] == ["farm", "farm"]
+
+
+def test_folders_of_splits_with_other_names_are_no_classes(tmp_path):
+    _make_images(tmp_path, "Train/farm/1.tif", "valid/farm/2.tif")
+    with pytest.raises(UserError, match=r"look like splits \(Train, valid\) but are not named train, val, test"):
+        read_class_folders(tmp_path)
+
+
+def test_an_image_that_links_bring_into_two_classes_is_in_one_split(tmp_path):
+    root = tmp_path / "classes"
+    _make_images(tmp_path / "disk", *(f"{number}.png" for number in range(40)))
+    _make_images(root, "own/0.png")
+    for name in ("farm", "forest"):
+        (root / name).symlink_to(tmp_path / "disk")
+    splits = read_class_folders(root, fractions=(0.5, 0.25, 0.25))
+    where = {r.source: split for split, rows in splits.items() for r in rows}
+    assert len(where) == 81
+    assert all(where[f"farm/{number}.png"] == where[f"forest/{number}.png"] for number in range(40))
+    assert set(where.values()) == {"train", "val", "test"}
+
+
+def test_class_folders_with_names_that_are_not_utf8_are_read_without_captions_of_them(tmp_path):
+    name = os.fsdecode(b"farm\xc5\xa9\xff")
+    _make_images(tmp_path, f"{name}/a\udcff.png", "lake/b.png")
+    rows = read_class_folders(tmp_path, fractions=(1, 0, 0))["train"]
+    assert [(r.source, r.label_name) for r in rows] == [("farmũ\\xff/a\\xff.png", "farmũ\\xff"), ("lake/b.png", "lake")]
+    assert rows[0].image.is_file()
+    with pytest.raises(UserError, match=r"farmũ\\xff has a name that is not UTF-8.*rename it or leave out"):
+        read_class_folders(tmp_path, caption_template="a {label}")
 
 
 # --- scenes ---

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.convert.records import MemberSpec, Record, SceneSpec, SourceRecord
+from harma_ray.data.image_files import readable_name
 from harma_ray.data.schema import BadRow
 from harma_ray.errors import UserError
 
@@ -96,4 +97,4 @@ def _hash(path: Path) -> tuple[int, str, str]:
         return path.stat().st_size, hash_file(path), ""
     except OSError as error:
         verb = "found" if isinstance(error, FileNotFoundError) else "read"
-        return 0, "", f"cannot be {verb} ({error.strerror}: {path})"
+        return 0, "", f"cannot be {verb} ({error.strerror}: {readable_name(path)})"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import shlex
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-
-from PIL import Image
 
 from harma_ray.data.convert.annotations import image_root
 from harma_ray.data.convert.records import (
@@ -21,13 +20,15 @@ from harma_ray.data.convert.records import (
     clean_captions,
     fill_labels,
 )
+from harma_ray.data.image_files import FoundImages, find_images, readable_name
 from harma_ray.data.scenes import composed_scene, draw, scene
 from harma_ray.errors import UserError
 
 LABEL_FIELD = "{label}"
 """Stands for the class name in a caption template."""
 
-_logger = logging.getLogger(__name__)
+_LIKE_SPLITS = frozenset((*SPLITS, "training", "validation", "valid", "dev", "testing"))
+"""Names, in small letters, that folders of splits have elsewhere."""
 
 
 def read_class_folders(
@@ -41,7 +42,9 @@ def read_class_folders(
 
     Either the root holds ``train``, ``val`` and ``test`` (some of them), each with class folders, or class folders
     directly: then a hash of the seed and an image's path decides its split, so that an image added later moves no
-    other. Classes are numbered in alphabetical order over all splits. Folders inside class folders are read too.
+    other. Classes are numbered in alphabetical order over all splits. Folders inside class folders are read too, links
+    are followed (see ``find_images``): an image that links bring into several classes is in each of them, in the same
+    split, and once in each. What is left out is logged.
 
     Args:
         images: The root.
@@ -53,33 +56,31 @@ def read_class_folders(
         The records of each split that has any; an image's number is its place among all images.
 
     Raises:
-        UserError: If there are no class folders with images, or the template or fractions make no sense.
+        UserError: If there are no class folders with images, there is one that seems to hold those that are meant, or
+            the template or fractions make no sense.
     """
     if caption_template is not None and LABEL_FIELD not in caption_template:
         raise UserError(f"the caption template must contain {LABEL_FIELD}, got {caption_template!r}")
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise UserError(f"fractions of train, val, test must be 3 numbers >= 0 that add up to 1, got {fractions}")
     root = image_root(images)
-    folders = _list_folders(root)
-    split_folders = [folder for folder in folders if folder.name in SPLITS]
-    if split_folders and len(split_folders) < len(folders):
-        others = ", ".join(f.name for f in folders if f.name not in SPLITS)
-        raise UserError(f"{root} mixes splits ({', '.join(SPLITS)}) and other folders ({others}); move one kind away")
+    found = find_images(root)
+    is_split = any(path.relative_to(root).parts[0] in SPLITS for path in found.images)
+    depth = 2 if is_split else 1
+    found = found.once_per(lambda path: path.relative_to(root).parts[:depth])
+    found.warn()
+    _check_layout(found, depth)
+    first = found.first_paths()
     records: list[tuple[str, SourceRecord]] = []
-    for parent in split_folders or [root]:
-        for path, class_name in _list_images(parent):
-            name = path.relative_to(root).as_posix()
-            split = parent.name if split_folders else _draw_split(seed, name, fractions)
-            captions: tuple[str, ...] = ()
-            if caption_template is not None:
-                captions = clean_captions([caption_template.replace(LABEL_FIELD, class_name.replace("_", " "))], name)
-            records.append(
-                (split, SourceRecord(len(records), name, name, path, captions=captions, label_name=class_name))
-            )
-    if not records:
-        raise UserError(
-            f"{root} has no class folders with images; expected {root}/CLASS/IMAGE or {root}/train/CLASS/..."
-        )
+    for path in found.images:
+        parts, name = path.relative_to(root).parts, found.name(path)
+        class_name = readable_name(parts[depth - 1])
+        split = parts[0] if is_split else _draw_split(seed, found.name(first.get(path, path)), fractions)
+        captions: tuple[str, ...] = ()
+        if caption_template is not None:
+            _check_class_name(root, parts[depth - 1])
+            captions = clean_captions([caption_template.replace(LABEL_FIELD, class_name.replace("_", " "))], name)
+        records.append((split, SourceRecord(len(records), name, name, path, captions=captions, label_name=class_name)))
     labelled = fill_labels([record for _, record in records])
     result: dict[str, list[SourceRecord]] = {}
     for split in SPLITS:
@@ -164,28 +165,72 @@ def _number_scenes(split: str, count: int) -> range:
     return range(first, first + len(SPLITS) * count, len(SPLITS))
 
 
-def _list_folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _check_layout(found: FoundImages, depth: int) -> None:
+    """Raises UserError unless every image lies in a class folder, and the folders look like classes or splits.
+
+    Args:
+        found: The images.
+        depth: Place of the class folder on a path below the root: 2 below splits, else 1.
+    """
+    root = found.root
+    told = readable_name(root)
+    if not found.images:
+        raise UserError(
+            f"{told} has no class folders with images; expected {told}/CLASS/IMAGE or {told}/train/CLASS/..."
+        )
+    parts = [path.relative_to(root).parts for path in found.images]
+    tops = {names[0] for names in parts if len(names) > 1}
+    others = sorted(tops.difference(SPLITS))
+    if depth == 2 and others:
+        listed = ", ".join(map(readable_name, others))
+        raise UserError(f"{told} mixes splits ({', '.join(SPLITS)}) and other folders ({listed}); move one kind away")
+    loose = [path for path, names in zip(found.images, parts, strict=True) if len(names) <= depth]
+    if loose:
+        which = f"{len(loose)} images lie" if len(loose) > 1 else "an image lies"
+        raise UserError(f"{which} in no class folder ({readable_name(loose[0])}); move every image into one")
+    if depth == 1 and all(name.lower() in _LIKE_SPLITS for name in tops):
+        raise UserError(
+            f"the folders of {told} look like splits ({', '.join(sorted(tops))}) but are not named "
+            f"{', '.join(SPLITS)}; rename them, or give a folder with links of these names to them"
+        )
+    _check_wrapping(root, [names[depth - 1 :] for names in parts], depth)
 
 
-def _list_images(parent: Path) -> list[tuple[Path, str]]:
-    """Lists images of the class folders of one parent, with their classes, in a fixed order."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    images, others = [], []
-    for path in sorted(path for path in parent.iterdir() if path.is_file()):
-        if path.suffix.lower() in suffixes:
-            raise UserError(f"image {path} lies in no class folder; move it into one")
-    for folder in _list_folders(parent):
-        for path in sorted(folder.rglob("*")):
-            if path.is_dir() or path.name.startswith("."):
-                continue
-            if path.suffix.lower() in suffixes:
-                images.append((path, folder.name))
-            else:
-                others.append(path)
-    if others:
-        _logger.warning("%d files under %s are no images and are left out, such as %s", len(others), parent, others[0])
-    return images
+def _check_wrapping(root: Path, parts: Sequence[tuple[str, ...]], depth: int) -> None:
+    """Raises UserError if the only class would be a folder of folders, such as the top one of an archive.
+
+    Args:
+        root: The folder that the user gave.
+        parts: Parts of the images' paths from the class folder on.
+        depth: Place of the class folder on a path below the root.
+    """
+    first, last = min(parts), max(parts)  # what these two share at their beginnings, all between them share
+    shared = tuple(
+        one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
+    )
+    inner = sorted({names[len(shared)] for names in parts if len(names) > len(shared) + 1})
+    if not shared or any(len(names) <= len(shared) + 1 for names in parts):
+        return
+    listed = ", ".join(map(readable_name, inner[:5])) + (", ..." if len(inner) > 5 else "")
+    wrapper = "/".join(shared)
+    if depth == 1:
+        way_out = f"give --images {shlex.quote(readable_name(root / wrapper))}"
+    else:
+        way_out = "move them up, into the folders of the splits"
+    raise UserError(
+        f"all images of {readable_name(root)} would be of one class, {readable_name(shared[0])!r}, but they lie in "
+        f"{len(inner)} folders of {readable_name(wrapper)} ({listed}): if these are the classes, {way_out}; if not, "
+        "move the images themselves into the class folder"
+    )
+
+
+def _check_class_name(root: Path, name: str) -> None:
+    """Raises UserError if a class name that is to stand in captions cannot be read."""
+    if readable_name(name) != name:
+        raise UserError(
+            f"class folder {readable_name(root / name)} has a name that is not UTF-8, which captions cannot be made "
+            "of; rename it or leave out --caption-template"
+        )
 
 
 def _draw_split(seed: int, name: str, fractions: Sequence[float]) -> str:
