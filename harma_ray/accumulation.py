@@ -16,44 +16,75 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harma_ray.errors import UserError
+
+_TOLERANCE = 1e-5
+"""How far, in parts of its size, two computations of one function of the parameters may be apart on a GPU."""
+
+Slope = list[Tensor | None]
+"""Gradients by all trained parameters; None: does not depend on it."""
+
 
 class PartialForward:
     """Stands for a model in `Task.losses`; runs it over parts of the batch.
 
     Call it once, compute the loss from its outputs, call ``backward`` on the loss, then `backward` here. What layers
     draw at random (dropout) is drawn alike both times.
+
+    Every output has a row for each sample of the batch, or is a scalar that depends on the parameters alone, such as
+    a temperature: the first part's value then stands for all. Of a scalar that depends on the samples (a mean over
+    the batch, an auxiliary loss) no single part knows the value, so it is refused, by its values and by its gradients
+    (it may be 0 in every part at the start of a training and still pull on the parameters).
     """
 
     def __init__(self, model: nn.Module, num_parts: int):
         """Wraps a model.
 
         Args:
-            model: Called with tensors only; outputs have the batch as first dimension, or are scalars.
+            model: Called with tensors only.
             num_parts: Parts of a batch; the last may be smaller.
         """
         self._model, self._num_parts = model, num_parts
 
     def __call__(self, *args: Tensor) -> dict[str, Tensor]:
-        """Returns the outputs of the whole batch as leaves that collect gradients."""
+        """Returns the outputs of the whole batch as leaves that collect gradients.
+
+        Raises:
+            UserError: If an output is not of the two kinds that can be put together from parts.
+        """
         self._parts = list(zip(*(arg.chunk(self._num_parts) for arg in args), strict=True))
         self._random_states, parts = [], []
         with torch.no_grad():
             for part in self._parts:
                 self._random_states.append(_random_state(part))
                 parts.append(self._model(*part))
-        self._outputs = {
-            name: (torch.cat([part[name] for part in parts]) if value.ndim else value.detach().clone()).requires_grad_()
-            for name, value in parts[0].items()
-        }
+        self._outputs = {name: self._join(name, [part[name] for part in parts]) for name in parts[0]}
         return self._outputs
+
+    def _join(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        """Returns an output of the whole batch, which collects gradients."""
+        if not values[0].ndim:
+            _require_same(name, "values", [_differs(value, values[0]) for value in values[1:]])
+            return values[0].detach().clone().requires_grad_()
+        for value, part in zip(values, self._parts, strict=True):
+            if len(value) != len(part[0]):
+                raise UserError(
+                    f"`train.accumulation` above 1 needs a row for each sample in the model's output `{name}`, got "
+                    f"shape {tuple(value.shape)} for {len(part[0])} samples; use train.accumulation=1"
+                )
+        return torch.cat(list(values)).requires_grad_()
 
     def backward(self, autocast: Callable[[], contextlib.AbstractContextManager]) -> None:
         """Carries the gradients of the outputs on to the parameters.
 
         Args:
             autocast: The context that the first pass ran in.
+
+        Raises:
+            UserError: If the gradient of a scalar output is not the same for all parts.
         """
         start, after = 0, _random_state(self._parts[0])
+        slopes: dict[str, list[Slope]] = {}
         for number, part in enumerate(self._parts):
             _set_random_state(part, self._random_states[number])
             last = number == len(self._parts) - 1
@@ -66,6 +97,8 @@ class PartialForward:
                 pairs = []
                 for name, output in outputs.items():
                     grad = self._outputs[name].grad
+                    if not output.ndim:
+                        slopes.setdefault(name, []).append(self._slope(output))
                     if not output.requires_grad:
                         continue
                     grad = torch.zeros_like(self._outputs[name]) if grad is None else grad
@@ -73,6 +106,39 @@ class PartialForward:
                 torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
             start = stop
         _set_random_state(self._parts[0], after)
+        for name, found in slopes.items():
+            _require_same(
+                name,
+                "gradients",
+                [_differs(*pair) for slope in found[1:] for pair in zip(slope, found[0], strict=True)],
+            )
+
+    def _slope(self, output: Tensor) -> Slope:
+        """Returns a scalar's gradient by every trained parameter; quick for a function of few parameters."""
+        if any(hasattr(module, "_orig_mod") for module in self._model.modules()):
+            return []  # a compiled graph frees its buffers as it goes back and cannot be gone through twice
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        if not output.requires_grad:
+            return [None] * len(trained)
+        return list(torch.autograd.grad(output, trained, retain_graph=True, allow_unused=True))
+
+
+def _differs(value: Tensor | None, other: Tensor | None) -> Tensor:
+    """Returns whether tensors differ by more than rounding, as a scalar on their device, which nobody waits for."""
+    if value is None or other is None:
+        return torch.tensor(value is not other)
+    value, other = value.detach(), other.detach()
+    near = (value - other).abs() <= _TOLERANCE * other.abs().max()
+    return ~(near | (value == other) | (value.isnan() & other.isnan())).all()  # the loop tells of what is not finite
+
+
+def _require_same(name: str, what: str, differ: Sequence[Tensor]) -> None:
+    if differ and bool(torch.stack([flag.cpu() for flag in differ]).any()):
+        raise UserError(
+            f"`train.accumulation` above 1 needs a scalar that the model returns to depend on parameters alone, got "
+            f"other {what} of `{name}` in other parts of the batch; use train.accumulation=1, or return a row for each "
+            "sample"
+        )
 
 
 def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
