@@ -47,7 +47,8 @@ def wrap_model(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
     """Returns what a step calls: the model, compiled if asked for, averaging gradients over the workers."""
     forward: Any = torch.compile(model) if train.compile else model
     if place.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
-        forward = DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are constants and frozen statistics, the same on every worker: nothing to send in each step.
+        forward = DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
     return forward
 
 

@@ -1,6 +1,7 @@
 """Two and three gloo workers with the real task: gradients and figures as with one."""
 
 import datetime
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,7 @@ def figures(config, place, batch_size=4):
 
 def work(rank, num_workers, folder, data):
     torch.set_num_threads(1)
+    warnings.simplefilter("error")  # here as in pytest's own process: users see what workers warn of
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_workers,
         timeout=datetime.timedelta(seconds=90),
