@@ -149,14 +149,26 @@ def add_inspect(commands: Any) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from harma_ray.data.convert.duplicates import find_shared
     from harma_ray.data.convert.inspect import describe, render_facts
     from harma_ray.data.convert.sheet import contact_sheet
     from harma_ray.data.schema import list_splits, open_split
+    from harma_ray.errors import UserError
 
-    splits = [options.split] if options.split else list_splits(options.data)
-    for name in splits or ["train"]:
+    names = list_splits(options.data)
+    failed = None
+    for name in [options.split] if options.split else names or ["train"]:
         split = open_split(options.data, name)
         print(render_facts(describe(split, verify=options.verify)))
         sheet = Path(options.sheet or options.data) / f"contact-sheet-{name}.png"
-        contact_sheet(split, sheet)
-        print(f"contact sheet: {sheet}\n")
+        try:
+            contact_sheet(split, sheet)
+            print(f"contact sheet: {sheet}\n")
+        except UserError as error:  # the facts of the other splits are worth having
+            print(f"contact sheet: none: {error}\n")
+            failed = failed or error
+    if len(names) > 1:
+        shared = find_shared(options.data, options.split)
+        print("\n".join(f"WARNING: {each.tell()}" for each in shared) or "no image is in two splits")
+    if failed and options.sheet:
+        raise failed

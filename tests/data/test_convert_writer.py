@@ -17,6 +17,7 @@ from PIL import Image
 
 from harma_ray.data.convert import shards, staging
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_karpathy, convert_scenes
+from harma_ray.data.convert.duplicates import HASHES_NAME
 from harma_ray.data.convert.shards import pack_shards, write_shard
 from harma_ray.data.convert.tasks import map_serially, map_with_ray
 from harma_ray.data.convert.writer import WriteSettings
@@ -87,7 +88,11 @@ def test_split_holds_every_image_once_byte_for_byte(raw, tmp_path):
         assert row["captions"] == [f"caption {row['image_id']}", "a road"]
         assert (row["label"], row["label_name"]) == (None, None)
     assert {path.name for path in (tmp_path / "data").iterdir()} == {"val"}
-    assert {path.name for path in split.path.iterdir()} == {"manifest.json", *(s.file for s in manifest.shards)}
+    assert {path.name for path in split.path.iterdir()} == {
+        "manifest.json",
+        HASHES_NAME,
+        *(s.file for s in manifest.shards),
+    }
 
 
 def test_parquet_has_the_schema_small_row_groups_and_no_compression(raw, tmp_path):

@@ -32,6 +32,8 @@ class Examination:
     """Hash of the files' names and contents; None without files."""
     missing: tuple[BadRow, ...]
     """Images that cannot be read."""
+    hashes: dict[str, str]
+    """SHA-256 of the files that can be read, by the images' names."""
 
     def divide(self, records: Sequence[Record]) -> tuple[list[tuple[Record, int]], list[BadRow]]:
         """Returns the records whose images are all there, with their bytes, and what is left out, images included."""
@@ -70,7 +72,7 @@ def examine(records: Sequence[Record], *, progress: bool) -> Examination:
             pool.map(_hash, files), total=len(files), unit=" images", desc="hashing", disable=not progress or not files
         )
         found = dict(zip(files, results, strict=True))
-    digest, sizes, missing = hashlib.sha256(), {}, []
+    digest, sizes, missing, hashes = hashlib.sha256(), {}, [], {}
     for name, place in images:
         if not isinstance(place, Path):
             sizes[place] = place.size**2 * 2  # about what PNG makes of a scene
@@ -78,9 +80,11 @@ def examine(records: Sequence[Record], *, progress: bool) -> Examination:
         sizes[place], content, reason = found[place]
         if reason:
             missing.append(BadRow(name, reason))
+        else:
+            hashes[name] = content
         digest.update(f"{name}\0{content}\n".encode())
     names = frozenset(name for name, _ in images)
-    return Examination(names, sizes, digest.hexdigest() if files else None, tuple(missing))
+    return Examination(names, sizes, digest.hexdigest() if files else None, tuple(missing), hashes)
 
 
 def list_bad(bad: Sequence[BadRow]) -> str:

@@ -163,7 +163,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS
     queries = table if has_triplets else split.queries() if manifest.queries else None
     formats: Counter[str] = Counter()
     undecodable = []
-    for source, data in _iterate_images(split):
+    for source, data in iterate_images(split):
         formats[_name_format(data)] += 1
         if verify:
             try:
@@ -239,7 +239,7 @@ def render_facts(facts: SplitFacts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _iterate_images(split: Split) -> Iterator[tuple[str, bytes]]:
+def iterate_images(split: Split) -> Iterator[tuple[str, bytes]]:
     """Yields names and bytes of all images; an image that several triplets hold once."""
     pairs = [("source", "image")]
     if split.manifest.kind == "triplets":

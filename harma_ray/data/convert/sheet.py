@@ -63,7 +63,9 @@ def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0)
         target.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(target, "PNG")
     except OSError as error:
-        raise UserError(f"cannot write the contact sheet {target} ({error.strerror}); choose another file") from error
+        raise UserError(
+            f"cannot write the contact sheet {target} ({error.strerror or error}); choose another folder (--sheet)"
+        ) from error
     return target
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harma_ray import __version__
+from harma_ray.data.convert.duplicates import HASHES_NAME, warn_of_shared, write_hashes
 from harma_ray.data.convert.examination import Examination, examine, list_bad
 from harma_ray.data.convert.records import QueryRecord, Record, TripletRecord
 from harma_ray.data.convert.rows import tabulate_queries
@@ -162,6 +163,7 @@ def write_split(
             kind=records[0].kind,
         )  # fmt: skip
         job = _Job(split, records, queries, images, wanted, settings, hint)
+        warn_of_shared(split, images.hashes)
         with lock(split):
             done = _find_done(split, wanted, settings)
             if done is not None:
@@ -193,7 +195,7 @@ def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manife
     manifest_path = split / MANIFEST_NAME
     if not manifest_path.is_file():
         raise UserError(f"{split} exists but is no converted split; remove it or choose another folder")
-    ours = (MANIFEST_NAME, QUERIES_NAME)
+    ours = (MANIFEST_NAME, QUERIES_NAME, HASHES_NAME)
     foreign = [p.name for p in split.iterdir() if p.name not in ours and not p.match("part-*.parquet")]
     reason = ""
     try:
@@ -289,6 +291,10 @@ def _finish(job: _Job, work: Path, results: list[ShardResult], left_out: list[Ba
         queries=write_table(tabulate_queries(queries), work / QUERIES_NAME) if queries else None,
     )
     names = {MANIFEST_NAME, *(shard.file for shard in shards), *([QUERIES_NAME] if queries else [])}
+    hashes = {name: content for name, content in job.images.hashes.items() if name not in lost}
+    if hashes:
+        write_hashes(hashes, work)
+        names.add(HASHES_NAME)
     with atomic_file(work / MANIFEST_NAME) as file:
         file.write(manifest.to_json().encode())
     for path in work.iterdir():

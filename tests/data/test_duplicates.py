@@ -1,0 +1,130 @@
+import json
+import logging
+
+import pytest
+from PIL import Image
+from raw_composed import draw_fashioniq, fashioniq_split
+
+from harma_ray.cli import main
+from harma_ray.data.convert.commands import convert_harma, convert_scenes
+from harma_ray.data.convert.duplicates import HASHES_NAME, find_shared
+from harma_ray.data.convert.tasks import map_serially
+from harma_ray.data.convert.writer import WriteSettings
+from harma_ray.data.schema import open_split
+
+TOO_GOOD = "figures on the one are too good if the other is trained or selected on"
+
+
+def _convert(folder, split, colours, *, prefix="", **settings):
+    """Converts a split of plain images, one a colour."""
+    rows = []
+    for colour in colours:
+        name = f"{prefix}{split}-{colour}.png"
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(folder / name)
+        rows.append({"image": name, "caption": ["A road."]})
+    path = folder / f"{split}.json"
+    path.write_text(json.dumps(rows))
+    settings = WriteSettings(**settings)
+    return convert_harma(path, folder, split, folder / "data", settings=settings, map_tasks=map_serially)
+
+
+def _found(folder, split=None):
+    return [(each.split, each.other, each.total, each.pairs) for each in find_shared(folder / "data", split)]
+
+
+def test_images_of_another_split_are_told_at_conversion_every_time(tmp_path, caplog):
+    _convert(tmp_path, "train", [1, 2, 3, 4, 5])
+    with caplog.at_level(logging.WARNING):
+        _convert(tmp_path, "val", [7, 8])
+    assert caplog.text == ""
+    for _ in range(2):  # the second finds the work done
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            _convert(tmp_path, "test", [3, 9, 5, 8])
+        assert "2 of 4 different images of test are byte for byte in train too" in caplog.text
+        assert "(test: test-3.png = train: train-3.png, test: test-5.png = train: train-5.png)" in caplog.text
+        assert "1 of 4 different images of test are byte for byte in val too" in caplog.text
+        assert caplog.text.count(TOO_GOOD) == 2
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_splits_are_compared_two_by_two_with_and_without_kept_hashes(tmp_path, kept):
+    for split, colours in (("train", [1, 2, 3]), ("val", [2, 4]), ("test", [3, 4, 5, 5])):
+        _convert(tmp_path, split, list(dict.fromkeys(colours)))
+        if not kept:
+            (tmp_path / "data" / split / HASHES_NAME).unlink()
+    expected = [
+        ("val", "train", 2, [("val-2.png", "train-2.png")]),
+        ("test", "train", 3, [("test-3.png", "train-3.png")]),
+        ("test", "val", 3, [("test-4.png", "val-4.png")]),
+    ]
+    assert _found(tmp_path) == expected
+    assert _found(tmp_path, "train") == expected[:2]
+
+
+def test_images_are_compared_as_they_came_however_they_are_stored(tmp_path):
+    _convert(tmp_path, "train", [1, 2])
+    _convert(tmp_path, "val", [2], resize=4)
+    assert _found(tmp_path) == [("val", "train", 1, [("val-2.png", "train-2.png")])]
+
+
+def test_an_image_that_was_left_out_is_in_no_split(tmp_path):
+    (tmp_path / "bad.json").write_text(
+        json.dumps([{"image": f"{n}.png", "caption": ["A road."]} for n in ("bad", "good")])
+    )
+    (tmp_path / "bad.png").write_bytes(b"bad")
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    for split in ("train", "val"):
+        settings = WriteSettings(max_bad=1)
+        convert_harma(
+            tmp_path / "bad.json", tmp_path, split, tmp_path / "data", settings=settings, map_tasks=map_serially
+        )
+    assert _found(tmp_path) == [("val", "train", 1, [("good.png", "good.png")])]
+
+
+def test_triplets_and_galleries_are_compared(tmp_path):
+    raw = draw_fashioniq(tmp_path / "raw")
+    fashioniq_split(raw, "train", tmp_path / "data")
+    (raw / "images" / "Dv3.jpg").write_bytes((raw / "images" / "Tt1.jpg").read_bytes())
+    fashioniq_split(raw, "val", tmp_path / "data")
+    expected = [("val", "train", 25, [("Dv3", "Tt1")])]
+    assert _found(tmp_path) == expected
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / HASHES_NAME).unlink()
+    assert _found(tmp_path) == expected
+
+
+def test_a_split_that_cannot_be_compared_stops_no_conversion(tmp_path, caplog):
+    _convert(tmp_path, "train", [1, 2])
+    next((tmp_path / "data" / "train").glob("part-*")).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert _convert(tmp_path, "val", [2]).rows == 1
+    assert "is not compared with split train: shard" in caplog.text
+
+
+def test_drawn_scenes_are_in_one_split_each(tmp_path):
+    convert_scenes(tmp_path / "data", {"train": 3, "val": 2}, style="summer", size=32, map_tasks=map_serially)
+    assert _found(tmp_path) == []
+    assert not list((tmp_path / "data").rglob(HASHES_NAME))
+
+
+def test_inspect_tells_all_splits_where_no_sheet_can_be_written(tmp_path, capsys):
+    for split, colours in (("train", [1, 2, 3]), ("val", [2, 4])):
+        _convert(tmp_path, split, colours)
+        (tmp_path / "data" / f"contact-sheet-{split}.png").mkdir()
+    data = str(tmp_path / "data")
+    assert main(["inspect", data]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("contact sheet: none: cannot write the contact sheet") == 2
+    assert "split train" in printed
+    assert "split val" in printed
+    assert "WARNING: 1 of 2 different images of val are byte for byte in train too" in printed
+    (tmp_path / "file").write_text("")
+    assert main(["inspect", data, "--sheet", str(tmp_path / "file")]) == 2
+    told = capsys.readouterr()
+    assert "split val" in told.out
+    assert "choose another folder (--sheet)" in told.err
+    _convert(tmp_path, "val", [4], prefix="new-", overwrite=True)
+    assert main(["inspect", data, "--sheet", str(tmp_path / "sheets"), "--split", "val"]) == 0
+    assert "no image is in two splits" in capsys.readouterr().out
+    assert open_split(data, "val").manifest.rows == 1
