@@ -21,6 +21,7 @@ from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.clip4cir_config import CombinerConfig, FinetuneConfig
 from harma_ray.runs import Run, create_run
+from harma_ray.shell import launch_command
 
 COMBINER_MARK = "combiner_layer.weight"
 """A tensor that every Combiner has, and nothing else."""
@@ -52,7 +53,8 @@ def settings_after(run: Run, recipe: str) -> dict[str, Any]:
     if not isinstance(first, FinetuneConfig):
         raise UserError(f"recipe {recipe} builds on a fine-tuned CLIP, but {run.path} is a run of {first.recipe}")
     if run.report is None:  # going on with it could delete the checkpoint
-        raise UserError(f"run {run.path} is not finished; finish it first: launch.py train --resume {run.path}")
+        way_out = f"finish it first: {launch_command('train', '--resume', run.path)}"
+        raise UserError(f"run {run.path} is not finished; {way_out}")
     return {
         "model.architecture": first.model.architecture,
         "model.pretrained": first.model.pretrained,
@@ -91,7 +93,7 @@ def import_combiner(path: Path, state: Mapping[str, Tensor], config: Any, folder
     return Imported(
         folder,
         f"{describe_combiner(state)}; backbone fingerprint {backbone[:12]}\n"
-        f"use it with launch.py evaluate --run {folder} --data DATA",
+        f"use it with {launch_command('evaluate', '--run', folder, '--data', 'DATA')}",
     )
 
 

@@ -266,6 +266,16 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+def show_override(key: str, value: Any) -> str:
+    """Returns an assignment from which `parse_overrides` reads the value back, whatever characters a text has."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        plain = yaml.safe_load(text) == value
+    except yaml.YAMLError:
+        plain = False
+    return f"{key}={text if plain else json.dumps(value)}"
+
+
 def build_config(base: ConfigT, changes: Mapping[str, Any], *, origin: str = "--set") -> ConfigT:
     """Returns `base` with some settings changed.
 

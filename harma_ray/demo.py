@@ -23,6 +23,7 @@ from harma_ray.pictures import retrieval_sheet
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.session import train_and_print
+from harma_ray.shell import command_line
 
 SOURCE_STYLE, TARGET_STYLE = "summer", "winter"
 SOURCE_COUNTS = {"train": 2000, "val": 200}
@@ -89,7 +90,7 @@ def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
     print(tabulate(rows, headers=headers, floatfmt=".1f"))
     print(f"\nrun        {adapted.path}")
     print(f"picture    {picture}")
-    print(f"watch      tensorboard --logdir {adapted.path.parent}")
+    print(f"watch      {command_line('tensorboard', '--logdir', adapted.path.parent)}")
     print(f"total      {time.perf_counter() - started:.0f} s")
     chance, before, after = (results[kind]["r_mean"] for kind in ("chance", "step 0", "adapted"))
     if after < before + LEAST_GAIN or after < LEAST_TIMES_CHANCE * chance:

@@ -21,7 +21,7 @@ from harma_ray.checkpoint import (
     trainable_tensors,
 )
 from harma_ray.composed_exchange import COMBINER_MARK, Imported, describe_combiner, import_combiner, write_composed
-from harma_ray.config import build_config, config_hash, flat_settings, to_dict
+from harma_ray.config import build_config, config_hash, flat_settings, show_override, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing
 from harma_ray.models.backbones import check_file_activation, knows_activation
@@ -33,6 +33,7 @@ from harma_ray.models.weights import backbone_fingerprint, check_fit, read_metad
 from harma_ray.recipes import make_task
 from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.shell import command_line, launch_command
 
 FORMATS = ("released", "adapter", "open_clip")
 BACKBONE_NAME = "backbone.safetensors"
@@ -114,7 +115,8 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     if COMBINER_MARK in state:
         return import_combiner(path, state, config, folder)
     if _has(state, _OWN_ADAPTER_MARK):
-        raise UserError(f"{path} is an adapter file, which needs no import; evaluate it with --checkpoint {path}")
+        way_out = f"evaluate it with {command_line('--checkpoint', path)}"
+        raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
     model = build_clip(config.model.architecture, str(path))
     with making(folder) as made:
         made.mkdir()
@@ -122,7 +124,7 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     return Imported(
         folder / BACKBONE_NAME,
         f"{len(state)} tensors of `{config.model.architecture}`, fingerprint {backbone_fingerprint(model)[:12]}\n"
-        f"use it with --set model.pretrained={folder / BACKBONE_NAME}",
+        f"use it with {command_line('--set', show_override('model.pretrained', str(folder / BACKBONE_NAME)))}",
     )
 
 
@@ -138,7 +140,8 @@ def _import_released(path: Path, state: dict[str, Tensor], config: Any, folder: 
     return Imported(
         folder,
         f"{len(state)} tensors; adapters of width {config.adapter.width}, shared width {config.adapter.shared_width}; "
-        f"backbone fingerprint {backbone[:12]}\nuse it with launch.py evaluate --run {folder} --data DATA",
+        f"backbone fingerprint {backbone[:12]}\n"
+        f"use it with {launch_command('evaluate', '--run', folder, '--data', 'DATA')}",
     )
 
 
@@ -259,7 +262,7 @@ def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:
     theirs, ours = flat_settings(trained), flat_settings(to_dict(config))
     wrong = [name for name in _UNSEEN if name in theirs and theirs[name] != ours.get(name)]
     if wrong:
-        changes = " ".join(f"--set {name}={theirs[name]}" for name in wrong)
+        changes = " ".join(command_line("--set", show_override(name, theirs[name])) for name in wrong)
         raise UserError(f"{path} was trained with other settings; add {changes}")
 
 

@@ -89,9 +89,14 @@ def output_path(path: str | Path) -> Path:
     """Returns the absolute path of something that a command is to write.
 
     Raises:
-        UserError: If the path is relative and the working folder is the copy that a Ray job runs in: Ray deletes it.
+        UserError: If the path is relative and the working folder is the copy that a Ray job runs in: Ray deletes it;
+            or if it is no UTF-8.
     """
     path = Path(path).expanduser()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"output must have a name in UTF-8, got {os.fsencode(path)!r}; choose another") from error
     if not path.is_absolute() and _JOB_COPY in Path.cwd().parts:
         raise UserError(f"`{path}` would be lost with this job's working folder; give an absolute path for all output")
     return path.absolute()

@@ -27,6 +27,7 @@ from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
+from harma_ray.shell import command_line
 from harma_ray.task import Task
 
 CONFIG_NAME = "config.yaml"
@@ -132,7 +133,8 @@ def make_folder(runs: str | Path, name: str, kind: str) -> Path:
     try:
         path.mkdir(parents=True)
     except FileExistsError as error:
-        raise UserError(f"{kind} {path} exists; choose another --name, or continue it with --resume {path}") from error
+        way_out = f"choose another --name, or continue it with {command_line('--resume', path)}"
+        raise UserError(f"{kind} {path} exists; {way_out}") from error
     except OSError as error:
         raise UserError(f"cannot make the {kind}'s folder {path} ({error.strerror}); choose another --runs") from error
     return path

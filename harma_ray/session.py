@@ -28,6 +28,7 @@ from harma_ray.plans import plan_workers
 from harma_ray.recipes import make_task
 from harma_ray.report import results_table, write_report
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.shell import command_line, launch_command
 from harma_ray.tracking import read_records
 from harma_ray.train import evaluate_on_workers, train
 
@@ -99,13 +100,13 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
     print(f"workers    {plan_workers(config, cluster).describe()}")
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
-    print(f"watch      tensorboard --logdir {run.path.parent}", flush=True)
+    print(f"watch      {command_line('tensorboard', '--logdir', run.path.parent)}", flush=True)
     try:
         with run.locked():
             ready = Run(run.path, with_features(config, run.path, cluster))
             train(ready, cluster, on_record=_Progress(steps, started))
     except KeyboardInterrupt as error:
-        error.add_note(f"continue with: launch.py train --resume {run.path}")
+        error.add_note(f"continue with: {launch_command('train', '--resume', run.path)}")
         raise
     print_report(run)
     return run.report or {}

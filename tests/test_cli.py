@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_and_ends_like_one_never_stopped(one_worker, scenes
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2, error
-    assert error.decode().strip().endswith(f"continue with: launch.py train --resume {killed}")
+    assert error.decode().strip().endswith(f"continue with: python launch.py train --resume {killed}")
     assert len(error.decode().strip().splitlines()) == 1
     assert list_checkpoints(killed)
     result = launch("train", "--resume", killed)

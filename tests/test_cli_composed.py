@@ -120,7 +120,7 @@ def test_a_stage_that_does_not_fit_is_one_clear_line(capsys, composed, tuned, co
         )
     finally:
         (tuned.path / "away.json").rename(tuned.path / "report.json")
-    assert f"is not finished; finish it first: launch.py train --resume {tuned.path}" in unfinished
+    assert f"is not finished; finish it first: python launch.py train --resume {tuned.path}" in unfinished
     none = refused(capsys, "train", "--recipe", "scenes-cir-combiner", "--from", composed, "--data", composed)
     assert "is not the folder of a run" in none
 

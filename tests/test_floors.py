@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema",
-        "data.order", "data.captions", "data.queries", "data.relative_captions"],
+        "data.order", "data.captions", "data.queries", "data.relative_captions", "shell"],
     1: ["models.", "losses", "optim", "data.images", "data.image_files", "data.transforms", "data.padding",
         "data.scenes"],
     2: ["cluster", "plans", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import signal
@@ -21,6 +22,8 @@ from harma_ray.cli.tune import add_tune
 from harma_ray.errors import UserError
 
 EXIT_MISTAKE = 2
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
+"""What is wrong with a path that was given, wherever it is noticed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_MISTAKE
     except BrokenPipeError:
         return 1
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS or not error.filename:
+            raise
+        print(f"error: cannot use {error.filename} ({error.strerror}); name another place", file=sys.stderr)
+        return EXIT_MISTAKE
     return 0
 
 

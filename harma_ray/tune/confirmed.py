@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 import statistics
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from harma_ray.tune.scale import measured
 def confirmed_section(results: SearchResults) -> str:
     """Returns tables and sentences of the page on settings that were trained anew with several seeds."""
     if not results.confirmations:
-        command = f"python launch.py tune --resume {shlex.quote(str(results.folder))} --confirm 3"
+        command = f"{results.resume_command} --confirm 3"
         text = (
             f"One run a setting proves nothing: the best of {len(measured(results))} trials is in part the luckiest. "
             "To train the best and the published setting with three fresh seeds:"

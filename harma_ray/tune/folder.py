@@ -24,8 +24,8 @@ from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.parameters import Choices
 from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
 from harma_ray.tune.space import load_search, to_yaml
-from harma_ray.tune.storage import open_study, require_new_study
-from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, trial_folder
+from harma_ray.tune.storage import open_study, require_file, require_new_study
+from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, TRIALS_FOLDER, trial_folder
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
@@ -67,12 +67,15 @@ def open_search(folder: str | Path) -> tuple[Path, SearchDefinition]:
     """Opens the folder of a search.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is none, or its trials' study is gone.
     """
     folder = Path(folder).expanduser().absolute()
     if not (folder / SEARCH_NAME).is_file():
         raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
-    return folder, load_search(folder / SEARCH_NAME)
+    definition = load_search(folder / SEARCH_NAME)
+    if definition.storage is None and (folder / TRIALS_FOLDER).is_dir():
+        require_file(folder)
+    return folder, definition
 
 
 def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study | None = None) -> SearchResults:

@@ -39,7 +39,7 @@ class SearchProgress:
         self._past_epochs = {trial.number: trial.epochs for trial in past.trials}
         self._past_seconds = past.seconds
         self._best = _event_of(past.best_trial)
-        self._console = Console(file=sys.stdout, highlight=False)
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._told = self._began = time.perf_counter()
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
@@ -67,7 +67,7 @@ class SearchProgress:
 
     def _print(self, line: str) -> None:
         clock = f"[{time.perf_counter() - self._started:7.1f} s] "
-        self._console.print(clock + line, markup=False, soft_wrap=True)
+        self._console.print(clock + line, soft_wrap=True)
 
     def _ended_line(self, event: Event) -> str:
         if event.state == "failed":

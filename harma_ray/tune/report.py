@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harma_ray import page
 from harma_ray.errors import UserError
+from harma_ray.shell import launch_command
 from harma_ray.tune.confirmed import confirmed_section
 from harma_ray.tune.drawing import label
 from harma_ray.tune.figures import draw_curves, draw_history, draw_pareto
@@ -96,8 +96,7 @@ def _best_section(results: SearchResults) -> str:
     parts = [page.paragraph(text), _settings_table(results.axes, best, published)]
     parts += [page.paragraph(warning) for warning in _warn_of_ends(results.axes, best)]
     if (results.folder / _BEST_NAME).is_file():
-        config, data = shlex.quote(str(results.folder / _BEST_NAME)), shlex.quote(results.data)
-        command = f"python launch.py train --config {config} --data {data}"
+        command = launch_command("train", "--config", results.folder / _BEST_NAME, "--data", results.data)
         parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
         parts += [page.subsection(f"Final metrics of {results.final_title} (%)"), _final_table(results)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from harma_ray.shell import launch_command
 
 State = Literal["complete", "stopped", "failed", "running"]
 """A trial ran all its epochs; the scheduler stopped it; it failed; it runs, or the search was interrupted meanwhile."""
@@ -111,7 +112,7 @@ class SearchResults:
     @property
     def resume_command(self) -> str:
         """What goes on with the search, as it is typed."""
-        return f"launch.py tune --resume {shlex.quote(str(self.folder))}"
+        return launch_command("tune", "--resume", self.folder)
 
     @property
     def final_title(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from harma_ray.files import write_text
 from harma_ray.plans import DRIVER_CPUS, TrialPlan, WorkerPlan
 from harma_ray.recipes import make_task
 from harma_ray.runs import REPORT_NAME, Run, describe_environment
+from harma_ray.shell import launch_command
 from harma_ray.tracking import EVENTS_FOLDER, write_hparams
 from harma_ray.train import train
 from harma_ray.tune.definition import SearchDefinition
@@ -157,7 +157,7 @@ def _fit(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if searcher.error is not None:
-        way_out = f"mend that and go on with: launch.py tune --resume {shlex.quote(str(folder))}"
+        way_out = f"mend that and go on with: {launch_command('tune', '--resume', folder)}"
         if isinstance(searcher.error, (OSError, StorageInternalError)):
             raise UserError(f"the search cannot keep its record ({searcher.error}); {way_out}") from searcher.error
         raise searcher.error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shlex
 import statistics
 import time
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from harma_ray.plans import TrialPlan, plan_trials
 from harma_ray.report import results_table
 from harma_ray.runs import Run
 from harma_ray.session import absolute_paths, check_data
+from harma_ray.shell import command_line, launch_command
 from harma_ray.train import read_paths
 from harma_ray.tune.definition import COSTS, SearchDefinition
 from harma_ray.tune.folder import (
@@ -40,7 +40,7 @@ from harma_ray.tune.progress import SearchProgress, show_params
 from harma_ray.tune.report import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space import load_search
-from harma_ray.tune.storage import show_url, storage_url
+from harma_ray.tune.storage import absolute_url, show_url, storage_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,7 @@ def _absolute(definition: SearchDefinition) -> SearchDefinition:
     searched = {parameter.name for parameter in definition.parameters}
     if "model.pretrained" in searched:  # its choices stay as they are written, and so does the published one
         config = build_config(config, {"model.pretrained": definition.configured["model.pretrained"]})
-    if storage and storage.startswith("sqlite:///"):
-        storage = f"sqlite:///{output_path(storage.removeprefix('sqlite:///'))}"
-    return dataclasses.replace(definition, config=config, storage=storage)
+    return dataclasses.replace(definition, config=config, storage=storage and absolute_url(storage))
 
 
 def _check_data(definition: SearchDefinition) -> None:
@@ -171,7 +169,7 @@ def _search(
         finally:
             _conclude(folder, definition, read_search(folder, definition))
     except KeyboardInterrupt as error:
-        error.add_note(f"continue with: launch.py tune --resume {shlex.quote(str(folder))}")
+        error.add_note(f"continue with: {launch_command('tune', '--resume', folder)}")
         raise
     if failures:
         raise UserError(f"{len(failures)} confirming run(s) failed: " + "; ".join(failures))
@@ -209,8 +207,8 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
         print("WARNING    trials are compared on TEST, as in the released code: the result flatters itself")
     print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
     print(f"trials     {trials}")
-    print(f"watch      tensorboard --logdir {shlex.quote(str(folder))}")
-    print(f"           optuna-dashboard {show_url(storage_url(folder, definition))}")
+    print(f"watch      {command_line('tensorboard', '--logdir', folder)}")
+    print(f"           {command_line('optuna-dashboard', show_url(storage_url(folder, definition)))}")
     if cluster.dashboard:
         token = os.environ.get("RAY_AUTH_TOKEN") if cluster.address == "local" else None
         print(f"           http://{cluster.dashboard} (Ray's dashboard{f'; access token {token}' if token else ''})")
@@ -245,7 +243,7 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
     _print_confirmations(results)
     print(f"\nreport     {page}")
     if best_file is not None:
-        print(f"best       launch.py train --config {shlex.quote(str(best_file))}")
+        print(f"best       {launch_command('train', '--config', best_file)}")
     if results.best == 0:
         print("notice     the published setting is the best one found")
     elif results.best is not None and not results.confirmations:

@@ -16,6 +16,7 @@ from harma_ray.tune.checks import find_mistakes
 from harma_ray.tune.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.located import LocatedYaml, Place, dump_yaml, explain_unknown
 from harma_ray.tune.parameters import Choices, Parameter, Range
+from harma_ray.tune.storage import is_lasting
 
 _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective", "limits", "seeds", "concurrent",
          "storage", "study")  # fmt: skip
@@ -29,7 +30,6 @@ _SAME_FOR_ALL = {
     "train.threads": "it changes how fast a trial is, not how good",
 }
 """Settings of `train` that are no part of what is compared, and why."""
-_IN_MEMORY = ("sqlite:", "sqlite:///:memory:")
 _DEFAULT_LIMITS = Limits(trials=20)
 
 
@@ -167,8 +167,7 @@ class _SearchReader:
 
     def _read_storage(self) -> str | None:
         storage = self._raw.get("storage")
-        lasting = isinstance(storage, str) and "://" in storage and storage.rstrip("/") not in _IN_MEMORY
-        if storage is not None and not lasting:
+        if storage is not None and not (isinstance(storage, str) and is_lasting(storage)):
             text = (
                 f"`storage` must be the URL of a database that lasts, got {storage!r}; for example sqlite:///trials.db"
             )

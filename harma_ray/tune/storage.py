@@ -11,6 +11,8 @@ import sqlalchemy.engine
 import sqlalchemy.exc
 
 from harma_ray.errors import UserError
+from harma_ray.files import output_path
+from harma_ray.shell import command_line
 from harma_ray.tune.definition import SearchDefinition
 
 STORAGE_NAME = "optuna.db"
@@ -53,6 +55,26 @@ def require_new_study(definition: SearchDefinition) -> None:
         raise UserError(f"the storage {url} has a study `{definition.study}`; choose another --name")
 
 
+def require_file(folder: Path) -> None:
+    """Checks that the file of a search's own study is in its folder.
+
+    Raises:
+        UserError: If it is not; new trials would begin another study beside the old trials' runs.
+    """
+    path = folder / STORAGE_NAME
+    if path.is_file():
+        return
+    message = f"the search {folder} has trials, but not the study that knows them, {STORAGE_NAME}"
+    # versions up to 0.1.0 did not quote the path in the URL
+    earlier = _parse(f"sqlite:///{path}")
+    if earlier and earlier.database != str(path) and Path(earlier.database or "").is_file():
+        raise UserError(
+            f"{message}; an earlier version kept it in another place, where other searches may have written too: "
+            f"{command_line('mv', earlier.database, path)}"
+        )
+    raise UserError(f"{message}; bring the file back, or start a new search")
+
+
 def _storage_error(url: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"the Optuna storage {show_url(url)} cannot be used ({reason}); check `storage`")
@@ -60,7 +82,24 @@ def _storage_error(url: str, error: Exception) -> UserError:
 
 def storage_url(folder: Path, definition: SearchDefinition) -> str:
     """Returns the URL of a search's Optuna storage."""
-    return definition.storage or f"sqlite:///{folder / STORAGE_NAME}"
+    return definition.storage or _file_url(folder / STORAGE_NAME)
+
+
+def absolute_url(url: str) -> str:
+    """Returns a storage's URL that does not depend on the working folder: that of a SQLite file by its whole path."""
+    parsed = _parse(url)
+    if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database or "uri" in parsed.query:
+        return url
+    return parsed.set(database=str(output_path(parsed.database))).render_as_string(hide_password=False)
+
+
+def is_lasting(url: str) -> bool:
+    """Says whether a text is the URL of a database, and of none in memory."""
+    parsed = _parse(url)
+    if parsed is None or parsed.get_backend_name() != "sqlite":
+        return parsed is not None
+    database = parsed.database or ":memory:"
+    return ":memory:" not in database and parsed.query.get("mode") != "memory"
 
 
 def study_name(folder: Path, definition: SearchDefinition) -> str:
@@ -70,10 +109,20 @@ def study_name(folder: Path, definition: SearchDefinition) -> str:
 
 def show_url(url: str) -> str:
     """Returns a storage's URL without its password."""
+    parsed = _parse(url)
+    return parsed.render_as_string(hide_password=True) if parsed else url
+
+
+def _file_url(path: Path) -> str:
+    """Returns the URL of a SQLite file; `?`, `#`, `%` and braces, which mean something in a URL, are quoted."""
+    return sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
+
+
+def _parse(url: str) -> sqlalchemy.engine.URL | None:
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
-    except sqlalchemy.exc.ArgumentError:
-        return url
+        return sqlalchemy.engine.make_url(url)
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # the second for a port that is no number
+        return None
 
 
 def make_sampler(definition: SearchDefinition, num_trials: int = 0) -> optuna.samplers.BaseSampler:

@@ -94,7 +94,7 @@ def test_a_search_that_is_stopped_at_three_moments_with_its_cluster_goes_on(scen
     start_and_stop(start, folder, before_the_first_epoch_ends, signal.SIGKILL)
     status, error = start_and_stop(["--resume", folder], folder, after_an_epoch_of_the_first, signal.SIGINT)
     assert status == 2
-    way_out = f"continue with: launch.py tune --resume {folder}"
+    way_out = f"continue with: python launch.py tune --resume {folder}"
     assert error == f"interrupted: what was finished is kept; {way_out}"
     start_and_stop(["--resume", folder], folder, after_two_trials, signal.SIGKILL)
     finished = records_of_finished(folder)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 
@@ -63,6 +64,7 @@ def test_all_mistakes_of_a_space_are_told_at_once(capsys, tmp_path, scenes):
         (["--resume", "nowhere", "--set", "seed=1"], "its own settings"),
         (["report", "nowhere", "--confirm", "3"], "only reads"),
         (["a.yaml", "--trials", "-1"], "`--trials` must be above 0"),
+        (["--resume", "x" * 300], "(File name too long)"),
     ],
 )
 def test_a_wrong_command_is_one_clear_line(capsys, arguments, message):
@@ -106,11 +108,13 @@ def test_what_a_cluster_cannot_do_is_refused(space, scenes, cluster, options, me
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
-    result = launch(space, "--data", scenes, "--runs", tmp_path / "runs", "--name", "one", "--confirm", 1)
+    """In a folder of an odd name, whose commands can be pasted."""
+    runs, name = tmp_path / "a b?c#d%20{e} it's $HOME é", "one?1"
+    result = launch(space, "--data", scenes, "--runs", runs, "--name", name, "--confirm", 1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.strip() == ""
-    folder = tmp_path / "runs" / "one"
-    for part in ("trial 0", "at a time", "tensorboard --logdir", "optuna-dashboard sqlite:///", "Ray's dashboard",
+    folder = runs / name
+    for part in ("trial 0", "at a time", "tensorboard --logdir", "optuna-dashboard ", "Ray's dashboard",
                  "epochs trained", "with fresh seeds", str(folder / "report.html")):  # fmt: skip
         assert part in result.stdout, part
     results = read_search(*open_search(folder))
@@ -122,6 +126,8 @@ def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
     assert f"{results.final['test']['r_mean']:.1f}" in result.stdout
     command = re.search(r"launch\.py (train --config .+)", result.stdout)[1]
     assert make_parser().parse_args(shlex.split(command)).config == str(folder / "best.yaml")
+    url = shlex.split(re.search(r"optuna-dashboard .+", result.stdout)[0])[1]
+    assert len(optuna.load_study(study_name="search", storage=url).trials) == 3
     assert yaml.safe_load((folder / "search.yaml").read_text())["limits"] == {"trials": 3}
     assert not list(folder.glob("ray"))
     assert main(["tune", "report", str(folder)]) == 0
