@@ -42,7 +42,9 @@ def add_convert(commands: Any) -> None:
     harma.add_argument("--annotations", required=True, help="JSON file")
     harma.add_argument("--images", required=True, help="folder that the file's image paths start from")
     harma.add_argument("--split", required=True, help="name of the split: train, val, test")
-    karpathy = kind("karpathy", "Karpathy-style JSON (dataset_rsicd.json and the like) and an image folder.")
+    karpathy = kind(
+        "karpathy", "Karpathy-style JSON (dataset_rsicd.json and the like, dataset_nwpu.json) and an image folder."
+    )
     karpathy.add_argument("--annotations", required=True, help="JSON file")
     karpathy.add_argument("--images", required=True, help="folder that the file's image names start from")
     folder = kind("folder", "A folder of class folders, split at random or in folders train, val, test.")
@@ -60,7 +62,7 @@ def add_convert(commands: Any) -> None:
     cirr.add_argument("--split", required=True, help="train, val or test1")
     for made in (fashioniq, cirr):
         made.add_argument("--annotations-only", action="store_true", help="write nothing: check the annotations and "
-                          "list all image files that are missing")  # fmt: skip
+                          "list all image files that are missing or empty")  # fmt: skip
     scenes = kind("scenes", "Drawn scenes with true captions: data for trials without a data set.")
     composed = kind("scenes-cir", "Drawn scenes with sentences that change them, for composed image retrieval.")
     for made, size, noun in ((scenes, 96, "scenes"), (composed, 64, "queries")):

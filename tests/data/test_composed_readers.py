@@ -114,6 +114,36 @@ def test_wrong_cirr_names_file_and_row(cirr, tmp_path, file, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_all_mistakes_of_both_files_are_told_at_once(fashioniq, cirr):
+    edit_json(fashioniq / "captions" / "cap.dress.val.json", _set(0, "captions", to=[]))
+    edit_json(fashioniq / "captions" / "cap.shirt.val.json", _set(2, "target", to="X9"))
+    (fashioniq / "image_splits" / "split.toptee.val.json").unlink()
+    with pytest.raises(UserError) as caught:
+        read_fashioniq(fashioniq, "val")
+    title, *lines = str(caught.value).splitlines()
+    assert title == "FashionIQ's split val has 3 mistakes:"
+    for line, part in zip(
+        lines, ["cap.dress.val.json row 1", "split.toptee.val.json does not exist", "'X9'"], strict=True
+    ):
+        assert part in line
+    edit_json(cirr / "cirr" / "captions" / "cap.rc2.val.json", _set(1, "pairid", to=100))
+    edit_json(cirr / "cirr" / "image_splits" / "split.rc2.val.json", _set("val-1-img0", to="../x.png"))
+    with pytest.raises(UserError, match=r"CIRR's split val has 2 mistakes:\n.*val-1-img0.*\n.*`pairid` 100"):
+        read_cirr(cirr, "val")
+
+
+def test_files_that_are_empty_are_not_told_as_there(fashioniq):
+    source = read_fashioniq(fashioniq, "val")
+    assert source.report().endswith("25 distinct images are needed in all\nall images are there")
+    (fashioniq / "images" / "Dv3.jpg").write_bytes(b"")
+    (fashioniq / "images" / "Sv1.jpg").write_bytes(b"")
+    (fashioniq / "images" / "Tv1.jpg").unlink()
+    *_, missing, first, empty, second, third = source.report().splitlines()
+    assert missing.startswith("1 are missing under ")
+    assert empty.startswith("2 are empty (0 bytes) under ")
+    assert [first, second, third] == ["images/Tv1.jpg", "images/Dv3.jpg", "images/Sv1.jpg"]
+
+
 def test_name_that_is_listed_twice_by_cirr_is_refused(cirr):
     path = cirr / "cirr" / "image_splits" / "split.rc2.val.json"
     path.write_text(path.read_text().replace("{", '{"val-0-img0": "./dev/other.png", ', 1))

@@ -5,6 +5,7 @@ import re
 import pytest
 from PIL import Image
 
+from harma_ray.data.convert.examination import examine
 from harma_ray.data.convert.folders import list_scenes, read_class_folders
 from harma_ray.data.convert.records import SceneSpec
 from harma_ray.data.convert.sources import read_harma, read_karpathy
@@ -97,6 +98,138 @@ def test_wrong_shape_names_file_row_and_what_was_expected(write, tmp_path, conte
     assert "\n" not in str(caught.value)
 
 
+def test_all_mistakes_are_told_at_once_and_those_alike_in_one_line(write, tmp_path):
+    rows = [_train_row(number, "a") for number in range(9)]
+    for number in (2, 4, 6):
+        rows[number]["image_id"] = f"{number}"
+    rows[1]["caption"] = " . "
+    rows[3]["label"] = 7
+    rows[5]["image"] = "../5.jpg"
+    rows[8]["image"] = "train/7.jpg"
+    with pytest.raises(UserError) as caught:
+        read_harma(write(rows), tmp_path)
+    title, *lines = str(caught.value).splitlines()
+    assert title == "rows.json has 7 mistakes:"
+    assert len(lines) == 5
+    for line, part in zip(
+        lines,
+        [
+            "row 2: the caption ' . ' is empty after cleaning",
+            "row 3 must look like",
+            "row 6: image paths must lie under",
+            "row 9: image 'train/7.jpg' is also in rows.json row 8",
+            "row 4: a class has one number and one name, got 7 = 'park'",
+        ],
+        strict=True,
+    ):
+        assert f"  rows.json {part}" in line
+    assert lines[1].endswith("write the number without quotes or decimal point: 2 (and 2 more like this)")
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        ([_train_row("7", "a")], r"`image_id` = '7'; write the number without quotes or decimal point: 7$"),
+        ([_train_row(7.0, "a")], r"`image_id` = 7\.0; write the number without quotes or decimal point: 7$"),
+        ([_train_row("bridge_9", "a")], "number the images from 0, the same number in all rows of one image$"),
+        ([_train_row(0, "a", label=float("nan"))], "`label` = nan; leave it out or write null$"),
+        ([_eval_row(0), {"image": "b.jpg", "caption": "A road."}], r'write it as a list: \["A road\."\]$'),
+        ([{"image": "b.jpg", "caption": "A road."}, _eval_row(0), _eval_row(1)], r'row 1 .* list: \["A road\."\]$'),
+        ([{"image": "b.jpg", "caption": "A road."}], r'no `image_id` .*which does not, has a list: .*\["A road\."\]$'),
+        (_karpathy(("a", "train", ["a"])), "such a file is read by `convert karpathy`$"),
+        ({"farm": [{"filename": "a", "split": "train", "raw": "a"}]}, "such a file is read by `convert karpathy`$"),
+    ],
+)
+def test_advice_fits_the_mistake(write, tmp_path, rows, advice):
+    with pytest.raises(UserError, match=advice):
+        read_harma(write(rows), tmp_path)
+
+
+TEXT = json.dumps([_eval_row(0, ["Café road"])], ensure_ascii=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_annotations_may_be_in_any_unicode_encoding(tmp_path, encoding):
+    (tmp_path / "rows.json").write_bytes(TEXT.encode(encoding))
+    assert read_harma(tmp_path / "rows.json", tmp_path)[0].captions == ("café road",)
+
+
+def test_json_lines_are_read(tmp_path):
+    rows = [_eval_row(0), _eval_row(1)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert [r.source for r in read_harma(tmp_path / "rows.json", tmp_path)] == ["val/0.jpg", "val/1.jpg"]
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]))
+    assert len(read_harma(tmp_path / "one.jsonl", tmp_path)) == 1
+    (tmp_path / "bad.json").write_text(f"{json.dumps(rows[0])}\n{{'a': 1}}\n")
+    with pytest.raises(UserError, match="looks like JSON Lines, but line 2 is not JSON"):
+        read_harma(tmp_path / "bad.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            TEXT.encode("latin-1"),
+            r"may be WINDOWS-1252; convert it: iconv -f WINDOWS-1252 -t UTF-8 '.*/my rows\.json' > ",
+        ),
+        (TEXT.replace("é", "农田").encode("gbk"), "may be GB18030"),
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer.*`git lfs pull`"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"PK\x03\x04\xff\xff", "zip archive"),
+        (TEXT.encode()[:-2], "is not JSON .*complete download"),
+        (TEXT.encode()[:-40], "is not JSON .*complete download"),
+        (TEXT.encode("utf-16")[:-3], "is not JSON .*complete download"),
+        (b"[{'image': 1}]", "is not JSON .*line 1 column 3.*correct it there"),
+    ],
+)
+def test_files_that_are_no_json_are_named_as_what_they_are(tmp_path, content, message):
+    (tmp_path / "my rows.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_harma(tmp_path / "my rows.json", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_absolute_paths_under_the_image_folder_are_taken(write, tmp_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    (tmp_path / "link").symlink_to(root)
+    for given, named in ((root, root), (tmp_path / "link", tmp_path / "link"), (tmp_path / "link", root)):
+        (record,) = read_harma(write([_eval_row(0, image=str(named / "val" / "a.jpg"))]), given)
+        assert (record.source, record.image) == ("val/a.jpg", given / "val" / "a.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("val\\A.jpg", "val/A.jpg"),
+        ("VAL/a.JPG", "val/A.jpg"),
+        ("val/A.tif", "val/A.jpg"),
+        ("val/A", "val/A.jpg"),
+        ("images/val/A.jpg", "val/A.jpg"),
+        ("C:\\data\\images\\val\\A.jpg", "val/A.jpg"),
+        ("A.jpg", "val/A.jpg"),
+        ("val/e\u0301.png", "val/\u00e9.png"),
+        ("val/B.jpg", None),
+        ("val", None),
+        ("val/A.txt", None),
+    ],
+)
+def test_the_file_that_may_be_meant_is_named(write, tmp_path, name, meant):
+    root = tmp_path / "images"
+    _make_images(root, "val/A.jpg", "val/\u00e9.png")
+    (record,) = read_harma(write([_eval_row(0, image=name)]), root)
+    (bad,) = examine([record], progress=False).missing
+    assert bad.reason.endswith(f"; is {meant!r} meant, which is there?") == (meant is not None)
+
+
+def test_the_file_that_may_be_meant_by_a_path_of_another_machine_is_named(write, tmp_path):
+    _make_images(tmp_path, "val/A.jpg")
+    with pytest.raises(UserError, match=r"got '/home/you/rsitmd/val/A\.jpg'; is 'val/A\.jpg' meant, which is there\?$"):
+        read_harma(write([_eval_row(0, image="/home/you/rsitmd/val/A.jpg")]), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "/etc/passwd", "", ".", "a\0b"])
 def test_paths_that_leave_the_image_folder_are_refused(write, tmp_path, name):
     root = tmp_path / "images"
@@ -181,6 +314,53 @@ def test_wrong_karpathy_shape_names_file_image_and_what_was_expected(write, tmp_
 def test_absent_karpathy_split_is_named(write, tmp_path):
     with pytest.raises(UserError, match="has no images of split val; it has train"):
         read_karpathy(write(_karpathy(("a", "train", ["a"]))), tmp_path, ["train", "val"])
+
+
+def _nwpu_row(name, split, *texts):
+    captions = {f"raw_{number}" if number else "raw": text for number, text in enumerate(texts)}
+    return {"filename": name, "imgid": 0, "split": split, "sentids": [0], **captions}
+
+
+def test_nwpu_captions_are_read_by_class_wherever_their_images_lie(write, tmp_path):
+    content = {
+        "lake": [_nwpu_row("lake_1.jpg", "train", "One.", *(f"{n}" for n in range(1, 12)))],
+        "farm": [_nwpu_row("farm_1.jpg", "test", "B", "C"), _nwpu_row("farm_2.jpg", "train", "D")],
+    }
+    _make_images(tmp_path, "farm_1.jpg", "farm/farm_2.jpg")
+    splits = read_karpathy(write(content), tmp_path)
+    told = {
+        split: [(r.image_id, r.source, r.label, r.label_name, len(r.captions)) for r in splits[split]]
+        for split in splits
+    }
+    assert told == {
+        "train": [(0, "lake/lake_1.jpg", 1, "lake", 12), (2, "farm/farm_2.jpg", 0, "farm", 1)],
+        "test": [(1, "farm_1.jpg", 0, "farm", 2)],
+    }
+    assert splits["train"][0].captions == ("one", *(f"{n}" for n in range(1, 12)))
+
+
+def test_wrong_nwpu_rows_are_told_together(write, tmp_path):
+    rows = [
+        _nwpu_row("1.jpg", "train", "A"),
+        {"filename": "2.jpg", "split": "train"},
+        _nwpu_row("3.jpg", "train", "A", 5),
+    ]
+    with pytest.raises(UserError) as caught:
+        read_karpathy(write({"farm": rows, "lake": "none"}), tmp_path)
+    title, *lines = str(caught.value).splitlines()
+    assert title == "rows.json has 3 mistakes:"
+    for line, part in zip(
+        lines, ["farm row 2 must .*no `raw` ", "farm row 3 .*`raw_1` = 5", "lake row 1 must .*'none'"], strict=True
+    ):
+        assert re.search(part, line)
+
+
+def test_mistakes_of_karpathy_rows_are_told_together(write, tmp_path):
+    content = _karpathy(("a", "train", ["."]), ("b", "train", ["b"]), ("b", "train", ["c"]), ("../a", "val", ["d"]))
+    with pytest.raises(UserError, match=r"^rows\.json has 3 mistakes:\n.*image 1.*\n.*image 4.*\n.*image 3.*image 2"):
+        read_karpathy(write(content), tmp_path)
+    with pytest.raises(UserError, match=r"such rows are read by `convert harma`$"):
+        read_karpathy(write([_eval_row(0)]), tmp_path)
 
 
 # --- class folders ---

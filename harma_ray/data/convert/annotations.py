@@ -1,10 +1,10 @@
-"""Reading of annotation files: JSON whose rows are checked one by one, and the image paths in it."""
+"""Checks of the rows of annotation files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,81 +15,10 @@ from harma_ray.errors import UserError
 _EXAMPLES = 5
 
 
-def read_json(path: str | Path, *, unique_keys: bool = False) -> Any:
-    """Reads an annotation file.
-
-    Args:
-        path: The JSON file.
-        unique_keys: Refuses objects in which a key stands twice; JSON itself lets the last one win.
-
-    Raises:
-        UserError: If it is missing, cannot be read, or is not JSON in UTF-8, or a key stands twice.
-    """
-
-    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        check_distinct([key for key, _ in pairs], Path(path).name)
-        return dict(pairs)
-
-    try:
-        return json.loads(Path(path).read_bytes(), object_pairs_hook=check if unique_keys else None)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"annotation file {path} is not JSON ({error}); is it a complete download?") from error
-    except RecursionError as error:
-        raise UserError(f"annotation file {path} is nested too deeply to be a list of annotations") from error
-    except OSError as error:
-        raise UserError(f"annotation file {path} cannot be read ({error.strerror}); check the path") from error
-
-
 def hash_file(path: str | Path) -> str:
     """Returns the SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def resolve_image(root: Path, name: str, origin: str) -> Path:
-    """Returns the absolute path of an image under its root.
-
-    Links below the root may lead anywhere: they are the user's own.
-
-    Raises:
-        UserError: If the name is empty, absolute, or leads out of the root.
-    """
-    path = Path(os.path.normpath(root / name))
-    if not name or "\0" in name or Path(name).is_absolute() or root not in path.parents:
-        raise UserError(f"{origin}: image paths must lie under the image folder {root}, got {name!r}; correct the row")
-    return path
-
-
-def image_root(path: str | Path) -> Path:
-    """Returns an image folder as a clean absolute path.
-
-    Raises:
-        UserError: If it is no folder.
-    """
-    root = Path(os.path.abspath(Path(path).expanduser()))
-    if not root.is_dir():
-        raise UserError(f"image folder {root} does not exist; give the folder that image paths are relative to")
-    return root
-
-
-def read_rows(path: Path, expected: str) -> list[tuple[str, Any]]:
-    """Reads an annotation file that is a list.
-
-    Args:
-        path: The JSON file.
-        expected: How a row looks, for messages.
-
-    Returns:
-        The rows as they are, each with its origin for messages, such as ``val.json row 1``; counted from 1, as people
-        count.
-
-    Raises:
-        UserError: If the file cannot be read or is no list, or an empty one.
-    """
-    rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path.name} must be a JSON list of rows {expected}, got {tell_shape(rows)}")
-    return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def check_distinct(names: Sequence[str], origin: str) -> None:
@@ -132,10 +61,33 @@ def get_field(row: dict[str, Any], name: str, kind: type, origin: str, expected:
     value = row.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
         got = f"`{name}` = {tell_shape(value)}" if name in row else f"no `{name}` (keys: {', '.join(map(str, row))})"
-        raise UserError(f"{origin} must look like {expected}, got {got}")
+        raise UserError(f"{origin} must look like {expected}, got {got}{_advise(row, name, kind)}")
     if isinstance(value, int) and not 0 <= value < 2**31:  # labels are stored as int32
         raise UserError(f"{origin}: `{name}` must lie in 0..{2**31 - 1}, got {value}")
     return as_text(value, f"{origin}: `{name}`", expected) if isinstance(value, str) else value
+
+
+def _advise(row: dict[str, Any], name: str, kind: type) -> str:
+    """Returns how a wrong field is put right, where that is plain; empty otherwise."""
+    value = row.get(name)
+    if kind is int and isinstance(value, str | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if number.is_integer():
+            return f"; write the number without quotes or decimal point: {int(number)}"
+        if name == "image_id":
+            return "; number the images from 0, the same number in all rows of one image"
+        return "; leave it out or write null" if value != value else ""  # NaN
+    if kind is list and isinstance(value, str):
+        return f"; write it as a list: {json.dumps([value], ensure_ascii=False)}"
+    if name == "image_id" and name not in row and isinstance(row.get("caption"), str):
+        return (
+            "; a training row needs it, and a row for evaluation, which does not, has a list: `caption`: "
+            f"{json.dumps([row['caption']], ensure_ascii=False)}"
+        )
+    return ""
 
 
 def get_texts(row: dict[str, Any], name: str, origin: str, expected: str) -> tuple[str, ...]:

@@ -16,13 +16,12 @@ from harma_ray.data.convert.annotations import (
     get_field,
     get_texts,
     hash_file,
-    image_root,
-    read_json,
-    read_rows,
-    resolve_image,
     tell_shape,
     tell_some,
 )
+from harma_ray.data.convert.image_paths import image_root, locate_image
+from harma_ray.data.convert.json_files import read_json, read_rows
+from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
 from harma_ray.data.convert.records import QueryRecord, Record, SourceRecord, TripletRecord
 from harma_ray.errors import UserError
 
@@ -95,10 +94,14 @@ class ComposedSource:
         """Returns what the annotations tell of and all image files that are missing, in lines for people."""
         lines = [f"{p.name}: {len(p.queries):,} queries, {len(p.index):,} images in the index" for p in self.parts]
         files = list(dict.fromkeys(self.files.values()))
-        missing = [path.relative_to(self.root).as_posix() for path in files if not os.path.isfile(path)]
+        missing = [path for path in files if not os.path.isfile(path)]
+        empty = [path for path in files if os.path.isfile(path) and not os.path.getsize(path)]
         lines.append(f"{len(files):,} distinct images are needed in all")
-        lines.append(f"{len(missing):,} are missing under {self.root}:" if missing else "all images are there")
-        return "\n".join(lines + missing)
+        for told, paths in (("missing", missing), ("empty (0 bytes)", empty)):
+            if paths:
+                lines.append(f"{len(paths):,} are {told} under {self.root}:")
+                lines += [path.relative_to(self.root).as_posix() for path in paths]
+        return "\n".join(lines if missing or empty else [*lines, "all images are there"])
 
 
 def read_fashioniq(root: str | Path, split: str, categories: Sequence[str] = CATEGORIES) -> ComposedSource:
@@ -122,9 +125,11 @@ def read_fashioniq(root: str | Path, split: str, categories: Sequence[str] = CAT
     if unknown or not categories:
         raise UserError(f"FashionIQ's categories are {', '.join(CATEGORIES)}, got {', '.join(unknown) or 'none'}")
     source = ComposedSource(split, [], image_root(root), {}, {})
-    for label, category in enumerate(CATEGORIES):
-        if category in categories:
-            _add_category(source, category, label)
+    with all_mistakes(f"FashionIQ's split {split}") as mistakes:
+        for label, category in enumerate(CATEGORIES):
+            if category in categories:
+                with mistakes.noted():
+                    _add_category(source, category, label, mistakes)
     _warn(source.parts)
     return source
 
@@ -146,43 +151,58 @@ def read_cirr(root: str | Path, split: str) -> ComposedSource:
     folder = image_root(root)
     texts = folder / "cirr" / "captions" / f"cap.rc2.{split}.json"
     index = folder / "cirr" / "image_splits" / f"split.rc2.{split}.json"
-    queries = [_read_cirr_row(row, origin, split) for origin, row in read_rows(texts, _CIRR_ROW)]
+    rows, queries = read_rows(texts, _CIRR_ROW), []
     places = read_json(index, unique_keys=True)
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index.name} must look like {_CIRR_INDEX}, got {tell_shape(places)}")
     files = {}
-    for name, place in places.items():
-        origin = f"{index.name} `{as_text(name, index.name, _CIRR_INDEX)}`"
-        files[name] = resolve_image(folder, as_text(place, origin, _CIRR_INDEX), origin)
-    _check_names(queries, files, index.name, split)
+    with all_mistakes(f"CIRR's split {split}") as mistakes:
+        for origin, row in rows:
+            with mistakes.noted():
+                queries.append(_read_cirr_row(row, origin, split))
+        for name, place in places.items():
+            with mistakes.noted():
+                origin = f"{index.name} `{as_text(name, index.name, _CIRR_INDEX)}`"
+                _, files[name] = locate_image(folder, as_text(place, origin, _CIRR_INDEX), origin)
+        _check_names(queries, places, index.name, split, mistakes)
+        if split != "train":
+            _check_pair_ids(queries, mistakes)
     if split == "train":
         files = {name: files[name] for query in queries for name in _names_of(query, split)}
-    else:
-        _check_pair_ids(queries)
     part = ComposedPart(split, queries, list(places))
     _warn([part])
     inputs = {path.name: hash_file(path) for path in (texts, index)}
     return ComposedSource(split, [part], folder, files, inputs)
 
 
-def _add_category(source: ComposedSource, category: str, label: int) -> None:
-    """Reads one category of FashionIQ and adds it to a source."""
+def _add_category(source: ComposedSource, category: str, label: int, mistakes: Mistakes) -> None:
+    """Reads one category of FashionIQ and adds it to a source, and what is wrong with its rows to the mistakes."""
     texts = source.root / "captions" / f"cap.{category}.{source.split}.json"
     index = source.root / "image_splits" / f"split.{category}.{source.split}.json"
     for path in (texts, index):
         if not path.is_file():
             raise UserError(f"annotation file {path} does not exist; --categories can leave {category} out")
     rows = enumerate(read_rows(texts, _FASHIONIQ_ROW), start=sum(len(part.queries) for part in source.parts))
-    queries = [_read_fashioniq_row(row, origin, number, category) for number, (origin, row) in rows]
-    listed = [(as_text(name, origin, _NAME), origin) for origin, name in read_rows(index, f"that are each {_NAME}")]
+    queries, listed = [], []
+    for number, (origin, row) in rows:
+        with mistakes.noted():
+            queries.append(_read_fashioniq_row(row, origin, number, category))
+    places = read_rows(index, f"that are each {_NAME}")
+    for origin, name in places:
+        with mistakes.noted():
+            listed.append((as_text(name, origin, _NAME), origin))
     names = [name for name, _ in listed]
     if source.split == "train":  # takes images by their names; what the index has, and how often, does not matter
         listed = [(name, query.source) for query in queries for name in _names_of(query, source.split)]
     else:
-        check_distinct(names, index.name)
-        _check_names(queries, set(names), index.name, source.split)
+        with mistakes.noted():
+            check_distinct(names, index.name)
+        if len(names) == len(places):
+            _check_names(queries, set(names), index.name, source.split, mistakes)
     for name, origin in listed:
-        if name not in source.files:
+        with mistakes.noted():
+            if name in source.files:
+                continue
             source.files[name] = _find_fashioniq_image(source.root / "images", name, origin)
     source.inputs.update({path.name: hash_file(path) for path in (texts, index)})
     source.parts.append(ComposedPart(f"{category} {source.split}", queries, names, category, label))
@@ -206,7 +226,7 @@ def _read_fashioniq_row(row: Any, origin: str, number: int, category: str) -> Qu
 
 def _find_fashioniq_image(folder: Path, name: str, origin: str) -> Path:
     """Returns the path of an image; that of a .jpg file if there is none."""
-    stem = resolve_image(folder, name, origin)
+    _, stem = locate_image(folder, name, origin)
     paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in _FASHIONIQ_SUFFIXES]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
@@ -242,26 +262,26 @@ def _names_of(query: QueryRecord, split: str) -> list[str]:
     return query.pair if split == "train" else query.needs
 
 
-def _check_names(queries: list[QueryRecord], index: Collection[str], file: str, split: str) -> None:
-    """Raises UserError if queries name images that the index has not."""
+def _check_names(queries: list[QueryRecord], index: Collection[str], file: str, split: str, mistakes: Mistakes) -> None:
+    """Notes images that queries name and the index has not."""
     wrong: dict[str, str] = {}
     for query in queries:
         for name in _names_of(query, split):
             if name not in index:
                 wrong.setdefault(name, f"{name!r} of {query.source}")
     if wrong:
-        raise UserError(
+        mistakes.add(
             f"{file} lacks {tell_some(len(wrong), 'name', list(wrong.values()))} that queries need; take both files "
             "from one release"
         )
 
 
-def _check_pair_ids(queries: list[QueryRecord]) -> None:
+def _check_pair_ids(queries: list[QueryRecord], mistakes: Mistakes) -> None:
     first: dict[int, QueryRecord] = {}
     for query in queries:
         other = first.setdefault(query.pair_id, query)
         if other is not query:
-            raise UserError(f"{query.source}: `pairid` {query.pair_id} is also in {other.source}; correct one of them")
+            mistakes.add(f"{query.source}: `pairid` {query.pair_id} is also in {other.source}; correct one of them")
 
 
 def _warn(parts: list[ComposedPart]) -> None:

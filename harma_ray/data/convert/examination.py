@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harma_ray.data.convert.annotations import hash_file
+from harma_ray.data.convert.image_paths import find_alike
 from harma_ray.data.convert.records import MemberSpec, Record, SceneSpec, SourceRecord
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.schema import BadRow
@@ -18,6 +20,7 @@ from harma_ray.errors import UserError
 
 _LISTED = 10
 _HASHING_THREADS = 8
+_NOT_FOUND = "cannot be found"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def examine(records: Sequence[Record], *, progress: bool) -> Examination:
             continue
         sizes[place], content, reason = found[place]
         if reason:
-            missing.append(BadRow(name, reason))
+            missing.append(BadRow(name, reason + (_suggest(name, place) if reason.startswith(_NOT_FOUND) else "")))
         else:
             hashes[name] = content
         digest.update(f"{name}\0{content}\n".encode())
@@ -100,5 +103,13 @@ def _hash(path: Path) -> tuple[int, str, str]:
     try:
         return path.stat().st_size, hash_file(path), ""
     except OSError as error:
-        verb = "found" if isinstance(error, FileNotFoundError) else "read"
-        return 0, "", f"cannot be {verb} ({error.strerror}: {readable_name(path)})"
+        what = _NOT_FOUND if isinstance(error, FileNotFoundError | NotADirectoryError) else "cannot be read"
+        return 0, "", f"{what} ({error.strerror}: {readable_name(path)})"
+
+
+def _suggest(name: str, path: Path) -> str:
+    """Returns which file may be meant by an image that is not there, as the end of a message."""
+    text, ending = str(path), os.path.normpath(f"/{name}")
+    root, name = (Path(text.removesuffix(ending)), name) if text.endswith(ending) else (path.parent, path.name)
+    alike = find_alike(root, name)
+    return f"; is {alike!r} meant, which is there?" if alike else ""

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from harma_ray.data.convert.annotations import image_root
+from harma_ray.data.convert.image_paths import image_root
+from harma_ray.data.convert.mistakes import Mistakes
 from harma_ray.data.convert.records import (
     SPLITS,
     MemberSpec,
@@ -81,7 +82,7 @@ def read_class_folders(
             _check_class_name(root, parts[depth - 1])
             captions = clean_captions([caption_template.replace(LABEL_FIELD, class_name.replace("_", " "))], name)
         records.append((split, SourceRecord(len(records), name, name, path, captions=captions, label_name=class_name)))
-    labelled = fill_labels([record for _, record in records])
+    labelled = fill_labels([record for _, record in records], Mistakes())  # names alone cannot contradict each other
     result: dict[str, list[SourceRecord]] = {}
     for split in SPLITS:
         result[split] = [new for new, (where, _) in zip(labelled, records, strict=True) if where == split]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harma_ray.data.captions import clean_caption
+from harma_ray.data.convert.mistakes import Mistakes
 from harma_ray.data.schema import BadRow, Kind
 from harma_ray.errors import UserError
 
@@ -146,14 +147,15 @@ def clean_captions(texts: Iterable[Any], origin: str) -> tuple[str, ...]:
     return tuple(cleaned)
 
 
-def fill_labels(records: list[SourceRecord]) -> list[SourceRecord]:
+def fill_labels(records: list[SourceRecord], mistakes: Mistakes) -> list[SourceRecord]:
     """Gives a class number to records that have a class name alone.
 
     If no record has a number, the names are numbered in alphabetical order; else a name keeps the number that it has
     elsewhere. Records without a name stay as they are.
 
-    Raises:
-        UserError: If one name has two numbers, one number two names, or a name no number although others have one.
+    Args:
+        records: All records that share their classes.
+        mistakes: Gets it if one name has two numbers, one number two names, or a name no number although others have.
     """
     numbers: dict[str, int] = {}
     names: dict[int, str] = {}
@@ -163,7 +165,7 @@ def fill_labels(records: list[SourceRecord]) -> list[SourceRecord]:
         number = numbers.setdefault(record.label_name, record.label)
         name = names.setdefault(record.label, record.label_name)
         if (number, name) != (record.label, record.label_name):
-            raise UserError(
+            mistakes.add(
                 f"{record.origin}: a class has one number and one name, got {record.label} = {record.label_name!r} "
                 f"and, in another row, {number} = {name!r}; correct one of them"
             )
@@ -172,23 +174,20 @@ def fill_labels(records: list[SourceRecord]) -> list[SourceRecord]:
         numbers = {name: number for number, name in enumerate(sorted(missing))}
     for name, origin in missing.items():
         if name not in numbers:
-            raise UserError(f"{origin}: class {name!r} has no `label`, but other classes have one; add it or drop all")
+            mistakes.add(f"{origin}: class {name!r} has no `label`, but other classes have one; add it or drop all")
     return [
-        replace(r, label=numbers[r.label_name]) if r.label is None and r.label_name is not None else r for r in records
+        replace(r, label=numbers.get(r.label_name)) if r.label is None and r.label_name is not None else r
+        for r in records
     ]
 
 
-def check_unique(records: list[SourceRecord]) -> None:
-    """Checks that no two records of a split are the same image or have the same number.
-
-    Raises:
-        UserError: Naming both rows.
-    """
+def check_unique(records: list[SourceRecord], mistakes: Mistakes) -> None:
+    """Notes, naming both rows, where two records of a split are the same image or have the same number."""
     seen: dict[str | int, SourceRecord] = {}
     for record in records:
         for key, what in ((record.source, "image"), (record.image_id, "image_id")):
             other = seen.setdefault(key, record)
             if other is not record:
-                raise UserError(
+                mistakes.add(
                     f"{record.origin}: {what} {key!r} is also in {other.origin}; an image has one row in a split"
                 )

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.annotations import (
-    as_object,
-    get_field,
-    image_root,
-    read_json,
-    read_rows,
-    resolve_image,
-    tell_shape,
-)
+from harma_ray.data.convert.annotations import as_object, get_field, tell_shape
+from harma_ray.data.convert.image_paths import image_root, locate_image
+from harma_ray.data.convert.json_files import read_json, read_rows
+from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
 from harma_ray.data.convert.records import SPLITS, SourceRecord, check_unique, clean_captions, fill_labels
 from harma_ray.errors import UserError
 
@@ -23,35 +19,42 @@ _logger = logging.getLogger(__name__)
 
 _TRAIN_ROW = '{"caption": text, "image": path, "image_id": number, "label_name"?: text, "label"?: number}'
 _EVAL_ROW = '{"image": path, "caption": [texts], "label_name"?: text, "label"?: number}'
+_NWPU_ROW = '{"filename": path, "split": name, "raw": text, "raw_1"?: text, ...}'
+_NWPU_CAPTION = re.compile(r"raw(?:_(\d+))?")
 _KARPATHY = '{"images": [{"filename": path, "split": name, "sentences": [{"raw": text}, ...]}, ...]}'
 
 
 def read_harma(annotations: str | Path, images: str | Path) -> list[SourceRecord]:
     """Reads a HarMA annotation file, of training (a row a caption) or of evaluation (a row an image).
 
-    Which of the two it is shows in the first row: its ``caption`` is a text or a list. Training rows of the same image
+    Which of the two it is shows in most rows: their ``caption`` is a text or a list. Training rows of the same image
     are joined, in the order of its first row; captions keep their order. Evaluation rows are numbered from 0.
 
     Args:
-        annotations: The JSON file.
+        annotations: The JSON or JSON Lines file.
         images: Folder that the paths in it are relative to.
 
     Raises:
-        UserError: Naming file and row, if the file does not have one of these shapes.
+        UserError: Naming file and all rows that do not have one of these shapes.
     """
-    root = image_root(images)
-    rows = read_rows(Path(annotations), f"{_TRAIN_ROW} or {_EVAL_ROW}")
-    first = rows[0][1]
-    training = isinstance(first, dict) and isinstance(first.get("caption"), str)
-    records = _join_training_rows(rows, root) if training else _read_evaluation_rows(rows, root)
-    check_unique(records)
-    return fill_labels(records)
+    root, path = image_root(images), Path(annotations)
+    rows = read_rows(path, f"{_TRAIN_ROW} or {_EVAL_ROW}", _hint_at_karpathy)
+    kinds = [type(row.get("caption")) for _, row in rows if isinstance(row, dict)]
+    texts, lists = kinds.count(str), kinds.count(list)
+    training = texts > lists or (texts == lists and kinds[:1] == [str])
+    with all_mistakes(path.name) as mistakes:
+        records = (_join_training_rows if training else _read_evaluation_rows)(rows, root, mistakes)
+        check_unique(records, mistakes)
+        return fill_labels(records, mistakes)
 
 
 def read_karpathy(
     annotations: str | Path, images: str | Path, splits: Sequence[str] | None = None
 ) -> dict[str, list[SourceRecord]]:
-    """Reads a Karpathy-style annotation file, which RSICD, UCM, Sydney and NWPU captions are published in.
+    """Reads a Karpathy-style annotation file, which RSICD, UCM and Sydney captions are published in, or NWPU-Captions'.
+
+    The latter has classes, each with rows that hold their captions as ``raw``, ``raw_1``, ...; its images lie in
+    folders of the classes, or in one.
 
     Args:
         annotations: The JSON file; all splits are in it.
@@ -62,73 +65,129 @@ def read_karpathy(
         The records of each split, in the file's order, numbered by their place in the file.
 
     Raises:
-        UserError: Naming file and row, if the file does not have this shape or has no such split.
+        UserError: Naming file and all rows that do not have this shape, or if it has no such split.
     """
     root, file = image_root(images), Path(annotations).name
     content = read_json(annotations)
+    of_classes = _is_nwpu(content)
     rows = content.get("images") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{file} must look like {_KARPATHY}, got {tell_shape(content)}")
+    if not of_classes and (not isinstance(rows, list) or not rows):
+        hint = "; such rows are read by `convert harma`" if isinstance(content, list) else ""
+        raise UserError(
+            f"{file} must look like {_KARPATHY} or {{class: [{_NWPU_ROW}]}}, got {tell_shape(content)}{hint}"
+        )
     found: dict[str, list[SourceRecord]] = {}
-    for number, row in enumerate(rows):
-        origin = f"{file} image {number + 1}"
-        row = as_object(row, origin, _KARPATHY)
-        split = get_field(row, "split", str, origin, _KARPATHY)
-        if splits is not None and split not in splits:
-            continue
-        folder = get_field(row, "filepath", str, origin, _KARPATHY) if row.get("filepath") is not None else ""
-        name = str(Path(folder) / get_field(row, "filename", str, origin, _KARPATHY))
-        sentences = get_field(row, "sentences", list, origin, _KARPATHY)
-        texts = [get_field(as_object(s, origin, _KARPATHY), "raw", str, origin, _KARPATHY) for s in sentences]
-        if not texts:
-            raise UserError(f"{origin}: `sentences` is empty, so the image has no caption; correct or remove the row")
-        record = SourceRecord(number, name, origin, resolve_image(root, name, origin), clean_captions(texts, origin))
-        found.setdefault(split, []).append(record)
-    wanted = splits if splits is not None else [split for split in SPLITS if split in found]
+    with all_mistakes(file) as mistakes:
+        read = _read_nwpu(content, file, root, mistakes) if of_classes else _read_images(rows, file, root, mistakes)
+        for split, record in read:
+            found.setdefault(split, []).append(record)
+        wanted = splits if splits is not None else [split for split in SPLITS if split in found]
+        for split in wanted:
+            check_unique(found.get(split, []), mistakes)
     missing = [split for split in wanted if split not in found]
     if missing or not wanted:
-        there = ", ".join(sorted({str(row.get("split")) for row in rows}))
+        there = ", ".join(sorted(found))
         raise UserError(f"{file} has no images of split {', '.join(missing or SPLITS)}; it has {there}")
-    others = sorted(found.keys() - set(wanted))
+    others = sorted(found.keys() - set(wanted)) if splits is None else []
     if others:
         left_out = ", ".join(f"{len(found[split])} of split {split}" for split in others)
         _logger.warning("%s: images of other splits than %s are left out: %s", file, ", ".join(wanted), left_out)
-    for split in wanted:
-        check_unique(found[split])
     return {split: found[split] for split in wanted}
 
 
-def _join_training_rows(rows: list[tuple[str, Any]], root: Path) -> list[SourceRecord]:
+def _is_nwpu(content: Any) -> bool:
+    """Tells whether a file has classes with rows, as NWPU-Captions has."""
+    return (
+        isinstance(content, dict)
+        and "images" not in content
+        and any(
+            isinstance(rows, list) and rows and isinstance(rows[0], dict) and "raw" in rows[0]
+            for rows in content.values()
+        )
+    )
+
+
+def _hint_at_karpathy(content: Any) -> str:
+    has_images = isinstance(content, dict) and isinstance(content.get("images"), list)
+    return "; such a file is read by `convert karpathy`" if has_images or _is_nwpu(content) else ""
+
+
+def _read_images(rows: Any, file: str, root: Path, mistakes: Mistakes) -> Iterator[tuple[str, SourceRecord]]:
+    """Yields the images of a Karpathy-style file with their splits."""
+    for number, row in enumerate(rows):
+        origin = f"{file} image {number + 1}"
+        with mistakes.noted():
+            row = as_object(row, origin, _KARPATHY)
+            split = get_field(row, "split", str, origin, _KARPATHY)
+            folder = get_field(row, "filepath", str, origin, _KARPATHY) if row.get("filepath") is not None else ""
+            name = str(Path(folder) / get_field(row, "filename", str, origin, _KARPATHY))
+            sentences = get_field(row, "sentences", list, origin, _KARPATHY)
+            texts = [get_field(as_object(s, origin, _KARPATHY), "raw", str, origin, _KARPATHY) for s in sentences]
+            if not texts:
+                raise UserError(
+                    f"{origin}: `sentences` is empty, so the image has no caption; correct or remove the row"
+                )
+            name, path = locate_image(root, name, origin)
+            yield split, SourceRecord(number, name, origin, path, clean_captions(texts, origin))
+
+
+def _read_nwpu(
+    content: dict[str, Any], file: str, root: Path, mistakes: Mistakes
+) -> Iterator[tuple[str, SourceRecord]]:
+    """Yields the images of a file of NWPU-Captions with their splits."""
+    splits, records = [], []
+    for class_name, rows in content.items():
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            origin = f"{file} {class_name} row {number}"
+            with mistakes.noted():
+                row = as_object(row, origin, _NWPU_ROW)
+                split = get_field(row, "split", str, origin, _NWPU_ROW)
+                file_name = get_field(row, "filename", str, origin, _NWPU_ROW)
+                keys = {int(match[1] or 0): key for key in row if (match := _NWPU_CAPTION.fullmatch(key))}
+                texts = [get_field(row, keys[place], str, origin, _NWPU_ROW) for place in sorted(keys)]
+                if not texts:
+                    raise UserError(f"{origin} must look like {_NWPU_ROW}, got no `raw` (keys: {', '.join(row)})")
+                places = [locate_image(root, name, origin) for name in (f"{class_name}/{file_name}", file_name)]
+                name, path = next((place for place in places if place[1].is_file()), places[0])
+                captions = clean_captions(texts, origin)
+                records.append(SourceRecord(len(records), name, origin, path, captions, label_name=class_name))
+                splits.append(split)
+    yield from zip(splits, fill_labels(records, mistakes), strict=True)
+
+
+def _join_training_rows(rows: list[tuple[str, Any]], root: Path, mistakes: Mistakes) -> list[SourceRecord]:
     joined: dict[int, tuple[SourceRecord, list[str]]] = {}
     for origin, row in rows:
-        row = as_object(row, origin, _TRAIN_ROW)
-        text = get_field(row, "caption", str, origin, _TRAIN_ROW)
-        image_id = get_field(row, "image_id", int, origin, _TRAIN_ROW)
-        captions = clean_captions([text], origin)
-        record = _make_record(row, image_id, (), origin, root, _TRAIN_ROW)
-        first, texts = joined.setdefault(image_id, (record, []))
-        for name in ("source", "label", "label_name"):
-            ours, theirs = getattr(record, name), getattr(first, name)
-            if ours != theirs:
-                raise UserError(
-                    f"{origin}: rows of one image_id must be of one image and class, but {image_id} has {ours!r} here "
-                    f"and {theirs!r} in {first.origin}; correct one of them"
-                )
-        texts.extend(captions)
+        with mistakes.noted():
+            row = as_object(row, origin, _TRAIN_ROW)
+            text = get_field(row, "caption", str, origin, _TRAIN_ROW)
+            image_id = get_field(row, "image_id", int, origin, _TRAIN_ROW)
+            captions = clean_captions([text], origin)
+            record = _make_record(row, image_id, (), origin, root, _TRAIN_ROW)
+            first, texts = joined.setdefault(image_id, (record, []))
+            for name in ("source", "label", "label_name"):
+                ours, theirs = getattr(record, name), getattr(first, name)
+                if ours != theirs:
+                    raise UserError(
+                        f"{origin}: rows of one image_id must be of one image and class, but {image_id} has {ours!r} "
+                        f"here and {theirs!r} in {first.origin}; correct one of them"
+                    )
+            texts.extend(captions)
     return [
         SourceRecord(r.image_id, r.source, r.origin, r.image, tuple(texts), r.label, r.label_name)
         for r, texts in joined.values()
     ]
 
 
-def _read_evaluation_rows(rows: list[tuple[str, Any]], root: Path) -> list[SourceRecord]:
+def _read_evaluation_rows(rows: list[tuple[str, Any]], root: Path, mistakes: Mistakes) -> list[SourceRecord]:
     records = []
     for number, (origin, row) in enumerate(rows):
-        row = as_object(row, origin, _EVAL_ROW)
-        texts = get_field(row, "caption", list, origin, _EVAL_ROW)
-        if not texts:
-            raise UserError(f"{origin}: `caption` is an empty list; give the image a caption or remove the row")
-        records.append(_make_record(row, number, clean_captions(texts, origin), origin, root, _EVAL_ROW))
+        with mistakes.noted():
+            row = as_object(row, origin, _EVAL_ROW)
+            texts = get_field(row, "caption", list, origin, _EVAL_ROW)
+            if not texts:
+                raise UserError(f"{origin}: `caption` is an empty list; give the image a caption or remove the row")
+            records.append(_make_record(row, number, clean_captions(texts, origin), origin, root, _EVAL_ROW))
     return records
 
 
@@ -138,4 +197,5 @@ def _make_record(
     name = get_field(row, "image", str, origin, expected)
     label = None if row.get("label") is None else get_field(row, "label", int, origin, expected)
     label_name = None if row.get("label_name") is None else get_field(row, "label_name", str, origin, expected)
-    return SourceRecord(image_id, name, origin, resolve_image(root, name, origin), captions, label, label_name)
+    name, path = locate_image(root, name, origin)
+    return SourceRecord(image_id, name, origin, path, captions, label, label_name)
