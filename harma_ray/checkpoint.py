@@ -51,6 +51,8 @@ class CheckpointMeta:
     """Fingerprint of the frozen base (`backbone_fingerprint`)."""
     trainable: dict[str, list[int]] = field(default_factory=dict)
     """Names and shapes of the trainable tensors."""
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`harma_ray.data.identity.data_identity` of the splits that the run uses; empty in old checkpoints and imports."""
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,18 @@ class UserError(ValueError):
     """
 
 
+class WorkerFailed(RuntimeError):
+    """Workers of a training have ended that should not have.
+
+    The message is one line: which, where, why, and where its log lies. The command line prints it with the way to go on
+    (a note of the exception) and exits with status 1.
+    """
+
+
+class WorkerDied(WorkerFailed):
+    """The process of a worker is gone, or its machine."""
+
+
 def find_user_error(error: BaseException) -> UserError | None:
     """Returns the user's error that an exception is, was raised from, or tells of; None if there is none.
 

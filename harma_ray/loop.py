@@ -11,11 +11,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,18 +28,19 @@ from harma_ray.checkpoint import (
     save_checkpoint,
 )
 from harma_ray.config import RunConfig, config_hash, flat_settings, to_dict
+from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
-from harma_ray.distributed import barrier, broadcast_object, gather_rows
+from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.engine import Meter, autocast_of, evaluating, timed, train_step, wrap_model
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
 from harma_ray.models.weights import backbone_fingerprint
-from harma_ray.optim import build_optimizer, build_schedule
 from harma_ray.runs import REPORT_NAME
 from harma_ray.task import Evaluation, Task
 from harma_ray.tracking import Tracker
+from harma_ray.train_state import Progress, TrainState
 
 Reporter = Callable[[dict[str, float]], None]
 """Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""
@@ -49,22 +48,6 @@ Reporter = Callable[[dict[str, float]], None]
 
 class TrainingDiverged(UserError):
     """The loss is not a finite number any more."""
-
-
-@dataclass
-class Progress:
-    """The loop's own state, saved with every checkpoint."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    best: float = -math.inf
-    """Best value of the objective."""
-    best_step: int = 0
-    """Where it was reached."""
-    without_improvement: int = 0
-    """Evaluations since."""
-    seconds: float = 0.0
-    """Time spent in training steps, over all attempts."""
 
 
 def run_training(
@@ -135,10 +118,7 @@ def _start(
 ) -> _Training:  # fmt: skip
     check_batch(config, place.world_size)
     torch.manual_seed(config.seed)  # the same model on every worker
-    training = _Training(task, config, run_dir, place, reader, reporter, draw=draw)
-    own = np.random.SeedSequence((config.seed, place.rank)).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(own))  # dropout of its own on each
-    return training
+    return _Training(task, config, run_dir, place, reader, reporter, draw=draw)
 
 
 def check_batch(config: RunConfig, world_size: int) -> None:
@@ -182,10 +162,9 @@ class _Training:
         self._backbone = backbone_fingerprint(self._model)
         self._model.to(self._device)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._optimizer = build_optimizer(self._model, config.optim, self._device)
-        self._schedule = build_schedule(self._optimizer, config.optim, self._total_steps)
+        self._state = TrainState(self._model, config, self._total_steps, place)
         self._autocast = autocast_of(config.train, self._device)
-        self._progress = Progress()
+        self._identity = data_identity(data.path, used_splits(config))
         self._tracker: Tracker | None = None  # worker 0 keeps the record
         self._build_seconds = time.perf_counter() - started
 
@@ -193,11 +172,12 @@ class _Training:
         """Goes to the last checkpoint if there is one, and opens the record; returns whether there was one."""
         checkpoints = list_checkpoints(self._run_dir)
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
-        if last is not None:
-            self._restore(last)
+        notices = [] if last is None else self._restore(last)
         if self._place.rank == 0:
             self._tracker = Tracker(self._run_dir, last_step=None if last is None else self._progress.step)
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
+            for notice in notices:
+                self._tracker.log("notice", self._progress.step, {}, text=notice)
         return last is not None
 
     def close(self) -> None:
@@ -285,6 +265,10 @@ class _Training:
         return report
 
     @property
+    def _progress(self) -> Progress:
+        return self._state.progress
+
+    @property
     def _out_of_patience(self) -> bool:
         return 0 < self._config.train.early_stopping_patience <= self._progress.without_improvement
 
@@ -308,10 +292,10 @@ class _Training:
                 f"{self._place.rank} ({terms}, grad_norm={float(grad_norm)}); start a new run with a lower "
                 "optim.learning_rate, with optim.clip_grad_norm, or with train.precision=fp32"
             )
-        learning_rate = float(self._schedule.get_last_lr()[0])
-        self._optimizer.step()
-        self._schedule.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        learning_rate = float(self._state.schedule.get_last_lr()[0])
+        self._state.optimizer.step()
+        self._state.schedule.step()
+        self._state.optimizer.zero_grad(set_to_none=True)
         self._progress.step += 1
         return grad_norm, learning_rate
 
@@ -330,44 +314,34 @@ class _Training:
         self._tracker.log("monitor", step, self._task.monitor(self._model), prefix="model/")
 
     def _save(self, epoch: float, metrics: dict[str, float]) -> None:
-        """Writes a checkpoint with every worker's random state, and deletes those that are not kept."""
-        rng = gather_rows(torch.get_rng_state()[None].to(self._device)).cpu()
-        cuda_rng = None
-        if self._device.type == "cuda":
-            cuda_rng = gather_rows(torch.cuda.get_rng_state(self._device)[None].to(self._device)).cpu()
+        """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
+        state = self._state.state_dict()
         if self._place.rank == 0:
-            config, progress = self._config, self._progress
+            config, step = self._config, self._progress.step
             meta = CheckpointMeta(
-                progress.step, epoch, metrics, asdict(progress), config_hash(config), config.recipe, self._backbone
-            )
-            state = {
-                "optimizer": self._optimizer.state_dict(),
-                "schedule": self._schedule.state_dict(),
-                "rng": rng,
-                "cuda_rng": cuda_rng,
-            }
+                step, epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe, self._backbone,
+                data=self._identity,
+            )  # fmt: skip
             save_checkpoint(self._run_dir, meta, self._model, state)
             objectives = (self._task.objective, *self._task.other_objectives)
             prune_checkpoints(self._run_dir, objectives, config.train.keep_checkpoints)
         barrier()
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path) -> list[str]:
+        """Goes to a checkpoint; returns what the user should know of it, one line each."""
         meta = load_weights(path, self._model, backbone=self._backbone)
         if meta.config_hash != config_hash(self._config):
             raise UserError(
                 f"{path} was written with other settings; resume with the run's own config.yaml, or start a new run"
             )
+        require_same_data(meta.data, self._config.data.path, subject=f"run {self._run_dir}", way_out="start a new run")
         state = load_state(path)
         if not state:
             raise UserError(f"{path} holds weights alone (an import), so there is no training to continue")
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._progress = Progress(**{entry.name: meta.progress[entry.name] for entry in fields(Progress)})
-        rank = self._place.rank
-        if rank < len(state["rng"]):
-            torch.set_rng_state(state["rng"][rank])
-        if state["cuda_rng"] is not None and torch.cuda.is_available() and rank < len(state["cuda_rng"]):
-            torch.cuda.set_rng_state(state["cuda_rng"][rank], self._device)
+        notices = self._state.load_state_dict(state, meta.progress)
+        if not meta.data:
+            notices.append("the checkpoint does not say which data it was trained on, so nobody can tell if it changed")
+        return notices
 
     def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
         parameters = list(self._model.parameters())
@@ -387,4 +361,5 @@ class _Training:
             "checkpoint": str(best.relative_to(self._run_dir)),
             "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
             "metrics": results,
+            "data": self._identity,
         }

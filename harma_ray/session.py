@@ -13,13 +13,15 @@ from typing import Any
 
 from tabulate import tabulate
 
+from harma_ray.checkpoint import META_NAME, list_checkpoints, read_meta
 from harma_ray.cluster import Cluster, ray_cluster
 from harma_ray.config import RunConfig, build_config, to_yaml
+from harma_ray.data.identity import Identity, data_identity, require_same_data
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.engine import default_place, evaluate_split, parameters_without_gradient
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, WorkerFailed
 from harma_ray.exchange import load_model
 from harma_ray.features import with_features
 from harma_ray.files import output_path, write_text
@@ -68,7 +70,7 @@ def train_seeds(
 
 
 def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None, started: float) -> Run:
-    """Continues a run; only its workers may change. Arguments as for `train_seeds`."""
+    """Continues a run; only its workers, and the place of its data set, may change. Arguments as for `train_seeds`."""
     run = open_run(path)
     if run.report is not None:
         print(f"run {run.path} is finished")
@@ -76,6 +78,7 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
         return run
     if changes:
         run = Run(run.path, build_config(run.config, changes))
+    _check_same_data(run)
     check_data(run.config)
     with ray_cluster(address) as cluster:
         check_batch(run.config, plan_workers(run.config, cluster).num_workers)
@@ -106,10 +109,34 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
             ready = Run(run.path, with_features(config, run.path, cluster))
             train(ready, cluster, on_record=_Progress(steps, started))
     except KeyboardInterrupt as error:
-        error.add_note(f"continue with: {launch_command('train', '--resume', run.path)}")
+        error.add_note(f"continue with: {_resume_command(run)}")
+        raise
+    except WorkerFailed as error:
+        error.add_note(
+            f"continue with: {_resume_command(run)} (scaling.max_failures in its {CONFIG_NAME} restarts workers by "
+            "itself)"
+        )
         raise
     print_report(run)
     return run.report or {}
+
+
+def _resume_command(run: Run) -> str:
+    return launch_command("train", "--resume", run.path)
+
+
+def _check_same_data(run: Run) -> None:
+    """Checks, before Ray is started, that a run that goes on does so with the data that it was begun on."""
+    data = run.config.data.path
+    if not Path(data).is_dir():
+        raise UserError(
+            f"the data set {data} of run {run.path} is not there; if it was moved, say where it is: "
+            f"{_resume_command(run)} --data FOLDER"
+        )
+    checkpoints = list_checkpoints(run.path)
+    if checkpoints:
+        known = read_meta(checkpoints[-1]).data
+        require_same_data(known, data, subject=f"run {run.path}", way_out="start a new run")
 
 
 def print_report(run: Run) -> None:
@@ -193,8 +220,12 @@ def evaluate_and_print(
     precision = config.train.eval_precision
     print(f"{data.path}: {data.describe()}, {precision}, {time.perf_counter() - started:.1f} s")
     print(results_table(evaluation.metrics, intervals, chance))
+    identity, trained_on = data_identity(config.data.path, [split])[split], _trained_on(file)
+    if trained_on and trained_on.get(split, identity) != identity:
+        print(f"notice: the run was begun on another `{split}` than this one")
     outcome = {
-        "split": split, "data": str(data.path), "weights": file, "precision": precision, "metrics": evaluation.metrics,
+        "split": split, "data": str(data.path), **identity, "weights": file, "trained_on": trained_on,
+        "precision": precision, "metrics": evaluation.metrics,
         "interval_95": intervals, "chance": chance,
     }  # fmt: skip
     if figures:
@@ -209,6 +240,13 @@ def evaluate_and_print(
         )  # fmt: skip
         print(f"report     {page}")
     return outcome
+
+
+def _trained_on(file: str | None) -> Identity | None:
+    """Returns the data of the run whose folder or checkpoint a file is; None if that is not known."""
+    folder = Path(file or "").expanduser()
+    checkpoints = [folder] if file and (folder / META_NAME).is_file() else list_checkpoints(folder) if file else []
+    return (read_meta(checkpoints[-1]).data or None) if checkpoints else None
 
 
 def check_data(config: RunConfig, metrics: Sequence[str] = ()) -> None:
@@ -257,6 +295,10 @@ class _Progress:
         clock = f"[{now - self._started:6.1f} s]"
         if record["kind"] == "start":
             print(f"{clock} workers are up and the model is built in {record['seconds']:.1f} s", flush=True)
+        elif record["kind"] == "notice":
+            print(f"notice: {record['text']}", flush=True)
+        elif record["kind"] == "restart":
+            print(f"{clock} {record['text']}", flush=True)
         elif record["kind"] == "step":
             if self._first is None:
                 self._first = (now, record["step"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
+import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from harma_ray.cluster import Cluster, node_cpus, require_shared_folder, require
 from harma_ray.config import RunConfig, build_config, to_dict
 from harma_ray.data.stream import Place
 from harma_ray.engine import evaluate_split
-from harma_ray.errors import UserError, find_user_error
+from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.exchange import load_model
 from harma_ray.loop import check_batch, run_training
 from harma_ray.plans import WorkerPlan, plan_workers
@@ -26,9 +28,12 @@ from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.task import Evaluation
 from harma_ray.tracking import METRICS_NAME
+from harma_ray.worker_deaths import leave_note, wait_for_the_dead, what_happened
 
 WORK_FOLDER = "ray"
 """Ray Train's own files, inside the run's folder."""
+WORKERS_FOLDER = "workers"
+"""What the workers tell of themselves, inside the run's folder; see `harma_ray.worker_deaths`."""
 
 
 def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -37,14 +42,19 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
     Args:
         run: The run.
         cluster: Where; see `harma_ray.cluster.ray_cluster`.
-        on_record: Hears of every new line of the run's record while the workers work.
+        on_record: Hears of every new line of the run's record while the workers work, and of restarts.
 
     Returns:
         The final report.
 
     Raises:
         UserError: For what the user can mend, wherever it was found.
+        WorkerFailed: If workers failed or died, more often than ``scaling.max_failures`` allows.
     """
+
+    def on_restart(text: str) -> None:
+        on_record({"kind": "restart", "text": text})
+
     plan = plan_workers(run.config, cluster)
     check_batch(run.config, plan.num_workers)
     require_shared_folder(run.path, cluster)
@@ -53,7 +63,7 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
     follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, done, on_record), daemon=True)
     follower.start()
     try:
-        return on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path)
+        return on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path, on_restart=on_restart)
     finally:
         done.set()
         follower.join()
@@ -70,6 +80,7 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
 
     Raises:
         UserError: For what the user can mend.
+        WorkerFailed: If workers failed or died.
     """
     plan = plan_workers(config, cluster)
     weights = Path(file).expanduser().absolute() if file else None
@@ -89,9 +100,12 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
 
 def on_workers(
     function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
-    *, callbacks: Sequence[Any] = (),
+    *, make_callbacks: Callable[[], list[Any]] = list, max_deaths: int = 0,
+    on_restart: Callable[[str], None] = lambda text: None,
 ) -> Any:  # fmt: skip
-    """Runs a function on every worker and returns what worker 0 returns.
+    """Runs a function on every worker and returns what worker 0 returns; starts it anew after a failure.
+
+    Ray Train's own restarts would try again what a user has to mend, too.
 
     Args:
         function: Called with `settings` and, under ``config``, the run's settings; see `enter_worker`.
@@ -99,19 +113,39 @@ def on_workers(
         config: Settings.
         plan: The workers.
         folder: Ray Train's own files go into a folder in it.
-        callbacks: Ray Train's callbacks.
+        make_callbacks: Makes Ray Train's callbacks.
+        max_deaths: Restarts after the death of a process, if that is more than ``scaling.max_failures``.
+        on_restart: Hears a line about every restart.
 
     Raises:
         UserError: If a worker raised one.
+        WorkerFailed: If workers failed or died and no restart is left.
     """
-    from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
+    for restart in itertools.count(1):
+        try:
+            return _attempt(function, settings, config, plan, folder, make_callbacks())
+        except WorkerFailed as error:
+            limit = max(config.scaling.max_failures, max_deaths if isinstance(error, WorkerDied) else 0)
+            if restart > limit:
+                raise
+            on_restart(f"{error}; starting all workers again from the last checkpoint, restart {restart} of {limit}")
+    raise AssertionError("unreachable")
+
+
+def _attempt(
+    function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
+    callbacks: list[Any],
+) -> Any:  # fmt: skip
+    from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
+    notes = folder / WORKERS_FOLDER
+    shutil.rmtree(notes, ignore_errors=True)
     trainer = TorchTrainer(
         function,
-        train_loop_config={**settings, "config": to_dict(config)},
+        train_loop_config={**settings, "config": to_dict(config), "notes": str(notes)},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
         ),
@@ -119,17 +153,24 @@ def on_workers(
         run_config=RayRunConfig(
             name=WORK_FOLDER,
             storage_path=str(folder),
-            callbacks=list(callbacks),
-            failure_config=FailureConfig(max_failures=config.scaling.max_failures, controller_failure_limit=3),
+            callbacks=callbacks,
+            failure_config=FailureConfig(controller_failure_limit=3),
         ),
     )
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit().return_value
     except SystemExit as error:  # how Ray Train ends after Ctrl-C, once its workers are stopped
         raise KeyboardInterrupt from error
     except WorkerGroupError as error:
         told = [find_user_error(failure) for _, failure in sorted(error.worker_failures.items())]
-        raise next(filter(None, told), error) from error
+        raise next(filter(None, told), None) or what_happened(error.worker_failures, notes, folder) from error
+    except ControllerError as error:
+        reason = (str(error.controller_failure).splitlines() or [type(error.controller_failure).__name__])[0]
+        raise WorkerFailed(f"the workers could not be started: {reason}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own there
 
 
 def read_paths(config: RunConfig) -> list[Path]:
@@ -172,6 +213,7 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
 
     config = build_config(recipe_config(settings["config"]["recipe"]), settings["config"], origin="configuration")
     context = ray.train.get_context()
+    leave_note(Path(settings["notes"]), context.get_world_rank())
     device = get_device()
     neighbours = context.get_local_world_size()
     threads = max(1, node_cpus() // neighbours)
@@ -195,6 +237,7 @@ def plain_errors() -> Iterator[None]:
     except Exception as raised:
         error = find_user_error(raised)
         if error is None:
+            wait_for_the_dead(raised)
             raise
         raise UserError(*error.args) from None
 

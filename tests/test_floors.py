@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema",
-        "data.order", "data.captions", "data.queries", "data.relative_captions", "shell"],
+        "data.order", "data.identity", "data.captions", "data.queries", "data.relative_captions", "shell"],
     1: ["models.", "losses", "optim", "data.images", "data.image_files", "data.transforms", "data.padding",
         "data.scenes"],
     2: ["cluster", "plans", "task", "accumulation", "checkpoint", "tracking", "data.stream", "data.ray_stream",
-        "data.convert.", "engine", "encoding", "pictures", "composed_pictures", "report", "figures", "page",
+        "data.convert.", "engine", "train_state", "worker_deaths",
+        "encoding", "pictures", "composed_pictures", "report", "figures", "page",
         "image_text_page"],
     3: ["recipes", "runs", "exchange", "composed_exchange", "tune.results", "tune.parameters", "tune.definition",
         "tune.located", "tune.checks", "tune.space", "tune.storage", "tune.study", "tune.scheduling", "tune.folder",

@@ -19,11 +19,12 @@ from harma_ray.cli.demo import add_demo
 from harma_ray.cli.evaluate import add_embed, add_evaluate, add_predict
 from harma_ray.cli.train import add_train
 from harma_ray.cli.tune import add_tune
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, WorkerFailed
 
 EXIT_MISTAKE = 2
 _PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 """What is wrong with a path that was given, wherever it is noticed."""
+EXIT_FAILURE = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,8 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         way_out = getattr(error, "__notes__", ["run the same command again"])[0]
         print(f"interrupted: what was finished is kept; {way_out}", file=sys.stderr)
         return EXIT_MISTAKE
+    except WorkerFailed as error:
+        way_out = getattr(error, "__notes__", ["run the same command again"])[0]
+        print(f"error: {error}; {way_out}", file=sys.stderr)
+        return EXIT_FAILURE
     except BrokenPipeError:
-        return 1
+        return EXIT_FAILURE
     except OSError as error:
         if error.errno not in _PATH_ERRORS or not error.filename:
             raise

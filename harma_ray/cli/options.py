@@ -95,10 +95,13 @@ def changes_from(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings that options change, by dotted name."""
     from harma_ray.config import parse_overrides
 
-    changes = {**parse_overrides(options.overrides), **scaling_changes(options), **precision_changes(options)}
-    if options.data:
-        changes["data.path"] = str(Path(options.data).expanduser().absolute())
-    return changes
+    overrides = parse_overrides(options.overrides)
+    return {**overrides, **scaling_changes(options), **precision_changes(options), **data_change(options)}
+
+
+def data_change(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the setting that ``--data`` changes."""
+    return {"data.path": str(Path(options.data).expanduser().absolute())} if options.data else {}
 
 
 def precision_changes(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from harma_ray.cli.options import (
     add_settings,
     add_source,
     config_from,
+    data_change,
     make_command,
     scaling_changes,
 )
@@ -33,7 +34,7 @@ def add_train(commands: Any) -> None:
     source.add_argument("--config", metavar="FILE", help="YAML settings, such as the config.yaml of a run")
     source.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
     add_source(parser)
-    parser.add_argument("--data", help="folder of the converted data set (data.path)")
+    parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume: where it lies now")
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run (default: recipe and time)")
     parser.add_argument("--seeds", help="train once with each of these seeds, such as 0,1,2, and print mean and spread")
@@ -49,10 +50,11 @@ def _train(options: argparse.Namespace) -> None:
     from harma_ray.session import check_gradients, resume_and_train, train_seeds
 
     if options.resume:
-        changed = ("source", "overrides", "data", "seeds", "name", "runs", "check")
+        changed = ("source", "overrides", "seeds", "name", "runs", "check")
         if any(getattr(options, name) for name in changed):
             raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
-        resume_and_train(options.resume, scaling_changes(options), address=options.address, started=options.started)
+        changes = {**scaling_changes(options), **data_change(options)}
+        resume_and_train(options.resume, changes, address=options.address, started=options.started)
         return
     config = config_from(options)
     if options.check:

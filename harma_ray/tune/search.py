@@ -15,14 +15,13 @@ from typing import Any
 
 import ray
 import ray.exceptions
-import ray.train
 import ray.tune
 from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
 from harma_ray.cluster import Cluster
 from harma_ray.config import RunConfig, build_config
-from harma_ray.errors import UserError, find_user_error
+from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
 from harma_ray.plans import DRIVER_CPUS, TrialPlan, WorkerPlan
 from harma_ray.recipes import make_task
@@ -36,18 +35,16 @@ from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
-from harma_ray.tune.trial import TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
+from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
 
 WORK_FOLDER = "ray"
 """Ray Tune's own files, inside the search's folder, while it runs."""
-RESTARTS = 2
-"""How often a trial is started again from its checkpoint after its process died."""
 _LOST = (
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.ActorDiedError,
     ray.exceptions.NodeDiedError,
-    ray.train.WorkerGroupError,
+    WorkerFailed,
 )
 """What Ray raises where a process is gone."""
 _logger = logging.getLogger(__name__)
@@ -247,7 +244,11 @@ def _attempt(made: Run, train_it: Callable[[], Any], tell: Callable[[str], None]
     try:
         train_it()
     except (UserError, *_LOST) as error:
-        reason = str(error) if isinstance(error, UserError) else "its process was killed, or its machine was lost"
+        reason = (
+            str(error)
+            if isinstance(error, UserError | WorkerFailed)
+            else "its process was killed, or its machine was lost"
+        )
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             reason = "the machine ran out of memory"
         tell(f"{made.path.name} failed: {reason}")

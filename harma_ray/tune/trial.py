@@ -41,6 +41,8 @@ from harma_ray.tune.study import Report
 
 ERROR_NAME = "error.txt"
 """The whole trace of what made a trial fail."""
+RESTARTS = 2
+"""How often a trial is started again from its checkpoint after a process of it died."""
 _LOCK_SECONDS = 60
 
 
@@ -215,7 +217,10 @@ def _run_on_workers(folder: Path, config: RunConfig, setting: TrialSetting, tall
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # this process is not the one that started Ray
     settings = {"run": str(folder), "setting": setting, "tally": tally}
-    return on_workers(_work, settings, config, setting.plan, folder, callbacks=[TuneReportCallback()])
+    return on_workers(
+        _work, settings, config, setting.plan, folder, make_callbacks=lambda: [TuneReportCallback()],
+        max_deaths=RESTARTS,
+    )  # fmt: skip
 
 
 def _work(settings: dict[str, Any]) -> _Tally:

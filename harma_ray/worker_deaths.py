@@ -1,0 +1,159 @@
+"""What became of the workers of a training, in one line: which, where, why as far as is known, and where its log lies.
+
+Each worker leaves a note of itself in the folder of its run when it begins, so that others can tell of it afterwards.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import socket
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from harma_ray.errors import WorkerDied, WorkerFailed
+
+ERROR_NAME = "error.txt"
+"""The whole trace of what a worker raised."""
+PEER_SECONDS = 30
+"""How long a worker that lost the connection to another keeps quiet, for Ray to find out which one died."""
+
+_CRASHES = {
+    "Segmentation fault": "SIGSEGV", "Bus error": "SIGBUS", "Aborted": "SIGABRT", "Illegal instruction": "SIGILL",
+    "Floating point exception": "SIGFPE",
+}  # fmt: skip
+"""Python's words for signals."""
+_PEER_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited|NCCL.*network error", re.S)
+_crash_file: IO[str] | None = None  # faulthandler needs it open
+
+
+@dataclass(frozen=True)
+class WorkerNote:
+    """What a worker says of itself when it begins."""
+
+    rank: int
+    pid: int
+    host: str
+    address: str
+    """IP address."""
+    log: str
+    """Where its messages go, on its machine; empty = not known."""
+    kills: int | None
+    """Processes that the machine had killed for want of memory before; None = it does not count them."""
+
+
+def leave_note(folder: Path, rank: int) -> None:
+    """Writes the note of this worker, and has Python write into the folder too where a crash has happened.
+
+    Args:
+        folder: Seen by all machines; made if missing.
+        rank: Of this worker.
+    """
+    import ray.util
+
+    global _crash_file
+    folder.mkdir(parents=True, exist_ok=True)
+    log = Path("/dev/fd/2").resolve()
+    note = WorkerNote(
+        rank, os.getpid(), socket.gethostname(), ray.util.get_node_ip_address(), str(log) if log.is_file() else "",
+        _memory_kills(),
+    )  # fmt: skip
+    _note_path(folder, rank).write_text(json.dumps(asdict(note)))
+    _crash_file = _crash_path(folder, rank).open("w")
+    faulthandler.enable(_crash_file)
+
+
+def read_notes(folder: Path) -> list[WorkerNote]:
+    """Returns the notes of the workers that began last, by rank."""
+    return [WorkerNote(**json.loads(path.read_text())) for path in sorted(folder.glob("worker-*.json"))]
+
+
+def wait_for_the_dead(error: BaseException) -> None:
+    """Waits a while if an exception tells of the end of another worker, which is the one to be named."""
+    if _PEER_LOST.search(str(error)):
+        time.sleep(PEER_SECONDS)
+
+
+def what_happened(failures: Mapping[int, BaseException], notes_folder: Path, folder: Path) -> WorkerFailed:
+    """Returns the error of a group of workers that has failed.
+
+    Args:
+        failures: What Ray Train knows, by rank.
+        notes_folder: Where the workers left their notes.
+        folder: Where `ERROR_NAME` goes, if a worker raised something.
+    """
+    dead = {rank: error for rank, error in failures.items() if hasattr(error, "health_check_failure")}
+    hanging = {rank: error for rank, error in failures.items() if type(error).__name__.endswith("TimeoutError")}
+    rank, error = min((dead or hanging or failures).items())
+    found = [note for note in read_notes(notes_folder) if note.rank == rank]
+    note = found[0] if found else None
+    place = f" on {note.host} ({note.address})" if note else ""
+    if rank in dead:
+        fate = f"died: {_why(getattr(error, 'health_check_failure', error), note, notes_folder)}"
+    elif rank in hanging:
+        fate = f"does not answer any more: {_first_line(error)}"
+    else:
+        fate = f"failed: {type(error).__name__}: {_first_line(error)}"
+    others = len(dead or hanging or failures) - 1
+    more = f" (and {others} other(s))" if others else ""
+    kind = WorkerDied if rank in dead else WorkerFailed
+    return kind(f"worker {rank}{place} {fate}{more}; {_logs(error, note, notes_folder, folder)}")
+
+
+def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
+    """Returns why a worker's process has ended, as far as anything tells."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
+        return "Ray killed it because its machine's memory ran out"
+    if getattr(error, "preempted", False):
+        return "its machine was taken away (preempted)"
+    if re.search(r"node (has |was )?(died|dead|terminated)|node has died", text):
+        return "its machine was lost"
+    crash = note and _crash_path(folder, note.rank)
+    told = re.match(r"Fatal Python error: (.+)", crash.read_text()) if crash and crash.is_file() else None
+    if told:
+        return f"{told[1]} ({_CRASHES[told[1]]})" if told[1] in _CRASHES else told[1]
+    if note and note.host == socket.gethostname() and note.kills is not None and (_memory_kills() or 0) > note.kills:
+        return "killed (SIGKILL) by the system, whose memory ran out"
+    if "connection error" in text:
+        return "killed (SIGKILL), by somebody or by a system short of memory"
+    return _first_line(text.rpartition("Worker exit detail: ")[2])
+
+
+def _logs(error: BaseException, note: WorkerNote | None, notes_folder: Path, folder: Path) -> str:
+    if not hasattr(error, "health_check_failure") and not type(error).__name__.endswith("TimeoutError"):
+        path = folder / ERROR_NAME
+        path.write_text("".join(traceback.format_exception(error)))
+        return f"the trace is in {path}"
+    if note is None:
+        return "it had not begun to work"
+    crash = _crash_path(notes_folder, note.rank)
+    stack = f", where it crashed in {crash}" if crash.is_file() and crash.stat().st_size else ""
+    return f"its log is {note.log or 'in the logs of Ray'} there{stack}"
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or ["no reason is known"])[0][:300]
+
+
+def _note_path(folder: Path, rank: int) -> Path:
+    return folder / f"worker-{rank}.json"
+
+
+def _crash_path(folder: Path, rank: int) -> Path:
+    return folder / f"worker-{rank}.crash"
+
+
+def _memory_kills() -> int | None:
+    """Returns how many processes this machine's system has killed for want of memory since it was started."""
+    try:
+        counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return None
+    return int(counts["oom_kill"]) if "oom_kill" in counts else None
