@@ -20,6 +20,7 @@ from harma_ray.errors import UserError
 
 OBJECT_STORE_LIMIT = 2 * 2**30
 LOOPBACK = "127.0.0.1"
+_logger = logging.getLogger(__name__)
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
@@ -99,6 +100,7 @@ def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
     import ray
     import ray.exceptions
 
+    _quiet_errors()
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
@@ -125,6 +127,19 @@ def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
         )
     finally:
         ray.shutdown()
+
+
+def _quiet_errors() -> None:
+    """Keeps what Ray prints of dead workers, whatever ``log_to_driver`` says, out of the terminal (Ray 2.60).
+
+    `harma_ray.worker_deaths` tells it in one line.
+    """
+    import ray._private.worker
+
+    def log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        _logger.info("%s", "\n".join(data["lines"]))
+
+    ray._private.worker.print_to_stdstream = log
 
 
 def quiet_data() -> None:
