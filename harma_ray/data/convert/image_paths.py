@@ -59,11 +59,13 @@ def find_alike(root: Path, name: str) -> str | None:
     at the beginning that are too many, or one too few.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if not parts or not root.is_dir():
+        return None
     for first in range(len(parts)):
         found = _follow(str(root), parts[first:])
         if found is not None:
             return found
-    for folder in _list_folders(str(root), os.stat(root).st_mtime_ns) if parts else ():
+    for folder in _list_folders(str(root), os.stat(root).st_mtime_ns):
         found = _follow(str(root / folder), parts)
         if found is not None:
             return f"{readable_name(folder)}/{found}"
