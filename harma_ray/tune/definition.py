@@ -49,13 +49,13 @@ class Scheduler:
     __pydantic_config__ = _FROM_FILE
 
     name: Literal["asha", "hyperband", "median", "none"] = "asha"
-    """Successive halving, several of them with other grace, the median of earlier trials, or nothing."""
+    """Successive halving, several of them with other grace, the median of complete trials, or nothing."""
     grace_epochs: Annotated[int, Field(strict=True, ge=1)] = 1
     """Epochs that every trial is granted."""
     reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 3
     """One trial in this many goes on at each decision."""
     brackets: Annotated[int, Field(strict=True, ge=1)] = 3
-    """Halvings of hyperband."""
+    """Halvings of hyperband, each granting `reduction_factor` times the epochs of the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)

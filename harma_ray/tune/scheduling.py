@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+import optuna
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from harma_ray.config import to_dict
-from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.definition import Scheduler, SearchDefinition
 from harma_ray.tune.results import TrialResult
 from harma_ray.tune.study import Report, SearchStudy
 
 EPOCH, VALUE = "epoch", "value"
 """What schedulers look at: epochs of the first seed's training, and the best of the first objective so far."""
+_MEDIAN_TRIALS = 3
+"""Complete trials before the median of them stops any."""
 
 
 class StudySearcher(Searcher):
@@ -99,83 +102,78 @@ def report_of(result: dict[str, Any] | None) -> Report | None:
     return Report(**{**fields, "values": tuple(fields["values"])})
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """What a scheduler needs to know of a trial of an earlier session."""
+class EarlyStopping(FIFOScheduler):
+    """Stops trials that fall behind, as one of Optuna's pruners says.
 
-    trial_id: str
-    number: int
-
-    @property
-    def config(self) -> dict[str, int]:
-        """What the trial was given."""
-        return {"number": self.number}
-
-
-class _Asha(ASHAScheduler):
-    """ASHA with the exceptions of `_is_spared`."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        action = super().on_trial_result(tune_controller, trial, result)
-        return TrialScheduler.CONTINUE if _is_spared(trial, result) else action
-
-
-class _Median(MedianStoppingRule):
-    """The median rule with the exceptions of `_is_spared`, and no decision after the last epoch."""
-
-    def __init__(self, epochs: int, **options: Any):
-        super().__init__(**options)
-        self._epochs = epochs
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if _is_spared(trial, result) or result[EPOCH] >= self._epochs:
-            self.on_trial_complete(tune_controller, trial, result)  # which takes a result, and decides nothing
-            return TrialScheduler.CONTINUE
-        return super().on_trial_result(tune_controller, trial, result)
-
-
-def _is_spared(trial: Any, result: dict[str, Any]) -> bool:
-    """Tells whether a result may not stop its trial.
-
-    The published setting is what all others are compared with in the end; and an interrupted trial that tells its past
-    again was let pass there before.
+    The pruner judges a study in memory, which holds the first objective alone and is filled from the trials' records:
+    so it knows what it knew before an interruption, and a search of two objectives, whose study takes no pruner, is
+    stopped early too. A trial has the same number in both studies, for hyperband's bracket goes by it.
     """
-    return trial.config["number"] == 0 or result.get("replayed", False)
+
+    def __init__(self, definition: SearchDefinition, past: Iterable[TrialResult] = ()):
+        """Takes the search, and its trials of earlier sessions in the order of their numbers."""
+        super().__init__()
+        self._epochs = definition.config.train.epochs
+        self._judged = optuna.create_study(
+            study_name="search", direction="maximize", pruner=make_pruner(definition.scheduler),
+            sampler=optuna.samplers.RandomSampler(),
+        )  # fmt: skip
+        self._trials: list[optuna.trial.Trial] = []
+        self._heard: set[tuple[int, int]] = set()
+        for trial in past:
+            best = accumulate((value for _, value in trial.curve), max)
+            for (epoch, _), value in zip(trial.curve, best, strict=True):
+                if epoch <= trial.epochs:  # what was evaluated later was not heard before the interruption
+                    self._falls_behind(trial.number, epoch, value)
+            if trial.state == "complete":
+                self._complete(trial.number, trial.values[0] if trial.values else 0.0)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decides whether a trial goes on: the published setting always, for all others are compared with it."""
+        number, epoch = trial.config["number"], result[EPOCH]
+        behind = self._falls_behind(number, epoch, result[VALUE])
+        return TrialScheduler.STOP if behind and number != 0 and epoch < self._epochs else TrialScheduler.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Hears of the end of a trial: the median is that of the complete ones."""
+        if result.get("finished"):
+            self._complete(trial.config["number"], result[VALUE])
+
+    def _falls_behind(self, number: int, epoch: float, value: float) -> bool:
+        """Takes in a result; a trial that was interrupted repeats what was judged before, and is not judged again."""
+        while len(self._trials) <= number:
+            self._trials.append(self._judged.ask())
+        step = math.floor(epoch)
+        if (number, step) in self._heard:
+            return False
+        self._heard.add((number, step))
+        self._trials[number].report(value, step)
+        return self._trials[number].should_prune()
+
+    def _complete(self, number: int, value: float) -> None:
+        if number < len(self._trials):
+            self._judged.tell(self._trials[number], value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keeps the study out of the pickles that Ray Tune writes and nobody reads."""
+        return {}
 
 
 def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = ()) -> TrialScheduler:
-    """Returns the scheduler, as if it had seen the trials that ended in earlier sessions.
-
-    Args:
-        definition: The search.
-        past: Its trials; those that are running are left out, for they report their past again.
-    """
-    settings, epochs = definition.scheduler, definition.config.train.epochs
-    about: Any = {"time_attr": EPOCH, "metric": VALUE, "mode": "max", "grace_period": settings.grace_epochs}
-    if settings.name == "none" or epochs <= settings.grace_epochs:
+    """Returns the scheduler, which has seen what trials of earlier sessions reported then."""
+    settings = definition.scheduler
+    if settings.name == "none" or definition.config.train.epochs <= settings.grace_epochs:
         return FIFOScheduler()
+    return EarlyStopping(definition, past)
+
+
+def make_pruner(settings: Scheduler) -> optuna.pruners.BasePruner:
+    """Returns Optuna's pruner of a name."""
+    grace, factor = settings.grace_epochs, settings.reduction_factor
     if settings.name == "median":
-        # an infinite slice: a trial is never paused for others, as Ray would without enough to compare with
-        scheduler: TrialScheduler = _Median(epochs, **about, min_time_slice=float("inf"))
-    else:
-        scheduler = _Asha(
-            **about,
-            max_t=epochs - 1,  # no decision after the last epoch
-            reduction_factor=settings.reduction_factor,
-            brackets=settings.brackets if settings.name == "hyperband" else 1,
-            stop_last_trials=False,
-        )
-    for trial in past:
-        if trial.state in ("complete", "stopped") and trial.curve:
-            ended: Any = _Ended(f"earlier-{trial.number}", trial.number)
-            nobody: Any = None
-            scheduler.on_trial_add(nobody, ended)
-            best = accumulate((value for _, value in trial.curve), max)
-            results = [
-                {EPOCH: epoch, VALUE: value, "replayed": True}
-                for (epoch, _), value in zip(trial.curve, best, strict=True)
-            ]
-            for result in results:
-                scheduler.on_trial_result(nobody, ended, result)
-            scheduler.on_trial_complete(nobody, ended, results[-1])
-    return scheduler
+        return optuna.pruners.MedianPruner(n_startup_trials=_MEDIAN_TRIALS, n_warmup_steps=grace)
+    if settings.name == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=factor)
+    # Optuna has as many brackets as powers of the factor lie between both resources; a half more keeps off rounding
+    most = grace * factor ** (settings.brackets - 1) * 3 // 2
+    return optuna.pruners.HyperbandPruner(min_resource=grace, max_resource=most, reduction_factor=factor)

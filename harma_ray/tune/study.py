@@ -72,8 +72,6 @@ class Report:
     """Whether all epochs of all seeds are done."""
     failed: str | None = None
     """Why it failed, in one line."""
-    replayed: bool = False
-    """Whether an earlier attempt at the trial had reported this."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             prepare_folder(folder, config, setting)
             tally.begin(folder)
             for past in tally.catch_up():
-                report(asdict(replace(past, replayed=True)))
+                report(asdict(past))
             if setting.plan.num_workers > 1:
                 tally = _run_on_workers(folder, config, setting, tally)
                 continue

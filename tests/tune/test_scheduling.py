@@ -1,6 +1,8 @@
 """Study, searcher and scheduler together, driven as Ray Tune drives them, with made-up trials and without Ray."""
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from harma_ray.tune.results import TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.study import SearchStudy
 
+RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=True)
 WIDTH = Range(name="adapter.width", kind="int", low=16, high=128, step=16)
 
 
@@ -32,8 +35,10 @@ class Stub:
         self.trial_id, self.config = str(number), {"number": number}
 
 
-def drive(folder, space, value_of):
-    """Runs one trial after another until the search is over, each from its first epoch."""
+def drive(folder, space, value_of, num_reports=None):
+    """Runs one trial after another, each from its first epoch, until the search is over or so many reports came."""
+    folder.mkdir(exist_ok=True)
+    left = itertools.count() if num_reports is None else iter(range(num_reports))
     study = SearchStudy(folder, space)
     searcher = StudySearcher(study, 1, lambda trial_id: "")
     scheduler = make_scheduler(space, read_search(folder, space, study.study).trials)
@@ -56,11 +61,12 @@ def drive(folder, space, value_of):
             with (run / METRICS_NAME).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             result = {"epoch": epoch, "value": best, "values": [best], "trained": epoch, "finished": epoch == epochs}
-            searcher.on_trial_result(str(number), result)
-            if study.is_over():
-                return read_search(folder, space, study.study)
-            if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+            stops = scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
+            if stops:
                 break
+            searcher.on_trial_result(str(number), result)  # as Ray Tune does, only then
+            if study.is_over() or next(left, None) is None:
+                return read_search(folder, space, study.study)
         scheduler.on_trial_complete(None, trial, result)
         searcher.on_trial_complete(str(number), result)
 
@@ -127,17 +133,67 @@ def test_what_goes_wrong_in_a_proposal_ends_the_search_and_is_kept(tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
-def test_a_trial_that_tells_its_past_again_is_not_judged_there(tmp_path, name):
-    """Three better ones have ended meanwhile; it stands at epoch 8 of 9 and is compared only from there on."""
-    space = definition(9, scheduler=Scheduler(name=name, brackets=1))
-    trials = [
-        TrialResult(number, "complete", {}, tuple((epoch, 50.0) for epoch in range(1, 10)), (50.0,), 9, 9, 1.0, None,
-                    tmp_path)
-        for number in range(1, 5)
-    ]  # fmt: skip
-    for replayed in (True, False):
-        scheduler, again = make_scheduler(space, trials), Stub(7)
-        scheduler.on_trial_add(None, again)
-        results = [{"epoch": epoch, "value": 10.0, "replayed": replayed} for epoch in range(1, 9)]
-        decisions = (scheduler.on_trial_result(None, again, result) for result in results)
-        assert ("STOP" in decisions) != replayed  # looks no further than the first
+def test_what_was_judged_before_an_interruption_is_not_judged_again(tmp_path, name):
+    """Better ones ended meanwhile; it stood at epoch 8 of 9, tells its past again, and is compared only from there."""
+    space = definition(9, scheduler=Scheduler(name=name, reduction_factor=2, brackets=1))
+    curves = {number: [50.0] * 9 for number in range(1, 5)} | {7: [10.0] * 8}
+    past = [made_trial(number, curve, tmp_path) for number, curve in curves.items()]
+    results = [{"epoch": epoch, "value": 10.0} for epoch in range(1, 9)]
+    decided = decisions(make_scheduler(space, past), 7, results)
+    assert decided == [TrialScheduler.CONTINUE] * 8
+    assert TrialScheduler.STOP in decisions(make_scheduler(space, past[:-1]), 7, results)
+
+
+def made_trial(number, curve, folder):
+    points = tuple(enumerate(curve, start=1))
+    state = "complete" if len(curve) == 9 else "running"
+    return TrialResult(number, state, {}, points, (max(curve),), len(curve), 9, 1.0, None, folder)
+
+
+def decisions(scheduler, number, results):
+    trial = Stub(number)
+    scheduler.on_trial_add(None, trial)
+    return [scheduler.on_trial_result(None, trial, result) for result in results]
+
+
+def test_halving_lets_the_best_half_go_on():
+    """Worked out by hand: of n results so far, the n // 2 best go on, and always the best."""
+    scheduler = make_scheduler(definition(scheduler=Scheduler(name="asha", reduction_factor=2)))
+    goes_on = {1: (50.0, True), 2: (40.0, False), 3: (60.0, True), 4: (55.0, True), 5: (54.0, False), 6: (55.5, True)}
+    for number, (value, expected) in goes_on.items():
+        (decided,) = decisions(scheduler, number, [{"epoch": 1, "value": value}])
+        assert (decided == TrialScheduler.CONTINUE) == expected, number
+
+
+@pytest.mark.parametrize("brackets", [1, 2, 3, 6])
+def test_each_of_hyperbands_brackets_grants_more_epochs_than_the_one_before(brackets):
+    """Each trial is worse than all before it, so that it is stopped when it is first judged."""
+    space = definition(100, scheduler=Scheduler(name="hyperband", reduction_factor=2, brackets=brackets))
+    scheduler, stopped_at = make_scheduler(space), set()
+    for number in range(1, 80):
+        results = [{"epoch": epoch, "value": 1000.0 - number} for epoch in range(1, 65)]
+        decided = decisions(scheduler, number, results)
+        if TrialScheduler.STOP in decided:
+            stopped_at.add(1 + decided.index(TrialScheduler.STOP))
+    assert stopped_at == {2**bracket for bracket in range(brackets)}
+
+
+@pytest.mark.parametrize("name", ["hyperband", "median"])
+def test_a_search_that_is_interrupted_again_and_again_decides_as_one_that_is_not(tmp_path, name):
+    """With three brackets; it is cut off after any number of reports, also in the middle of a trial."""
+    rates = [1e-4 * 1.2**index for index in range(14)]
+    space = definition(
+        5, parameters=(RATE,), starts=tuple({"optim.learning_rate": rate} for rate in rates), limits=Limits(trials=14),
+        scheduler=Scheduler(name=name, reduction_factor=2, brackets=3),
+    )  # fmt: skip
+
+    def uneven(params, epoch):
+        return 50 + 20 * math.sin(1e6 * params["optim.learning_rate"]) + epoch
+
+    whole = drive(tmp_path / "whole", space, uneven)
+    for num_reports in (7, 12, None):
+        parts = drive(tmp_path / "parts", space, uneven, num_reports=num_reports)
+    told = [[(trial.state, trial.epochs, trial.values) for trial in found.trials] for found in (whole, parts)]
+    assert told[0] == told[1]
+    assert states(whole).count("stopped") >= 3
+    assert states(whole).count("complete") > 2

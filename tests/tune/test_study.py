@@ -147,7 +147,7 @@ def test_epochs_of_all_sessions_count(tmp_path):
     after = SearchStudy(tmp_path, definition(limits=Limits(epochs=6)))
     assert after.epochs == 5
     after.next()
-    after.report(0, replace(reached(1.0, 1.0), replayed=True))
+    after.report(0, reached(1.0, 1.0))
     assert after.epochs == 5
     after.report(0, reached(1.0, 2.0))
     assert not after.is_over()
