@@ -20,7 +20,14 @@ from harma_ray.checkpoint import (
     save_checkpoint,
     trainable_tensors,
 )
-from harma_ray.composed_exchange import COMBINER_MARK, Imported, describe_combiner, import_combiner, write_composed
+from harma_ray.composed_exchange import (
+    BACKBONE_NAME,
+    COMBINER_MARK,
+    Imported,
+    describe_combiner,
+    import_combiner,
+    write_composed,
+)
 from harma_ray.config import build_config, config_hash, flat_settings, show_override, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing
@@ -36,7 +43,6 @@ from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.shell import command_line, launch_command
 
 FORMATS = ("released", "adapter", "open_clip")
-BACKBONE_NAME = "backbone.safetensors"
 _UNSEEN = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
 """Settings that no shape shows."""
 _ADAPTER_FORMAT = "harma_ray adapter"
@@ -93,7 +99,7 @@ def export_checkpoint(
     return path
 
 
-def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Imported:
+def import_checkpoint(file: str | Path, config: Any, out: str | Path, clip: str | Path | None = None) -> Imported:
     """Turns a file of others into something this program uses.
 
     A released HarMA file or Combiner becomes a run; GeoRSCLIP's, CLIP4Cir's or another CLIP becomes a backbone file.
@@ -102,6 +108,7 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
         file: What to read; nothing in it is executed.
         config: Settings of the recipe it belongs to; the adapters' sizes are taken from the file.
         out: Folder to make; written whole or not at all.
+        clip: The CLIP that a Combiner was trained on; see `import_combiner`.
 
     Raises:
         UserError: If the file does not fit, listing what does not, or the folder exists.
@@ -110,10 +117,12 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path) -> Importe
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
     state = read_foreign(path)
+    if clip is not None and COMBINER_MARK not in state:
+        raise UserError(f"`--clip` is for a Combiner, which {path} is not; leave it out")
     if _has(state, _ADAPTER_MARK):
         return _import_released(path, state, config, folder)
     if COMBINER_MARK in state:
-        return import_combiner(path, state, config, folder)
+        return import_combiner(path, state, config, folder, clip)
     if _has(state, _OWN_ADAPTER_MARK):
         way_out = f"evaluate it with {command_line('--checkpoint', path)}"
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
@@ -151,7 +160,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     Args:
         file: A run's folder (its best checkpoint), a checkpoint's folder, an adapter file (``.safetensors``), or a
             released HarMA ``.pth``, which holds its own backbone and says how wide its adapters are. None = no file:
-            the model as the recipe builds it.
+            the recipe's backbone as it is, see `Task.build_untrained`.
         config: Settings that the weights were trained with.
 
     Returns:
@@ -161,7 +170,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         UserError: If the file does not fit, listing what does not, or belongs to another backbone.
     """
     if file is None:
-        return make_task(config).build_model().eval()
+        return make_task(config).build_untrained().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()
@@ -174,7 +183,8 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         return model.eval()
     state = read_foreign(path)
     if COMBINER_MARK in state:
-        raise UserError(f"{path} is a Combiner without its CLIP; import it first: launch.py checkpoint import")
+        way_out = f"import both first: {launch_command('checkpoint', 'import', path, '--clip', 'FILE')}"
+        raise UserError(f"{path} is a Combiner without its CLIP; {way_out}")
     if "visual.conv1.weight" in state:
         raise UserError(f"{path} is a plain CLIP; evaluate it with --zero-shot --set model.pretrained={path}")
     if path.suffix != ".safetensors" or _has(state, _ADAPTER_MARK):

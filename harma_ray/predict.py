@@ -4,61 +4,74 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from harma_ray.config import RunConfig
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.schema import Split, open_split
 from harma_ray.data.stream import EvaluationStream, local_batches
 from harma_ray.engine import default_place, evaluating
 from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
 from harma_ray.files import output_path, write_text
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.ranking import Groups, top_k
+from harma_ray.recipes import make_task
 from harma_ray.recipes.clip4cir import Clip4CirTask
-from harma_ray.runs import Run
+from harma_ray.task import require_query
 
 NUM_RESULTS, NUM_SUBSET_RESULTS = 50, 3
 """Names that a query has in the two files."""
 
 
+@dataclass(frozen=True)
+class Submission:
+    """What was written."""
+
+    files: tuple[Path, Path]
+    """``recall_submission_NAME.json`` and ``recall_subset_submission_NAME.json``."""
+    query: str
+    """How the queries were made; see `harma_ray.recipes.clip4cir.QUERIES`."""
+
+
 def predict_cirr(
-    run: Run, data: str | Path, split: str, out: str | Path, name: str, *, metric: str | None = None
-) -> tuple[Path, Path]:
+    config: RunConfig, weights: str | Path | None, split: str, out: str | Path, name: str, *, query: str | None = None
+) -> Submission:
     """Writes the two files of a submission to CIRR's server.
 
     Args:
-        run: Of CLIP4Cir, either stage; its best weights answer.
-        data: Folder of the converted data set.
+        config: Settings of CLIP4Cir, either stage; ``data.path`` is the converted data set.
+        weights: What answers, see `harma_ray.exchange.load_model`; None = the CLIP of the settings.
         split: The split with the queries.
         out: Folder of the files; made if missing.
         name: Last part of their names.
-        metric: What the best weights are the best by; None = the recipe's objective.
-
-    Returns:
-        The files ``recall_submission_NAME.json`` and ``recall_subset_submission_NAME.json``.
+        query: How queries are made; None = the model's own way.
 
     Raises:
-        UserError: If the run or the split is of another kind, the split lacks images or queries of the data set, the
-            gallery is too small for a submission, or the files cannot be written.
+        UserError: If the settings or the split are of another kind, the weights do not fit, the split lacks images or
+            queries of the data set, the gallery is too small for a submission, or the files cannot be written.
     """
-    task = run.task
+    task = make_task(config)
     if not isinstance(task, Clip4CirTask):
-        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which has no composed queries")
+        raise UserError(f"recipe {config.recipe} has no composed queries; give a run or a recipe of CLIP4Cir")
     if name != Path(name).name:
         raise UserError(f"`--name` must be a plain part of a file's name, got `{name}`")
-    opened = open_split(data, split)
+    opened = open_split(config.data.path, split)
     queries = ComposedQueries.of(opened)
     subsets = _members(opened, queries)
-    folder, model, place = output_path(out), run.load_model(metric), default_place(run.config)
+    folder, model, place = output_path(out), load_model(weights, config), default_place(config)
     assert isinstance(model, ComposedRetriever)
+    query = query or task.queries(model)[0]
+    require_query(task, model, query)
     device = torch.device(place.device)
-    stream = EvaluationStream(opened, run.config.data, place, local_batches)
-    with evaluating(run.config.train, device):
+    stream = EvaluationStream(opened, config.data, place, local_batches)
+    with evaluating(config.train, device):
         features, texts = task.encode(model.to(device).eval(), stream, queries)
-        vectors, gallery = task.compose(model, features, texts, queries), unit(features)
+        vectors, gallery = task.compose(model, features, texts, queries, query), unit(features)
     own = torch.arange(len(queries.pair_ids) + 1)
     reference, members = Groups(own, queries.reference), Groups.from_lists(subsets)
     _, found = top_k(vectors, gallery, NUM_RESULTS, excluded=reference)
@@ -70,7 +83,7 @@ def predict_cirr(
     files = folder / f"recall_submission_{name}.json", folder / f"recall_subset_submission_{name}.json"
     for path, metric, rows in zip(files, ("recall", "recall_subset"), (found.tolist(), among.tolist()), strict=True):
         write_text(path, submission(metric, queries, rows))
-    return files
+    return Submission(files, query)
 
 
 def _members(split: Split, queries: ComposedQueries) -> list[list[int]]:

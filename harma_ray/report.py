@@ -24,6 +24,7 @@ _LABELS = {
     **{f"group_recall_at{k}": f"R_subset@{k}" for k in (1, 2, 3)},
     **{f"average_recall_at{k}": f"R@{k}, mean of the categories" for k in (10, 50)},
     "arithmetic_mean": "of the seven",
+    "sum_r_mean": "by the sum of both",
     "image_only_r_mean": "by the reference alone",
     "text_only_r_mean": "by the text alone",
 }
@@ -33,6 +34,8 @@ _R_MEAN_LABELS = {
     "average_recall": "mean of R@10 and R@50",
 }
 """What r_mean is the mean of, by a metric that stands beside it."""
+_Groups = list[tuple[str, dict[str, list[str]]]]
+"""Title of a group, and its columns by title."""
 _VARIANTS = {"": "own pair right", "_text": "equal captions right too"}
 
 
@@ -42,8 +45,7 @@ class _Results:
 
     names: list[str]
     labels: list[str]
-    groups: list[tuple[str, dict[str, list[str]]]]
-    """Title of a group, and its columns by title."""
+    groups: _Groups
 
     @staticmethod
     def of(
@@ -96,8 +98,51 @@ def results_table(
         chance: Expected values of rankings drawn at random.
     """
     results = _Results.of(metrics, intervals, chance)
-    blocks = [_block("", {"metric": results.names, "": results.labels}, left=True)]
-    blocks += [_block(title, columns) for title, columns in results.groups]
+    return _table({"metric": results.names, "": results.labels}, results.groups)
+
+
+def comparison_table(
+    found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
+) -> str:
+    """Returns the recalls of several kinds of queries side by side, as a plain table, in percent.
+
+    Args:
+        found: Metrics by kind; those that all kinds have are shown.
+        intervals: Their 95 % intervals.
+    """
+    names, groups = _comparison(found, intervals)
+    return _table({"metric": names}, groups)
+
+
+def comparison_section(
+    found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
+) -> Section:
+    """Returns the same as a section of a page."""
+    names, groups = _comparison(found, intervals)
+    columns = [("metric", names), *((title, cells) for _, group in groups for title, cells in group.items())]
+    sizes = [(title, len(group)) for title, group in groups]
+    return Section("queries", "Kinds of queries", page.table(columns, num_text_columns=1, groups=sizes))
+
+
+def _comparison(
+    found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
+) -> tuple[list[str], _Groups]:
+    names = [name for name in next(iter(found.values())) if all(name in metrics for metrics in found.values())]
+    return names, [
+        (
+            kind,
+            {
+                "%": [_percent(metrics[name]) for name in names],
+                "95 % CI": [_interval(intervals[kind].get(name)) for name in names],
+            },
+        )
+        for kind, metrics in found.items()
+    ]
+
+
+def _table(first: Mapping[str, list[str]], groups: _Groups) -> str:
+    """Returns columns of text and groups of columns of numbers, each under its title."""
+    blocks = [_block("", first, left=True), *(_block(title, columns) for title, columns in groups)]
     lines = ["   ".join(parts).rstrip() for parts in zip(*blocks, strict=True)]
     top = [line for line in lines[:2] if line]  # one group has no title
     return "\n".join([*top, "-" * max(map(len, lines)), *lines[2:]])

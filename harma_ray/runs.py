@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import harma_ray
-from harma_ray.checkpoint import list_checkpoints, load_weights, read_meta
+from harma_ray.checkpoint import CheckpointMeta, list_checkpoints, load_weights, read_meta
 from harma_ray.config import RunConfig, to_yaml
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
@@ -29,6 +29,7 @@ from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
 from harma_ray.shell import command_line
 from harma_ray.task import Task
+from harma_ray.tracking import read_records
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
@@ -65,7 +66,7 @@ class Run:
             metric: What to judge by; None = the recipe's objective.
 
         Raises:
-            UserError: If there is none, or none with that metric.
+            UserError: If there is none, none with that metric, or the best by it was not kept.
         """
         checkpoints = list_checkpoints(self.path)
         if not checkpoints:
@@ -75,7 +76,22 @@ class Run:
         if metric and not rated:
             known = ", ".join(read_meta(checkpoints[-1]).metrics) or "none"
             raise UserError(f"no checkpoint of {self.path} has the metric `{metric}` (there are {known})")
-        return max(rated, key=lambda path: read_meta(path).metrics[objective]) if rated else checkpoints[-1]
+        best = max(rated, key=lambda path: read_meta(path).metrics[objective]) if rated else checkpoints[-1]
+        if metric:
+            self._require_kept(metric, read_meta(best))
+        return best
+
+    def _require_kept(self, metric: str, kept: CheckpointMeta) -> None:
+        """Raises UserError if a checkpoint that was better by a metric is not there any more."""
+        evaluations = [record for record in read_records(self.path) if record["kind"] == "evaluation"]
+        seen = [record for record in evaluations if record.get(metric) is not None]
+        best = max(seen, key=lambda record: record[metric], default=None)
+        if best is not None and best[metric] > kept.metrics[metric]:
+            raise UserError(
+                f"the checkpoint of {self.path} that was best by `{metric}` ({best[metric]:.2f}, epoch "
+                f"{best['epoch']:g}) was not kept; of those kept the best has {kept.metrics[metric]:.2f} (epoch "
+                f"{kept.epoch:g}): leave out --metric, or train again with --set 'selection.also_keep=[{metric}]'"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

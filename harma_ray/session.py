@@ -28,9 +28,10 @@ from harma_ray.files import output_path, write_text
 from harma_ray.loop import check_batch
 from harma_ray.plans import plan_workers
 from harma_ray.recipes import make_task
-from harma_ray.report import results_table, write_report
+from harma_ray.report import comparison_section, comparison_table, results_table, write_report
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.shell import command_line, launch_command
+from harma_ray.task import require_query
 from harma_ray.tracking import read_records
 from harma_ray.train import evaluate_on_workers, train
 
@@ -190,6 +191,7 @@ def evaluate_and_print(
     report: str | None = None,
     num_workers: int = 1,
     address: str | None = None,
+    query: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates, prints a table with intervals and chance, writes JSON and the page if asked for.
 
@@ -201,6 +203,11 @@ def evaluate_and_print(
         report: Folder of the page.
         num_workers: More than one need Ray.
         address: Cluster to join for that.
+        query: Whose figures, of a model that knows several kinds of queries; None = its own, ``all`` = beside its own
+            a table of all.
+
+    Raises:
+        UserError: If the weights, the split or the kind of queries does not fit.
     """
     config = absolute_paths(config)
     data, task = open_split(config.data.path, split), make_task(config)
@@ -209,32 +216,50 @@ def evaluate_and_print(
         raise UserError(f"the folder of `--json` {figures} does not exist")
     started = time.perf_counter()
     model = load_model(file, config)
+    if query:
+        require_query(task, model, query if query != "all" else next(iter(task.queries(model)), query))
     if num_workers > 1:
         with ray_cluster(address) as cluster:
             evaluation = evaluate_on_workers(config, file, split, cluster)
     else:
         place = default_place(config)
         evaluation = evaluate_split(task, config, model, split, place=place, reader=local_batches)
+    by_query = evaluation.by_query
+    if query and query != "all":
+        evaluation = by_query[query]
     details = evaluation.details
     intervals, chance = details.intervals(), details.chance()
+    kinds = {name: found.metrics for name, found in by_query.items()} if query == "all" else {}
+    spreads = {name: by_query[name].details.intervals() for name in kinds}
     precision = config.train.eval_precision
     print(f"{data.path}: {data.describe()}, {precision}, {time.perf_counter() - started:.1f} s")
+    if evaluation.note:
+        print(evaluation.note)
     print(results_table(evaluation.metrics, intervals, chance))
     identity, trained_on = data_identity(config.data.path, [split])[split], _trained_on(file)
     if trained_on and trained_on.get(split, identity) != identity:
         print(f"notice: the run was begun on another `{split}` than this one")
-    outcome = {
+    outcome: dict[str, Any] = {
         "split": split, "data": str(data.path), **identity, "weights": file, "trained_on": trained_on,
         "precision": precision, "metrics": evaluation.metrics,
         "interval_95": intervals, "chance": chance,
     }  # fmt: skip
+    if evaluation.query:
+        outcome["query"] = evaluation.query
+    sections = task.sections(evaluation, data) if folder else []
+    if kinds:
+        print(f"\n{comparison_table(kinds, spreads)}")
+        outcome["queries"] = {name: {"metrics": kinds[name], "interval_95": spreads[name]} for name in kinds}
+        sections.insert(0, comparison_section(kinds, spreads))
     if figures:
         write_text(figures, json.dumps(outcome, indent=1))
         print(f"figures    {figures}")
     if folder:
         page = write_report(
-            folder, title=f"{config.recipe} on {split}", sections=task.sections(evaluation, data),
-            subtitle=f"{data.path.parent.name}/{split}: {data.describe()}; measured in {precision}",
+            folder, title=f"{config.recipe} on {split}", sections=sections,
+            subtitle="; ".join(filter(None, [
+                f"{data.path.parent.name}/{split}: {data.describe()}", evaluation.note, f"measured in {precision}"
+            ])),
             metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
             settings=dataclasses.asdict(config), records=list(read_records(Path(file))) if file else [],
         )  # fmt: skip

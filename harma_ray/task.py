@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.data.schema import Split
+from harma_ray.errors import UserError
 
 Batch = dict[str, Tensor]
 """A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
@@ -84,6 +85,17 @@ class Evaluation:
     """Metric names and values, such as ``r_mean`` in percent."""
     details: Any = None
     """On worker 0 the task's `Details`, for tables, pictures and pages."""
+    query: str = ""
+    """How queries were made, where a task knows several ways, such as ``sum``; see `others`."""
+    note: str = ""
+    """The same in words."""
+    others: Mapping[str, Evaluation] = field(default_factory=dict)
+    """On worker 0 what the other ways find with the same model, by name: baselines."""
+
+    @property
+    def by_query(self) -> dict[str, Evaluation]:
+        """Returns this evaluation and the others by their queries' names; nothing if there is one way alone."""
+        return {self.query: self, **self.others} if self.query else {}
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,14 @@ class Task(Protocol):
         """Returns the model on CPU with freezing applied: trainable parameters are those that require a gradient."""
         ...
 
+    def build_untrained(self) -> nn.Module:
+        """Returns the model that a training is measured against: the pretrained part, without what is random yet."""
+        ...
+
+    def queries(self, model: nn.Module) -> Sequence[str]:
+        """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
+        ...
+
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the transform of training samples or of evaluated rows."""
         ...
@@ -192,6 +212,21 @@ class Task(Protocol):
     def monitor(self, model: nn.Module) -> dict[str, float]:
         """Returns values worth watching, such as the temperature and the gates."""
         ...
+
+
+def require_query(task: Task, model: nn.Module, query: str) -> None:
+    """Checks that a model's queries can be made in some way.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    known = task.queries(model)
+    if query not in known:
+        raise UserError(
+            f"`--query {query}` must be one of {', '.join(known)} for this model"
+            if known
+            else "`--query` is for composed retrieval, where queries can be made in several ways; leave it out"
+        )
 
 
 @runtime_checkable

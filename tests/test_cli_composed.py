@@ -13,12 +13,16 @@ from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
 
 from harma_ray.checkpoint import read_meta, save_checkpoint
+from harma_ray.composed_exchange import settings_after
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.schema import MANIFEST_NAME, BadRow, list_splits, open_split
 from harma_ray.exchange import load_model
-from harma_ray.recipes import recipe_config
+from harma_ray.models.clip import build_clip
+from harma_ray.models.combiner import Combiner
+from harma_ray.models.weights import backbone_fingerprint, save_clip
+from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
 from harma_ray.tracking import read_records
 
@@ -196,7 +200,7 @@ def test_a_submission_that_the_server_would_refuse_is_not_written(
 
     assert "has 50 names a query, but" in predict(tuned, composed, "val")
     assert "has no queries of composed retrieval" in predict(tuned, scenes, "val")
-    assert "which has no composed queries" in predict(random_run, composed, "val")
+    assert "recipe harma-scenes has no composed queries" in predict(random_run, composed, "val")
     assert "no split `test1`" in predict(tuned, composed, "test1")
     assert not (tmp_path / "out").exists()
 
@@ -278,11 +282,14 @@ def test_published_files_go_out_and_come_in(capsys, composed, tuned, combined, t
     done(capsys, "checkpoint", "export", "--run", combined.path, "--format", "released", "--out", combiner)
     state = torch.load(clip, weights_only=True)
     assert set(state) == {"epoch", "CLIP"}
-    assert set(torch.load(combiner, weights_only=True)) == {"epoch", "Combiner"}
+    assert set(torch.load(combiner, weights_only=True)) == {"epoch", "Combiner", "trained_on"}
     assert "open_clip state dict" in done(capsys, "checkpoint", "show", clip)
     assert "features, projection 32, hidden 16" in done(capsys, "checkpoint", "show", combiner)
     done(capsys, "checkpoint", "import", clip, "--recipe", "scenes-cir-finetune", "--out", tmp_path / "clip")
-    done(capsys, "checkpoint", "import", combiner, "--recipe", "scenes-cir-combiner", "--out", tmp_path / "combiner")
+    base = tmp_path / "base.safetensors"
+    save_clip(combined.load_model().clip, base)
+    done(capsys, "checkpoint", "import", combiner, "--recipe", "scenes-cir-combiner", "--clip", base, "--out",
+         tmp_path / "combiner")  # fmt: skip
     assert open_run(tmp_path / "combiner").config.combiner.projection_dim == 32
     again = open_run(tmp_path / "combiner").load_model().state_dict()
     for name, tensor in combined.load_model().state_dict().items():
@@ -306,8 +313,9 @@ def test_a_published_file_that_does_not_fit_is_refused_by_name(capsys, request, 
         name = "stranger.weight"
         content[section][name] = torch.zeros(1)
     torch.save(content, tmp_path / "bad.pt")
+    pair = ("--clip", "random") if section == "Combiner" else ()
     error = refused(capsys, "checkpoint", "import", tmp_path / "bad.pt", "--recipe", run.config.recipe, "--out",
-                    tmp_path / "out")  # fmt: skip
+                    tmp_path / "out", *pair)  # fmt: skip
     assert name in error
     assert not (tmp_path / "out").exists()
 
@@ -322,3 +330,150 @@ def test_a_dry_check_lists_all_missing_images(capsys, tmp_path):
     report = done(capsys, "convert", "fashioniq", "--root", root, "--split", "val", "--annotations-only")
     assert report.splitlines()[-3:] == [f"2 are missing under {root}:", "images/Dv1.jpg", "images/Sv2.jpg"]
     assert "with --out" in refused(capsys, "convert", "fashioniq", "--root", root, "--split", "val")
+
+
+@pytest.fixture(scope="module")
+def paired(composed, runs, tuned):
+    """A run of the second stage on the run of the first, with random weights."""
+    changes = {"model.tuned": str(tuned.best_checkpoint()), "model.tuned_seed": 3}
+    return make_random_run(runs, "paired", small(composed, "scenes-cir-combiner", **changes))
+
+
+def figures(capsys, tmp_path, *command):
+    done(capsys, "evaluate", *command, "--json", tmp_path / "figures.json")
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+def test_a_combiner_that_nobody_trained_is_never_scored(capsys, composed, tuned, tmp_path):
+    """Not as the backbone either: CLIP alone gives the figures of the sum."""
+    data = ("--data", composed, "--split", "val")
+    first = figures(capsys, tmp_path, "--zero-shot", "--recipe", "scenes-cir-finetune", *data)
+    second = figures(capsys, tmp_path, "--zero-shot", "--recipe", "scenes-cir-combiner", *data)
+    assert second == first
+    assert second["query"] == "sum"
+    command = ("evaluate", "--zero-shot", "--recipe", "scenes-cir-combiner", *data)
+    assert "queries: the sum of image and text features" in done(capsys, *command)
+    assert "must be one of sum, image, text for this model" in refused(capsys, *command, "--query", "combiner")
+    untrained = make_task(small(composed, "scenes-cir-combiner")).build_untrained()
+    assert {name.split(".")[0] for name, _ in untrained.named_parameters()} == {"encoder"}
+
+
+def test_a_second_stage_is_evaluated_with_the_sum_too(capsys, composed, tuned, paired, tmp_path):
+    data = ("--split", "val")
+    own = figures(capsys, tmp_path, "--run", paired.path, *data)
+    added = figures(capsys, tmp_path, "--run", paired.path, "--query", "sum", *data)
+    first = figures(capsys, tmp_path, "--run", tuned.path, *data)
+    assert (own["query"], added["query"], first["query"]) == ("combiner", "sum", "sum")
+    halves = {f"{half}_only_r_mean": first["metrics"].pop(f"{half}_only_r_mean") for half in ("image", "text")}
+    assert added["metrics"] == first["metrics"] != own["metrics"]
+    assert added["interval_95"] == first["interval_95"]
+    assert own["metrics"]["sum_r_mean"] == added["metrics"]["r_mean"]
+    every = figures(capsys, tmp_path, "--run", paired.path, "--query", "all", *data, "--report", tmp_path / "page")
+    assert list(every["queries"]) == ["combiner", "sum", "image", "text"]
+    assert every["metrics"] == own["metrics"]
+    assert every["queries"]["sum"]["metrics"] == first["metrics"]
+    for half in ("image", "text"):
+        found = figures(capsys, tmp_path, "--run", paired.path, "--query", half, *data)
+        assert found["metrics"]["r_mean"] == halves[f"{half}_only_r_mean"]
+        assert every["queries"][half]["metrics"] == found["metrics"]
+        assert set(found["interval_95"]) >= {"recall_at1", "recall_at50", "group_recall_at1", "r_mean"}
+    assert "Kinds of queries" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_queries_of_one_kind_alone_have_no_switch(capsys, scenes, tuned, random_run):
+    error = refused(capsys, "evaluate", "--run", random_run.path, "--split", "val", "--query", "all")
+    assert "`--query` is for composed retrieval" in error
+    assert "must be one of sum, image, text" in refused(
+        capsys, "evaluate", "--run", tuned.path, "--split", "val", "--query", "combiner"
+    )
+
+
+def test_a_published_clip_alone_and_the_sum_of_a_second_stage_give_the_first_ones_submission(
+    capsys, gallery, tuned, paired, tmp_path
+):
+    done(capsys, "checkpoint", "export", "--run", tuned.path, "--format", "released", "--out", tmp_path / "clip.pt")
+    sources = {
+        "first": ("--run", tuned.path),
+        "second": ("--run", paired.path, "--query", "sum"),
+        "clip": ("--zero-shot", "--recipe", "scenes-cir-finetune", "--set", f"model.pretrained={tmp_path / 'clip.pt'}"),
+        "combined": ("--run", paired.path),
+        "image": ("--run", paired.path, "--query", "image"),
+    }
+    files = {}
+    for name, source in sources.items():
+        named = () if name == "clip" else ("--name", name)
+        printed = done(capsys, "predict", "cirr-test", *source, "--data", gallery, "--split", "test", "--out",
+                       tmp_path / "sent", *named)  # fmt: skip
+        wanted = {"combined": "the Combiner's", "image": "the reference image alone"}
+        assert f"queries: {wanted.get(name, 'the sum of image and text features')}; fp32" in printed
+        files[name] = [
+            (tmp_path / "sent" / f"{kind}_submission_{name}.json").read_text() for kind in ("recall", "recall_subset")
+        ]
+    assert files["second"] == files["clip"] == files["first"]
+    assert len({tuple(files[name]) for name in ("first", "combined", "image")}) == 3
+
+
+def test_a_published_combiner_is_paired_with_the_clip_that_is_given(capsys, composed, tuned, paired, tmp_path):
+    clip, combiner, anonymous = (tmp_path / name for name in ("clip.pt", "combiner.pt", "anonymous.pt"))
+    for run, path in ((tuned, clip), (paired, combiner)):
+        done(capsys, "checkpoint", "export", "--run", run.path, "--format", "released", "--out", path)
+    content = torch.load(combiner, weights_only=True)
+    del content["trained_on"]
+    torch.save(content, anonymous)  # as CLIP4Cir's own program writes it
+    command = ("checkpoint", "import", anonymous, "--recipe", "scenes-cir-combiner", "--out", tmp_path / "made")
+    error = refused(capsys, *command)
+    assert "is a Combiner without its CLIP" in error
+    assert "--clip FILE" in error
+    assert not (tmp_path / "made").exists()
+    printed = done(capsys, *command, "--clip", clip)
+    assert f"paired with {clip} (`scenes-tiny`, fingerprint {backbone_fingerprint(tuned.load_model())[:12]})" in printed
+    assert "does not say which CLIP it was trained on" in printed
+    clip.unlink()  # both are in the run now
+    again, wanted = open_run(tmp_path / "made").load_model().state_dict(), paired.load_model().state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in wanted.items())
+    done(capsys, *command[:-1], tmp_path / "by-run", "--clip", tuned.path)
+    again = open_run(tmp_path / "by-run").load_model().state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_combiner_and_a_clip_that_do_not_belong_together_are_refused(capsys, tuned, paired, tmp_path):
+    combiner, other = tmp_path / "combiner.pt", tmp_path / "other.safetensors"
+    done(capsys, "checkpoint", "export", "--run", paired.path, "--format", "released", "--out", combiner)
+    save_clip(build_clip("scenes-tiny", "random", seed=8), other)
+    command = ("checkpoint", "import", combiner, "--recipe", "scenes-cir-combiner", "--out", tmp_path / "made")
+    assert "was trained on a CLIP with fingerprint" in refused(capsys, *command, "--clip", other)
+    torch.save({"epoch": 1, "Combiner": Combiner(64, 32, 16).state_dict()}, combiner)
+    assert "combines features of width 64, but" in refused(capsys, *command, "--clip", other)
+    clip = ("checkpoint", "import", other, "--recipe", "scenes-cir-finetune", "--out", tmp_path / "made")
+    assert "`--clip` is for a Combiner" in refused(capsys, *clip, "--clip", other)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_second_stage_builds_on_the_best_by_another_metric(capsys, composed, tuned, tmp_path):
+    run = make_random_run(tmp_path, "first", tuned.config)
+    (run.path / "report.json").write_text("{}")
+    meta = read_meta(run.best_checkpoint())
+    save_checkpoint(
+        run.path, replace(meta, step=5, metrics={"r_mean": 0.5, "harmonic_mean": 9.0}), run.load_model(), {}
+    )
+    for metric in (None, "harmonic_mean"):
+        config = build_config(recipe_config("scenes-cir-combiner"), settings_after(run, "scenes-cir-combiner", metric))
+        assert config.model.tuned == str(run.best_checkpoint(metric))
+    assert run.best_checkpoint("harmonic_mean").name == "step_00000005" != run.best_checkpoint().name
+    command = ("train", "--recipe", "scenes-cir-combiner", "--data", composed)
+    assert "give it with --from" in refused(capsys, *command, "--metric", "harmonic_mean")
+    assert "has the metric `recall_at50`" in refused(capsys, *command, "--from", run.path, "--metric", "recall_at50")
+
+
+def test_the_best_by_a_metric_is_not_what_was_left_of_a_run(capsys, tuned, tmp_path):
+    """A run keeps the best by its own criteria; by another the best may be gone, and a worse one is no answer."""
+    run = make_random_run(tmp_path, "run", tuned.config)
+    line = {"kind": "evaluation", "step": 3, "epoch": 3, "split": "val", "r_mean": 1.0}
+    records = [{**line, "harmonic_mean": 31.5}, {**line, "epoch": 4, "harmonic_mean": 20.0}]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    kept = replace(read_meta(run.best_checkpoint()), metrics={"r_mean": 1.0, "harmonic_mean": 20.0})
+    save_checkpoint(run.path, kept, run.load_model(), {})
+    error = refused(capsys, "evaluate", "--run", run.path, "--split", "val", "--metric", "harmonic_mean")
+    assert "(31.50, epoch 3) was not kept; of those kept the best has 20.00" in error
+    assert "selection.also_keep=[harmonic_mean]" in error
+    assert run.best_checkpoint("r_mean") == run.best_checkpoint()

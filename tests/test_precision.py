@@ -128,7 +128,7 @@ def test_a_submission_is_in_fp32_unless_bf16_is_asked_for(capsys, run_of, tmp_pa
     for name, made, options in (("own", run, ()), ("exact", exact, ()), ("rough", run, ("--precision", "bf16"))):
         printed = done(capsys, "predict", "cirr-test", "--run", made.path, "--data", data, "--split", "test", "--out",
                        tmp_path, "--name", name, *options)  # fmt: skip
-        assert printed.count("(bf16)" if name == "rough" else "(fp32)") == 2
+        assert printed.splitlines()[0] == f"queries: the Combiner's; {'bf16' if name == 'rough' else 'fp32'}"
         files[name] = (tmp_path / f"recall_submission_{name}.json").read_text()
     assert files["own"] == files["exact"]
     assert files["rough"] != files["own"]

@@ -18,7 +18,6 @@ from harma_ray.cli.options import (
     config_from,
     make_command,
     precision_changes,
-    scaling_changes,
 )
 from harma_ray.errors import UserError
 
@@ -30,30 +29,48 @@ def add_evaluate(commands: Any) -> None:
         "examples:\n  launch.py evaluate --run runs/NAME --split test --report report\n"
         "  launch.py evaluate --checkpoint FILE --recipe harma-rsitmd-vit --data data/rsitmd --split test",
     )  # fmt: skip
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", help="folder of a run; its best checkpoint is evaluated")
-    source.add_argument(
-        "--checkpoint", help="adapter file, released .pth file or checkpoint folder; needs --recipe or --config"
-    )
-    source.add_argument("--zero-shot", action="store_true", help="the recipe's backbone as it is")
-    built = parser.add_mutually_exclusive_group()
-    built.add_argument("--recipe", help="recipe of the checkpoint or backbone")
-    built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
+    _add_model(parser)
     parser.add_argument("--data", help="folder of the converted data set (default: the run's)")
     parser.add_argument("--split", default="test", help="split (default: test)")
-    add_metric(parser)
+    _add_query(parser, "all")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
-    add_precision(parser)
-    add_settings(parser)
     add_scaling(parser, default="1")
     add_address(parser)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model is meant."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", help="folder of a run; its best checkpoint is taken")
+    source.add_argument(
+        "--checkpoint", help="adapter file, released .pth file or checkpoint folder; needs --recipe or --config"
+    )
+    source.add_argument(
+        "--zero-shot", action="store_true", help="the recipe's backbone as it is (model.pretrained); of composed "
+        "retrieval the sum of its features",
+    )  # fmt: skip
+    built = parser.add_mutually_exclusive_group()
+    built.add_argument("--recipe", help="recipe of the checkpoint or backbone")
+    built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
+    add_metric(parser)
+    add_precision(parser)
+    add_settings(parser)
+
+
+def _add_query(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Adds ``--query``."""
+    parser.add_argument(
+        "--query", choices=["combiner", "sum", "image", "text", *more], help="composed retrieval: how queries are made "
+        "(default: by the Combiner if the model has one, else the sum of image and text features)"
+        + ("; all = beside these figures a table of all kinds" if more else ""),
+    )  # fmt: skip
+
+
+def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
+    """Returns the settings and the weights (None: none but the backbone's) of the model that is meant."""
     from harma_ray.config import ScalingConfig, build_config
     from harma_ray.runs import open_run
-    from harma_ray.session import evaluate_and_print
 
     weights = options.run or options.checkpoint
     if options.metric and not options.run:
@@ -69,9 +86,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         config = config_from(options)
     else:
         raise UserError("`--checkpoint` and `--zero-shot` need --recipe or --config: how the model is built")
+    return config, weights
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from harma_ray.session import evaluate_and_print
+
+    config, weights = _read_model(options)
     evaluate_and_print(
         config, weights, split=options.split, json_file=options.json, report=options.report,
-        num_workers=options.workers or 1, address=options.address,
+        num_workers=options.workers or 1, address=options.address, query=options.query,
     )  # fmt: skip
 
 
@@ -81,28 +105,35 @@ def add_predict(commands: Any) -> None:
         "predict", help="answer queries whose targets are not public", description="Files for evaluation servers."
     )
     kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
-    made = make_command(kinds, "cirr-test", _predict, "Write the two files of a submission to CIRR's server.")
-    made.add_argument("--run", required=True, help="folder of the run whose best model answers")
+    made = make_command(
+        kinds, "cirr-test", _predict, "Write the two files of a submission to CIRR's server.",
+        "examples:\n  launch.py predict cirr-test --run runs/STAGE2 --data data/cirr\n"
+        "  launch.py predict cirr-test --zero-shot --recipe clip4cir-finetune --data data/cirr "
+        "--set model.pretrained=cirr_clip_RN50x4_fullft.pt",
+    )  # fmt: skip
+    _add_model(made)
     made.add_argument("--data", required=True, help="converted data set")
     made.add_argument("--split", default="test1", help="split with the queries (default: test1)")
     made.add_argument("--out", default="submission/CIRR", help="folder to write (default: submission/CIRR)")
-    made.add_argument("--name", help="last part of the files' names (default: the run's name)")
-    add_metric(made)
-    add_precision(made)
+    made.add_argument("--name", help="last part of the files' names (default: that of the run or file)")
+    _add_query(made)
     add_device(made)
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from harma_ray.config import ScalingConfig, build_config
     from harma_ray.predict import predict_cirr
-    from harma_ray.runs import Run, open_run
+    from harma_ray.recipes.clip4cir import QUERIES
 
-    found = open_run(options.run)
-    changes = {**scaling_changes(options), **precision_changes(options)}
-    run = Run(found.path, build_config(replace(found.config, scaling=ScalingConfig()), changes))
-    name = options.name or run.path.name
-    for path in predict_cirr(run, options.data, options.split, options.out, name, metric=options.metric):
-        print(f"wrote {path} ({run.config.train.eval_precision})")
+    config, weights = _read_model(options)
+    name = options.name or (
+        Path(options.run).expanduser().absolute().name
+        if options.run
+        else Path(options.checkpoint or config.model.pretrained).stem
+    )
+    found = predict_cirr(config, weights, options.split, options.out, name, query=options.query)
+    print(f"queries: {QUERIES[found.query]}; {config.train.eval_precision}")
+    for path in found.files:
+        print(f"wrote {path}")
 
 
 def add_embed(commands: Any) -> None:

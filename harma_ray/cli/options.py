@@ -71,7 +71,7 @@ def config_from(options: argparse.Namespace) -> Any:
 
     base = load_config(options.config) if options.config else recipe_config(options.recipe)
     if getattr(options, "source", None):
-        base = build_config(base, stage_changes(options.source, base.recipe), origin="--from")
+        base = build_config(base, stage_changes(options, base.recipe), origin="--from")
     return build_config(base, changes_from(options))
 
 
@@ -79,16 +79,17 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Adds ``--from``."""
     parser.add_argument(
         "--from", metavar="RUN", dest="source", help="a run of an earlier stage whose model this one is built on "
-        "(clip4cir-combiner on a clip4cir-finetune)",
+        "(clip4cir-combiner on a clip4cir-finetune); its best one, or the best by --metric",
     )  # fmt: skip
+    add_metric(parser)
 
 
-def stage_changes(run: str, recipe: str) -> dict[str, Any]:
-    """Returns the settings by which a recipe builds on a run of an earlier stage."""
+def stage_changes(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
+    """Returns the settings by which a recipe builds on the run of ``--from``."""
     from harma_ray.composed_exchange import settings_after
     from harma_ray.runs import open_run
 
-    return settings_after(open_run(run), recipe)
+    return settings_after(open_run(options.source), recipe, options.metric)
 
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:

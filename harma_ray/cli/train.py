@@ -50,12 +50,14 @@ def _train(options: argparse.Namespace) -> None:
     from harma_ray.session import check_gradients, resume_and_train, train_seeds
 
     if options.resume:
-        changed = ("source", "overrides", "seeds", "name", "runs", "check")
+        changed = ("source", "metric", "overrides", "seeds", "name", "runs", "check")
         if any(getattr(options, name) for name in changed):
             raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
         changes = {**scaling_changes(options), **data_change(options)}
         resume_and_train(options.resume, changes, address=options.address, started=options.started)
         return
+    if options.metric and not options.source:
+        raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
     config = config_from(options)
     if options.check:
         check_gradients(config)

@@ -60,6 +60,8 @@ def _tune(options: argparse.Namespace) -> None:
         confirm=options.confirm or 0, address=options.address, dashboard=not options.no_dashboard,
         started=options.started,
     )  # fmt: skip
+    if options.metric and not options.source:
+        raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
     overrides = changes_from(options)
     if options.resume:
         if options.what or overrides or options.runs or options.name or options.source:
@@ -72,7 +74,7 @@ def _tune(options: argparse.Namespace) -> None:
     elif len(options.what) == 1:
         recipe = read_recipe(options.what[0]) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file
-            overrides = {**stage_changes(options.source, recipe), **overrides}
+            overrides = {**stage_changes(options, recipe), **overrides}
         start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

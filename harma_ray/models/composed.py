@@ -95,7 +95,12 @@ class ComposedRetriever(nn.Module):
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
         """Return query vectors [B, F], L2-normalised, of features [B, F] that are not."""
-        return unit(image.float() + text.float()) if self.combiner is None else self.combiner(image, text)
+        return self.add(image, text) if self.combiner is None else self.combiner(image, text)
+
+    @staticmethod
+    def add(image: Tensor, text: Tensor) -> Tensor:
+        """Return the normalised sum of features [B, F], the query vectors of a model without a Combiner."""
+        return unit(image.float() + text.float())
 
     def _encode(self, encode: Callable[..., Tensor], inputs: Tensor) -> Tensor:
         if not self._is_frozen:

@@ -9,7 +9,7 @@ Shape letters: B batch, Q queries, G gallery, F features of CLIP.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,19 @@ from harma_ray.recipes.clip4cir_inputs import Inputs, ItemTransform, TripletTran
 from harma_ray.task import Batch, Evaluation, EvaluationData, FeatureEncoder, Projection, RowTransform, Section
 
 _MAX_POINTS = 500
+QUERIES: Mapping[str, str] = {
+    "combiner": "the Combiner's",
+    "sum": "the sum of image and text features",
+    "image": "the reference image alone",
+    "text": "the text alone",
+}
+"""How query vectors can be made. The model's own way is one of the first two; all others are baselines to it."""
+BASELINE_METRICS: Mapping[str, str] = {
+    "sum": "sum_r_mean",
+    "image": "image_only_r_mean",
+    "text": "text_only_r_mean",
+}
+"""Where an evaluation of the model's own queries has the `r_mean` of others."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,7 @@ class Clip4CirTask:
         self._base = base
         self._trusted: set[Path] = set()
         self._frozen_gallery: dict[Path, Tensor] = {}
+        self._frozen_baselines: dict[Path, dict[str, Evaluation]] = {}
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
@@ -149,6 +163,17 @@ class Clip4CirTask:
                 combiner = Combiner(encoder.embedding_width, sizes.projection_dim, sizes.hidden_dim, sizes.dropout)
         return ComposedRetriever(encoder, combiner, trained=trained, chunk_size=self.config.train.eval_batch_size)
 
+    def build_untrained(self) -> ComposedRetriever:
+        """Returns CLIP on CPU, whose outputs are added: a Combiner that nobody trained is random."""
+        model = self.build_model()
+        model.combiner = None
+        return model
+
+    def queries(self, model: nn.Module) -> Sequence[str]:
+        """Returns the names among `QUERIES` that a model can make: all, or without a Combiner all others."""
+        assert isinstance(model, ComposedRetriever)
+        return [name for name in QUERIES if name != "combiner" or model.combiner is not None]
+
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the transform of triplets, or of the gallery; the same padding and crop in both."""
         inputs = self._inputs
@@ -169,25 +194,32 @@ class Clip4CirTask:
         return {"contrastive": composed_loss(query, target)}
 
     def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
-        """Returns the recalls of the split's protocol, in percent, and `r_mean` of either half of the query alone."""
+        """Returns the recalls of the split's protocol, in percent, and `r_mean` of the baselines among `QUERIES`."""
         assert isinstance(model, ComposedRetriever)
         queries = ComposedQueries.of(data.split)
         target = queries.require_targets()
-        gallery, texts = self.encode(model, data, queries)
-        details, metrics = None, {}
+        features, texts = self.encode(model, data, queries)
+        own, *baselines = self.queries(model)
+        details, others, metrics = None, {}, {}
         if rank() == 0:
-            embeddings = self.compose(model, gallery, texts, queries)
-            gallery = unit(gallery)
+            gallery = unit(features)
 
-            def recalls(vectors: Tensor) -> ComposedResult:
-                return composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
+            def measure(query: str) -> Evaluation:
+                vectors = self.compose(model, features, texts, queries, query)
+                result = composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
+                found = ComposedDetails(gallery, vectors, queries, result)
+                return Evaluation(result.metrics, found, query, f"queries: {QUERIES[query]}")
 
-            result = recalls(embeddings)
-            metrics = dict(result.metrics)
-            for half, vectors in (("image", gallery[queries.reference]), ("text", unit(texts))):
-                metrics[f"{half}_only_r_mean"] = recalls(vectors).metrics["r_mean"]
-            details = ComposedDetails(gallery, embeddings, queries, result)
-        return Evaluation(broadcast_object(metrics), details)
+            others = self._frozen_baselines.get(data.split.path)
+            if others is None:
+                others = {query: measure(query) for query in baselines}
+                if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+                    self._frozen_baselines[data.split.path] = others
+            evaluation = measure(own)
+            details, metrics = evaluation.details, dict(evaluation.metrics)
+            for query, other in others.items():
+                metrics[BASELINE_METRICS[query]] = other.metrics["r_mean"]
+        return Evaluation(broadcast_object(metrics), details, own, f"queries: {QUERIES[own]}", others)
 
     def encode(self, model: ComposedRetriever, data: EvaluationData, queries: ComposedQueries) -> tuple[Tensor, Tensor]:
         """Encodes a gallery and the texts of its queries, the work shared by all workers.
@@ -214,10 +246,23 @@ class Clip4CirTask:
             model.encoder, self.config.model.architecture, texts, batch_size, normalize=False
         )  # fmt: skip
 
-    def compose(self, model: ComposedRetriever, gallery: Tensor, texts: Tensor, queries: ComposedQueries) -> Tensor:
-        """Returns query vectors fp32[Q, F] on CPU, L2-normalised, of features as `encode` gives them."""
+    def compose(
+        self, model: ComposedRetriever, gallery: Tensor, texts: Tensor, queries: ComposedQueries, query: str
+    ) -> Tensor:
+        """Returns query vectors fp32[Q, F] on CPU, L2-normalised, of features as `encode` gives them.
+
+        Args:
+            model: Whose Combiner may be used.
+            gallery: fp32[G, F].
+            texts: fp32[Q, F].
+            queries: Where the references are in the gallery.
+            query: One of `queries`.
+        """
+        if query in ("image", "text"):
+            return unit(gallery[queries.reference] if query == "image" else texts)
+        compose = model.compose if query == "combiner" else model.add
         parts = [
-            model.compose(images.to(model.device), part.to(model.device)).float().cpu()
+            compose(images.to(model.device), part.to(model.device)).float().cpu()
             for images, part in zip(
                 gallery[queries.reference].split(self.config.train.eval_batch_size),
                 texts.split(self.config.train.eval_batch_size),

@@ -129,6 +129,14 @@ class HarmaTask:
             model.set_grad_checkpointing()
         return model
 
+    def build_untrained(self) -> DualEncoder:
+        """Returns the dual encoder on CPU; new adapters change nothing."""
+        return self.build_model()
+
+    def queries(self, model: nn.Module) -> Sequence[str]:
+        """Returns nothing: a query is an image or a caption."""
+        return ()
+
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the published training transform, or the plain resize."""
         architecture = self.config.model.architecture

@@ -124,7 +124,7 @@ def evaluate_untrained(config: RunConfig, setting: TrialSetting) -> dict[str, fl
     task, data = _task(config, setting), config.data
     split = data.val_split if config.train.select_on == "val" else data.test_split
     place = single_place(config, setting.plan)
-    return evaluate_split(task, config, task.build_model(), split, place=place, reader=_reader(config)).metrics
+    return evaluate_split(task, config, task.build_untrained(), split, place=place, reader=_reader(config)).metrics
 
 
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
