@@ -15,7 +15,8 @@ Identity = Mapping[str, Mapping[str, Any]]
 
 def content_fingerprint(split: Split) -> str:
     """Returns the fingerprint of a split; of vectors that of the split they were computed from."""
-    return split.manifest.inputs.get("manifest", split.fingerprint)
+    known = split.manifest.inputs.get("manifest")
+    return known if split.manifest.kind.endswith("vectors") and known else split.fingerprint
 
 
 def data_identity(data: str, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
