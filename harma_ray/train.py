@@ -28,7 +28,7 @@ from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.task import Evaluation
 from harma_ray.tracking import METRICS_NAME
-from harma_ray.worker_deaths import leave_note, wait_for_the_dead, what_happened
+from harma_ray.worker_deaths import leave_note, leave_trace, what_happened
 
 WORK_FOLDER = "ray"
 """Ray Train's own files, inside the run's folder."""
@@ -164,7 +164,7 @@ def _attempt(
         raise KeyboardInterrupt from error
     except WorkerGroupError as error:
         told = [find_user_error(failure) for _, failure in sorted(error.worker_failures.items())]
-        raise next(filter(None, told), None) or what_happened(error.worker_failures, notes, folder) from error
+        raise next(filter(None, told), None) or what_happened(error.worker_failures, notes) from error
     except ControllerError as error:
         reason = (str(error.controller_failure).splitlines() or [type(error.controller_failure).__name__])[0]
         raise WorkerFailed(f"the workers could not be started: {reason}") from error
@@ -237,7 +237,7 @@ def plain_errors() -> Iterator[None]:
     except Exception as raised:
         error = find_user_error(raised)
         if error is None:
-            wait_for_the_dead(raised)
+            leave_trace(raised)
             raise
         raise UserError(*error.args) from None
 

@@ -19,8 +19,6 @@ from typing import IO, Any
 
 from harma_ray.errors import WorkerDied, WorkerFailed
 
-ERROR_NAME = "error.txt"
-"""The whole trace of what a worker raised."""
 PEER_SECONDS = 30
 """How long a worker that lost the connection to another keeps quiet, for Ray to find out which one died."""
 
@@ -31,6 +29,7 @@ _CRASHES = {
 """Python's words for signals."""
 _PEER_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited|NCCL.*network error", re.S)
 _crash_file: IO[str] | None = None  # faulthandler needs it open
+_trace_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,17 @@ def leave_note(folder: Path, rank: int) -> None:
     """
     import ray.util
 
-    global _crash_file
+    global _crash_file, _trace_path
     folder.mkdir(parents=True, exist_ok=True)
     log = Path("/dev/fd/2").resolve()
     note = WorkerNote(
         rank, os.getpid(), socket.gethostname(), ray.util.get_node_ip_address(), str(log) if log.is_file() else "",
         _memory_kills(),
     )  # fmt: skip
-    _note_path(folder, rank).write_text(json.dumps(asdict(note)))
-    _crash_file = _crash_path(folder, rank).open("w")
+    _own_path(folder, rank, "json").write_text(json.dumps(asdict(note)))
+    _crash_file = _own_path(folder, rank, "crash").open("w")
     faulthandler.enable(_crash_file)
+    _trace_path = _own_path(folder, rank, "error")
 
 
 def read_notes(folder: Path) -> list[WorkerNote]:
@@ -74,28 +74,32 @@ def read_notes(folder: Path) -> list[WorkerNote]:
     return [WorkerNote(**json.loads(path.read_text())) for path in sorted(folder.glob("worker-*.json"))]
 
 
-def wait_for_the_dead(error: BaseException) -> None:
-    """Waits a while if an exception tells of the end of another worker, which is the one to be named."""
+def leave_trace(error: BaseException) -> None:
+    """Writes what this worker raised beside its note: Ray Train hands on the exception without its trace.
+
+    If it tells of the end of another worker, it waits a while: that one is to be named.
+    """
+    if _trace_path is not None:
+        _trace_path.write_text("".join(traceback.format_exception(error)))
     if _PEER_LOST.search(str(error)):
         time.sleep(PEER_SECONDS)
 
 
-def what_happened(failures: Mapping[int, BaseException], notes_folder: Path, folder: Path) -> WorkerFailed:
+def what_happened(failures: Mapping[int, BaseException], folder: Path) -> WorkerFailed:
     """Returns the error of a group of workers that has failed.
 
     Args:
         failures: What Ray Train knows, by rank.
-        notes_folder: Where the workers left their notes.
-        folder: Where `ERROR_NAME` goes, if a worker raised something.
+        folder: Where the workers left their notes.
     """
     dead = {rank: error for rank, error in failures.items() if hasattr(error, "health_check_failure")}
     hanging = {rank: error for rank, error in failures.items() if type(error).__name__.endswith("TimeoutError")}
     rank, error = min((dead or hanging or failures).items())
-    found = [note for note in read_notes(notes_folder) if note.rank == rank]
+    found = [note for note in read_notes(folder) if note.rank == rank]
     note = found[0] if found else None
     place = f" on {note.host} ({note.address})" if note else ""
     if rank in dead:
-        fate = f"died: {_why(getattr(error, 'health_check_failure', error), note, notes_folder)}"
+        fate = f"died: {_why(getattr(error, 'health_check_failure', error), note, folder)}"
     elif rank in hanging:
         fate = f"does not answer any more: {_first_line(error)}"
     else:
@@ -103,7 +107,7 @@ def what_happened(failures: Mapping[int, BaseException], notes_folder: Path, fol
     others = len(dead or hanging or failures) - 1
     more = f" (and {others} other(s))" if others else ""
     kind = WorkerDied if rank in dead else WorkerFailed
-    return kind(f"worker {rank}{place} {fate}{more}; {_logs(error, note, notes_folder, folder)}")
+    return kind(f"worker {rank}{place} {fate}{more}; {_logs(rank, note, folder)}")
 
 
 def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
@@ -115,7 +119,7 @@ def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
         return "its machine was taken away (preempted)"
     if re.search(r"node (has |was )?(died|dead|terminated)|node has died", text):
         return "its machine was lost"
-    crash = note and _crash_path(folder, note.rank)
+    crash = note and _own_path(folder, note.rank, "crash")
     told = re.match(r"Fatal Python error: (.+)", crash.read_text()) if crash and crash.is_file() else None
     if told:
         return f"{told[1]} ({_CRASHES[told[1]]})" if told[1] in _CRASHES else told[1]
@@ -126,14 +130,12 @@ def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
     return _first_line(text.rpartition("Worker exit detail: ")[2])
 
 
-def _logs(error: BaseException, note: WorkerNote | None, notes_folder: Path, folder: Path) -> str:
-    if not hasattr(error, "health_check_failure") and not type(error).__name__.endswith("TimeoutError"):
-        path = folder / ERROR_NAME
-        path.write_text("".join(traceback.format_exception(error)))
-        return f"the trace is in {path}"
+def _logs(rank: int, note: WorkerNote | None, folder: Path) -> str:
     if note is None:
         return "it had not begun to work"
-    crash = _crash_path(notes_folder, note.rank)
+    trace, crash = _own_path(folder, rank, "error"), _own_path(folder, rank, "crash")
+    if trace.is_file():
+        return f"the trace is in {trace}"
     stack = f", where it crashed in {crash}" if crash.is_file() and crash.stat().st_size else ""
     return f"its log is {note.log or 'in the logs of Ray'} there{stack}"
 
@@ -142,12 +144,8 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or ["no reason is known"])[0][:300]
 
 
-def _note_path(folder: Path, rank: int) -> Path:
-    return folder / f"worker-{rank}.json"
-
-
-def _crash_path(folder: Path, rank: int) -> Path:
-    return folder / f"worker-{rank}.crash"
+def _own_path(folder: Path, rank: int, kind: str) -> Path:
+    return folder / f"worker-{rank}.{kind}"
 
 
 def _memory_kills() -> int | None:

@@ -11,7 +11,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from harma_ray.cli import main
 from harma_ray.errors import WorkerDied, WorkerFailed
-from harma_ray.worker_deaths import ERROR_NAME, WorkerNote, what_happened
+from harma_ray.worker_deaths import WorkerNote, leave_note, leave_trace, what_happened
 
 LOST = "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: ..."
 
@@ -45,52 +45,57 @@ def notes(tmp_path):
         (died("Worker exit detail: Worker exits with exit code 3."), "Worker exits with exit code 3."),
     ],
 )  # fmt: skip
-def test_a_dead_worker_is_told_in_one_line(notes, tmp_path, failure, why):
-    error = what_happened({0: RuntimeError("Connection closed by peer"), 1: failure}, notes, tmp_path)
+def test_a_dead_worker_is_told_in_one_line(notes, failure, why):
+    error = what_happened({0: RuntimeError("Connection closed by peer"), 1: failure}, notes)
     assert isinstance(error, WorkerDied)
     assert str(error) == f"worker 1 on gpu7 (10.0.0.7) died: {why}; its log is /tmp/ray/worker-1.err there"
 
 
-def test_a_crash_is_told_by_its_signal_and_where_it_was(notes, tmp_path):
+def test_a_crash_is_told_by_its_signal_and_where_it_was(notes):
     crash = notes / "worker-1.crash"
     crash.write_text("Fatal Python error: Bus error\n\nCurrent thread ...")
-    assert str(what_happened({1: died(LOST)}, notes, tmp_path)) == (
+    assert str(what_happened({1: died(LOST)}, notes)) == (
         f"worker 1 on gpu7 (10.0.0.7) died: Bus error (SIGBUS); its log is /tmp/ray/worker-1.err there, where it "
         f"crashed in {crash}"
     )
 
 
-def test_a_kill_of_a_machine_that_counts_one_more_is_put_down_to_its_memory(notes, tmp_path, monkeypatch):
+def test_a_kill_of_a_machine_that_counts_one_more_is_put_down_to_its_memory(notes, monkeypatch):
     note = WorkerNote(1, 101, socket.gethostname(), "10.0.0.7", "", 4)
     (notes / "worker-1.json").write_text(json.dumps(asdict(note)))
     for kills, why in ((4, "by somebody or by a system short of memory"), (5, "by the system, whose memory ran out")):
         monkeypatch.setattr("harma_ray.worker_deaths._memory_kills", lambda kills=kills: kills)
         assert f"died: killed (SIGKILL){'' if kills == 5 else ','} {why}; its log is in the logs of Ray there" in str(
-            what_happened({1: died(LOST)}, notes, tmp_path)
+            what_happened({1: died(LOST)}, notes)
         )
 
 
-def test_several_dead_workers_and_one_that_never_began_are_told(notes, tmp_path):
+def test_several_dead_workers_and_one_that_never_began_are_told(notes):
     (notes / "worker-0.json").unlink()
-    error = what_happened({0: died(LOST), 1: died(LOST)}, notes, tmp_path)
+    error = what_happened({0: died(LOST), 1: died(LOST)}, notes)
     assert str(error).startswith("worker 0 died: killed")
     assert str(error).endswith("(and 1 other(s)); it had not begun to work")
 
 
-def test_what_a_worker_raised_is_told_with_the_place_of_its_trace(notes, tmp_path):
+def test_what_a_worker_raised_is_told_with_the_place_of_its_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr("faulthandler.enable", lambda file: file.close())  # this process goes on
+    for name in ("_crash_file", "_trace_path"):
+        monkeypatch.setattr(f"harma_ray.worker_deaths.{name}", None)
     try:
+        leave_note(tmp_path, 1)
         raise MemoryError("no room for 5 GiB\nmore of it")
     except MemoryError as raised:
-        error = what_happened({1: raised}, notes, tmp_path)
+        leave_trace(raised)
+        error = what_happened({1: raised.with_traceback(None)}, tmp_path)
     assert not isinstance(error, WorkerDied)
-    assert str(error) == (
-        f"worker 1 on gpu7 (10.0.0.7) failed: MemoryError: no room for 5 GiB; the trace is in {tmp_path / ERROR_NAME}"
-    )
-    assert "more of it" in (tmp_path / ERROR_NAME).read_text()
+    trace = tmp_path / "worker-1.error"
+    assert str(error).startswith(f"worker 1 on {socket.gethostname()} (")
+    assert str(error).endswith(f") failed: MemoryError: no room for 5 GiB; the trace is in {trace}")
+    assert 'raise MemoryError("no room' in trace.read_text()
 
 
-def test_a_worker_that_hangs_is_told(notes, tmp_path):
-    error = what_happened({0: WorkerHealthCheckTimeoutError("no answer for 600 s")}, notes, tmp_path)
+def test_a_worker_that_hangs_is_told(notes):
+    error = what_happened({0: WorkerHealthCheckTimeoutError("no answer for 600 s")}, notes)
     assert "worker 0 on gpu7 (10.0.0.7) does not answer any more: no answer for 600 s" in str(error)
 
 

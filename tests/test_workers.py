@@ -1,17 +1,21 @@
 """Two and three gloo workers with the real task: gradients and figures as with one."""
 
+import contextlib
 import datetime
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from harma_ray.checkpoint import WEIGHTS_NAME, list_checkpoints, read_meta
 from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.engine import autocast_of, evaluate_split, train_step, wrap_model
+from harma_ray.loop import run_training
 from harma_ray.recipes import make_task, recipe_config
 
 BATCH = 24
@@ -68,6 +72,27 @@ def figures(config, place, batch_size=4):
     return evaluate_split(task, config, moved_model(task), "val", place=place, reader=local_batches).metrics
 
 
+class Stop(Exception):
+    pass
+
+
+def train_in_two_parts(config, place, folder):
+    """Trains one run without a stop, and one that is stopped after its first epoch and goes on."""
+
+    def stop(metrics):
+        if metrics["epoch"] == 1:
+            raise Stop
+
+    config = replace(config, train=replace(config.train, epochs=2))
+    for name, reporter in (("whole", None), ("parts", stop), ("parts", None)):
+        with contextlib.suppress(Stop):
+            run_training(
+                make_task(config), config, folder / name, place=place, reader=local_batches,
+                reporter=reporter or (lambda metrics: None),
+            )  # fmt: skip
+        dist.barrier()
+
+
 def work(rank, num_workers, folder, data):
     torch.set_num_threads(1)
     warnings.simplefilter("error")  # here as in pytest's own process: users see what workers warn of
@@ -78,6 +103,7 @@ def work(rank, num_workers, folder, data):
     place = Place(rank=rank, world_size=num_workers)
     result = {case: losses_and_gradients(settings(data, case), place) for case in CASES}
     result["figures"] = {case: figures(settings(data, case), place) for case in MEASURED}
+    train_in_two_parts(settings(data, "full"), place, Path(folder))
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -91,7 +117,9 @@ def data(scenes, composed):
 def results(request, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp(f"workers{request.param}")
     torch.multiprocessing.spawn(work, args=(request.param, str(folder), data), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    found[0]["trained"] = folder
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,3 +143,9 @@ def test_workers_give_the_figures_of_one(results, data, case):
     assert len(expected) >= 14
     for result in results:
         assert result["figures"][case] == expected
+
+
+def test_workers_that_go_on_end_as_if_never_stopped_to_the_bit(results):
+    whole, parts = (list_checkpoints(results[0]["trained"] / name)[-1] for name in ("whole", "parts"))
+    assert read_meta(parts).step == 16
+    assert (parts / WEIGHTS_NAME).read_bytes() == (whole / WEIGHTS_NAME).read_bytes()
