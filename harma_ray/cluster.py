@@ -6,10 +6,13 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 import threading
+import time
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from harma_ray.errors import UserError
+from harma_ray.ray_address import find_address, needs_token
+from harma_ray.ray_folder import choose_folder
+
+logger = logging.getLogger(__name__)
 
 OBJECT_STORE_LIMIT = 2 * 2**30
 LOOPBACK = "127.0.0.1"
@@ -56,7 +63,8 @@ def ray_cluster(
     Raises:
         UserError: If the cluster cannot be reached or started.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    prepare_environment(own_cluster=False)
+    address = find_address(address)
     prepare_environment(own_cluster=not address)
     with _dashboard_port() if dashboard and not address else contextlib.nullcontext() as port:
         options = {"address": address} if address else _own_cluster(num_cpus, port)
@@ -66,6 +74,7 @@ def ray_cluster(
 
 def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, Any]:
     """Returns how a cluster is started."""
+    folder, spill = choose_folder()
     return {
         "address": "local",
         "num_cpus": num_cpus,  # None: Ray counts them, and heeds a container's limit
@@ -73,6 +82,8 @@ def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, 
         "dashboard_host": LOOPBACK,
         "dashboard_port": dashboard_port,
         "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * _memory_bytes())),
+        "_temp_dir": str(folder),
+        **({"object_spilling_directory": str(spill)} if spill else {}),
     }
 
 
@@ -98,20 +109,11 @@ def _dashboard_port() -> Iterator[int]:
 @contextlib.contextmanager
 def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
     import ray
-    import ray.exceptions
 
     _quiet_errors()
     on_termination = signal.getsignal(signal.SIGTERM)
-    try:
-        context = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
-    except ray.exceptions.AuthenticationError as error:
-        raise UserError(
-            f"the Ray cluster at {address} wants a token that this program does not have or has wrong; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, as on the cluster's head"
-        ) from error
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot reach or start Ray ({reason}); check --address and RAY_ADDRESS") from error
+    with _heeding_interruptions():
+        context = _initialise(options, address)
     if on_termination is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own there
     try:
@@ -140,6 +142,113 @@ def _quiet_errors() -> None:
         _logger.info("%s", "\n".join(data["lines"]))
 
     ray._private.worker.print_to_stdstream = log
+
+
+@contextlib.contextmanager
+def _heeding_interruptions() -> Iterator[None]:
+    """Raises, at the end of the block, a Ctrl-C that got lost in it: Ray's start swallows one (Ray 2.60)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, interrupted = signal.getsignal(signal.SIGINT), False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+    if interrupted:
+        import ray
+
+        ray.shutdown()
+        raise KeyboardInterrupt
+
+
+def _initialise(options: Mapping[str, Any], address: str) -> Any:
+    """Returns Ray's context; a start of its own that fails, as on a busy machine, is tried once more.
+
+    Raises:
+        UserError: If Ray is not there then.
+    """
+    import ray
+    import ray.exceptions
+
+    for tries_left in (1, 0):
+        try:
+            return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        except ray.exceptions.AuthenticationError as error:
+            raise needs_token(address) from error
+        except ValueError as error:
+            raise UserError(f"Ray does not take its settings ({_reason(error)}); check those named RAY_...") from error
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            failure = error
+        except Exception as error:
+            if type(error) is not Exception:  # what Ray raises when its own processes do not come up in time
+                raise
+            failure = error
+        if address != "local":
+            raise _cannot_join(failure, address) from failure
+        if ray.is_initialized():
+            raise failure
+        logs = _end_failed_start(failure, keep_logs=not tries_left)
+        if tries_left:
+            logger.warning("Ray did not start (%s); trying once more", _reason(failure))
+            continue
+        raise UserError(
+            f"Ray did not start on this machine in two tries ({_reason(failure)}); it may be too busy, or short of "
+            f"memory or disk: try again{f', or look into {logs}' if logs else ''}"
+        ) from failure
+    raise AssertionError
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+
+
+def _cannot_join(error: BaseException, address: str) -> UserError:
+    if "No node info found" in str(error.__cause__):  # of those on this machine
+        return UserError(
+            f"this machine does not belong to the Ray cluster at {address}; run the command on one that does, or "
+            "submit it with `ray job submit`"
+        )
+    return UserError(f"cannot join the Ray cluster at {address} ({_reason(error)}); check --address and RAY_ADDRESS")
+
+
+def _end_failed_start(error: BaseException, *, keep_logs: bool) -> Path | None:
+    """Ends the processes of a cluster that did not come up, which nobody else knows, and drops its folder.
+
+    Returns:
+        The folder of its logs, if they are kept.
+    """
+    from ray._private.node import Node
+
+    logs = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("self")
+        if not isinstance(node, Node) or not hasattr(node, "all_processes"):
+            continue
+        node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        session = getattr(node, "_session_dir", None)
+        if keep_logs:
+            logs = session and Path(session, "logs")
+        elif session:
+            _remove_session(Path(session))
+    return logs
+
+
+def _remove_session(session: Path) -> None:
+    """Removes a session's folder, into which processes that are ending may write for a moment yet."""
+    deadline = time.monotonic() + 10
+    while session.exists() and time.monotonic() < deadline:
+        shutil.rmtree(session, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def quiet_data() -> None:

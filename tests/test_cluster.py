@@ -1,15 +1,18 @@
 """The files in ``cluster/``, and how a cluster is divided."""
 
+import contextlib
 import re
 import shlex
 import subprocess
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from harma_ray.cli import make_parser
-from harma_ray.cluster import Cluster, require_shared_folder, require_visible
+from harma_ray.cluster import Cluster, ray_cluster, require_shared_folder, require_visible
 from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.plans import DRIVER_CPUS, plan_trials, plan_workers
@@ -106,6 +109,50 @@ def test_a_folder_that_a_machine_does_not_see_is_refused(tmp_path, monkeypatch):
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+def named_processes(text):
+    """Command lines of this machine's processes that hold a text."""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return [line for line in lines if text in line]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_start_of_ray_that_fails_is_tried_once_more_and_leaves_nothing(monkeypatch, caplog, failures):
+    """Ray's processes are real; that they came up is denied, in the words of Ray on a busy machine."""
+    from ray._private import services
+
+    get_node, asked = services.get_node, []
+
+    def get_node_late(*arguments):
+        asked.append(arguments)
+        if len(asked) <= failures:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+        return get_node(*arguments)
+
+    monkeypatch.setattr(services, "get_node", get_node_late)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="r") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        sessions = Path(folder, "ray")
+        if failures == 1:
+            with ray_cluster(num_cpus=1) as started:
+                assert started.cpus == 1
+                assert len(list(sessions.glob("session_2*"))) == 1
+            assert "trying once more" in caplog.text
+        else:
+            told = pytest.raises(UserError, match=r"two tries \(The current node timed out.*look into .*/logs$")
+            with told, ray_cluster(num_cpus=1):
+                raise AssertionError
+            (session,) = sessions.glob("session_2*")
+            assert list((session / "logs").iterdir())
+        deadline = time.monotonic() + 60
+        while named_processes(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not named_processes(folder)
 
 
 def test_two_cores_give_two_workers():
