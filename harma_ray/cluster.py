@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -234,21 +233,27 @@ def _end_failed_start(error: BaseException, *, keep_logs: bool) -> Path | None:
         node = frame.f_locals.get("self")
         if not isinstance(node, Node) or not hasattr(node, "all_processes"):
             continue
+        own = [info.process.pid for infos in node.all_processes.values() for info in infos]
+        orphans = [pid for parent in own for pid in _descendants(parent)]
         node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        for pid in orphans:  # they notice in a few seconds, and write logs until then
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         session = getattr(node, "_session_dir", None)
         if keep_logs:
             logs = session and Path(session, "logs")
         elif session:
-            _remove_session(Path(session))
+            shutil.rmtree(session, ignore_errors=True)
     return logs
 
 
-def _remove_session(session: Path) -> None:
-    """Removes a session's folder, into which processes that are ending may write for a moment yet."""
-    deadline = time.monotonic() + 10
-    while session.exists() and time.monotonic() < deadline:
-        shutil.rmtree(session, ignore_errors=True)
-        time.sleep(0.1)
+def _descendants(pid: int) -> list[int]:
+    """Returns the processes that a process of this machine has started, and theirs; none where Linux does not say."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return children + [pid for child in children for pid in _descendants(child)]
 
 
 def quiet_data() -> None:

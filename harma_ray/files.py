@@ -100,3 +100,24 @@ def output_path(path: str | Path) -> Path:
     if not path.is_absolute() and _JOB_COPY in Path.cwd().parts:
         raise UserError(f"`{path}` would be lost with this job's working folder; give an absolute path for all output")
     return path.absolute()
+
+
+def kept_path(path: str | Path, name: str) -> Path:
+    """Returns the absolute path of what a run, once made, will be read with again: data, weights, another run.
+
+    Args:
+        path: As the user gave it.
+        name: What it is, for the message.
+
+    Raises:
+        UserError: If it leads into the copy of a working folder that a Ray job runs in: Ray makes it without what
+            ``.gitignore`` names, and deletes it.
+    """
+    path = Path(path).expanduser().absolute()
+    if _JOB_COPY in path.parts:
+        raise UserError(
+            f"{name} `{path.name}` would be read from this job's working folder, a copy that Ray makes without "
+            "weights, data and runs (.gitignore) and deletes in the end; give its absolute path on storage that all "
+            "machines mount"
+        )
+    return path

@@ -24,7 +24,7 @@ import harma_ray
 from harma_ray.checkpoint import CheckpointMeta, list_checkpoints, load_weights, read_meta
 from harma_ray.config import RunConfig, to_yaml
 from harma_ray.errors import UserError
-from harma_ray.files import output_path, write_text
+from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
 from harma_ray.shell import command_line
@@ -162,7 +162,7 @@ def open_run(path: str | Path) -> Run:
     Raises:
         UserError: If it is none, or its settings cannot be read.
     """
-    path = Path(path).expanduser().absolute()
+    path = kept_path(path, "the run")
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path} is not the folder of a run (it has no {CONFIG_NAME})")
     return Run(path, load_config(path / CONFIG_NAME))

@@ -24,7 +24,7 @@ from harma_ray.engine import default_place, evaluate_split, parameters_without_g
 from harma_ray.errors import UserError, WorkerFailed
 from harma_ray.exchange import load_model
 from harma_ray.features import with_features
-from harma_ray.files import output_path, write_text
+from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.loop import check_batch
 from harma_ray.plans import plan_workers
 from harma_ray.recipes import make_task
@@ -297,14 +297,20 @@ def check_data(config: RunConfig, metrics: Sequence[str] = ()) -> None:
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """Returns settings whose paths do not depend on the working folder."""
+    """Returns settings whose paths do not depend on the working folder.
+
+    Raises:
+        UserError: If one leads into the copy of a working folder that a Ray job runs in.
+    """
     changes: dict[str, Any] = {}
     if config.data.path:
-        changes["data.path"] = str(Path(config.data.path).expanduser().absolute())
+        changes["data.path"] = str(kept_path(config.data.path, "the data set"))
     for name, is_there in (("pretrained", Path.is_file), ("tuned", Path.is_dir)):
         weights = getattr(getattr(config, "model", None), name, None)
-        if weights and is_there(Path(weights).expanduser()):
-            changes[f"model.{name}"] = str(Path(weights).expanduser().absolute())
+        if weights and (Path(weights).suffix or is_there(Path(weights).expanduser())):  # no tag of open_clip's has one
+            path = kept_path(weights, f"`model.{name}`")
+            if is_there(path):
+                changes[f"model.{name}"] = str(path)
     return build_config(config, changes)
 
 

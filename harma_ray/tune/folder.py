@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harma_ray.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.config import to_yaml as config_yaml
 from harma_ray.errors import UserError
-from harma_ray.files import write_text
+from harma_ray.files import kept_path, write_text
 from harma_ray.runs import ENVIRONMENT_NAME, REPORT_NAME, describe_environment, make_folder
 from harma_ray.tracking import read_records
 from harma_ray.tune.definition import SearchDefinition
@@ -69,7 +69,7 @@ def open_search(folder: str | Path) -> tuple[Path, SearchDefinition]:
     Raises:
         UserError: If it is none, or its trials' study is gone.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = kept_path(folder, "the search")
     if not (folder / SEARCH_NAME).is_file():
         raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
     definition = load_search(folder / SEARCH_NAME)
