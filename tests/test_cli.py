@@ -1,10 +1,13 @@
 """The commands as a user types them: exit codes, one clear line, results that agree."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from command_line import ROOT, launch, refused
@@ -131,17 +134,41 @@ def test_a_killed_run_resumes_and_ends_like_one_never_stopped(one_worker, scenes
     assert "is finished" in launch("train", "--resume", killed).stdout
 
 
-@pytest.mark.parametrize("seconds", [0.5, 1.5, 3])
-def test_an_interruption_before_anything_has_begun_is_one_line(scenes, tmp_path, seconds):
-    command = [sys.executable, str(ROOT / "launch.py"), "train", "--recipe", "harma-scenes", "--data", str(scenes),
-               "--runs", str(tmp_path), "--workers", "1", *SMALL]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 2, error
-    assert error.startswith("interrupted")
-    assert len(error.splitlines()) == 1
+IMPORT = "import time:"
+"""How each line begins that Python writes with ``-X importtime``."""
+
+
+def modules_are_there(process, folder):
+    assert any("harma_ray.session\n" in line for line in process.stderr)
+
+
+def ray_is_about_to_start(process, folder):
+    assert any("starting Ray" in line for line in process.stdout)
+
+
+def ray_is_starting(process, folder):
+    while not list((folder / "ray").glob("session_*/logs")) and process.poll() is None:
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("moment", [modules_are_there, ray_is_about_to_start, ray_is_starting])
+def test_an_interruption_before_anything_has_begun_is_one_line(scenes, tmp_path, moment):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "launch.py"), "train", "--recipe", "harma-scenes",
+               "--data", str(scenes), "--runs", str(tmp_path), "--workers", "1", *SMALL]  # fmt: skip
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, open(tmp_path / "stderr", "w") as errors:
+        follow = moment is modules_are_there
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if follow else errors, text=True,
+            env={**os.environ, "RAY_TMPDIR": folder},
+        )  # fmt: skip
+        moment(process, Path(folder))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    written = (error or "") + (tmp_path / "stderr").read_text()
+    (line,) = (line for line in written.splitlines() if not line.startswith(IMPORT))
+    assert process.returncode == 2, line
+    assert line.startswith("interrupted")
 
 
 def test_a_run_folder_that_cannot_be_made_is_one_clear_line(capsys, scenes, tmp_path):

@@ -196,23 +196,30 @@ def fits(plan, shapes, data_cpus):
     return True
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("fraction", [1, 0.5, 0.25, 0.3])
+SHAPES = [((2, 0, 8),), ((1, 0, 4),), ((16, 1, 64),), ((64, 8, 256),), ((4, 0, 16), (8, 2, 32)),
+          ((3, 1, 16), (3, 1, 16))]  # fmt: skip
+TRIALS = [(0, 1), (0, 0.5), (0, 0.25), (0, 0.3), (1, 1), (1, 0.5), (1, 0.25), (1, 0.3), (2, 1), (3, 1)]
+"""Workers of a trial, and GPUs of a worker; several workers take whole ones."""
+TOO_SMALL = {(2, SHAPES[1]), (3, SHAPES[0]), (3, SHAPES[1]), (2, SHAPES[2]), (3, SHAPES[2]), (3, SHAPES[4]),
+             (3, SHAPES[5])}  # fmt: skip
+"""Workers of a trial, and machines that have no room for it: too few GPUs, or CPUs beside the driver's."""
+
+
+@pytest.mark.parametrize("decode", ["worker", "tasks"])
+@pytest.mark.parametrize(("workers", "shapes"), sorted(TOO_SMALL, key=str))
+def test_a_trial_that_no_cluster_of_this_size_holds_is_refused(workers, shapes, decode):
+    with pytest.raises(UserError, match="room for"):
+        plan_trials(config(scaling__num_workers=workers, data__decode=decode), several(*shapes))
+
+
 @pytest.mark.parametrize("decode", ["worker", "tasks"])
 @pytest.mark.parametrize(
-    "shapes",
-    [((2, 0, 8),), ((1, 0, 4),), ((16, 1, 64),), ((64, 8, 256),), ((4, 0, 16), (8, 2, 32)), ((3, 1, 16), (3, 1, 16))],
+    ("workers", "fraction", "shapes"),
+    [(*trial, shapes) for trial in TRIALS for shapes in SHAPES if (trial[0], shapes) not in TOO_SMALL],
 )
 def test_trials_fill_the_cluster_and_always_fit(workers, fraction, decode, shapes):
-    if workers > 1 and fraction < 1:
-        return  # refused by the configuration
     settings = config(scaling__num_workers=workers, scaling__gpus_per_worker=fraction, data__decode=decode)
-    try:
-        plan = plan_trials(settings, several(*shapes))
-    except UserError:
-        gpus = sum(gpus for _, gpus, _ in shapes)
-        assert workers > gpus if gpus else workers * 0.75 > sum(cpus - DRIVER_CPUS for cpus, _, _ in shapes)
-        return
+    plan = plan_trials(settings, several(*shapes))
     data_cpus = settings.data.task_cpus if workers > 1 or decode == "tasks" else 0
     assert plan.concurrent >= 1
     assert plan.workers.num_workers == max(1, workers)

@@ -337,12 +337,13 @@ except UserError as error:
     ],
 )  # fmt: skip
 def test_schedule_values(schedule, step, factor):
-    assert math.isclose(learning_rate_factor(step, 100, OptimConfig(schedule=schedule)), factor, abs_tol=1e-12)
+    config = OptimConfig(schedule=schedule, warmup_fraction=0.1)
+    assert math.isclose(learning_rate_factor(step, 100, config), factor, abs_tol=1e-12)
 
 
 def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
     model = make_task(settings(scenes)).build_model()
-    config = OptimConfig(learning_rate=0.5)
+    config = OptimConfig(learning_rate=0.5, warmup_fraction=0.1, schedule="linear")
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, 100)
     rates = []
@@ -350,7 +351,8 @@ def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert rates == [0.5 * learning_rate_factor(step, 100, config) for step in range(100)]
+    rise, fall = [0.05 * step for step in range(10)], [(100 - step) / 180 for step in range(10, 100)]
+    assert rates == pytest.approx([*rise, *fall], abs=1e-12)
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

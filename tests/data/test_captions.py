@@ -1,5 +1,3 @@
-import time
-
 import pytest
 
 from harma_ray.data.captions import clean_caption
@@ -38,11 +36,9 @@ def test_first_thirty_words_are_kept():
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "   ", "\t"])
-def test_caption_of_ten_thousand_words_is_cut_fast(space):
-    text = space.join(["Building,"] * 10_000)
-    start = time.perf_counter()
+def test_a_caption_of_a_million_words_is_cut_in_linear_time(space):
+    text = space.join(["Building,"] * 1_000_000)  # 0.1 s; work that grows with the square would never end
     assert clean_caption(text) == " ".join(["building"] * 30)
-    assert time.perf_counter() - start < 0.5
 
 
 def test_cleaning_twice_changes_nothing():

@@ -154,7 +154,7 @@ def test_split_of_other_inputs_is_kept_unless_overwritten(raw, tmp_path, change,
     assert {path.name for path in tmp_path.iterdir()} == {"raw", "val"}
 
 
-def test_broken_split_is_made_again_without_asking(raw, tmp_path):
+def test_a_broken_split_is_made_again_only_when_asked_to_overwrite(raw, tmp_path):
     manifest = _convert(raw, tmp_path)
     (tmp_path / "val" / manifest.shards[1].file).unlink()
     with pytest.raises(UserError, match="overwrite"):
