@@ -178,7 +178,9 @@ def test_impossible_drawn_queries_are_refused(tmp_path, change):
 
 def test_resize_makes_both_images_of_a_triplet_smaller(fashioniq, tmp_path):
     fashioniq_split(fashioniq, "train", tmp_path, resize=8)
-    for row in open_split(tmp_path, "train").read(TRIPLET_COLUMNS).to_pylist():
+    rows = open_split(tmp_path, "train").read(TRIPLET_COLUMNS).to_pylist()
+    assert rows
+    for row in rows:
         assert decode_image(row["reference_image"]).size == decode_image(row["target_image"]).size == (8, 10)
 
 

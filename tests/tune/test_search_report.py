@@ -179,7 +179,9 @@ def test_page_escapes_texts(tmp_path):
 def test_page_is_deterministic(tmp_path):
     for name in "ab":
         write(tmp_path / name, make_results(make_trials(12)))
-    for file in [path for path in (tmp_path / "a").rglob("*") if path.is_file()]:
+    files = [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert "report.html" in {file.name for file in files}
+    for file in files:
         assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes(), file.name
 
 
