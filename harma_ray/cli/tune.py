@@ -11,6 +11,7 @@ from harma_ray.cli.options import (
     add_settings,
     add_source,
     changes_from,
+    data_change,
     make_command,
     stage_changes,
 )
@@ -24,14 +25,15 @@ def add_tune(commands: Any) -> None:
         "examples:\n  launch.py tune search_spaces/harma.yaml --data data/rsitmd --hours 8\n"
         "  launch.py tune --resume runs/NAME --trials 80\n"
         "  launch.py tune --resume runs/NAME --confirm 3\n"
-        "  launch.py tune report runs/NAME",
+        "  launch.py tune report runs/NAME --out report",
     )  # fmt: skip
     parser.usage = "%(prog)s FILE --data FOLDER [options] | --resume SEARCH [options] | report SEARCH"
     parser.add_argument("what", nargs="*", metavar="FILE", help="YAML search space, such as search_spaces/harma.yaml; "
                         "or the word `report` and a search's folder: write its report as it stands")  # fmt: skip
     parser.add_argument("--resume", metavar="SEARCH", help="go on with a search; limits may be raised")
     add_source(parser)
-    parser.add_argument("--data", help="folder of the converted data set (data.path)")
+    parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume, "
+                        "where it lies now")  # fmt: skip
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the search (default: recipe and time)")
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all (default: the file's)")
@@ -41,6 +43,8 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (default: as many as fit)")
     parser.add_argument("--confirm", type=int, metavar="N", help="train the best and the published setting "
                         "with N fresh seeds at the end, and print mean and spread")  # fmt: skip
+    parser.add_argument("--out", metavar="FOLDER", help="where `report` writes, instead of the search's folder, which "
+                        "is then left as it is")  # fmt: skip
     parser.add_argument("--no-dashboard", action="store_true", help="start Ray without its dashboard: a GiB less")
     add_settings(parser)
     add_scaling(parser, default="one a trial")
@@ -63,14 +67,17 @@ def _tune(options: argparse.Namespace) -> None:
     if options.metric and not options.source:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
     overrides = changes_from(options)
+    if options.out and options.what[:1] != ["report"]:
+        raise UserError("`--out` is the place of a `report`; a search lies in the folder of `--runs`")
     if options.resume:
-        if options.what or overrides or options.runs or options.name or options.source:
+        place = data_change(options)
+        if options.what or overrides != place or options.runs or options.name or options.source:
             raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
-        resume_search(options.resume, how)
+        resume_search(options.resume, place, how)
     elif len(options.what) == 2 and options.what[0] == "report":
         if overrides or any(value is not None for value in limits.values()):
             raise UserError("`tune report` only reads; use --resume to go on")
-        report_search(options.what[1])
+        report_search(options.what[1], options.out)
     elif len(options.what) == 1:
         recipe = read_recipe(options.what[0]) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file

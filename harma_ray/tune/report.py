@@ -49,7 +49,7 @@ def write_search_report(results: SearchResults, folder: Path) -> Path:
         "pareto": draw_pareto(results),
     }
     sections = [
-        ("best", "Best setting", _best_section(results)),
+        ("best", "Best setting", _best_section(results, folder / _BEST_NAME)),
         *([("confirmed", "Confirmed", confirmed_section(results))] if results.best is not None else []),
         ("cost", "Cost", _cost_section(results)),
         *_figure_sections(results, figures),
@@ -79,7 +79,7 @@ def _subtitle(results: SearchResults) -> str:
     )
 
 
-def _best_section(results: SearchResults) -> str:
+def _best_section(results: SearchResults, file: Path) -> str:
     best, objective = results.best_trial, results.objectives[0]
     if best is None:
         return page.paragraph("No trial has come to a value yet.")
@@ -95,8 +95,8 @@ def _best_section(results: SearchResults) -> str:
         text += "; the published setting (trial 0) has no value to compare with."
     parts = [page.paragraph(text), _settings_table(results.axes, best, published)]
     parts += [page.paragraph(warning) for warning in _warn_of_ends(results.axes, best)]
-    if (results.folder / _BEST_NAME).is_file():
-        command = launch_command("train", "--config", results.folder / _BEST_NAME, "--data", results.data)
+    if file.is_file():
+        command = launch_command("train", "--config", file, "--data", results.data)
         parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
         parts += [page.subsection(f"Final metrics of {results.final_title} (%)"), _final_table(results)]

@@ -34,6 +34,7 @@ from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_chec
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
+from harma_ray.tune.storage import cause_of
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
 from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
 
@@ -156,7 +157,8 @@ def _fit(
     if searcher.error is not None:
         way_out = f"mend that and go on with: {launch_command('tune', '--resume', folder)}"
         if isinstance(searcher.error, (OSError, StorageInternalError)):
-            raise UserError(f"the search cannot keep its record ({searcher.error}); {way_out}") from searcher.error
+            reason = cause_of(searcher.error)
+            raise UserError(f"the search cannot keep its record ({reason}); {way_out}") from searcher.error
         raise searcher.error
 
 

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from harma_ray.cluster import Cluster, ray_cluster, require_shared_folder, require_visible
 from harma_ray.config import build_config
+from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.features import with_features
@@ -40,7 +41,8 @@ from harma_ray.tune.progress import SearchProgress, show_params
 from harma_ray.tune.report import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space import load_search
-from harma_ray.tune.storage import absolute_url, show_url, storage_url
+from harma_ray.tune.storage import absolute_url, open_study, show_url, storage_url
+from harma_ray.tune.study import DATA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +71,18 @@ def start_search(
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
         plan = _plan(definition, cluster)
         folder = create_search(runs, name, definition)
+        _require_same_data(folder, definition)
         with Run(folder, definition.config).locked():
             _search(folder, definition, cluster, plan, options)
     return folder
 
 
-def resume_search(path: str | Path, options: SearchOptions) -> Path:
-    """Goes on with a search: trials that were interrupted first; limits may be raised."""
+def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchOptions) -> Path:
+    """Goes on with a search: trials that were interrupted first; limits and the data set's place may change."""
     folder, definition = open_search(path)
-    definition = _with_limits(definition, options)
+    definition = _with_limits(dataclasses.replace(definition, config=build_config(definition.config, changes)), options)
     _check_data(definition)
+    _require_same_data(folder, definition)
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
         plan = _plan(definition, cluster)
         with Run(folder, definition.config).locked():
@@ -87,11 +91,26 @@ def resume_search(path: str | Path, options: SearchOptions) -> Path:
     return folder
 
 
-def report_search(path: str | Path) -> SearchResults:
-    """Writes the report of a search as it stands, and prints the table."""
+def report_search(path: str | Path, out: str | Path | None = None) -> SearchResults:
+    """Writes the report of a search as it stands, and prints the table.
+
+    Args:
+        path: The search's folder.
+        out: Where report and best setting go, made if missing; nothing else is written then. None = its folder.
+
+    Raises:
+        UserError: If the search's folder is read-only, and no other place is named.
+    """
     folder, definition = open_search(path)
-    results = read_search(folder, definition)
-    _conclude(folder, definition, results)
+    if out is None and not os.access(folder, os.W_OK):
+        raise UserError(f"a report goes into its search's folder, but {folder} is read-only; add --out FOLDER")
+    target = folder if out is None else output_path(out)
+    results = read_search(folder, definition, open_study(folder, definition, read_only=out is not None))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {target} ({error.strerror}); choose another --out") from error
+    _conclude(target, definition, results)
     return results
 
 
@@ -107,6 +126,25 @@ def _absolute(definition: SearchDefinition) -> SearchDefinition:
 def _check_data(definition: SearchDefinition) -> None:
     compared = [target.metric for target in definition.objectives if target.metric not in COSTS]
     check_data(definition.config, compared)
+
+
+def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
+    """Keeps with a search what its data set holds, and checks that it still does.
+
+    Raises:
+        UserError: If it does not: trials on other data cannot be compared with earlier ones.
+    """
+    study, config = open_study(folder, definition), definition.config
+    known = study.user_attrs.get(DATA)
+    if known is not None:
+        require_same_data(known, config.data.path, subject=f"search {folder}", way_out="start a new search")
+        return
+    if study.get_trials(deepcopy=False):
+        print("notice: this search was begun by an earlier version, which did not keep what its data set held: whether "
+              "it still holds that cannot be checked, but will be from now on")  # fmt: skip
+        if definition.scheduler.name == "hyperband":
+            print("notice: its trials drew their brackets of hyperband at random; now all have that of their number")
+    study.set_user_attr(DATA, data_identity(config.data.path, used_splits(config)))
 
 
 def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
@@ -216,7 +254,7 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
 
 
 def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults) -> None:
-    """Writes the best setting and the report, and prints what was found."""
+    """Writes the best setting and the report into a folder, and prints what was found."""
     best_file = write_best(folder, definition, results)
     page = write_search_report(results, folder)
     by_state = {state: sum(trial.state == state for trial in results.trials)

@@ -18,19 +18,26 @@ from harma_ray.tune.definition import SearchDefinition
 STORAGE_NAME = "optuna.db"
 
 
-def open_study(folder: Path, definition: SearchDefinition) -> optuna.Study:
+def open_study(folder: Path, definition: SearchDefinition, *, read_only: bool = False) -> optuna.Study:
     """Opens the study of a search, or makes it.
+
+    Args:
+        folder: The search's folder.
+        definition: The search.
+        read_only: Whether nothing in the folder is written; then the study must be there.
 
     Raises:
         UserError: If the storage cannot be reached, or holds another kind of study under this name.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = storage_url(folder, definition)
+    url, name = storage_url(folder, definition), study_name(folder, definition)
     directions: list[Any] = [target.direction for target in definition.objectives]
     try:
-        study = optuna.create_study(
-            storage=url, study_name=study_name(folder, definition), directions=directions, load_if_exists=True
-        )  # fmt: skip
+        if read_only:
+            url = definition.storage or _file_url(folder / STORAGE_NAME, read_only=True)
+            study = optuna.load_study(storage=url, study_name=name)
+        else:
+            study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
         study.sampler = make_sampler(definition, len(study.get_trials(deepcopy=False)))
     except Exception as error:  # a database can fail in any way
         raise _storage_error(url, error) from error
@@ -76,8 +83,14 @@ def require_file(folder: Path) -> None:
 
 
 def _storage_error(url: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"the Optuna storage {show_url(url)} cannot be used ({reason}); check `storage`")
+    return UserError(f"the Optuna storage {show_url(url)} cannot be used ({cause_of(error)}); check `storage`")
+
+
+def cause_of(error: BaseException) -> str:
+    """Returns in a line what went wrong in a database; of any failed write Optuna says that a value is too long."""
+    while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = inner
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def storage_url(folder: Path, definition: SearchDefinition) -> str:
@@ -113,9 +126,13 @@ def show_url(url: str) -> str:
     return parsed.render_as_string(hide_password=True) if parsed else url
 
 
-def _file_url(path: Path) -> str:
+def _file_url(path: Path, *, read_only: bool = False) -> str:
     """Returns the URL of a SQLite file; `?`, `#`, `%` and braces, which mean something in a URL, are quoted."""
-    return sqlalchemy.engine.URL.create("sqlite", database=str(path)).render_as_string()
+    if read_only:
+        url = sqlalchemy.engine.URL.create("sqlite", database=path.as_uri(), query={"mode": "ro", "uri": "true"})
+    else:
+        url = sqlalchemy.engine.URL.create("sqlite", database=str(path))
+    return url.render_as_string()
 
 
 def _parse(url: str) -> sqlalchemy.engine.URL | None:

@@ -31,6 +31,8 @@ FIRST_FAILURES, MANY_FAILURES = 3, 10
 """So many trials that fail one after another end a search: before any has worked, and later."""
 SECONDS = "seconds"
 """Name of what is kept with the study: the time spent, over all sessions."""
+DATA = "data"
+"""Name of what is kept with the study: the content of the data set, see `harma_ray.data.identity.data_identity`."""
 _IDENTITY = "identity"
 _MOST_DUPLICATES = 30
 

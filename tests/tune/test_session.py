@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,11 +15,16 @@ import yaml
 
 from harma_ray.cli import main, make_parser
 from harma_ray.cluster import Cluster
+from harma_ray.config import build_config
+from harma_ray.data.convert.commands import convert_scenes
+from harma_ray.data.convert.tasks import map_serially
 from harma_ray.errors import UserError
 from harma_ray.recipes import load_config
-from harma_ray.tune.folder import open_search, read_search
-from harma_ray.tune.session import _plan
+from harma_ray.tune.folder import create_search, open_search, read_search
+from harma_ray.tune.session import _plan, _require_same_data
 from harma_ray.tune.space import load_search
+from harma_ray.tune.storage import cause_of, open_study
+from harma_ray.tune.study import Report, SearchStudy, trial_folder
 
 ROOT = Path(__file__).parents[2]
 SPACE = """
@@ -65,6 +71,7 @@ def test_all_mistakes_of_a_space_are_told_at_once(capsys, tmp_path, scenes):
         (["report", "nowhere", "--confirm", "3"], "only reads"),
         (["a.yaml", "--trials", "-1"], "`--trials` must be above 0"),
         (["--resume", "x" * 300], "(File name too long)"),
+        (["a.yaml", "--out", "there"], "`--out` is the place of a `report`"),
     ],
 )
 def test_a_wrong_command_is_one_clear_line(capsys, arguments, message):
@@ -81,6 +88,60 @@ def test_missing_data_is_told_before_ray_starts(capsys, space, tmp_path):
 
 def test_a_setting_that_is_searched_cannot_be_set(capsys, space, scenes):
     assert "--set" in refused(capsys, space, "--data", scenes, "--set", "adapter.width=16")
+
+
+@pytest.fixture
+def begun(space, scenes_copy, tmp_path):
+    """A search of two trials that have ended, as its first session left it; its folder."""
+    definition = load_search(space, overrides={"data.path": str(scenes_copy)})
+    folder = create_search(tmp_path / "runs", "one?", definition)
+    _require_same_data(folder, definition)
+    study = SearchStudy(folder, definition)
+    for value in (10.0, 20.0):
+        number = study.next().number
+        trial_folder(folder, number).mkdir(parents=True)
+        study.close(number, Report(epoch=2, value=value, values=(value,), trained=2, finished=True))
+    return folder
+
+
+def test_a_search_does_not_go_on_with_other_data(capsys, begun, scenes_copy, scenes, tmp_path):
+    """The val split was converted anew from other scenes; with the same content elsewhere, all is well."""
+    convert_scenes(tmp_path / "new", {"val": 12}, style="winter", size=64, map_tasks=map_serially)
+    shutil.rmtree(scenes_copy / "val")
+    shutil.copytree(tmp_path / "new" / "val", scenes_copy / "val")
+    error = refused(capsys, "--resume", begun)
+    assert re.search(r"`val` held 13 rows \(fingerprint \w{12}\) and holds 12 rows \(fingerprint \w{12}\)", error)
+    assert "`train`" not in error
+    assert "start a new search" in error
+    assert "holds 12 rows" in refused(capsys, "--resume", begun, "--data", scenes_copy)
+    folder, definition = open_search(begun)
+    _require_same_data(folder, replace(definition, config=build_config(definition.config, {"data.path": str(scenes)})))
+
+
+def test_a_search_by_an_earlier_version_says_that_its_data_cannot_be_checked(capsys, begun):
+    study = open_study(*open_search(begun))
+    study._storage.set_study_user_attr(study._study_id, "data", None)  # as if it had never been kept
+    _require_same_data(*open_search(begun))
+    assert "cannot be checked" in capsys.readouterr().out
+    _require_same_data(*open_search(begun))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_report_elsewhere_leaves_the_search_as_it_is(capsys, begun, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in [begun, *begun.rglob("*")]}
+    assert main(["tune", "report", str(begun), "--out", str(tmp_path / "out")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in [begun, *begun.rglob("*")]} == before
+    assert "20.00" in capsys.readouterr().out
+    assert {"best.yaml", "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    study = open_study(*open_search(begun), read_only=True)
+    with pytest.raises(optuna.exceptions.StorageInternalError) as error:
+        study.set_user_attr("a", 1)
+    assert cause_of(error.value) == "attempt to write a readonly database"
+
+
+def test_a_report_of_a_read_only_search_names_the_way_out(capsys, begun, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    assert f"{begun} is read-only; add --out FOLDER" in refused(capsys, "report", begun)
 
 
 def launch(*arguments, timeout=500):
