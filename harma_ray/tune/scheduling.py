@@ -19,8 +19,6 @@ from harma_ray.tune.study import Report, SearchStudy
 
 EPOCH, VALUE = "epoch", "value"
 """What schedulers look at: epochs of the first seed's training, and the best of the first objective so far."""
-_MEDIAN_TRIALS = 3
-"""Complete trials before the median of them stops any."""
 
 
 class StudySearcher(Searcher):
@@ -171,7 +169,7 @@ def make_pruner(settings: Scheduler) -> optuna.pruners.BasePruner:
     """Returns Optuna's pruner of a name."""
     grace, factor = settings.grace_epochs, settings.reduction_factor
     if settings.name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=_MEDIAN_TRIALS, n_warmup_steps=grace)
+        return optuna.pruners.MedianPruner(n_warmup_steps=grace)
     if settings.name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=factor)
     # Optuna has as many brackets as powers of the factor lie between both resources; a half more keeps off rounding

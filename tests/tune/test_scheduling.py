@@ -86,23 +86,23 @@ def states(results):
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_a_search_in_two_sessions_knows_what_the_first_has_seen(tmp_path, name):
     """Without its past, a scheduler lets the first trials of a session pass."""
-    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(16, 32, 48))
-    first = drive(tmp_path, space, narrower_is_better)
-    assert [trial.params["adapter.width"] for trial in first.trials] == [128, 16, 32, 48]
-    again = drive(tmp_path, replace(space, limits=Limits(trials=6)), narrower_is_better)
-    assert states(again)[:4] == states(first)
-    assert states(again)[4:] == ["stopped", "stopped"]
+    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(16, 32, 48, 64))
+    first = drive(tmp_path, replace(space, limits=Limits(trials=5)), narrower_is_better)
+    assert [trial.params["adapter.width"] for trial in first.trials] == [128, 16, 32, 48, 64]
+    again = drive(tmp_path, replace(space, limits=Limits(trials=7)), narrower_is_better)
+    assert states(again)[:5] == states(first)
+    assert states(again)[5:] == ["stopped", "stopped"]
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_a_past_that_would_be_stopped_today_is_no_trouble(tmp_path, name):
     """The second trial was complete before better ones came."""
-    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(112, 16, 32))
-    first = drive(tmp_path, space, narrower_is_better)
+    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(112, 16, 32, 48))
+    first = drive(tmp_path, replace(space, limits=Limits(trials=5)), narrower_is_better)
     assert states(first)[1] == "complete"
-    again = drive(tmp_path, replace(space, limits=Limits(trials=5)), narrower_is_better)
-    assert states(again)[:4] == states(first)
-    assert states(again)[4] == "stopped"
+    again = drive(tmp_path, replace(space, limits=Limits(trials=6)), narrower_is_better)
+    assert states(again)[:5] == states(first)
+    assert states(again)[5] == "stopped"
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
@@ -136,7 +136,7 @@ def test_what_goes_wrong_in_a_proposal_ends_the_search_and_is_kept(tmp_path, mon
 def test_what_was_judged_before_an_interruption_is_not_judged_again(tmp_path, name):
     """Better ones ended meanwhile; it stood at epoch 8 of 9, tells its past again, and is compared only from there."""
     space = definition(9, scheduler=Scheduler(name=name, reduction_factor=2, brackets=1))
-    curves = {number: [50.0] * 9 for number in range(1, 5)} | {7: [10.0] * 8}
+    curves = {number: [50.0] * 9 for number in range(1, 6)} | {7: [10.0] * 8}
     past = [made_trial(number, curve, tmp_path) for number, curve in curves.items()]
     results = [{"epoch": epoch, "value": 10.0} for epoch in range(1, 9)]
     decided = decisions(make_scheduler(space, past), 7, results)
@@ -195,5 +195,5 @@ def test_a_search_that_is_interrupted_again_and_again_decides_as_one_that_is_not
         parts = drive(tmp_path / "parts", space, uneven, num_reports=num_reports)
     told = [[(trial.state, trial.epochs, trial.values) for trial in found.trials] for found in (whole, parts)]
     assert told[0] == told[1]
-    assert states(whole).count("stopped") >= 3
+    assert states(whole).count("stopped") >= 2
     assert states(whole).count("complete") > 2
