@@ -10,6 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,10 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
     check_batch(run.config, plan.num_workers)
     require_shared_folder(run.path, cluster)
     require_visible(read_paths(run.config), cluster)
-    done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, done, on_record), daemon=True)
+    ready, done = threading.Event(), threading.Event()
+    follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, ready, done, on_record), daemon=True)
     follower.start()
+    ready.wait()
     try:
         return on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path, on_restart=on_restart)
     finally:
@@ -242,17 +244,29 @@ def plain_errors() -> Iterator[None]:
         raise UserError(*error.args) from None
 
 
-def _follow(path: Path, done: threading.Event, on_record: Callable[[dict[str, Any]], None]) -> None:
-    """Reads new whole lines of the record as they are written."""
-    position = path.stat().st_size if path.exists() else 0
+def _follow(
+    path: Path, ready: threading.Event, done: threading.Event, on_record: Callable[[dict[str, Any]], None]
+) -> None:
+    """Reads new whole lines of the record as they are written, also when a run that goes on has rewritten it.
+
+    New is what comes after `ready` is set.
+    """
+    seen, inode, position = Counter[int](), None, 0
+    told, last, is_old = Counter[int](), False, True
     while True:
-        last = done.wait(0.5)
         if path.exists():
-            position = min(position, path.stat().st_size)
             with path.open() as file:
+                if (now := os.fstat(file.fileno()).st_ino) != inode:
+                    inode, position, told = now, 0, Counter()
                 file.seek(position)
                 while (line := file.readline()).endswith("\n"):
-                    on_record(json.loads(line))
-                    position = file.tell()
+                    position, key = file.tell(), hash(line)
+                    told[key] += 1
+                    if told[key] > seen[key]:
+                        seen[key] += 1
+                        if not is_old:
+                            on_record(json.loads(line))
         if last:
             return
+        ready.set()
+        last, is_old = done.wait(0.5), False
