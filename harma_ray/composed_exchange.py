@@ -18,6 +18,7 @@ from harma_ray.errors import UserError
 from harma_ray.files import making
 from harma_ray.models.backbones import has_quick_twin, knows_activation
 from harma_ray.models.composed import ComposedRetriever
+from harma_ray.models.containers import read_container
 from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.clip4cir_config import CombinerConfig, FinetuneConfig
@@ -28,8 +29,6 @@ BACKBONE_NAME = "backbone.safetensors"
 """The file of a CLIP in the folder of what was imported."""
 _TRAINED_ON = "trained_on"
 """Where a Combiner's file names the CLIP that it was trained on, by its fingerprint."""
-COMBINER_MARK = "combiner_layer.weight"
-"""A tensor that every Combiner has, and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ def settings_after(run: Run, recipe: str, metric: str | None = None) -> dict[str
     return {
         "model.architecture": first.model.architecture,
         "model.pretrained": first.model.pretrained,
+        "model.activation": first.model.activation,
         "model.tuned": str(run.best_checkpoint(metric)),
         "model.tuned_seed": first.seed,
         **{f"preparation.{name}": value for name, value in dataclasses.asdict(first.preparation).items()},
@@ -153,7 +153,7 @@ def _paired(config: CombinerConfig, clip: str | Path) -> tuple[CombinerConfig, s
 
 def _trained_on(path: Path) -> str:
     """Returns the fingerprint of the CLIP that a Combiner's file names; files of CLIP4Cir's own program name none."""
-    content = torch.load(path, map_location="cpu", weights_only=True) if path.suffix != ".safetensors" else {}
+    content = read_container(path, data=False).content
     named = content.get(_TRAINED_ON) if isinstance(content, Mapping) else None
     return named if isinstance(named, str) else ""
 

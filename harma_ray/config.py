@@ -189,6 +189,7 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 _NOT_IDENTITY = {
     "scaling": None,
     "data": {"path", "decode", "decode_threads", "prefetch_batches", "task_cpus", "chunk_mb", "max_pixels"},
+    "model": {"activation"},
     "train": {"eval_batch_size", "log_every_steps", "threads", "checkpoint_every_steps", "keep_checkpoints"},
 }
 """Settings that do not change what a run computes: a run may be resumed with others."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from harma_ray.checkpoint import (
     META_NAME,
@@ -22,7 +22,6 @@ from harma_ray.checkpoint import (
 )
 from harma_ray.composed_exchange import (
     BACKBONE_NAME,
-    COMBINER_MARK,
     Imported,
     describe_combiner,
     import_combiner,
@@ -31,12 +30,13 @@ from harma_ray.composed_exchange import (
 from harma_ray.config import build_config, config_hash, flat_settings, show_override, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing
-from harma_ray.models.backbones import check_file_activation, knows_activation
-from harma_ray.models.clip import DualEncoder, build_clip
+from harma_ray.models.backbones import check_file_activation, load_clip
+from harma_ray.models.clip import DualEncoder
 from harma_ray.models.composed import ComposedRetriever
-from harma_ray.models.foreign import describe_tensors, guess_architecture, read_foreign
+from harma_ray.models.foreign import ADAPTER_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
 from harma_ray.models.released import from_released, to_released
-from harma_ray.models.weights import backbone_fingerprint, check_fit, read_metadata, read_state_dict, save_clip
+from harma_ray.models.shapes import describe_tensors, guess_architecture
+from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
@@ -45,8 +45,6 @@ from harma_ray.shell import command_line, launch_command
 FORMATS = ("released", "adapter", "open_clip")
 _UNSEEN = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
 """Settings that no shape shows."""
-_ADAPTER_FORMAT = "harma_ray adapter"
-_ADAPTER_MARK = ".mmadapter."
 _OWN_ADAPTER_MARK = ".mlp.adapter."
 
 
@@ -87,7 +85,7 @@ def export_checkpoint(
             torch.save({"model": state, "config": to_dict(config)}, partial)
         elif format == "adapter":
             metadata = {
-                "format": _ADAPTER_FORMAT,
+                "format": OWN_FORMAT,
                 "recipe": config.recipe,
                 "architecture": config.model.architecture,
                 "backbone": read_meta(checkpoint).backbone,
@@ -99,7 +97,9 @@ def export_checkpoint(
     return path
 
 
-def import_checkpoint(file: str | Path, config: Any, out: str | Path, clip: str | Path | None = None) -> Imported:
+def import_checkpoint(
+    file: str | Path, config: Any, out: str | Path, clip: str | Path | None = None, *, section: str = ""
+) -> Imported:
     """Turns a file of others into something this program uses.
 
     A released HarMA file or Combiner becomes a run; GeoRSCLIP's, CLIP4Cir's or another CLIP becomes a backbone file.
@@ -109,6 +109,7 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path, clip: str 
         config: Settings of the recipe it belongs to; the adapters' sizes are taken from the file.
         out: Folder to make; written whole or not at all.
         clip: The CLIP that a Combiner was trained on; see `import_combiner`.
+        section: Which of several models in the file, see `harma_ray.models.foreign.read_foreign`.
 
     Raises:
         UserError: If the file does not fit, listing what does not, or the folder exists.
@@ -116,40 +117,44 @@ def import_checkpoint(file: str | Path, config: Any, out: str | Path, clip: str 
     path, folder = Path(file).expanduser(), output_path(out)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
-    state = read_foreign(path)
-    if clip is not None and COMBINER_MARK not in state:
+    weights = read_foreign(path, section=section)
+    if clip is not None and weights.kind != "combiner":
         raise UserError(f"`--clip` is for a Combiner, which {path} is not; leave it out")
-    if _has(state, _ADAPTER_MARK):
-        return _import_released(path, state, config, folder)
-    if COMBINER_MARK in state:
-        return import_combiner(path, state, config, folder, clip)
-    if _has(state, _OWN_ADAPTER_MARK):
+    if weights.kind == "released":
+        return _import_released(weights, config, folder)
+    if weights.kind == "combiner":
+        return import_combiner(path, weights.tensors, config, folder, clip)
+    if _has(weights, _OWN_ADAPTER_MARK):
         way_out = f"evaluate it with {command_line('--checkpoint', path)}"
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
-    model = build_clip(config.model.architecture, str(path))
+    model, notes = load_clip(config.model.architecture, weights, activation=config.model.activation)
     with making(folder) as made:
         made.mkdir()
-        save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation(path))
+        save_clip(model, made / BACKBONE_NAME, says_activation=_knows_activation(weights, config))
     return Imported(
         folder / BACKBONE_NAME,
-        f"{len(state)} tensors of `{config.model.architecture}`, fingerprint {backbone_fingerprint(model)[:12]}\n"
+        _told([*weights.notes, *notes])
+        + f"{len(model.state_dict())} tensors of `{config.model.architecture}`, fingerprint "
+        f"{backbone_fingerprint(model)[:12]}\n"
         f"use it with {command_line('--set', show_override('model.pretrained', str(folder / BACKBONE_NAME)))}",
     )
 
 
-def _import_released(path: Path, state: dict[str, Tensor], config: Any, folder: Path) -> Imported:
-    model, config = _released_model(path, state, config)
+def _import_released(weights: ForeignWeights, config: Any, folder: Path) -> Imported:
+    model, config, notes = _released_model(weights, config)
     config = build_config(config, {"model.pretrained": str(folder / BACKBONE_NAME)})
     backbone = backbone_fingerprint(model)
+    knows = _knows_activation(weights, config)
     with making(folder) as made:
         run = create_run(made.parent, made.name, config)
-        save_clip(model.clip, made / BACKBONE_NAME, without=_OWN_ADAPTER_MARK, says_activation=False)
+        save_clip(model.clip, made / BACKBONE_NAME, without=_OWN_ADAPTER_MARK, says_activation=knows)
         meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, backbone)
         save_checkpoint(run.path, meta, model, {})
     return Imported(
         folder,
-        f"{len(state)} tensors; adapters of width {config.adapter.width}, shared width {config.adapter.shared_width}; "
-        f"backbone fingerprint {backbone[:12]}\n"
+        _told([*weights.notes, *notes])
+        + f"{len(weights.tensors)} tensors; adapters of width {config.adapter.width}, shared width "
+        f"{config.adapter.shared_width}; backbone fingerprint {backbone[:12]}\n"
         f"use it with {launch_command('evaluate', '--run', folder, '--data', 'DATA')}",
     )
 
@@ -181,25 +186,31 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         model = make_task(config).build_model()
         load_weights(path, model, backbone=backbone_fingerprint(model))
         return model.eval()
-    state = read_foreign(path)
-    if COMBINER_MARK in state:
+    weights = read_foreign(path)
+    if weights.kind == "combiner":
         way_out = f"import both first: {launch_command('checkpoint', 'import', path, '--clip', 'FILE')}"
         raise UserError(f"{path} is a Combiner without its CLIP; {way_out}")
-    if "visual.conv1.weight" in state:
+    if weights.kind == "clip":
         raise UserError(f"{path} is a plain CLIP; evaluate it with --zero-shot --set model.pretrained={path}")
-    if path.suffix != ".safetensors" or _has(state, _ADAPTER_MARK):
-        return _released_model(path, state, config)[0].eval()
+    if weights.kind == "released":
+        return _released_model(weights, config)[0].eval()
+    metadata = weights.metadata
+    if metadata.get("format") != OWN_FORMAT:
+        raise UserError(
+            f"{path} is neither a released HarMA file (no name has `{ADAPTER_MARK}`) nor an adapter file of this "
+            "program"
+        )
     model = make_task(config).build_model()
-    own, metadata, backbone = trainable_tensors(model), read_metadata(path), backbone_fingerprint(model)
+    own, backbone = trainable_tensors(model), backbone_fingerprint(model)
     _check_settings(json.loads(metadata.get("config", "{}")), config, path)
     if metadata.get("backbone", backbone) != backbone:
         raise UserError(
             f"{path} was trained on a backbone with fingerprint {metadata['backbone'][:12]}, but this model's is "
             f"{backbone[:12]}; set model.architecture and model.pretrained to those it was trained with"
         )
-    check_fit(own, state, str(path))
+    check_fit(own, weights.tensors, str(path))
     with torch.no_grad():
-        for name, tensor in state.items():
+        for name, tensor in weights.tensors.items():
             own[name].copy_(tensor)
     return model.eval()
 
@@ -223,48 +234,59 @@ def describe_file(path: str | Path) -> str:
             f"checkpoint {path} of recipe {meta.recipe}, epoch {meta.epoch:g}, step {meta.step}",
             f"metrics     {figures or 'none'}",
             f"backbone    fingerprint {meta.backbone[:12]}",
-            describe_tensors(read_state_dict(path / WEIGHTS_NAME)),
+            describe_tensors(read_foreign(path / WEIGHTS_NAME).tensors),
         ])  # fmt: skip
     if path.is_dir() or not path.exists():
         raise UserError(f"{path} does not exist, or is a folder that is neither a run nor a checkpoint")
-    state, metadata = read_foreign(path), read_metadata(path)
-    if metadata.get("format") == _ADAPTER_FORMAT:
+    models = read_models(path)
+    several = [f"{path} holds {len(models)} models that differ; checkpoint import takes one with --section"]
+    return "\n".join((several if len(models) > 1 else []) + [_describe_weights(model) for model in models])
+
+
+def _describe_weights(weights: ForeignWeights) -> str:
+    """Says what one model of a file is, what was done to read it, its tensors and its activation."""
+    path, state, metadata = weights.path, weights.tensors, weights.metadata
+    lines = [f"read        {note}" for note in weights.notes]
+    if metadata.get("format") == OWN_FORMAT:
         title = (
             f"adapter file {path} of recipe {metadata.get('recipe')}, for {metadata.get('architecture')} with "
             f"fingerprint {metadata.get('backbone', 'unknown')[:12]}"
         )
-    elif _has(state, _ADAPTER_MARK):
-        title = f"released HarMA file {path}: {guess_architecture(state)}"
-    elif COMBINER_MARK in state:
+    elif weights.kind == "combiner":
         title = f"released CLIP4Cir Combiner {path}: {describe_combiner(state)}"
-    elif "visual.conv1.weight" in state and "token_embedding.weight" in state:
-        title = f"open_clip state dict {path}: {guess_architecture(state)}"
-    else:
+    elif weights.kind == "other":
         title = f"state dict {path}, not of a CLIP"
-    return f"{title}\n{describe_tensors(state)}"
+    else:
+        kind = "released HarMA file" if weights.kind == "released" else "open_clip state dict"
+        title = f"{kind} {path}: {guess_architecture(state)}"
+        told = {None: "not told by the file", True: "quick GELU", False: "GELU"}[weights.quick_gelu]
+        lines.append(
+            f"activation  {told}" + (f" (it {weights.activation_source})" if weights.activation_source else "")
+        )
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    lines += [f"BROKEN      NaN or infinity in {len(broken)} tensors, such as {broken[0]}"] if broken else []
+    return "\n".join([title, describe_tensors(state), *lines])
 
 
-def _released_model(path: Path, state: dict[str, Tensor], config: Any) -> tuple[DualEncoder, Any]:
-    """Builds the model of a released file, and settings with the sizes that the file's shapes show."""
-    adapters = {name.rsplit(_ADAPTER_MARK, 1)[-1]: tensor for name, tensor in state.items() if _ADAPTER_MARK in name}
+def _released_model(weights: ForeignWeights, config: Any) -> tuple[DualEncoder, Any, list[str]]:
+    """Builds the model of a released file, settings with the sizes that its shapes show, and what was left out."""
+    adapters = {n.rpartition(ADAPTER_MARK)[2]: t for n, t in weights.tensors.items() if ADAPTER_MARK in n}
     sizes = {name: len(tensor) for name, tensor in adapters.items() if tensor.ndim}
-    if not sizes:
-        raise UserError(f"{path} has no adapters (no name with `{_ADAPTER_MARK}`), so it is no released HarMA file")
     changes = {
         "model.pretrained": "random",
         "model.tuning": "adapters",
         "adapter.width": sizes.get("img_proj_down.weight", config.adapter.width),
         "adapter.shared_width": sizes.get("BiShareAdapterxx.l1.weight", config.adapter.shared_width),
     }
-    config = build_config(config, changes, origin=str(path))
-    check_file_activation(config.model.architecture, path)
+    config = build_config(config, changes, origin=str(weights.path))
+    check_file_activation(config.model.architecture, weights, config.model.activation)
     model = make_task(config).build_model()
     assert isinstance(model, DualEncoder)
     try:
-        from_released(state, model)
+        notes = from_released(weights.tensors, model)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return model, config
+        raise UserError(f"{weights.path}: {error}") from error
+    return model, config, notes
 
 
 def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:
@@ -276,5 +298,13 @@ def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:
         raise UserError(f"{path} was trained with other settings; add {changes}")
 
 
-def _has(state: dict[str, Tensor], mark: str) -> bool:
-    return any(mark in name for name in state)
+def _has(weights: ForeignWeights, mark: str) -> bool:
+    return any(mark in name for name in weights.tensors)
+
+
+def _knows_activation(weights: ForeignWeights, config: Any) -> bool:
+    return weights.quick_gelu is not None or bool(config.model.activation)
+
+
+def _told(notes: list[str]) -> str:
+    return "".join(f"{note}\n" for note in notes)

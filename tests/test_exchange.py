@@ -14,7 +14,8 @@ from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
 from harma_ray.models import weights
 from harma_ray.models.clip import build_clip
-from harma_ray.models.weights import backbone_fingerprint, save_clip, says_quick_gelu
+from harma_ray.models.foreign import read_foreign
+from harma_ray.models.weights import backbone_fingerprint, save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
 
@@ -94,7 +95,7 @@ def test_a_file_with_code_is_refused_and_not_run(random_run, tmp_path, capfd):
         lambda: load_model(tmp_path / "evil.pth", random_run.config),
         lambda: describe_file(tmp_path / "evil.pth"),
     ):
-        with pytest.raises(UserError, match="without running code"):
+        with pytest.raises(UserError, match="plain pickle, which cannot be read without running code"):
             function()
     assert "executed" not in capfd.readouterr().out
 
@@ -125,7 +126,7 @@ def test_show_tells_sizes_and_architecture(random_run, released, tmp_path):
     assert "no checkpoint yet" in describe_file(empty.path)
     shutil.copytree(list_checkpoints(random_run.path)[0], tmp_path / "damaged")
     (tmp_path / "damaged" / WEIGHTS_NAME).write_bytes(b"xx")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"trainable\.safetensors is a text"):
         describe_file(tmp_path / "damaged")
 
 
@@ -164,8 +165,11 @@ def test_a_model_trained_whole_comes_back(random_run, tmp_path, format):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"model.x.mmadapter.a": 3}}, "other things under"),
-        ({"model": {}, "config": argparse.Namespace(a=1)}, r"argparse\.Namespace.*save only"),
+        ({"model": {"model.x.mmadapter.a": 3}}, "must hold tensors under their names"),
+        (
+            {"layers": {"a": torch.zeros(1)}, "config": argparse.Namespace(a=1)},
+            "must hold a CLIP under open_clip's names",
+        ),
     ],
 )
 def test_a_file_with_other_things_names_the_way_out(random_run, tmp_path, content, message):
@@ -206,4 +210,28 @@ def test_an_imported_backbone_says_no_more_of_its_activation_than_its_file(rando
     for known in (False, True):
         save_clip(clip, tmp_path / "clip.safetensors", says_activation=known)
         path = import_checkpoint(tmp_path / "clip.safetensors", random_run.config, tmp_path / f"out{known}").path
-        assert says_quick_gelu(path) is (False if known else None)
+        assert read_foreign(path).quick_gelu is (False if known else None)
+    stated = build_config(random_run.config, {"model.activation": "gelu"})
+    save_clip(clip, tmp_path / "clip.safetensors", says_activation=False)
+    path = import_checkpoint(tmp_path / "clip.safetensors", stated, tmp_path / "stated").path
+    assert read_foreign(path).quick_gelu is False
+
+
+def test_one_of_several_models_is_taken_out(random_run, tmp_path):
+    clips = [build_clip("scenes-tiny", "random", seed=seed) for seed in (1, 2)]
+    file = tmp_path / "epoch_3.pt"
+    torch.save({"model": clips[0].state_dict(), "ema": clips[1].state_dict()}, file)
+    assert "2 models that differ" in describe_file(file)
+    with pytest.raises(UserError, match="--section model"):
+        import_checkpoint(file, random_run.config, tmp_path / "out")
+    imported = import_checkpoint(file, random_run.config, tmp_path / "out", section="ema")
+    assert "section `ema`" in imported.describe()
+    assert torch.equal(load_file(imported.path)["visual.proj"], clips[1].visual.proj)
+    assert "activation  not told by the file" in describe_file(imported.path)
+
+
+def test_show_names_broken_weights(tmp_path):
+    state = build_clip("scenes-tiny", "random").state_dict()
+    state["visual.proj"][0, 0] = float("inf")
+    torch.save(state, tmp_path / "broken.pt")
+    assert "NaN or infinity in 1 tensors, such as visual.proj" in describe_file(tmp_path / "broken.pt")

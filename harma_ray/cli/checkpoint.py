@@ -19,6 +19,7 @@ def add_checkpoint(commands: Any) -> None:
     made.add_argument("--out", required=True, help="folder to make")
     made.add_argument("--clip", metavar="FILE", help="for a Combiner: the CLIP that it was trained on; a file, a run "
                       "of the first stage, or openai")  # fmt: skip
+    made.add_argument("--section", default="", metavar="NAME", help="which of several models in the file, such as ema")
     add_settings(made)
     made = make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
     made.add_argument("--run", required=True, help="folder of the run")
@@ -37,7 +38,7 @@ def _import(options: argparse.Namespace) -> None:
     from harma_ray.session import absolute_paths
 
     config = absolute_paths(build_config(recipe_config(options.recipe), parse_overrides(options.overrides)))
-    print(import_checkpoint(options.file, config, options.out, options.clip).describe())
+    print(import_checkpoint(options.file, config, options.out, options.clip, section=options.section).describe())
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -1,38 +1,42 @@
 """CLIP backbones by name: an open_clip architecture, and weights from a tag, a local file, or a seed."""
 
 import difflib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.models.weights import CLIP_SECTION, check_fit, read_section, says_quick_gelu
+from harma_ray.models.foreign import ForeignWeights, fitted, read_foreign
+from harma_ray.models.weights import check_fit
 
 logger = logging.getLogger(__name__)
 
 _CONFIGS = Path(__file__).parent / "configs"
 _QUICK = "-quickgelu"
-_QUICK_FILE = "RS5M_ViT-B-32"
-"""How the names of GeoRSCLIP's releases begin that were fine-tuned from OpenAI's weights."""
+Activation = Literal["", "gelu", "quick_gelu"]
+"""What the user says that weights were trained with; nothing: what the file says."""
+_SPOKEN = {False: "plain GELU", True: "quick GELU"}
 
 
-def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Module:
+def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation: Activation = "") -> nn.Module:
     """Build a CLIP on the CPU in fp32.
 
     OpenAI's weights, and those fine-tuned from them (GeoRSCLIP), belong to the `-quickgelu` architectures. A tag says
-    which activation it needs and is checked; a file does not, so there the architecture must be named rightly.
+    which activation it needs and is checked, as does a file that says it; of any other file there is a warning.
 
     Args:
         architecture: an open_clip name such as `ViT-B-32`, or one of this package: `scenes-tiny`.
         pretrained: "random"; or a tag of open_clip such as `laion2b_s34b_b79k`, downloaded to open_clip's cache; or
-            the path of a local state dict (see `harma_ray.models.weights.read_state_dict`), loaded strictly.
+            the path of a local file (see `harma_ray.models.foreign`), whose CLIP is loaded strictly.
         seed: draws random weights; the caller's random state is left alone.
+        activation: what the user says that a file's weights were trained with.
 
     Returns:
         open_clip's model, all parameters trainable.
@@ -40,7 +44,7 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
     Raises:
         UserError: unknown architecture or tag, a file that does not fit, weights of the other activation, no network.
     """
-    check_pretrained(architecture, pretrained)
+    _check_names(architecture, pretrained)
     architecture = architecture.replace("/", "-")
     if pretrained == "random":
         return _create(architecture, None, seed)
@@ -53,24 +57,45 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0) -> nn.Modul
                 f"the weights `{pretrained}` of `{architecture}` could not be loaded ({reason}); fetch them "
                 "where there is a network and give the file's path, or use `random`"
             ) from error
-    section, state_dict = read_section(pretrained)
-    if section == CLIP_SECTION and has_quick_twin(architecture):
-        raise UserError(
-            f"{pretrained} is a CLIP4Cir file, trained with quick GELU, but `{architecture}` computes plain GELU; use "
-            f"`{architecture}{_QUICK}`"
-        )
-    model = _create(architecture, None, seed)
-    check_fit(model.state_dict(), state_dict, f"{pretrained} (for `{architecture}`)")
-    model.load_state_dict(state_dict)
-    return model
+    return load_clip(architecture, read_foreign(pretrained, only="clip"), activation=activation)[0]
 
 
-def check_pretrained(architecture: str, pretrained: str) -> None:
-    """Check names without loading anything: the architecture is known, the weights are random, a tag, or a file.
+def load_clip(
+    architecture: str, weights: ForeignWeights, *, activation: Activation = ""
+) -> tuple[nn.Module, list[str]]:
+    """Build a CLIP on the CPU in fp32 with the weights of a file.
+
+    Args:
+        architecture: as for `build_clip`.
+        weights: what was read.
+        activation: as for `build_clip`.
+
+    Returns:
+        open_clip's model, all parameters trainable, and what was done to make the weights fit.
 
     Raises:
-        UserError: unknown architecture or tag, missing file, weights of the other activation.
+        UserError: as `build_clip`.
     """
+    _require_clip(architecture, weights, activation)
+    model = _create(architecture.replace("/", "-"), None, 0)
+    given, notes = fitted(model.state_dict(), weights.tensors)
+    check_fit(model.state_dict(), given, f"{weights.path} (for `{architecture}`)")
+    model.load_state_dict(given)
+    return model, notes
+
+
+def check_pretrained(architecture: str, pretrained: str, activation: Activation = "") -> None:
+    """Check without loading: the architecture is known, the weights are random, a tag, or a file with one CLIP.
+
+    Raises:
+        UserError: unknown architecture or tag, weights of the other activation, a file that is missing or no CLIP's.
+    """
+    _check_names(architecture, pretrained)
+    if pretrained != "random" and not open_clip.is_pretrained_cfg(architecture.replace("/", "-"), pretrained):
+        _require_clip(architecture, read_foreign(pretrained, only="clip", data=False), activation)
+
+
+def _check_names(architecture: str, pretrained: str) -> None:
     config = _configuration(architecture)
     architecture = architecture.replace("/", "-")
     if pretrained == "random":
@@ -82,8 +107,27 @@ def check_pretrained(architecture: str, pretrained: str) -> None:
             "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
             f"{pretrained!r} for `{architecture}`; {_nearest(architecture, pretrained)}"
         )
-    else:
-        check_file_activation(architecture, pretrained)
+
+
+def _require_clip(architecture: str, weights: ForeignWeights, activation: Activation) -> None:
+    """Raise UserError unless a file's weights are those of a CLIP with the architecture's activation."""
+    if weights.kind != "clip":
+        raise UserError(f"{weights.path} must hold a CLIP under open_clip's names; {_no_clip(weights)}")
+    check_file_activation(architecture, weights, activation)
+    if weights.beside:
+        _warn_once(f"{weights.path}: {weights.notes[-1]}")
+
+
+def _no_clip(weights: ForeignWeights) -> str:
+    """Say what a file holds instead of a CLIP, and the way out."""
+    if weights.kind == "released":
+        return "it is a released HarMA file, whose CLIP has adapters: launch.py checkpoint import, or --checkpoint"
+    if weights.kind == "combiner":
+        return "it is a CLIP4Cir Combiner, which goes on top of one: launch.py checkpoint import"
+    names = list(weights.tensors)
+    if any("vision_model." in name for name in names):
+        return "its names are those of Hugging Face's transformers; take the file for open_clip of the same model"
+    return f"its names are such as {', '.join(names[:3])}; choose another file"
 
 
 def tokenize(architecture: str) -> Callable[..., Tensor]:
@@ -161,27 +205,56 @@ def has_quick_twin(architecture: str) -> bool:
     return not quick and architecture.replace("/", "-") + _QUICK in open_clip.list_models()
 
 
-def check_file_activation(architecture: str, path: str | Path) -> None:
-    """Guard against plain GELU for weights of quick GELU: only files of `save_clip` say which they were trained with.
+def check_file_activation(architecture: str, weights: ForeignWeights, activation: Activation = "") -> None:
+    """Guard against weights of one GELU in an architecture that computes the other.
+
+    Where an architecture has no twin with the other GELU there is no choice, and nothing is checked.
+
+    Args:
+        architecture: What is built.
+        weights: A file's.
+        activation: What the user says of them.
 
     Raises:
-        UserError: the file says so, or its name tells that it needs quick GELU. Without that there is a warning.
+        UserError: the file, or the user, says so. Where neither says anything, there is a warning, once.
     """
-    twin, told = architecture + _QUICK, says_quick_gelu(path)
-    if told is False and _configuration(architecture).get("quick_gelu", False):
-        plain = architecture.removesuffix(_QUICK)
-        raise UserError(f"{path} was trained with plain GELU, but `{architecture}` computes quick GELU; use `{plain}`")
-    if not has_quick_twin(architecture) or told is False:
+    name = architecture.replace("/", "-")
+    quick = bool(_configuration(name).get("quick_gelu", False))
+    twin = name.removesuffix(_QUICK) if quick else name + _QUICK
+    if twin == name or twin not in open_clip.list_models():
         return
-    if told or Path(path).name.startswith(_QUICK_FILE):
-        raise UserError(f"{path} was trained with quick GELU, but `{architecture}` computes plain GELU; use `{twin}`")
-    logger.warning("%s is run with plain GELU; if it was trained with quick GELU, use `%s`", path, twin)
+    path, trained, source = weights.path, weights.quick_gelu, weights.activation_source
+    if activation:
+        stated = activation == "quick_gelu"
+        if trained not in (None, stated):
+            raise UserError(
+                f"{path} was trained with {_SPOKEN[not stated]} (it {source}), but `model.activation` is {activation}; "
+                "leave it out"
+            )
+        trained, source = stated, f"is said to be by model.activation={activation}"
+    if trained is None:
+        own, other = _SPOKEN[quick], _SPOKEN[not quick]
+        _warn_once(
+            f"{path} does not say which activation it was trained with and is run with {own}, as `{name}` computes; if "
+            f"it was trained with {other}, use `{twin}`, and if not, say so: "
+            f"--set model.activation={'quick_gelu' if quick else 'gelu'}"
+        )
+    elif trained != quick:
+        raise UserError(
+            f"{path} was trained with {_SPOKEN[trained]} (it {source}), but `{name}` computes {_SPOKEN[quick]}; use "
+            f"`{twin}`"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning that would be told of the same file by its check and by its loading."""
+    logger.warning("%s", message)
 
 
 def knows_activation(path: str | Path) -> bool:
-    """Return whether the file tells which GELU it was trained with: it says so, or by its name, or by its layout."""
-    known = says_quick_gelu(path) is not None or Path(path).name.startswith(_QUICK_FILE)
-    return known or read_section(path)[0] == CLIP_SECTION
+    """Return whether a file tells which GELU its CLIP was trained with."""
+    return read_foreign(path, only="clip", data=False).quick_gelu is not None
 
 
 def _nearest(architecture: str, pretrained: str) -> str:

@@ -1,87 +1,340 @@
-"""Weights files of other programs: read without running code from them, and described by their names and shapes."""
+"""Weights files of other programs: the models in them, found by their tensors' names whatever is wrapped around them.
+
+Training programs save a state dict bare or in a section (``state_dict``, ``model``, ``ema``), beside counters, settings
+and the optimiser, and under prefixes of whatever held the model (``module.``, ``_orig_mod.``, ``clip.``). A model is
+known by names that every model of its kind has, so any section and any prefix will do, as long as one model is left.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-import open_clip
 import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.models.backbones import image_size
-from harma_ray.models.weights import read_state_dict
+from harma_ray.models.containers import Container, read_container
+from harma_ray.models.inert import Inert
+
+Kind = Literal["clip", "released", "combiner", "other"]
+
+CLIP_MARK = "token_embedding.weight"
+"""A tensor that every CLIP has, beside those under `visual.`."""
+COMBINER_MARK = "combiner_layer.weight"
+"""A tensor that every Combiner has, and nothing else."""
+ADAPTER_MARK = ".mmadapter."
+"""In names of released HarMA weights."""
+OWN_FORMAT = "harma_ray adapter"
+"""What an adapter file of this program says of itself."""
+ACTIVATION = "activation"
+"""Under which a safetensors file of this program says which activation its CLIP was trained with."""
+QUICK_GELU, GELU = "quick GELU", "GELU"
+_CLIP4CIR_SECTION = "CLIP"
+_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+_GEORSCLIP = "RS5M_ViT-B-32"
+"""How the names of GeoRSCLIP's releases begin that were fine-tuned from OpenAI's weights."""
+_WRAPPERS = ("module.", "_orig_mod.")
+_TRAINING = ("optim", "sched", "scaler")
+"""In the names of sections that hold a training's state."""
+_MAX_DEPTH = 5
+_SHOWN = 5
 
 
-def read_foreign(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict, alone or under ``model``, without executing anything in the file.
+@dataclass(frozen=True)
+class ForeignWeights:
+    """One model of a file."""
+
+    path: Path
+    """The file."""
+    kind: Kind
+    """A CLIP, a CLIP with HarMA's adapters as released, a Combiner, or something else."""
+    tensors: Mapping[str, Tensor]
+    """Under the names that open_clip, HarMA's or CLIP4Cir's code gives them; on the CPU, in the file's dtypes."""
+    section: str = ""
+    """Where in the file they lie, such as ``state_dict``; empty: at the top."""
+    prefix: str = ""
+    """What stood before every name."""
+    beside: tuple[str, ...] = ()
+    """Tensors beside the model that were left out."""
+    notes: tuple[str, ...] = ()
+    """What was done to read it."""
+    quick_gelu: bool | None = None
+    """Whether it was trained with quick GELU; None: the file does not say."""
+    activation_source: str = ""
+    """How the file says so."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Texts that a safetensors file carries beside its tensors."""
+
+    @property
+    def label(self) -> str:
+        """What tells this model apart from others in the file."""
+        return ".".join(part for part in (self.section, self.prefix.rstrip(".")) if part) or "(top)"
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A mapping or a module with tensors in it."""
+
+    path: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    others: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+    classes: frozenset[str] = frozenset()
+
+
+def read_foreign(path: str | Path, *, only: Kind | None = None, section: str = "", data: bool = True) -> ForeignWeights:
+    """Reads the model of a file without executing anything in it.
+
+    Args:
+        path: The file; its content counts, not its suffix.
+        only: Leave models of other kinds aside.
+        section: Which of several models, by its section, its prefix, or both (``ema``, ``student``).
+        data: Whether the numbers are wanted, see `harma_ray.models.containers.read_container`.
 
     Raises:
-        UserError: If the file is missing or damaged, holds code, or is no state dict.
+        UserError: If the file is missing, damaged, holds code, no tensors, or several models and none is chosen.
     """
-    if path.suffix == ".safetensors":
-        return read_state_dict(path)
-    if not path.is_file():
-        raise UserError(f"the weights file must exist, got {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        kind = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds `{kind[1]}`" if kind else "it holds code, is damaged, or is no file of weights"
+    path = Path(path).expanduser()
+    models = read_models(path, data=data)
+    if only:
+        models = [model for model in models if model.kind == only] or models
+    if section:
+        chosen = [m for m in models if section in (m.label, m.section, m.prefix.rstrip("."))]
+        if len(chosen) != 1:
+            raise UserError(f"{path} has no single model `{section}`; there are {_labels(models)}")
+        return chosen[0]
+    if len(models) > 1 and not data:
+        return read_foreign(path, only=only)  # equal copies are one model, which only the numbers tell
+    if len(models) > 1:
         raise UserError(
-            f"{path} cannot be read without running code from it ({reason}): refused; if you trust it, load it "
-            'yourself and save only {"model": its state dict}'
-        ) from error
-    if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
-        return read_state_dict(path)
-    state = {str(name): value for name, value in content["model"].items()}
-    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strangers or not state:
-        raise UserError(
-            f"{path} must hold names and tensors under `model`, got other things under {strangers[:5]}; save the state "
-            "dict alone there"
+            f"{path} holds {len(models)} models that differ: {_labels(models)}; take one out with launch.py checkpoint "
+            f"import {path} --section {models[0].label} --recipe RECIPE --out FOLDER"
         )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    return models[0]
 
 
-def describe_tensors(state: Mapping[str, Tensor]) -> str:
-    """Returns lines with counts, dtypes and the sizes of adapters, ours or the released ones."""
-    kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-    lines = [f"tensors     {len(state)}, {sum(tensor.numel() for tensor in state.values()):,} numbers ({kinds})"]
-    downs = [t for name, t in state.items() if re.search(r"(img_proj_down|bottleneck\.down)\.weight$", name)]
-    shared = {len(t) for name, t in state.items() if re.search(r"(BiShareAdapterxx|shared)\.l1\.weight$", name)}
-    if downs:
-        widths = "/".join(str(width) for width in sorted({len(tensor) for tensor in downs}))
-        inner = "/".join(str(width) for width in sorted(shared)) or "none"
-        lines.append(f"adapters    {len(downs)}, width {widths}, shared width {inner}")
-    return "\n".join(lines)
+def read_models(path: Path, *, data: bool = True) -> list[ForeignWeights]:
+    """Reads all models of a file, equal copies once; arguments and errors as for `read_foreign`."""
+    container = read_container(path, data=data)
+    sections = list(_sections(container.content))
+    if not sections:
+        raise UserError(f"{path} must hold tensors under their names, got {_describe(container.content)}")
+    if container.metadata.get("format") == OWN_FORMAT:
+        return [ForeignWeights(path, "other", sections[0].tensors, metadata=container.metadata)]
+    found = [model for section in sections for model in _models_of(path, container, section)]
+    if not found:
+        plain = [section for section in sections if not any(word in ".".join(section.path) for word in _TRAINING)]
+        if len(plain) != 1:
+            listed = ", ".join(f"`{'.'.join(section.path)}`" for section in plain or sections)
+            raise UserError(f"{path} holds tensors in several sections, and no CLIP or Combiner in any: {listed[:200]}")
+        return [_unknown(path, container, plain[0])]
+    different: list[ForeignWeights] = []
+    for model in found:
+        if not (data and any(_same(model, other) for other in different)):
+            different.append(model)
+    return different
 
 
-def guess_architecture(state: Mapping[str, Tensor]) -> str:
-    """Names the architectures of these shapes; the activation is not in the file, so there can be several."""
-    names = {re.sub(r"^(model|clip)\.", "", name): tensor for name, tensor in state.items()}
-    needed = ("conv1.weight", "proj", "positional_embedding")
-    if not {*(f"visual.{name}" for name in needed), "token_embedding.weight"} <= names.keys():
-        return "a CLIP whose image tower is no plain ViT"
-    width, _, patch, _ = names["visual.conv1.weight"].shape
-    side = patch * round((len(names["visual.positional_embedding"]) - 1) ** 0.5)
-    layers, text_layers = (
-        len({name.split(".")[-3] for name in names if re.match(rf"{tower}resblocks\.\d+\.ln_1\.weight$", name)})
-        for tower in (r"visual\.transformer\.", r"transformer\.")
+def _models_of(path: Path, container: Container, section: _Section) -> Iterator[ForeignWeights]:
+    """Finds the models in a section by the names that their kinds have."""
+    marks: tuple[tuple[Kind, str], ...] = (("clip", CLIP_MARK), ("combiner", COMBINER_MARK))
+    for kind, mark in marks:
+        for name in section.tensors:
+            prefix = name.removesuffix(mark)
+            if not name.endswith(mark) or (prefix and not prefix.endswith(".")):
+                continue
+            own = {n.removeprefix(prefix): t for n, t in section.tensors.items() if n.startswith(prefix)}
+            if kind == "clip" and not any(n.startswith("visual.") for n in own):
+                continue
+            yield _model(path, container, section, kind, prefix, own)
+
+
+def _model(
+    path: Path, container: Container, section: _Section, kind: Kind, prefix: str, own: dict[str, Tensor]
+) -> ForeignWeights:
+    strange = [n for n in section.others if n.startswith(prefix) and "." in n.removeprefix(prefix)]
+    if strange:
+        raise UserError(f"{path} must hold tensors alone in its state dict, got other things under {_few(strange)}")
+    beside = [name for name in section.tensors if not name.startswith(prefix)]
+    if any(ADAPTER_MARK in name for name in own):
+        kind = "released"
+        own = {f"model.{name}": tensor for name, tensor in own.items()}
+        own |= {name.rpartition(".")[2]: section.tensors[name] for name in beside if _is_temperature(name)}
+        own |= {name: section.tensors[name] for name in beside if not _is_temperature(name)}  # nothing may be left over
+        beside = []
+        prefix = prefix.removesuffix("model.").removesuffix("clip.")
+    quick_gelu, source = _activation(path, container, section, own)
+    return ForeignWeights(
+        path, kind, own, ".".join(section.path), prefix, tuple(beside), _notes(container, section, prefix, beside),
+        quick_gelu, source, container.metadata,
+    )  # fmt: skip
+
+
+def _unknown(path: Path, container: Container, section: _Section) -> ForeignWeights:
+    """Returns tensors of no known model, without the usual wrappers' prefixes."""
+    tensors, prefix = section.tensors, ""
+    for wrapper in _WRAPPERS * 2:
+        if all(name.startswith(wrapper) for name in tensors):
+            tensors, prefix = {name.removeprefix(wrapper): t for name, t in tensors.items()}, prefix + wrapper
+    notes = _notes(container, section, prefix, [])
+    return ForeignWeights(
+        path, "other", tensors, ".".join(section.path), prefix, notes=notes, metadata=container.metadata
     )
-    words, text_width = names["token_embedding.weight"].shape
-    found = (names["visual.proj"].shape[1], width, patch, side, layers, words, text_width, text_layers)
-    image_size("scenes-tiny")  # makes this package's own architectures known to open_clip
-    fitting = []
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name) or {}
-        vision, text = config.get("vision_cfg", {}), config.get("text_cfg", {})
-        shape = (vision.get("width", 768), vision.get("patch_size", 16), vision.get("image_size", 224))
-        tail = (text.get("vocab_size", 49408), text.get("width", 512), text.get("layers", 12))
-        own_text_tower = "hf_model_name" not in text and "multimodal_cfg" not in config
-        if own_text_tower and (config.get("embed_dim"), *shape, vision.get("layers", 12), *tail) == found:
-            fitting.append(name)
-    facts = f"a ViT of width {width}, {layers} layers and patch {patch}, for images of {side} px"
-    return f"{' or '.join(sorted(fitting, key=len)[:3])} by its shapes ({facts})" if fitting else f"a CLIP with {facts}"
+
+
+def _sections(content: Any, path: tuple[str, ...] = ()) -> Iterator[_Section]:
+    """Walks through mappings and modules for tensors under names."""
+    if len(path) > _MAX_DEPTH:
+        return
+    if isinstance(content, Inert) and (_is_module(content) or content.origin.startswith("__torch__.")):
+        classes: set[str] = set()
+        tensors = dict(_module_tensors(content, "", classes, set()))
+        if tensors:
+            yield _Section(path, tensors, module=content.origin, classes=frozenset(classes))
+            return
+    entries = content.entries if isinstance(content, Inert) else content
+    if not isinstance(entries, Mapping):
+        return
+    named = {name: value for name, value in entries.items() if isinstance(name, str)}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    others = {name: value for name, value in named.items() if not isinstance(value, Tensor)}
+    if tensors:
+        yield _Section(path, tensors, others)
+    for name, value in others.items():
+        yield from _sections(value, (*path, name))
+
+
+def _is_module(value: Inert) -> bool:
+    return isinstance(value.state, Mapping) and {"_parameters", "_modules"} <= value.state.keys()
+
+
+def _module_tensors(module: Inert, prefix: str, classes: set[str], above: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Picks parameters and buffers out of a pickled `nn.Module` or a TorchScript module, which are inert here."""
+    state = module.state if isinstance(module.state, Mapping) else {}
+    classes.add(module.origin.rpartition(".")[2])
+    if _is_module(module):
+        hidden = state.get("_non_persistent_buffers_set") or ()
+        buffers = {name: t for name, t in (state.get("_buffers") or {}).items() if name not in hidden}
+        state = {**state["_parameters"], **buffers, **state["_modules"]}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Inert) and id(value) not in above:
+            yield from _module_tensors(value, f"{prefix}{name}.", classes, above | {id(module)})
+
+
+def _activation(
+    path: Path, container: Container, section: _Section, own: Mapping[str, Tensor]
+) -> tuple[bool | None, str]:
+    """Returns whether a file says that its CLIP was trained with quick GELU, and how it says so."""
+    if ACTIVATION in container.metadata:
+        return container.metadata[ACTIVATION] == QUICK_GELU, "says so itself"
+    if section.path[-1:] == (_CLIP4CIR_SECTION,):
+        return True, "is a CLIP4Cir file"
+    if all(name in own for name in _OPENAI_EXTRAS):
+        return True, "is OpenAI's own file"
+    if {"QuickGELU", "GELU"} & section.classes:
+        return "QuickGELU" in section.classes, "holds its layers' classes"
+    if path.name.startswith(_GEORSCLIP):
+        return True, "is GeoRSCLIP's, by its name"
+    settings = container.content.get("config") if isinstance(container.content, Mapping) else None
+    model = settings.get("model") if isinstance(settings, Mapping) and "recipe" in settings else None
+    if isinstance(model, Mapping) and isinstance(model.get("architecture"), str):
+        return model["architecture"].endswith("-quickgelu"), "names its architecture"
+    return None, ""
+
+
+def _notes(container: Container, section: _Section, prefix: str, beside: list[str]) -> tuple[str, ...]:
+    notes = []
+    if section.module and container.form == "TorchScript":
+        notes.append("TorchScript archive: its tensors were read as data, its code was not run")
+    elif section.module:
+        notes.append(f"whole pickled model (`{section.module}`): its tensors were read as data, its code was not run")
+    elif container.origins:
+        notes.append(f"objects of other programs were left out unread: {_few(list(container.origins))}")
+    if section.path:
+        notes.append(f"section `{'.'.join(section.path)}`")
+        top = container.content if isinstance(container.content, Mapping) else {}
+        rest = [str(name) for name in top if name != section.path[0]]
+        notes += [f"left out beside it: {_few(rest)}"] if rest else []
+    elif section.others:
+        notes.append(f"left out what is no tensor: {_few(list(section.others))}")
+    if prefix:
+        notes.append(f"prefix `{prefix}` taken off the names")
+    if beside:
+        notes.append(f"{len(beside)} tensors without that prefix left out: {_few(beside)}")
+    return tuple(notes)
+
+
+def fitted(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Drops what is no weight and fills in what nothing depends on; everything else stays for a strict check.
+
+    Args:
+        expected: What the model has.
+        given: A file's tensors under the model's names.
+
+    Returns:
+        Tensors to load, and what was done.
+    """
+    kept = {name: tensor for name, tensor in given.items() if name in expected or not _is_no_weight(name, tensor)}
+    notes = []
+    dropped = [name for name in given if name not in kept]
+    if dropped:
+        notes.append(f"left out, as they are no weights of this model: {_few(dropped)}")
+    for name, tensor in kept.items():
+        if name in expected and tensor.numel() == expected[name].numel() == 1 and tensor.shape != expected[name].shape:
+            kept[name] = tensor.reshape(expected[name].shape)
+    unused = [n for n in expected if n not in kept and n.rpartition(".")[2] in ("logit_scale", "num_batches_tracked")]
+    if unused:
+        notes.append(f"not in the file, and not used here: {_few(unused)}")
+        kept |= {name: expected[name] for name in unused}
+    converted = sorted({
+        f"{str(tensor.dtype).removeprefix('torch.')} to {str(expected[name].dtype).removeprefix('torch.')}"
+        for name, tensor in kept.items()
+        if name in expected and tensor.dtype != expected[name].dtype
+    })  # fmt: skip
+    if converted:
+        notes.append(f"converted from {', '.join(converted)}")
+    return kept, notes
+
+
+def _is_no_weight(name: str, tensor: Tensor) -> bool:
+    """Tells whether a tensor is a constant or serves a loss: OpenAI's sizes, masks, positions, SigLIP's bias."""
+    leaf = name.rpartition(".")[2]
+    if name.removeprefix("model.") in (*_OPENAI_EXTRAS, "logit_bias", "temp2"):
+        return tensor.numel() == 1
+    if leaf == "position_ids":
+        return torch.equal(tensor.flatten().long(), torch.arange(tensor.numel()))
+    if leaf == "attn_mask" and tensor.ndim == 2 and tensor.is_floating_point():
+        return torch.equal(tensor.float(), torch.full(tensor.shape, -torch.inf).triu(1))
+    return False
+
+
+def _is_temperature(name: str) -> bool:
+    return name.rpartition(".")[2] in ("temp", "temp2")
+
+
+def _same(one: ForeignWeights, other: ForeignWeights) -> bool:
+    if one.kind != other.kind or one.tensors.keys() != other.tensors.keys():
+        return False
+    return all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+
+
+def _labels(models: list[ForeignWeights]) -> str:
+    return ", ".join(f"`{model.label}`" for model in models)
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Inert):
+        return f"an object of `{content.origin}`"
+    if isinstance(content, Mapping):
+        return f"a mapping of {_few([str(name) for name in content])}" if content else "an empty mapping"
+    return f"a {type(content).__name__}"
+
+
+def _few(names: list[str]) -> str:
+    """Joins the first few names, and says that there are more."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

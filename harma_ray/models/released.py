@@ -14,10 +14,10 @@ from torch import Tensor
 from harma_ray.errors import UserError
 from harma_ray.models.adapters import GatedAdapter
 from harma_ray.models.clip import DualEncoder
+from harma_ray.models.foreign import fitted
 from harma_ray.models.weights import check_fit
 
 _PREFIX = "model."
-_LATER_PREFIX = "clip."  # one later state of the released code renamed its attribute
 _ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 _LINEAR = ("weight", "bias")
 _SHARED = "mmadapter.BiShareAdapterxx"
@@ -53,27 +53,27 @@ def to_released(model: DualEncoder) -> dict[str, Tensor]:
     return {names[name]: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def from_released(state_dict: Mapping[str, Tensor], model: DualEncoder) -> None:
+def from_released(state_dict: Mapping[str, Tensor], model: DualEncoder) -> list[str]:
     """Load released weights, the backbone included; nothing may be missing and nothing left over.
 
     Args:
-        state_dict: the `model` part of a released file; names under `model.` (or `clip.`) and `temp`.
+        state_dict: the `model` part of a released file; names under `model.` and `temp`.
         model: a dual encoder with adapters of the same size; changed in place, only if everything fits.
+
+    Returns:
+        What was left out because it is no weight of this model, such as the temperature of a loss that is off.
 
     Raises:
         UserError: lists the missing, the left-over and the misshapen tensors by their released names.
     """
-    given = {
-        _PREFIX + name.removeprefix(_LATER_PREFIX) if name.startswith(_LATER_PREFIX) else name: tensor
-        for name, tensor in state_dict.items()
-    }
-    if len(given) != len(state_dict):
-        raise UserError(f"released weights must use one of the prefixes `{_PREFIX}` and `{_LATER_PREFIX}`, got both")
     names = _released_names(model)
     own = model.state_dict()
-    check_fit({names[name]: tensor for name, tensor in own.items()}, given, "the released state dict")
+    expected = {names[name]: tensor for name, tensor in own.items()}
+    given, notes = fitted(expected, state_dict)
+    check_fit(expected, given, "the released state dict")
     with torch.no_grad():
         model.load_state_dict({name: given[names[name]] for name in own})
+    return notes
 
 
 def _released_names(model: DualEncoder) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Weights on disk and in memory: reading them without running code, fitting them strictly, fingerprinting them."""
+"""Weights on disk and in memory: written, fitted strictly, fingerprinted."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,67 +6,13 @@ from pathlib import Path
 
 import torch
 from open_clip.transformer import QuickGELU
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
+from harma_ray.models.foreign import ACTIVATION, GELU, QUICK_GELU
 
-_ACTIVATION, _KEYS_SHOWN = "activation", 5
-CLIP_SECTION = "CLIP"
-SECTIONS = ("state_dict", CLIP_SECTION, "Combiner")
-"""Where training programs put tensors: many under the first, CLIP4Cir under the others."""
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a plain state dict; nothing in the file is ever executed.
-
-    Accepted are `.safetensors` and torch files (any other suffix) that hold names and tensors, bare or under one of
-    `SECTIONS`, with or without a `module.` before every name (as `DistributedDataParallel` writes it).
-
-    Args:
-        path: the file.
-
-    Returns:
-        Name to tensor, on the CPU, in the file's own dtypes.
-
-    Raises:
-        UserError: the file is missing, damaged, holds code, or is no state dict.
-    """
-    return read_section(path)[1]
-
-
-def read_section(path: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Read as `read_state_dict`, and also return the section that the tensors lie in, or nothing."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"the weights file must exist, got {path}")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path, device="cpu")
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as weights without running code from it ({reason.strip()}); "
-            "give a file that holds only a state dict, best as .safetensors"
-        ) from error
-    section = ""
-    if isinstance(content, Mapping):
-        section = next((name for name in SECTIONS if isinstance(content.get(name), Mapping)), "")
-        content = content[section] if section else content
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} must hold a state dict (names to tensors), got {type(content).__name__}")
-    strangers = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise UserError(
-            f"{path} must hold names and tensors only, got other things under {_few(strangers)}; "
-            "save the state dict alone"
-        )
-    if all(name.startswith("module.") for name in content):
-        return section, {name.removeprefix("module."): value for name, value in content.items()}
-    return section, dict(content)
+_KEYS_SHOWN = 5
 
 
 def save_clip(model: nn.Module, path: str | Path, *, without: str = "", says_activation: bool = True) -> None:
@@ -79,25 +25,8 @@ def save_clip(model: nn.Module, path: str | Path, *, without: str = "", says_act
         says_activation: keep with it that the model's activation is the one that it was trained with.
     """
     state = {name: t.contiguous() for name, t in model.state_dict().items() if not (without and without in name)}
-    activation = {_ACTIVATION: "quick GELU" if has_quick_gelu(model) else "GELU"}
+    activation = {ACTIVATION: QUICK_GELU if has_quick_gelu(model) else GELU}
     save_file(state, path, metadata=activation if says_activation else None)
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the texts that a safetensors file carries beside its tensors; of other files, nothing."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as weights ({error})") from error
-
-
-def says_quick_gelu(path: str | Path) -> bool | None:
-    """Return whether a file says that its weights were trained with quick GELU; None: it says nothing."""
-    found = read_metadata(path).get(_ACTIVATION)
-    return None if found is None else found == "quick GELU"
 
 
 def has_quick_gelu(model: nn.Module) -> bool:
@@ -106,7 +35,7 @@ def has_quick_gelu(model: nn.Module) -> bool:
 
 
 def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError unless both hold the same names with the same shapes.
+    """Raise UserError unless both hold the same names with the same shapes, and numbers that can be computed with.
 
     Args:
         expected: what the model has.
@@ -129,6 +58,19 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sourc
         problems.append(f"{len(misshapen)} of another shape ({_few(misshapen)})")
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}; choose the model it was made for")
+    quantised = [n for n, tensor in expected.items() if tensor.is_floating_point() > given[n].is_floating_point()]
+    if quantised:
+        kinds = sorted({str(given[name].dtype).removeprefix("torch.") for name in quantised})
+        raise UserError(
+            f"{source} must hold floating-point weights, got {', '.join(kinds)} in {len(quantised)} tensors "
+            f"({_few(quantised)}); give the weights from before they were quantised"
+        )
+    broken = [n for n, tensor in expected.items() if not torch.isfinite(given[n].to(tensor.dtype)).all()]
+    if broken:
+        raise UserError(
+            f"{source} holds NaN or infinity in {len(broken)} of {len(expected)} tensors ({_few(broken)}): its "
+            "training diverged, or the file is damaged; use an earlier one"
+        )
 
 
 def backbone_fingerprint(model: nn.Module) -> str:
@@ -146,7 +88,7 @@ def backbone_fingerprint(model: nn.Module) -> str:
     """
     clip_model = getattr(model, "clip", model)
     added = tuple(f"{name}." for name, module in clip_model.named_modules() if getattr(module, "is_added", False))
-    digest = hashlib.sha256(b"quick GELU" if has_quick_gelu(clip_model) else b"")
+    digest = hashlib.sha256(QUICK_GELU.encode() if has_quick_gelu(clip_model) else b"")
     for name, tensor in sorted(clip_model.state_dict().items()):
         if not name.startswith(added):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -99,7 +99,8 @@ class Clip4CirTask:
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
-        check_pretrained(self.config.model.architecture, self.config.model.pretrained)
+        model = self.config.model
+        check_pretrained(model.architecture, model.pretrained, model.activation)
         if self._tuned:
             read_meta(self._tuned)
         training.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
@@ -138,7 +139,9 @@ class Clip4CirTask:
     def build_base(self) -> nn.Module:
         """Returns CLIP on CPU, with the weights of the fine-tuning run if the settings name one."""
         settings = self.config.model
-        clip = build_clip(settings.architecture, settings.pretrained, seed=self._base_seed)
+        clip = build_clip(
+            settings.architecture, settings.pretrained, seed=self._base_seed, activation=settings.activation
+        )
         if self._tuned:
             model = ComposedRetriever(DualEncoder(clip))
             names = read_meta(self._tuned).trainable

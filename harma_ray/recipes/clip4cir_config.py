@@ -23,6 +23,9 @@ class ClipConfig:
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
     pretrained: str = "openai"
     """open_clip's tag, the path of a local file (the published ``.pt`` of a fine-tuned CLIP too), or ``random``."""
+    activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
+    the architecture computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,8 @@ class HarmaTask:
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
-        check_pretrained(self.config.model.architecture, self.config.model.pretrained)
+        model = self.config.model
+        check_pretrained(model.architecture, model.pretrained, model.activation)
         for split in (training, *evaluated):
             split.require_kind(["images"], f"recipe {self.config.recipe}")
         for split in evaluated:
@@ -97,7 +98,9 @@ class HarmaTask:
     def build_base(self) -> nn.Module:
         """Returns the backbone on CPU."""
         settings = self.config.model
-        return build_clip(settings.architecture, settings.pretrained, seed=self.config.seed)
+        return build_clip(
+            settings.architecture, settings.pretrained, seed=self.config.seed, activation=settings.activation
+        )
 
     def build_model(self) -> DualEncoder:
         """Returns the dual encoder on CPU, tuned as configured; a loss that is off leaves its temperature frozen."""

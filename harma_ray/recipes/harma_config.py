@@ -18,6 +18,9 @@ class ModelConfig:
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
     pretrained: str = "random"
     """open_clip's tag, the path of a local file, or ``random``."""
+    activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
+    the architecture computes."""
     tuning: Literal["adapters", "full", "none"] = "adapters"
     """HarMA's adapters; everything; or nothing (zero-shot)."""
     text_tokens: Literal["full", "trim"] = "full"

@@ -6,6 +6,7 @@ from small_clip import adapted, captions, images, small_clip
 from harma_ray.errors import UserError
 from harma_ray.models.adapters import set_tuning
 from harma_ray.models.clip import DualEncoder
+from harma_ray.models.foreign import read_foreign
 from harma_ray.models.released import from_released, to_released
 
 ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
@@ -95,11 +96,24 @@ def test_round_trip(affiliation_temperature):
     assert torch.equal(ours["text"], theirs["text"])
 
 
-def test_later_prefix_is_understood():
+@pytest.mark.parametrize("prefix", ["model.", "clip.", "module.model.", "module._orig_mod.clip."])
+def test_a_released_file_is_understood_under_other_prefixes(tmp_path, prefix):
     model, _ = adapted()
     released = random_released()
-    from_released({name.replace("model.", "clip.", 1): tensor for name, tensor in released.items()}, model)
+    outer = prefix.removesuffix("model.").removesuffix("clip.")
+    wrapped = {prefix + n.removeprefix("model.") if n != "temp" else f"{outer}temp": t for n, t in released.items()}
+    torch.save({"model": wrapped, "config": {"batch_size": 4}}, tmp_path / "harma.pth")
+    found = read_foreign(tmp_path / "harma.pth")
+    assert (found.kind, found.prefix) == ("released", outer)
+    from_released(found.tensors, model)
     assert torch.equal(to_released(model)["model.visual.proj"], released["model.visual.proj"])
+
+
+def test_the_temperature_of_a_loss_that_is_off_is_left_out():
+    model, _ = adapted()
+    released = random_released() | {"temp2": torch.tensor(0.07)}
+    assert "temp2" in from_released(released, model)[0]
+    assert "temp2" not in to_released(model)
 
 
 def test_import_is_strict_and_changes_nothing_when_refused():
@@ -119,13 +133,6 @@ def test_import_is_strict_and_changes_nothing_when_refused():
     assert "1 unexpected (model.stray)" in message
     assert "model.logit_scale: (3,) for ()" in message
     assert torch.equal(model.clip.visual.proj, before)
-
-
-def test_both_prefixes_at_once_are_refused():
-    released = random_released()
-    released["clip.visual.proj"] = released["model.visual.proj"]
-    with pytest.raises(UserError, match="got both"):
-        from_released(released, adapted()[0])
 
 
 def test_models_the_layout_cannot_hold_are_refused():
