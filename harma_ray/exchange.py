@@ -191,7 +191,8 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         way_out = f"import both first: {launch_command('checkpoint', 'import', path, '--clip', 'FILE')}"
         raise UserError(f"{path} is a Combiner without its CLIP; {way_out}")
     if weights.kind == "clip":
-        raise UserError(f"{path} is a plain CLIP; evaluate it with --zero-shot --set model.pretrained={path}")
+        way_out = command_line("--zero-shot", "--set", show_override("model.pretrained", str(path)))
+        raise UserError(f"{path} is a plain CLIP; evaluate it with {way_out}")
     if weights.kind == "released":
         return _released_model(weights, config)[0].eval()
     metadata = weights.metadata
