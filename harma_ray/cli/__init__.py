@@ -19,6 +19,7 @@ from harma_ray.cli.demo import add_demo
 from harma_ray.cli.evaluate import add_embed, add_evaluate, add_predict
 from harma_ray.cli.train import add_train
 from harma_ray.cli.tune import add_tune
+from harma_ray.data.image_files import readable_name
 from harma_ray.errors import UserError, WorkerFailed
 
 EXIT_MISTAKE = 2
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     try:
         signal.signal(signal.SIGTERM, _interrupt)
+        _check_encoding(sys.argv[1:] if arguments is None else arguments)
         options = make_parser().parse_args(arguments)
         options.started = started
         options.run_command(options)
@@ -62,6 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: cannot use {error.filename} ({error.strerror}); name another place", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
+
+
+def _check_encoding(arguments: Sequence[str]) -> None:
+    """Raises UserError if an argument is not UTF-8: Ray, which keeps the command line, would not start."""
+    wrong = [argument for argument in arguments if any("\udc80" <= letter <= "\udcff" for letter in argument)]
+    if wrong:
+        raise UserError(
+            f"arguments must be UTF-8, got {readable_name(wrong[0])}; name the folder or file by a link: ln -s OLD NEW"
+        )
 
 
 def _interrupt(signal_number: int, frame: Any) -> NoReturn:

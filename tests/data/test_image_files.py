@@ -5,6 +5,7 @@ import os
 import pytest
 from PIL import Image
 
+from harma_ray.cli import main
 from harma_ray.data.image_files import EXTENSIONS, find_images, original_name, readable_name
 from harma_ray.data.images import FORMATS
 from harma_ray.errors import UserError
@@ -125,3 +126,8 @@ def test_escaping_of_names_is_reversible_and_leaves_others_alone():
     assert all(original_name(told) == name for name, told in readable.items())
     assert all(told.encode() for told in readable.values())
     assert all(readable_name(name) == name for name in ("a/b.jpg", "C:\\x.jpg", "é\\xyz", "农田.jpg"))
+
+
+def test_arguments_that_are_not_utf8_are_refused_before_ray_is_started(capsys):
+    assert main(["convert", "folder", "--images", os.fsdecode(b"in\xff"), "--out", "out"]) == 2
+    assert "arguments must be UTF-8, got in\\xff; name the folder" in capsys.readouterr().err
