@@ -36,9 +36,11 @@ from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.engine import Meter, autocast_of, evaluating, timed, train_step, wrap_model
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
+from harma_ray.health import HealthWatch
 from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.optim import warmup_steps
 from harma_ray.runs import REPORT_NAME
-from harma_ray.task import Evaluation, Task
+from harma_ray.task import Evaluation, Task, WatchedTask
 from harma_ray.tracking import Tracker
 from harma_ray.train_state import Progress, TrainState
 
@@ -174,11 +176,21 @@ class _Training:
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
         notices = [] if last is None else self._restore(last)
         if self._place.rank == 0:
-            self._tracker = Tracker(self._run_dir, last_step=None if last is None else self._progress.step)
+            self._tracker = Tracker(
+                self._run_dir, last_step=None if last is None else self._progress.step, watch=self._watch()
+            )  # fmt: skip
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
             for notice in notices:
                 self._tracker.log("notice", self._progress.step, {}, text=notice)
         return last is not None
+
+    def _watch(self) -> HealthWatch:
+        task, total = self._task, self._total_steps
+        watched = isinstance(task, WatchedTask)
+        return HealthWatch(
+            task.losses_at_equal_scores() if watched else {}, objective=task.objective, total_steps=total,
+            warmup_steps=warmup_steps(total, self._config.optim), advice=task.advice() if watched else (),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Closes the record."""
@@ -362,4 +374,5 @@ class _Training:
             "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
             "metrics": results,
             "data": self._identity,
+            "health": [finding.as_record() for finding in self._tracker.findings] if self._tracker else [],
         }

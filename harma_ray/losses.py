@@ -135,6 +135,20 @@ def triplet_loss(
     return row_cost.sum() + column_cost.sum()
 
 
+def equal_scores_triplet_loss(num_rows: int, *, margin: float, gamma: float = 0.0) -> float:
+    """Return the weighted triplet loss of N rows whose scores are all equal, every other row being a negative.
+
+    All hinges are then the margin: ``N * (N - 1) * (1 - exp(-margin))^gamma * margin``. The plain loss is twice that at
+    gamma 0, with the hardest negatives alone ``2 * N * margin``. The cross-entropies are ln N, whatever their targets.
+
+    Args:
+        num_rows: N.
+        margin: See ``weighted_triplet_loss``.
+        gamma: See ``weighted_triplet_loss``.
+    """
+    return num_rows * (num_rows - 1) * (-math.expm1(-margin)) ** gamma * margin
+
+
 def class_means(features: Tensor, labels: Tensor) -> Tensor:
     """Return, for every sample, the mean of the features of its class in this batch.
 

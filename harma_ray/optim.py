@@ -25,13 +25,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device 
     return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 
+def warmup_steps(total_steps: int, config: OptimConfig) -> int:
+    """Returns the number of steps in which the learning rate climbs to its peak."""
+    return int(config.warmup_fraction * total_steps)
+
+
 def learning_rate_factor(step: int, total_steps: int, config: OptimConfig) -> float:
     """Returns the share of the peak learning rate that the update after `step` updates uses, in [0, 1].
 
     Warm-up: step / warm-up steps, so the first update has rate 0, as in the schedule of HarMA's code. After it, on the
     remaining share x in [0, 1]: linear 1 - x, cosine (1 + cos(pi x)) / 2, constant 1.
     """
-    warmup = int(config.warmup_fraction * total_steps)
+    warmup = warmup_steps(total_steps, config)
     if step < warmup:
         return step / warmup
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))

@@ -14,6 +14,7 @@ from harma_ray import page
 from harma_ray.config import flat_settings
 from harma_ray.errors import UserError
 from harma_ray.figures import draw_curves
+from harma_ray.health import Finding, standing_findings
 from harma_ray.task import Section
 
 PAGE_NAME = "index.html"
@@ -220,7 +221,7 @@ def write_report(
         _results_section(_Results.of(metrics, intervals, chance)),
         *sections,
         _parameters_section(parameter_table(model)),
-        _curves_section(draw_curves(records)),
+        _curves_section(draw_curves(records), standing_findings(records)),
         _settings_section(settings),
     ]
     top = page.heading(title, subtitle, [(section.name, section.title) for section in sections])
@@ -260,10 +261,13 @@ def _parameters_section(rows: Sequence[ParameterRow]) -> Section:
     return Section("parameters", "Parameters", page.table(columns, num_text_columns=1, sum_row=True))
 
 
-def _curves_section(png: bytes | None) -> Section:
+def _curves_section(png: bytes | None, findings: Sequence[Finding]) -> Section:
     if png is None:
         return Section("training", "Training", page.paragraph("No training is on record here."))
-    return Section("training", "Training", page.picture(png, "training curves"), {"curves.png": png})
+    told = [f"Warning: {finding.message}." for finding in findings]
+    told += dict.fromkeys(f"Try {text}." for finding in findings for text in finding.advice)
+    html = "".join([*map(page.paragraph, told), page.picture(png, "training curves")])
+    return Section("training", "Training", html, {"curves.png": png})
 
 
 def _settings_section(settings: Mapping[str, Any]) -> Section:

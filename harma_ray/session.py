@@ -25,6 +25,7 @@ from harma_ray.errors import UserError, WorkerFailed
 from harma_ray.exchange import load_model
 from harma_ray.features import with_features
 from harma_ray.files import kept_path, output_path, write_text
+from harma_ray.health import KIND, Finding, standing_findings
 from harma_ray.loop import check_batch
 from harma_ray.plans import plan_workers
 from harma_ray.recipes import make_task
@@ -104,6 +105,8 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
     print(f"workers    {plan_workers(config, cluster).describe()}")
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
+    for line in _finding_lines(standing_findings(read_records(run.path))):  # of a run that goes on
+        print(line)
     print(f"watch      {command_line('tensorboard', '--logdir', run.path.parent)}", flush=True)
     try:
         with run.locked():
@@ -144,6 +147,7 @@ def print_report(run: Run) -> None:
     """Prints the results of a finished run and where they are."""
     report = run.report
     assert report is not None
+    findings = [Finding.of(entry) for entry in report.get("health", [])]
     size = report["checkpoint_bytes"] / 1e6
     print(f"\n{report['trainable_parameters']:,} of {report['parameters']:,} parameters trained; "
           f"best epoch {report['best_epoch']:g} by {report['selected_on']} {report['objective']}"
@@ -152,6 +156,16 @@ def print_report(run: Run) -> None:
     print(f"checkpoint {run.path / report['checkpoint']} ({size:.1f} MB)")
     for split, metrics in report["metrics"].items():
         print(f"\n{split}\n{results_table(metrics)}")
+    if findings:
+        print("\nthe training is done, but these figures are not those of one that worked:")
+        print("\n".join(_finding_lines(findings)))
+
+
+def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Returns lines that tell what is wrong with a training, then once what to try."""
+    lines = [f"WARNING    {finding.message}" for finding in findings]
+    advice = list(dict.fromkeys(text for finding in findings for text in finding.advice))
+    return lines + [f"{'' if number else 'try':10} {text}" for number, text in enumerate(advice)]
 
 
 def print_spread(runs: Sequence[Run]) -> None:
@@ -164,6 +178,9 @@ def print_spread(runs: Sequence[Run]) -> None:
             rows.append([name, statistics.mean(values), statistics.stdev(values), *values])
         headers = [split, "mean", "std", *(f"seed {run.config.seed}" for run in runs)]
         print("\n" + tabulate(rows, headers=headers, floatfmt=".2f"))
+    for run, report in zip(runs, reports, strict=True):
+        for entry in report.get("health", []):
+            print(f"WARNING    {run.path.name}: {Finding.of(entry).message}")
 
 
 def check_gradients(config: RunConfig) -> None:
@@ -340,6 +357,10 @@ class _Progress:
                       f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
                       f"about {left:.0f} s left", flush=True)  # fmt: skip
                 self._printed = now
+        elif record["kind"] == KIND:
+            finding = Finding.of(record)
+            lines = [f"better     {finding.message}"] if finding.over else _finding_lines([finding])
+            print("\n".join([f"{clock} step {record['step']}/{self._total}", *lines]), flush=True)
         elif record["kind"] == "evaluation":
             figures = "  ".join(f"{k} {record[k]:.2f}" for k in ("r_mean", "r_mean_text") if k in record)
             print(f"{clock} epoch {record['epoch']}  {record['split']}  {figures}", flush=True)

@@ -230,6 +230,22 @@ def require_query(task: Task, model: nn.Module, query: str) -> None:
 
 
 @runtime_checkable
+class WatchedTask(Protocol):
+    """A task that knows what its loss is while a model tells nothing apart; the loss of others is not watched."""
+
+    def losses_at_equal_scores(self) -> Mapping[str, float]:
+        """Returns terms of `losses` and what each is while all scores of a global batch are equal.
+
+        Terms whose value then depends on the batch are left out.
+        """
+        ...
+
+    def advice(self) -> Sequence[str]:
+        """Returns what to try when a training learns nothing, the most promising first, in terms of the settings."""
+        ...
+
+
+@runtime_checkable
 class FeatureTask(Protocol):
     """A task with frozen encoders whose outputs can be computed once, before training."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
+from harma_ray.health import KIND, Finding, HealthWatch, standing_findings
 from harma_ray.task import Projection
 
 METRICS_NAME = "metrics.jsonl"
@@ -26,13 +27,14 @@ EVENTS_FOLDER = "tensorboard"
 class Tracker:
     """Writes the record of a run."""
 
-    def __init__(self, run_dir: Path, *, last_step: int | None):
+    def __init__(self, run_dir: Path, *, last_step: int | None, watch: HealthWatch | None = None):
         """Opens the record.
 
         Args:
             run_dir: The run's folder.
             last_step: The step whose checkpoint the run goes on from; later records are removed. None = it starts
                 anew, and all are.
+            watch: Reads along, earlier lines too; what it finds is recorded.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_NAME
@@ -44,6 +46,12 @@ class Tracker:
         with self._writing():
             self._file = self._path.open("a", buffering=1)
         self._writer = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=first if known else None, flush_secs=10)
+        self._watch = watch
+        if watch is not None:
+            for record in kept:
+                watch.read(record)
+            told = standing_findings(kept)
+            self._log_findings(first - 1, [finding for finding in watch.standing if finding not in told])
 
     def log(self, kind: str, step: int, values: Mapping[str, float], *, prefix: str = "", **more: Any) -> None:
         """Records values.
@@ -63,6 +71,18 @@ class Tracker:
         self._file.write(json.dumps(record) + "\n")
         for key, value in values.items():
             self._writer.add_scalar(prefix + key, value, step)
+        if self._watch is not None:
+            self._log_findings(step, self._watch.read(record))
+
+    def _log_findings(self, step: int, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            self._file.write(json.dumps({"kind": KIND, "step": step, **finding.as_record()}) + "\n")
+            self._writer.add_text(KIND, finding.message, step)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong with the training now."""
+        return self._watch.standing if self._watch is not None else []
 
     def log_image(self, tag: str, step: int, image: Image.Image) -> None:
         """Records a picture in TensorBoard."""

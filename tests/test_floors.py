@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: ["errors", "files", "config", "ranking", "metrics", "composed_metrics", "distributed", "data.schema",
-        "data.order", "data.identity", "data.captions", "data.queries", "data.relative_captions", "shell"],
+        "data.order", "data.identity", "data.captions", "data.queries", "data.relative_captions", "shell",
+        "health"],
     1: ["models.", "losses", "optim", "data.images", "data.image_files", "data.transforms", "data.padding",
         "data.scenes"],
     2: ["cluster", "ray_address", "ray_folder", "ray_start", "plans", "task", "accumulation", "checkpoint",

@@ -9,6 +9,7 @@ Shape letters: B batch, Q queries, G gallery, F features of CLIP.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -195,6 +196,22 @@ class Clip4CirTask:
         outputs = model(batch["reference"], batch["text"], batch["target"])
         query, target = gather_with_gradient(outputs["query"]), gather_with_gradient(outputs["target"])
         return {"contrastive": composed_loss(query, target)}
+
+    def losses_at_equal_scores(self) -> dict[str, float]:
+        """Returns the cross-entropy while all scores are equal."""
+        return {"contrastive": math.log(self.config.train.global_batch_size)}
+
+    def advice(self) -> list[str]:
+        """Returns what to try: a lower rate first, since the loss's fixed scale of 100 makes steep gradients."""
+        config, rate = self.config, self.config.optim.learning_rate
+        advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
+        if config.optim.warmup_fraction < 0.1:
+            advice.append(f"a warm-up, optim.warmup_fraction=0.1 (now {config.optim.warmup_fraction:g})")
+        if config.model.pretrained == "random" and not self._tuned:
+            advice.append("pretrained weights, model.pretrained=FILE: nothing but this training knows the images yet")
+        elif isinstance(config, CombinerConfig) and not self._tuned:
+            advice.append("a fine-tuned CLIP (--from RUN): the Combiner starts from its features")
+        return advice
 
     def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
         """Returns the recalls of the split's protocol, in percent, and `r_mean` of the baselines among `QUERIES`."""

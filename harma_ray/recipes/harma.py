@@ -6,6 +6,7 @@ Shape letters: B batch, N images, M texts, E embedding.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from harma_ray.losses import (
     affiliation_loss,
     class_means,
     contrastive_loss,
+    equal_scores_triplet_loss,
     triplet_loss,
     weighted_triplet_loss,
 )
@@ -169,6 +171,40 @@ class HarmaTask:
             affiliation = affiliation_loss(image, text, image_means, text_means, outputs["affiliation_temperature"])
             terms["affiliation"] = loss.center_factor * affiliation
         return terms
+
+    def losses_at_equal_scores(self) -> dict[str, float]:
+        """Returns the terms while all scores are equal; the triplet term only where every other row is a negative."""
+        loss, rows = self.config.loss, self.config.train.global_batch_size
+        terms = {}
+        if loss.contrastive:
+            terms["contrastive"] = math.log(rows)
+        if loss.same_image_negatives and loss.triplet != "none":
+            terms["triplet"] = {
+                "weighted": equal_scores_triplet_loss(rows, margin=loss.margin, gamma=loss.gamma),
+                "plain": 2 * equal_scores_triplet_loss(rows, margin=loss.margin),
+                "hardest": 2 * rows * loss.margin,
+            }[loss.triplet]
+        if loss.center_factor:
+            terms["affiliation"] = loss.center_factor * math.log(rows)
+        return terms
+
+    def advice(self) -> list[str]:
+        """Returns what to try: a lower rate first, since that is what collapses adapters."""
+        config = self.config
+        model, rate, rows = config.model, config.optim.learning_rate, config.train.global_batch_size
+        advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
+        if config.optim.warmup_fraction < 0.3:
+            advice.append(f"a longer warm-up, optim.warmup_fraction=0.3 (now {config.optim.warmup_fraction:g})")
+        if model.pretrained == "random" and model.tuning == "adapters":
+            advice.append("a pretrained backbone, model.pretrained=FILE: adapters in a random one have little to adapt")
+        if config.loss.contrastive and config.loss.triplet in ("weighted", "plain"):
+            advice.append(
+                f"loss.triplet=none: the triplet term is a sum over {rows} x {rows - 1} pairs and outweighs the "
+                "contrastive one, and while a model hardly ranks, equal scores lower it"
+            )
+        if model.temperature < 0.01 or model.temperature > 0.2:
+            advice.append(f"model.temperature=0.07 (now {model.temperature:g})")
+        return advice
 
     def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
         """Returns the recalls of the split, index-based and duplicate-aware (``*_text``), in percent."""
