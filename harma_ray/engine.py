@@ -70,12 +70,16 @@ def _mean_in_rank_order(state, bucket):  # DDP does not know annotations that ar
     return mean
 
 
+def trains_in_bf16(train: TrainConfig, device: torch.device) -> bool:
+    """Returns whether models are trained under bf16 autocast on a device that is here."""
+    if train.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return train.precision == "bf16"
+
+
 def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
     """Returns a maker of the contexts that training runs in: bf16 if asked for or, by default, where a GPU has it."""
-    bf16 = train.precision == "bf16"
-    if train.precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if not bf16:
+    if not trains_in_bf16(train, device):
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
 

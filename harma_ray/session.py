@@ -25,9 +25,10 @@ from harma_ray.errors import UserError, WorkerFailed
 from harma_ray.exchange import load_model
 from harma_ray.features import with_features
 from harma_ray.files import kept_path, output_path, write_text
+from harma_ray.header import header_lines
 from harma_ray.health import KIND, Finding, standing_findings
 from harma_ray.loop import check_batch
-from harma_ray.plans import plan_workers
+from harma_ray.plans import WorkerPlan, plan_workers
 from harma_ray.recipes import make_task
 from harma_ray.report import comparison_section, comparison_table, results_table, write_report
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
@@ -96,13 +97,7 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
     order = planned_order(config)
     steps = order.steps_per_epoch * config.train.epochs
     print(f"\nrun        {run.path}")
-    print(f"recipe     {config.recipe}, seed {config.seed}")
-    print(f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch")
-    print(
-        f"steps      {config.train.epochs} epochs x {order.steps_per_epoch} steps of {config.train.global_batch_size} "
-        "samples"
-    )
-    print(f"workers    {plan_workers(config, cluster).describe()}")
+    print("\n".join(header_lines(config, plan_workers(config, cluster))))
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
     for line in _finding_lines(standing_findings(read_records(run.path))):  # of a run that goes on
@@ -193,6 +188,9 @@ def check_gradients(config: RunConfig) -> None:
     check_data(config)
     task = make_task(config)
     place = default_place(config)
+    print(
+        "\n".join(header_lines(config, WorkerPlan(1, place.decode_threads, float(place.device != "cpu")))), flush=True
+    )
     without = parameters_without_gradient(task, config, place, local_batches)
     if without:
         raise UserError(f"{len(without)} trainable parameters got no gradient: {', '.join(without)}")

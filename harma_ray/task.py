@@ -169,6 +169,10 @@ class Task(Protocol):
         """Returns the pretrained part on CPU, before anything is added or frozen; trials of a search share it."""
         ...
 
+    def outline_base(self) -> nn.Module:
+        """Returns the pretrained part without its weights, on torch's meta device: names and sizes alone."""
+        ...
+
     def build_model(self) -> nn.Module:
         """Returns the model on CPU with freezing applied: trainable parameters are those that require a gradient."""
         ...

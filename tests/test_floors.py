@@ -22,7 +22,7 @@ FLOORS = {
         "tune.drawing", "tune.figures", "tune.parameter_figures", "tune.importance", "tune.confirmed", "tune.scale",
         "tune.report", "tune.progress", "tune.sharing"],
     4: ["loop", "train", "embed", "features", "predict", "api", "tune.trial", "tune.search"],
-    5: ["session", "demo", "cli", "tune.session"],
+    5: ["session", "header", "demo", "cli", "tune.session"],
 }  # fmt: skip
 
 

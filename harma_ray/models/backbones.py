@@ -60,6 +60,17 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation:
     return load_clip(architecture, read_foreign(pretrained, only="clip"), activation=activation)[0]
 
 
+def outline_clip(architecture: str) -> nn.Module:
+    """Build a CLIP without weights on torch's meta device: names and sizes alone, in about a second.
+
+    Raises:
+        UserError: unknown architecture.
+    """
+    _configuration(architecture)
+    with torch.device("meta"), _quiet_root_logger():
+        return open_clip.create_model(architecture.replace("/", "-"), device="meta")
+
+
 def load_clip(
     architecture: str, weights: ForeignWeights, *, activation: Activation = ""
 ) -> tuple[nn.Module, list[str]]:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from harma_ray.errors import UserError
-from harma_ray.models.backbones import build_clip, image_size, pixel_statistics, tokenize
+from harma_ray.models.backbones import build_clip, image_size, outline_clip, pixel_statistics, tokenize
 
-__all__ = ["DualEncoder", "build_clip", "image_size", "pixel_statistics", "tokenize"]
+__all__ = ["DualEncoder", "build_clip", "image_size", "outline_clip", "pixel_statistics", "tokenize"]
 
 TEXT_TOKENS = ("full", "trim")
 

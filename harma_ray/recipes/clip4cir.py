@@ -33,7 +33,7 @@ from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
 from harma_ray.losses import composed_loss
 from harma_ray.models.backbones import check_pretrained
-from harma_ray.models.clip import DualEncoder, build_clip, image_size, unit
+from harma_ray.models.clip import DualEncoder, build_clip, image_size, outline_clip, unit
 from harma_ray.models.combiner import Combiner
 from harma_ray.models.composed import ComposedRetriever, Encoders
 from harma_ray.models.weights import backbone_fingerprint
@@ -150,6 +150,10 @@ class Clip4CirTask:
                 parameter.requires_grad_(name in names)
             load_weights(self._tuned, model, backbone=backbone_fingerprint(model))
         return clip.requires_grad_(True)
+
+    def outline_base(self) -> nn.Module:
+        """Returns the backbone without its weights, to count its parameters."""
+        return outline_clip(self.config.model.architecture)
 
     def build_model(self) -> ComposedRetriever:
         """Returns the model on CPU: CLIP with one or both encoders to train, or frozen under a new Combiner."""

@@ -34,7 +34,7 @@ from harma_ray.losses import (
 from harma_ray.metrics import RetrievalResult, bootstrap_interval, chance_recalls, image_text_recalls
 from harma_ray.models.adapters import GatedAdapter, set_tuning
 from harma_ray.models.backbones import check_pretrained
-from harma_ray.models.clip import DualEncoder, build_clip, image_size, tokenize
+from harma_ray.models.clip import DualEncoder, build_clip, image_size, outline_clip, tokenize
 from harma_ray.pictures import read_images, retrieval_sheet
 from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.task import Array, Batch, Evaluation, EvaluationData, Projection, RowTransform, Section
@@ -103,6 +103,10 @@ class HarmaTask:
         return build_clip(
             settings.architecture, settings.pretrained, seed=self.config.seed, activation=settings.activation
         )
+
+    def outline_base(self) -> nn.Module:
+        """Returns the backbone without its weights, to count its parameters."""
+        return outline_clip(self.config.model.architecture)
 
     def build_model(self) -> DualEncoder:
         """Returns the dual encoder on CPU, tuned as configured; a loss that is off leaves its temperature frozen."""
