@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,10 @@ def start_ray(options: Mapping[str, Any], address: str) -> Any:
 
 @contextlib.contextmanager
 def _heeding_interruptions() -> Iterator[None]:
-    """Raises, at the end of the block, a Ctrl-C that got lost in it: Ray's start swallows one (Ray 2.60)."""
+    """Raises, at the end of the block, a Ctrl-C that got lost in it.
+
+    One that comes as Ray forks is raised in a callback of Python's logging, which prints a trace and goes on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,11 +50,17 @@ def _heeding_interruptions() -> Iterator[None]:
         interrupted = True
         signal.default_int_handler(number, frame)
 
+    def print_others(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            print_ignored(unraisable)
+
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, note)
+    print_ignored, sys.unraisablehook = sys.unraisablehook, print_others
     try:
         yield
     finally:
+        sys.unraisablehook = print_ignored
         if before is signal.default_int_handler:
             signal.signal(signal.SIGINT, before)
     if interrupted:
