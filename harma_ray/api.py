@@ -16,7 +16,10 @@ from torch import Tensor
 
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.image_files import readable_name
-from harma_ray.data.images import BadImage, decode_image, to_rgb
+from harma_ray.data.image_reading import read_picture
+from harma_ray.data.images import MAX_PIXELS, BadImage, decode_image, is_wide, to_rgb
+from harma_ray.data.rendering import Rendering
+from harma_ray.data.schema import open_split
 from harma_ray.data.transforms import eval_transform
 from harma_ray.encoding import encode_texts
 from harma_ray.engine import evaluating
@@ -31,9 +34,9 @@ ImageLike = str | Path | bytes | Image.Image
 class Retriever:
     """A dual encoder that takes images and captions as people have them."""
 
-    def __init__(self, model: DualEncoder, config: HarmaConfig, device: str):
+    def __init__(self, model: DualEncoder, config: HarmaConfig, device: str, rendering: Rendering | None = None):
         """Wraps a model; see `load_run`."""
-        self.model, self.config = model.to(device).eval(), config
+        self.model, self.config, self.rendering = model.to(device).eval(), config, rendering
         self._size = image_size(model)
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 64) -> Tensor:
@@ -59,18 +62,29 @@ class Retriever:
         """Decodes an image and resizes it as evaluation does: uint8[3, S, S].
 
         Raises:
-            UserError: Naming the image, if it cannot be read.
+            UserError: Naming the image, if it cannot be read, or has more than 8 bits and there is no rule.
         """
         name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
         try:
             if isinstance(image, Image.Image):
+                if is_wide(image):
+                    raise BadImage(f"its mode {image.mode} is more than 8 bits; give the file's path")
                 return eval_transform(to_rgb(ImageOps.exif_transpose(image)), self._size)
-            data = image if isinstance(image, bytes) else Path(image).expanduser().read_bytes()
-            return eval_transform(decode_image(data, max_pixels=self.config.data.max_pixels), self._size)
+            file = image if isinstance(image, bytes) else Path(image).expanduser()
+            picture = read_picture(file, self.rendering, max_pixels=self.config.data.max_pixels or MAX_PIXELS)
+            return eval_transform(picture.image, self._size)
         except OSError as error:
             raise UserError(f"cannot read image {name} ({error.strerror or error})") from error
         except BadImage as error:
             raise UserError(f"{name}: {error}") from error
+
+    def prepare_stored(self, data: bytes) -> Tensor:
+        """Decodes an image that a converted data set holds; else as `prepare`.
+
+        Raises:
+            BadImage: It is damaged.
+        """
+        return eval_transform(decode_image(data, max_pixels=self.config.data.max_pixels), self._size)
 
     def encode_prepared(self, images: Sequence[Tensor]) -> Tensor:
         """Encodes one batch of prepared images: fp32[N, E] on CPU, L2-normalised."""
@@ -116,22 +130,35 @@ def _check_list(name: str, items: Sequence, batch_size: int) -> None:
         raise UserError(f"`batch_size` must be at least 1, got {batch_size}")
 
 
-def load_run(path: str | Path, device: str | None = None) -> Retriever:
+def load_run(path: str | Path, device: str | None = None, *, rendering: Rendering | None = None) -> Retriever:
     """Opens a run and loads its best weights.
 
     Args:
         path: Folder of the run.
         device: Such as ``cpu`` or ``cuda:1``; None = a GPU if there is one.
+        rendering: How images of more than 8 bits are shown, such as ``Rendering.parse(stretch="percentile:2,98")``;
+            None = as those of the run's data set were, if they were and it is still there.
 
     Raises:
         UserError: If the folder is no run of image-text retrieval, or has no checkpoint.
     """
-    return load_retriever(open_run(path), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = open_run(path)
+    return load_retriever(run, device, rendering or find_rendering(run))
 
 
-def load_retriever(run: Run, device: str) -> Retriever:
+def find_rendering(run: Run) -> Rendering | None:
+    """Returns the rule by which the images were rendered that a run was trained on; None if it cannot be found."""
+    try:
+        rendered = open_split(run.config.data.path, run.config.data.train_split).manifest.rendered
+    except UserError:
+        return None
+    return Rendering.from_dict(rendered.rule) if rendered is not None and rendered.rule is not None else None
+
+
+def load_retriever(run: Run, device: str, rendering: Rendering | None = None) -> Retriever:
     """Loads a run's best weights; see `load_run`."""
     model = run.load_model()
     if not isinstance(model, DualEncoder) or not isinstance(run.config, HarmaConfig):
         raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
-    return Retriever(model, run.config, device)
+    return Retriever(model, run.config, device, rendering)

@@ -49,11 +49,12 @@ class DataConfig:
     """Batches prepared ahead."""
     task_cpus: float = 0.5
     """CPUs that Ray reserves for one data task."""
-    max_pixels: int = 100_000_000
-    """Images of more pixels are refused before they are decoded."""
+    max_pixels: int = 0
+    """Images of more pixels are refused before they are decoded; 0 = all that conversion let into the data set are
+    read, and of files beside it (``embed``) up to 100 million pixels."""
 
     def __post_init__(self) -> None:
-        at_least(self, shuffle_window_mb=0.01, chunk_mb=0.01, decode_threads=0, prefetch_batches=1, max_pixels=1)
+        at_least(self, shuffle_window_mb=0.01, chunk_mb=0.01, decode_threads=0, prefetch_batches=1, max_pixels=0)
         above_zero(self, "task_cpus")
 
 

@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harma_ray.api import load_retriever
+from harma_ray.api import find_rendering, load_retriever
 from harma_ray.checkpoint import read_meta
 from harma_ray.data.image_files import FoundImages, find_images, original_name, readable_name
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
+from harma_ray.data.rendering import Rendering
 from harma_ray.data.schema import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -34,6 +35,7 @@ def embed(
     num_actors: int = 1,
     use_gpu: bool = False,
     max_bad: int = 0,
+    rendering: Rendering | None = None,
 ) -> str:
     """Writes vectors with columns ``id``, ``kind`` (image, text), ``source``, ``text``, ``vector`` (float32[E]).
 
@@ -50,6 +52,8 @@ def embed(
         num_actors: Processes that hold the model.
         use_gpu: Whether each of them takes a GPU.
         max_bad: Unreadable images that may be left out.
+        rendering: How a folder's images of more than 8 bits are shown; None = as those that the run was trained on, if
+            they were and its data set is still there.
 
     Returns:
         A summary for the user.
@@ -83,7 +87,8 @@ def embed(
     checkpoint = run.best_checkpoint()
     width = load_retriever(run, "cpu").model.embedding_width  # mistakes show before Ray works
     device, precision = "cuda" if use_gpu else "cpu", run.config.train.eval_precision
-    settings = {"run": run, "device": device, "num_actors": num_actors}
+    rule = rendering or find_rendering(run)
+    settings = {"run": run, "device": device, "num_actors": num_actors, "rendering": rule}
     dataset = map_in_actors(items, _Encoder, settings, num_actors=num_actors, use_gpu=use_gpu)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -100,6 +105,7 @@ def embed(
             "precision": precision,
             "counts": counts,
             "bad": bad,
+            "rendering": None if rule is None or splits else rule.to_dict(),
             "left_out": {} if found is None else found.counts,
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -110,10 +116,13 @@ def embed(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shown = "" if rule is None or splits else f"; images of more than 8 bits were rendered by {rule.options}"
+    if shown and rendering is None:
+        shown += f", as in {run.config.data.path}"
     left_out = "".join(f"\n  left out: {entry}" for entry in bad)
     return (
         f"wrote {counts['image']} image and {counts['text']} text vectors of width {width}, in {precision}, "
-        f"to {target}{left_out}"
+        f"to {target}{shown}{left_out}"
     )
 
 
@@ -158,11 +167,11 @@ def _schema(width: int) -> pa.Schema:
 class _Encoder:
     """Holds the model in its process. Mistakes come back as rows: Ray would wrap an exception in its own traces."""
 
-    def __init__(self, run: Run, device: str, num_actors: int):
+    def __init__(self, run: Run, device: str, num_actors: int, rendering: Rendering | None):
         import torch
 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_actors))
-        self._retriever = load_retriever(run, device)
+        self._retriever = load_retriever(run, device, rendering)
         self._width = self._retriever.model.embedding_width
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -174,9 +183,10 @@ class _Encoder:
         except (UserError, OSError, pa.ArrowException) as error:
             return self._table([("", "error", f"cannot read {item['data']}: {error}", None, self._zeros())])
         images, good, lines = [], [], []
+        prepare = self._retriever.prepare if item["names"] else self._retriever.prepare_stored
         for row in rows:
             try:
-                images.append(self._retriever.prepare(row["image"]))
+                images.append(prepare(row["image"]))
                 good.append(row)
             except UserError as error:
                 lines.append((row["id"], "bad", f"{row['source']}: {error}", None, self._zeros()))

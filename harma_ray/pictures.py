@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,7 +95,7 @@ def read_images(
     images = []
     for row, data, source in zip(wanted, table["image"], table["source"], strict=True):
         try:
-            image = decode_image(data.as_py(), max_pixels=sys.maxsize)  # conversion has checked the size
+            image = decode_image(data.as_py(), max_pixels=0)  # conversion has checked the size
         except BadImage as error:
             raise UserError(f"{split.path}, row {row}, {source}: {error}") from error
         if longest_side is not None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harma_ray.cli.options import add_address, make_command
+from harma_ray.cli.options import add_address, add_rendering, make_command, rendering_from
 
 if TYPE_CHECKING:
     from harma_ray.data.convert.composed import ComposedSource
@@ -28,13 +28,16 @@ def add_convert(commands: Any) -> None:
         made.set_defaults(kind=name)
         made.add_argument("--out", required=out_required, help="folder of the data set; each split becomes a folder in "
                           f"it{'' if out_required else ' (not needed with --annotations-only)'}")  # fmt: skip
-        made.add_argument("--resize", type=int, metavar="PIXELS", help="make images smaller: shorter side (default: "
-                          "keep every file byte for byte)")  # fmt: skip
+        made.add_argument("--resize", type=int, metavar="PIXELS", help="make images smaller while they are read: "
+                          "shorter side (default: keep every 8-bit file byte for byte)")  # fmt: skip
         made.add_argument("--max-bad", type=int, default=0, metavar="N", help="missing or unreadable images that may "
                           "be left out, each listed in the manifest (default: 0)")  # fmt: skip
-        made.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: 100 million)")
+        made.add_argument("--max-pixels", type=int, metavar="N", help="refuse images that take more in "
+                          "memory, with --resize after reading (default: 100 million)")  # fmt: skip
         made.add_argument("--overwrite", action="store_true", help="replace a split that was made from other inputs")
         made.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: 0)")
+        if not name.startswith("scenes"):
+            add_rendering(made, split=True)
         add_address(made)
         return made
 
@@ -83,7 +86,9 @@ def _convert(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         raise UserError("give the folder of the data set with --out")
-    changes = {"max_pixels": options.max_pixels} if options.max_pixels else {}
+    changes = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
+    if not options.kind.startswith("scenes"):
+        changes["rendering"] = rendering_from(options)
     settings = WriteSettings(
         resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
         **changes,
@@ -125,10 +130,13 @@ def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Ma
 
 
 def _summarise(manifest: Manifest) -> str:
+    from harma_ray.data.convert.inspect import describe_rendered
+
     queries = manifest.queries
     more = f"{queries.rows} queries" if queries else f"{manifest.captions} captions"
     left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
-    return f"{manifest.rows} {manifest.kind}, {more}, {len(manifest.shards)} shards{left_out}"
+    shown = f"; {describe_rendered(manifest.rendered)}" if manifest.rendered else ""
+    return f"{manifest.rows} {manifest.kind}, {more}, {len(manifest.shards)} shards{left_out}{shown}"
 
 
 def _read_composed(options: argparse.Namespace) -> ComposedSource:

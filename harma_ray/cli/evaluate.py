@@ -12,12 +12,14 @@ from harma_ray.cli.options import (
     add_device,
     add_metric,
     add_precision,
+    add_rendering,
     add_scaling,
     add_settings,
     changes_from,
     config_from,
     make_command,
     precision_changes,
+    rendering_from,
 )
 from harma_ray.errors import UserError
 
@@ -149,6 +151,9 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")
     add_precision(parser)
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: the run's setting "
+                        "data.max_pixels, or 100 million in a folder)")  # fmt: skip
+    add_rendering(parser, split=False)
     add_scaling(parser, default="1")
     add_address(parser)
 
@@ -160,12 +165,16 @@ def _embed(options: argparse.Namespace) -> None:
     from harma_ray.runs import Run, open_run
 
     found = open_run(options.run)
-    run = Run(found.path, build_config(found.config, precision_changes(options)))
+    changes = precision_changes(options)
+    if options.max_pixels is not None:
+        changes["data.max_pixels"] = options.max_pixels
+    run = Run(found.path, build_config(found.config, changes))
+    rendering = rendering_from(options)
     with ray_cluster(options.address) as cluster:
         require_visible([run.path, Path(options.data).expanduser()], cluster)
         summary = embed(
             run, options.data, options.out, split=options.split, batch_size=options.batch_size,
             num_actors=options.workers or 1, use_gpu=options.gpu or (not options.cpu and cluster.gpus >= 1),
-            max_bad=options.max_bad,
+            max_bad=options.max_bad, rendering=rendering,
         )  # fmt: skip
     print(summary)

@@ -27,6 +27,34 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_rendering(parser: argparse.ArgumentParser, *, split: bool) -> None:
+    """Adds the options that say how images of more than 8 bits are shown; `split`: statistics of a split may be."""
+    group = parser.add_argument_group("images of more than 8 bits (or of five and more bands)")
+    group.add_argument(
+        "--stretch", metavar="RULE", help="how their numbers become 0..255: none (they are already), bits (0 to "
+        "2^n - 1; n as the split's largest number needs, or bits:11), minmax (each band between its smallest and "
+        "largest number, or minmax:0,3000), percentile (each band between its 2nd and 98th, or percentile:1,99)"
+    )  # fmt: skip
+    group.add_argument("--bands", metavar="R,G,B", help="which bands are red, green, blue, counted from 1, such as "
+                       "3,2,1 (default: as the file says, or its only one or three)")  # fmt: skip
+    group.add_argument("--nodata", metavar="VALUES", help="numbers that stand for no data, beside NaN and what a "
+                       "file's tag says, such as --nodata=-9999; they take no part in statistics and become black; "
+                       "none: values such as -9999 are measurements")  # fmt: skip
+    if split:
+        group.add_argument("--statistics", choices=["image", "split"], help="what minmax and percentile are taken of: "
+                           "each image, or all images of the split (default: image)")  # fmt: skip
+
+
+def rendering_from(options: argparse.Namespace) -> Any:
+    """Returns the rule that the options of `add_rendering` make, None if none is given."""
+    from harma_ray.data.rendering import Rendering
+
+    return Rendering.parse(
+        bands=options.bands, stretch=options.stretch, nodata=options.nodata,
+        statistics=getattr(options, "statistics", None),
+    )  # fmt: skip
+
+
 def add_scaling(parser: argparse.ArgumentParser, *, default: str) -> None:
     """Adds ``--workers``, ``--gpu`` and ``--cpu``; `default` says how many workers there are without."""
     parser.add_argument("--workers", type=int, metavar="N", help=f"workers (default: {default})")

@@ -1,12 +1,18 @@
-"""Decoding of image files; imports no torch, so that conversion workers start fast. Nothing here keeps state."""
+"""Decoding of the images that a data set holds, with Pillow alone; imports no torch, so that workers start fast.
+
+What a data set holds is 8-bit: conversion renders whatever is not (see `harma_ray.data.image_reading`).
+"""
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -14,7 +20,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from harma_ray.errors import UserError
 
 MAX_PIXELS = 100_000_000
-"""Largest image that is decoded unless the caller says otherwise; 300 MB as RGB."""
+"""Largest image of a user's that is read unless the user says otherwise (``--max-pixels``); 300 MB as RGB.
+
+Conversion is the door that checks it: what a data set holds is read whatever its size. Pillow's own limits, which warn
+above 89 million and refuse above 179 million pixels, are not asked.
+"""
 
 FORMATS = ("TIFF", "JPEG", "PNG", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 """What is read; PIL knows more, some of which it hands to other programs."""
@@ -37,8 +47,32 @@ _DECODER_ERRORS = (
 )
 
 
+_logger = logging.getLogger(__name__)
+
+
 class BadImage(UserError):
     """An image that cannot be used; the message says why, the caller knows its name."""
+
+
+def open_header(file: BinaryIO) -> Image.Image:
+    """Reads an image file's header as ``PIL.Image.open`` does, without Pillow's limit of pixels; decodes nothing.
+
+    Raises:
+        UnidentifiedImageError: The file is of none of ``FORMATS``, or of a kind of them that Pillow does not read.
+    """
+    prefix = file.read(16)
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(prefix) is not True:
+            continue
+        file.seek(0)
+        try:
+            return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):
+            continue  # what Pillow takes for: another format
+    raise UnidentifiedImageError("no known format")
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -48,17 +82,16 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Args:
         data: The image file's bytes, of one of ``FORMATS``.
-        max_pixels: Largest width times height; checked before anything is decoded. PIL itself warns above 89 million
-            and refuses above 179 million.
+        max_pixels: Largest width times height, checked before anything is decoded; 0 = any.
 
     Raises:
         BadImage: If the data is no image, is cut off or damaged, or is too large.
     """
-    if not data:
-        raise BadImage("the file is empty")
-    with _errors_named(data, max_pixels), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > max_pixels:
-            raise BadImage(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
+    with errors_named(data):
+        image = open_header(io.BytesIO(data))
+        check_pixels(image.width, image.height, max_pixels)
+        if _is_cut_to_eight_bits(image):
+            _warn_of_wide_images()
         image.load()
         return ImageOps.exif_transpose(image)
 
@@ -67,11 +100,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a whole image to RGB, upright as its EXIF orientation says; takes and raises what `open_image` does.
 
     Palettes are resolved, transparency is dropped, grey becomes three equal channels, CMYK is converted, bands after
-    the third are dropped. Images of one band with more than 8 bits are stretched from their own smallest to their own
-    largest value, because sensors seldom use the whole range. Of several frames or pages the first is taken.
+    the third are dropped. Of several frames or pages the first is taken.
     """
-    with _errors_named(data, max_pixels):
+    with errors_named(data):
         return to_rgb(open_image(data, max_pixels=max_pixels))
+
+
+def check_pixels(width: int, height: int, max_pixels: int, way_out: str = "scale the image down") -> None:
+    """Raises `BadImage` if an image has more pixels than may be; 0 = any number."""
+    if max_pixels and width * height > max_pixels:
+        raise BadImage(f"{width} x {height} pixels; the limit is {max_pixels:,} pixels: {way_out}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -91,21 +129,42 @@ def is_wide(image: Image.Image) -> bool:
 
 
 @contextmanager
-def _errors_named(data: bytes, max_pixels: int) -> Iterator[None]:
-    """Raises `BadImage` for whatever PIL raises on the file's bytes."""
+def errors_named(data: bytes) -> Iterator[None]:
+    """Raises `BadImage` for whatever Pillow raises on an image file's bytes, of which the first few are enough."""
+    if not data:
+        raise BadImage("the file is empty")
     try:
         yield
     except BadImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage(_too_large(f"PIL says: {error}", max_pixels)) from error
     except UnidentifiedImageError as error:
         raise BadImage(
-            f"not an image of a known format ({len(data)} bytes that begin with {data[:4]!r}); "
-            "convert it to 8-bit RGB PNG, TIFF or JPEG"
+            f"not an image of a known format (it begins with {data[:4]!r}); convert it to 8-bit RGB PNG, TIFF or JPEG"
         ) from error
     except _DECODER_ERRORS as error:
         raise BadImage(f"damaged or incomplete image ({type(error).__name__}: {error})") from error
+
+
+def crop(image: Image.Image, left: int, top: int, width: int, height: int) -> Image.Image:
+    """Cuts a rectangle out of an RGB image, as ``Image.crop`` does, which has a limit of pixels of its own."""
+    if Image.MAX_IMAGE_PIXELS is None or width * height <= Image.MAX_IMAGE_PIXELS:
+        return image.crop((left, top, left + width, top + height))
+    return Image.fromarray(np.asarray(image)[top : top + height, left : left + width])
+
+
+def _is_cut_to_eight_bits(image: Image.Image) -> bool:
+    """Tells whether Pillow would give something else than the numbers of a file that has not been decoded yet."""
+    return is_wide(image) or any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+
+
+@functools.cache
+def _warn_of_wide_images() -> None:
+    """Warns once a process."""
+    _logger.warning(
+        "the data set holds images of more than 8 bits as an older version of this program stored them: grey ones are "
+        "stretched over the range of each, of colour only the upper 8 bits are seen (often black); convert it again "
+        "with --stretch, and `launch.py inspect` shows how it looks"
+    )
 
 
 def _stretch(image: Image.Image) -> Image.Image:
@@ -115,7 +174,3 @@ def _stretch(image: Image.Image) -> Image.Image:
     if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
         values = (values - low) * (255 / max(high - low, 1e-12))
     return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
-
-
-def _too_large(size: str, max_pixels: int) -> str:
-    return f"{size}; the limit is {max_pixels:,} pixels: scale the image down"

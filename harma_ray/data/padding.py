@@ -29,7 +29,7 @@ def padded_transform(
     *,
     padding: Padding = "target",
     target_ratio: float = 1.25,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = 0,
 ) -> torch.Tensor:
     """Pads an image, resizes its shorter side to `size` (bicubic), cuts out the centre and converts it to RGB.
 
@@ -53,7 +53,7 @@ def padded_transform(
         padding: See above.
         target_ratio: Longer over shorter side that "target" pads to, at least 1.
         max_pixels: Largest width times height of the padded image and of the resized one; long and narrow images reach
-            it whatever their own size.
+            it whatever their own size. 0 = ``MAX_PIXELS``, or twice those of the image if that is more.
 
     Returns:
         uint8[3, size, size].
@@ -69,11 +69,12 @@ def padded_transform(
     across, down = _margins(image.width, image.height, padding, target_ratio)
     padded = (image.width + 2 * across, image.height + 2 * down)
     resized = [int(size * side / min(padded)) for side in padded]
+    limit = max_pixels or max(MAX_PIXELS, 2 * image.width * image.height)
     for step, (width, height) in (("padded", padded), ("resized", resized)):
-        if width * height > max_pixels:
+        if width * height > limit:
             raise BadImage(
                 f"{image.width} x {image.height} pixels would be {step} to {width} x {height}; "
-                f"the limit is {max_pixels:,} pixels: scale the image down or cut off its longer side"
+                f"the limit is {limit:,} pixels: scale the image down or cut off its longer side"
             )
     if across or down:
         image = F.pad(image, [across, down, across, down])

@@ -126,6 +126,18 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class Rendered:
+    """What is known of the images whose files were no 8-bit pictures, and for which 8-bit PNG is stored."""
+
+    images: dict[str, int]
+    """How many there are, by what a pixel of the file was, such as ``4 x uint16``."""
+    nodata_percent: float
+    """Part of their pixels without data, which are black; mean over the images."""
+    rule: dict[str, Any] | None
+    """`Rendering.to_dict` of the rule, with the statistics of the split if it rests on them; None if there was none."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a split holds and what it was made from."""
 
@@ -149,6 +161,8 @@ class Manifest:
     """What a row is."""
     queries: Shard | None = None
     """The file of the queries that go with the images, if there are any."""
+    rendered: Rendered | None = None
+    """What is known of the images that are not stored as they came; None if all are, but for their size."""
 
     def to_json(self) -> str:
         """Returns the manifest as indented JSON."""
@@ -172,6 +186,7 @@ class Manifest:
             raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
             raw["bad"] = tuple(BadRow(**row) for row in raw["bad"])
             raw["queries"] = Shard(**raw["queries"]) if raw.get("queries") else None
+            raw["rendered"] = Rendered(**raw["rendered"]) if raw.get("rendered") else None
             manifest = Manifest(**raw)
             if manifest.kind not in SCHEMAS:
                 raise UserError(f"{origin} tells of rows that this program does not know: `{manifest.kind}`")

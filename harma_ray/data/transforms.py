@@ -20,6 +20,7 @@ from torchvision.transforms import functional as F
 
 from harma_ray.data.images import MAX_PIXELS as MAX_PIXELS
 from harma_ray.data.images import BadImage as BadImage
+from harma_ray.data.images import crop
 from harma_ray.data.images import decode_image as decode_image
 from harma_ray.errors import UserError
 
@@ -104,7 +105,7 @@ def train_transform(
     """
     if augmentation.min_scale < 1:
         top, left, height, width = _draw_crop(image.height, image.width, rng, augmentation)
-        image = F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+        image = _resize(crop(image, left, top, width, height), size)
     else:
         image = _resize(image, size)
     if rng.random() < augmentation.flip_probability:

@@ -253,7 +253,7 @@ def test_too_large_image_is_bad_and_the_limit_is_a_setting(raw, tmp_path):
         _convert(raw, tmp_path, max_pixels=80_000)
 
 
-@pytest.mark.parametrize("kind", ["palette", "alpha", "sixteen bits", "rotated"])
+@pytest.mark.parametrize("kind", ["palette", "alpha", "rotated"])
 def test_unusual_images_are_kept_untouched_with_their_upright_size(raw, tmp_path, kind):
     path, exif, options = raw / "images" / "1.png", Image.Exif(), {}
     image = Image.open(raw / "images" / "4.png").resize((30, 12))
@@ -261,8 +261,6 @@ def test_unusual_images_are_kept_untouched_with_their_upright_size(raw, tmp_path
         image = image.quantize(8)
     elif kind == "alpha":
         image.putalpha(10)
-    elif kind == "sixteen bits":
-        image = Image.fromarray(np.arange(360, dtype=np.uint16).reshape(12, 30) * 100)
     else:
         exif[0x0112], options = 6, {"exif": exif}
     image.save(path, **options)

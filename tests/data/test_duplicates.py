@@ -20,7 +20,7 @@ def _convert(folder, split, colours, *, prefix="", **settings):
     rows = []
     for colour in colours:
         name = f"{prefix}{split}-{colour}.png"
-        Image.new("RGB", (8, 8), (colour, 0, 0)).save(folder / name)
+        Image.new("RGB", (8, 8), (20 * colour, 0, 0)).save(folder / name)
         rows.append({"image": name, "caption": ["A road."]})
     path = folder / f"{split}.json"
     path.write_text(json.dumps(rows))

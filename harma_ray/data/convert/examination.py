@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,12 @@ from tqdm import tqdm
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.convert.image_paths import find_alike
 from harma_ray.data.convert.records import MemberSpec, Record, SceneSpec, SourceRecord
+from harma_ray.data.headers import read_header
 from harma_ray.data.image_files import readable_name
+from harma_ray.data.image_reading import needs_rule
+from harma_ray.data.images import BadImage
+from harma_ray.data.rasters import describe_raster
+from harma_ray.data.rendering import OPTIONS, Rendering
 from harma_ray.data.schema import BadRow
 from harma_ray.errors import UserError
 
@@ -37,6 +43,17 @@ class Examination:
     """Images that cannot be read."""
     hashes: dict[str, str]
     """SHA-256 of the files that can be read, by the images' names."""
+    unruled: tuple[tuple[str, Path], ...] = ()
+    """Names and files of more than 8 bits that no rule says how to show."""
+
+    def check_ruled(self, max_bad: int) -> None:
+        """Raises UserError if there are more images than may be left out that no rule says how to show."""
+        if len(self.unruled) > max_bad:
+            name, path = self.unruled[0]
+            raise UserError(
+                f"{len(self.unruled)} of {len(self.names)} images hold more than 8 bits, such as {name} "
+                f"({_describe(path)}); say how to show them: {OPTIONS}"
+            )
 
     def divide(self, records: Sequence[Record]) -> tuple[list[tuple[Record, int]], list[BadRow]]:
         """Returns the records whose images are all there, with their bytes, and what is left out, images included."""
@@ -61,33 +78,40 @@ class Examination:
             )
 
 
-def examine(records: Sequence[Record], *, progress: bool) -> Examination:
+def examine(records: Sequence[Record], *, rendering: Rendering | None = None, progress: bool) -> Examination:
     """Hashes the image files of some records.
 
     Args:
         records: Images or triplets.
+        rendering: How images of more than 8 bits are to be shown.
         progress: Shows a progress bar on stderr.
     """
     images = list(dict.fromkeys(image for record in records for image in record.images))
     files = list(dict.fromkeys(place for _, place in images if isinstance(place, Path)))
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         results = tqdm(
-            pool.map(_hash, files), total=len(files), unit=" images", desc="hashing", disable=not progress or not files
+            pool.map(functools.partial(_examine_file, rendering=rendering), files),
+            total=len(files),
+            unit=" images",
+            desc="hashing",
+            disable=not progress or not files,
         )
         found = dict(zip(files, results, strict=True))
-    digest, sizes, missing, hashes = hashlib.sha256(), {}, [], {}
+    digest, sizes, missing, unruled, hashes = hashlib.sha256(), {}, [], [], {}
     for name, place in images:
         if not isinstance(place, Path):
             sizes[place] = place.size**2 * 2  # about what PNG makes of a scene
             continue
-        sizes[place], content, reason = found[place]
+        sizes[place], content, reason, lacks_rule = found[place]
         if reason:
             missing.append(BadRow(name, reason + (_suggest(name, place) if reason.startswith(_NOT_FOUND) else "")))
         else:
             hashes[name] = content
+        if lacks_rule:
+            unruled.append((name, place))
         digest.update(f"{name}\0{content}\n".encode())
     names = frozenset(name for name, _ in images)
-    return Examination(names, sizes, digest.hexdigest() if files else None, tuple(missing), hashes)
+    return Examination(names, sizes, digest.hexdigest() if files else None, tuple(missing), hashes, tuple(unruled))
 
 
 def list_bad(bad: Sequence[BadRow]) -> str:
@@ -96,15 +120,15 @@ def list_bad(bad: Sequence[BadRow]) -> str:
     return listed + (f", and {len(bad) - _LISTED} more" if len(bad) > _LISTED else "")
 
 
-def _hash(path: Path) -> tuple[int, str, str]:
-    """Returns a file's size, the hash of its content, and why it cannot be read, if so."""
+def _examine_file(path: Path, *, rendering: Rendering | None) -> tuple[int, str, str, bool]:
+    """Returns a file's size, the hash of its content, why it cannot be read, if so, and whether it lacks a rule."""
     if path.exists() and not path.is_file():
-        return 0, "", "not a file"
+        return 0, "", "not a file", False
     try:
-        return path.stat().st_size, hash_file(path), ""
+        return path.stat().st_size, hash_file(path), "", _lacks_rule(path, rendering)
     except OSError as error:
         what = _NOT_FOUND if isinstance(error, FileNotFoundError | NotADirectoryError) else "cannot be read"
-        return 0, "", f"{what} ({error.strerror}: {readable_name(path)})"
+        return 0, "", f"{what} ({error.strerror}: {readable_name(path)})", False
 
 
 def _suggest(name: str, path: Path) -> str:
@@ -113,3 +137,19 @@ def _suggest(name: str, path: Path) -> str:
     root, name = (Path(text.removesuffix(ending)), name) if text.endswith(ending) else (path.parent, path.name)
     alike = find_alike(root, name)
     return f"; is {alike!r} meant, which is there?" if alike else ""
+
+
+def _lacks_rule(path: Path, rendering: Rendering | None) -> bool:
+    try:
+        return needs_rule(read_header(path), rendering)
+    except BadImage:
+        return False  # told when it is to be written
+
+
+def _describe(path: Path) -> str:
+    """Returns what a file of more than 8 bits holds, as far as it can be read."""
+    header = read_header(path)
+    try:
+        return describe_raster(path, header)
+    except BadImage:
+        return header.held

@@ -11,8 +11,14 @@ import numpy as np
 import pyarrow as pa
 from tabulate import tabulate
 
-from harma_ray.data.images import MAX_PIXELS, BadImage, decode_image
-from harma_ray.data.schema import QUERY_SCHEMA, BadRow, Kind, Split, open_shard
+from harma_ray.data.convert.looks import Looks
+from harma_ray.data.headers import read_header
+from harma_ray.data.images import BadImage, decode_image
+from harma_ray.data.rendering import Rendering
+from harma_ray.data.schema import QUERY_SCHEMA, BadRow, Kind, Rendered, Split, open_shard
+
+LOOKED_AT = 200
+"""Images that are decoded to see how they look, unless all are."""
 
 PERCENTS = (0, 5, 50, 95, 100)
 """Percentiles that are told of each distribution."""
@@ -128,6 +134,14 @@ class SplitFacts:
     """The queries that go with the images or that the triplets hold; None without any."""
     formats: dict[str, int]
     """Number of different images of each file format, by the first bytes."""
+    depths: dict[str, int]
+    """Number of different images by what a pixel of the stored file is, such as ``3 x uint8``."""
+    rendered: Rendered | None
+    """What is known of those that are stored as rendered from rasters; None without any."""
+    looks: Looks
+    """How images look: all if verified, else some."""
+    stored_wide: int
+    """Number of images of more than 8 bits, which older versions stored."""
     shards: int
     """Number of files."""
     bytes: int
@@ -148,13 +162,13 @@ class SplitFacts:
     """The most frequent (width, height) and how many images have it."""
 
 
-def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS) -> SplitFacts:
+def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> SplitFacts:
     """Reads a split and returns the facts about it.
 
     Args:
         split: An opened split.
         verify: Decodes every image, which takes as long as an epoch.
-        max_pixels: Largest image that is decoded.
+        max_pixels: Largest image that is decoded; 0 = any.
     """
     split.require_kind(["images", "triplets"], "inspect")
     has_triplets, manifest = split.manifest.kind == "triplets", split.manifest
@@ -162,14 +176,19 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS
     table = split.read(QUERY_SCHEMA.names if has_triplets else light)
     queries = table if has_triplets else split.queries() if manifest.queries else None
     formats: Counter[str] = Counter()
-    undecodable = []
-    for source, data in iterate_images(split):
+    depths: Counter[str] = Counter()
+    undecodable, looks, stored_wide = [], Looks(), 0
+    step = 1 if verify else max(1, manifest.rows // LOOKED_AT)
+    for number, (source, data) in enumerate(iterate_images(split)):
         formats[_name_format(data)] += 1
-        if verify:
-            try:
-                decode_image(data, max_pixels=max_pixels)
-            except BadImage as error:
-                undecodable.append(BadRow(source, str(error)))
+        try:
+            header = read_header(data)
+            depths[header.held] += 1
+            stored_wide += header.is_wide
+            if number % step == 0:
+                looks.add(decode_image(data, max_pixels=max_pixels))
+        except BadImage as error:
+            undecodable.append(BadRow(source, str(error)))
     facts = SplitFacts(
         name=split.name,
         path=split.path,
@@ -178,11 +197,15 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = MAX_PIXELS
         texts=TextFacts.of((table if queries is None else queries).column("captions").to_pylist()),
         queries=None if queries is None else QueryFacts.of(queries),
         formats=dict(formats.most_common()),
+        depths=dict(depths.most_common()),
+        rendered=manifest.rendered,
+        looks=looks,
+        stored_wide=stored_wide,
         shards=len(manifest.shards),
         bytes=sum(shard.bytes for shard in manifest.shards),
         bad=manifest.bad,
         verified=verify,
-        undecodable=tuple(undecodable),
+        undecodable=tuple(undecodable) if verify else (),
     )
     return facts if has_triplets else _add_images(facts, table)
 
@@ -211,12 +234,16 @@ def render_facts(facts: SplitFacts) -> str:
         ("folder", str(facts.path)),
         (facts.kind, f"{facts.rows:,} in {facts.shards} shards, {facts.bytes / 1e6:,.1f} MB"),
         ("formats", ", ".join(f"{name} ({count:,})" for name, count in facts.formats.items())),
+        ("pixels", ", ".join(f"{held} ({count:,})" for held, count in facts.depths.items())),
+        ("rendered", describe_rendered(facts.rendered) if facts.rendered else "none: stored as they came"),
         ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < facts.rows else ''}" if sizes else "not read"),
         ("queries", _tell_queries(facts.queries) if facts.queries else "none"),
         ("captions", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct"),
         ("classes", f"{len(facts.classes)}" if facts.classes else "none"),
         ("left out", f"{len(facts.bad)}"),
         ("decodable", _tell_decodable(facts)),
+        ("looks", _tell_looks(facts)),
+        *(("WARNING", warning) for warning in _find_warnings(facts)),
     ]
     parts = [f"split {facts.name}", tabulate(lines, tablefmt="plain", disable_numparse=True)]
     distributions = {
@@ -237,6 +264,40 @@ def render_facts(facts: SplitFacts) -> str:
         if bad:
             parts.append(tabulate([(row.source, row.reason) for row in bad], headers=[title, "reason"]))
     return "\n\n".join(parts) + "\n"
+
+
+def describe_rendered(rendered: Rendered) -> str:
+    """Returns what was rendered, by which rule, and how much of it holds no data, in a few words."""
+    counts = ", ".join(f"{held} ({count:,})" for held, count in rendered.images.items())
+    rule = None if rendered.rule is None else Rendering.from_dict(rendered.rule)
+    by = f" by {rule.options}" if rule is not None and rule.options else ""
+    limits = "" if rule is None or not rule.limits else f" ({_tell_limits(rule)})"
+    return f"rendered from {counts}{by}{limits}, no data {rendered.nodata_percent:.1f} %"
+
+
+def _tell_limits(rule: Rendering) -> str:
+    limits = rule.limits or {}
+    return "; ".join(
+        f"{key}: {', '.join(f'{low:g} to {high:g}' for low, high in pairs)}" for key, pairs in limits.items()
+    )
+
+
+def _tell_looks(facts: SplitFacts) -> str:
+    looks = facts.looks
+    return (
+        f"{looks.black:,} black, {looks.white:,} white of {looks.images:,}; parts of an image differ by "
+        f"{looks.spread:.1f} of 255 from image to image"
+    )
+
+
+def _find_warnings(facts: SplitFacts) -> list[str]:
+    found = facts.looks.warnings()
+    if facts.stored_wide:
+        found.append(
+            f"{facts.stored_wide:,} images hold more than 8 bits, stored by an older version, and look as told above "
+            "(colour is cut to its upper 8 bits); convert the split again with --stretch and --overwrite"
+        )
+    return found
 
 
 def iterate_images(split: Split) -> Iterator[tuple[str, bytes]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from PIL import Image
 
+from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.records import MemberSpec, QueryRecord, Record, SceneSpec, SourceRecord, clean_captions
-from harma_ray.data.images import BadImage, decode_image
+from harma_ray.data.image_reading import Picture, read_picture, shrink
+from harma_ray.data.images import MAX_PIXELS, BadImage
+from harma_ray.data.rendering import Rendering
 from harma_ray.data.scenes import composed_scene, draw, scene
 from harma_ray.data.schema import QUERY_SCHEMA, BadRow
 
@@ -20,33 +23,66 @@ JPEG_QUALITY = 95
 """Quality of JPEG images that had to be made smaller."""
 
 
-def make_row(record: Record, *, resize: int | None, max_pixels: int, bad: list[BadRow]) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class ImageSettings:
+    """What becomes of the image files of a split."""
+
+    resize: int | None = None
+    """Images whose shorter side is longer than this many pixels are made smaller (aspect kept) and encoded again, JPEG
+    as JPEG of quality 95 and all others as PNG. None, the default, keeps every 8-bit file byte for byte."""
+    max_pixels: int = MAX_PIXELS
+    """Largest image that is held in memory, in pixels; with `resize` that is what is read of a larger file."""
+    rendering: Rendering | None = None
+    """How images of more than 8 bits become 8-bit pictures, which are stored as PNG; None = they are refused."""
+
+
+@dataclass
+class Found:
+    """What was met while rows were made."""
+
+    bad: list[BadRow] = field(default_factory=list)
+    """Images that cannot be used, and triplets that need them."""
+    rendered: dict[str, int] = field(default_factory=dict)
+    """Number of images that were rendered, by what their pixels were, such as ``4 x uint16``."""
+    nodata: float = 0.0
+    """Sum over these of the part of the pixels without data."""
+    looks: Looks = field(default_factory=Looks)
+    """How all images look."""
+
+    def add(self, picture: Picture) -> None:
+        """Counts an image."""
+        if picture.rendered_from is not None:
+            self.rendered[picture.rendered_from] = self.rendered.get(picture.rendered_from, 0) + 1
+            self.nodata += picture.nodata_fraction
+        self.looks.add(picture.image)
+
+
+def make_row(record: Record, settings: ImageSettings, found: Found) -> dict[str, Any] | None:
     """Makes a row of the schema of the record's kind.
 
     Args:
         record: The image or triplet.
-        resize: Largest shorter side of an image, in pixels; larger images are made smaller. None keeps files untouched.
-        max_pixels: Largest image that is read, in pixels.
-        bad: Gets the images that cannot be used, and the triplet that needs them.
+        settings: What becomes of its images.
+        found: Gets what there is to tell.
 
     Returns:
         The row, or None if one of its images cannot be used.
     """
     if isinstance(record, SourceRecord):
         try:
-            return _make_image_row(record, resize, max_pixels)
+            return _make_image_row(record, settings, found)
         except BadImage as error:
-            bad.append(BadRow(record.source, str(error)))
+            found.bad.append(BadRow(record.source, str(error)))
             return None
     images, lost = [], []
     for name, place in record.images:
         try:
-            images.append(_load(place, resize, max_pixels)[0])
+            images.append(_load(place, settings, found)[0])
         except BadImage as error:
-            bad.append(BadRow(name, str(error)))
+            found.bad.append(BadRow(name, str(error)))
             lost.append(name)
     if lost:
-        bad.append(record.query.explain(lost))
+        found.bad.append(record.query.explain(lost))
         return None
     return {**asdict(record.query), "reference_image": images[0], "target_image": images[1]}
 
@@ -56,16 +92,16 @@ def tabulate_queries(queries: Iterable[QueryRecord]) -> pa.Table:
     return pa.Table.from_pylist([asdict(query) for query in queries], schema=QUERY_SCHEMA)
 
 
-def _make_image_row(record: SourceRecord, resize: int | None, max_pixels: int) -> dict[str, Any]:
+def _make_image_row(record: SourceRecord, settings: ImageSettings, found: Found) -> dict[str, Any]:
     captions, label, label_name = record.captions, record.label, record.label_name
     if isinstance(record.image, SceneSpec):
         spec = record.image
         drawn = scene(spec.seed, spec.index, spec.style, spec.size)
         captions = clean_captions(drawn.captions, record.origin)
         label, label_name = drawn.label, drawn.label_name
-        data, image = _fit(_encode(drawn.image, "PNG"), drawn.image, resize)
+        data, image = _fit(_encode(drawn.image, "PNG"), drawn.image, settings.resize)
     else:
-        data, image = _load(record.image, resize, max_pixels)
+        data, image = _load(record.image, settings, found)
     return {
         "image_id": record.image_id,
         "image": data,
@@ -78,27 +114,26 @@ def _make_image_row(record: SourceRecord, resize: int | None, max_pixels: int) -
     }
 
 
-def _load(place: Path | MemberSpec, resize: int | None, max_pixels: int) -> tuple[bytes, Image.Image]:
+def _load(place: Path | MemberSpec, settings: ImageSettings, found: Found) -> tuple[bytes, Image.Image]:
     """Returns the bytes to store of an image, and the image."""
     if isinstance(place, MemberSpec):
         query = composed_scene(place.seed, place.index, place.style)
         image = draw(query.members[place.member], place.style, place.size)
-        return _fit(_encode(image, "PNG"), image, resize)
+        return _fit(_encode(image, "PNG"), image, settings.resize)
+    picture = read_picture(place, settings.rendering, resize=settings.resize, max_pixels=settings.max_pixels)
+    found.add(picture)
+    if not picture.unchanged:
+        return _encode(picture.image, "JPEG" if picture.is_jpeg else "PNG"), picture.image
     try:
-        data = place.read_bytes()
+        return place.read_bytes(), picture.image
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from error
-    return _fit(data, decode_image(data, max_pixels=max_pixels), resize)
 
 
 def _fit(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Image.Image]:
-    """Makes an image smaller if it is larger than wanted; its shorter side is ``resize`` then."""
-    if resize is None or min(image.size) <= resize:
-        return data, image
-    scale = resize / min(image.size)
-    size = (max(resize, round(image.width * scale)), max(resize, round(image.height * scale)))
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    return _encode(image, "JPEG" if data.startswith(b"\xff\xd8\xff") else "PNG"), image
+    """Makes a drawn image smaller if it is larger than wanted."""
+    smaller = shrink(image, resize)
+    return (data, image) if smaller is image else (_encode(smaller, "PNG"), smaller)
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:

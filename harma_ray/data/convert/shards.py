@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.records import Record
-from harma_ray.data.convert.rows import make_row
+from harma_ray.data.convert.rows import Found, ImageSettings, make_row
+from harma_ray.data.image_reading import measured
+from harma_ray.data.images import BadImage
+from harma_ray.data.rendering import SplitStatistics
 from harma_ray.data.schema import ROW_GROUP_BYTES, SCHEMAS, BadRow, Shard
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file
@@ -31,10 +36,8 @@ class ShardPlan:
     """What it holds, in this order; at least one, all of one kind."""
     fingerprint: str
     """Identifies the whole conversion; a finished shard of another one is not this shard."""
-    resize: int | None
-    """Largest shorter side of an image, in pixels; larger images are made smaller. None keeps all files untouched."""
-    max_pixels: int
-    """Largest image that is read, in pixels."""
+    images: ImageSettings
+    """What becomes of its images."""
     row_group_bytes: int = ROW_GROUP_BYTES
     """Target size of a row group."""
 
@@ -55,6 +58,22 @@ class ShardResult:
     """Images that could not be used, and triplets that need them."""
     fingerprint: str
     """That of the plan."""
+    rendered: dict[str, int] = field(default_factory=dict)
+    """Number of images that were rendered, by what their pixels were."""
+    nodata: float = 0.0
+    """Sum over these of the part of the pixels without data."""
+    looks: Looks = field(default_factory=Looks)
+    """How the images look."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Where the statistics of a shard's rasters lie."""
+
+    file: str
+    """Name of the shard."""
+    path: Path
+    """The histograms, as `SplitStatistics.to_bytes` gives them."""
 
 
 def pack_shards(sizes: Sequence[int], target: int, minimum: int) -> list[range]:
@@ -88,22 +107,49 @@ def write_shard(plan: ShardPlan) -> ShardResult:
     finished = find_finished(plan)
     if finished is not None:
         return finished
-    bad: list[BadRow] = []
+    found = Found()
     captions = rows = 0
     schema = SCHEMAS[plan.records[0].kind]
     try:
         with atomic_file(plan.path) as file, _open_writer(file, schema) as writer:
-            for group in _row_groups(plan, bad):
+            for group in _row_groups(plan, found):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
                 rows += len(group)
                 captions += sum(len(row["captions"]) for row in group)
         size = plan.path.stat().st_size
-        result = ShardResult(plan.path.name, rows, captions, size, tuple(bad), plan.fingerprint)
+        result = ShardResult(
+            plan.path.name, rows, captions, size, tuple(found.bad), plan.fingerprint, found.rendered, found.nodata,
+            found.looks,
+        )  # fmt: skip
         with atomic_file(_result_path(plan.path)) as file:
             file.write(json.dumps(asdict(result)).encode())
     except OSError as error:
         raise disk_error(plan.path, error) from error
     return result
+
+
+def measure_shard(plan: ShardPlan) -> Measured:
+    """Counts the numbers of a shard's rasters for the statistics of the split, unless an earlier run has.
+
+    An image that cannot be read takes no part; it is told when the shard is written.
+    """
+    path = plan.path.with_name(f".{plan.path.name}.{plan.fingerprint[:16]}.statistics.npz")
+    if path.exists():
+        return Measured(plan.path.name, path)
+    statistics, rule = SplitStatistics(), plan.images.rendering
+    assert rule is not None
+    for _, place in dict.fromkeys(image for record in plan.records for image in record.images):
+        if isinstance(place, Path):
+            with suppress(BadImage):
+                raster = measured(place, rule, resize=plan.images.resize, max_pixels=plan.images.max_pixels)
+                if raster is not None:
+                    statistics.add(raster)
+    try:
+        with atomic_file(path) as file:
+            file.write(statistics.to_bytes())
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return Measured(plan.path.name, path)
 
 
 def write_table(table: pa.Table, path: Path, *, row_group_size: int | None = None) -> Shard:
@@ -117,7 +163,8 @@ def find_finished(plan: ShardPlan) -> ShardResult | None:
     """Returns the result of a shard that an earlier run of the same conversion completed, or None."""
     try:
         raw = json.loads(_result_path(plan.path).read_bytes())
-        result = ShardResult(**{**raw, "bad": tuple(BadRow(**row) for row in raw["bad"])})
+        bad = tuple(BadRow(**row) for row in raw["bad"])
+        result = ShardResult(**{**raw, "bad": bad, "looks": Looks(**raw["looks"])})
         if result.fingerprint == plan.fingerprint and result.bytes == plan.path.stat().st_size:
             return result
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
@@ -144,12 +191,12 @@ def _open_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _row_groups(plan: ShardPlan, bad: list[BadRow]) -> Iterator[list[dict[str, Any]]]:
-    """Yields rows in groups of about ``row_group_bytes``; adds what cannot be used to ``bad``."""
+def _row_groups(plan: ShardPlan, found: Found) -> Iterator[list[dict[str, Any]]]:
+    """Yields rows in groups of about ``row_group_bytes``; adds what is met to ``found``."""
     group: list[dict[str, Any]] = []
     size = 0
     for record in plan.records:
-        row = make_row(record, resize=plan.resize, max_pixels=plan.max_pixels, bad=bad)
+        row = make_row(record, plan.images, found)
         if row is None:
             continue
         row_bytes = sum(len(value) for value in row.values() if isinstance(value, bytes))

@@ -6,18 +6,18 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from harma_ray.data.convert.shards import ShardPlan, ShardResult
+from harma_ray.data.convert.shards import ShardPlan
 from harma_ray.errors import UserError
 
 
-def map_serially(function: Callable[[ShardPlan], ShardResult], plans: Sequence[ShardPlan]) -> Iterator[ShardResult]:
+def map_serially(function: Callable[[ShardPlan], Any], plans: Sequence[ShardPlan]) -> Iterator[Any]:
     """Calls a function on each plan, in this process."""
     yield from map(function, plans)
 
 
 def map_with_ray(
-    function: Callable[[ShardPlan], ShardResult], plans: Sequence[ShardPlan], *, num_cpus: float = 1
-) -> Iterator[ShardResult]:
+    function: Callable[[ShardPlan], Any], plans: Sequence[ShardPlan], *, num_cpus: float = 1
+) -> Iterator[Any]:
     """Calls a function on each plan as tasks of Ray Data, and yields results as they come.
 
     Ray must have been initialised.

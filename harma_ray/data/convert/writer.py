@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,20 +23,22 @@ from tqdm import tqdm
 from harma_ray import __version__
 from harma_ray.data.convert.duplicates import HASHES_NAME, warn_of_shared, write_hashes
 from harma_ray.data.convert.examination import Examination, examine, list_bad
+from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.records import QueryRecord, Record, TripletRecord
-from harma_ray.data.convert.rows import tabulate_queries
+from harma_ray.data.convert.rows import ImageSettings, tabulate_queries
 from harma_ray.data.convert.shards import (
     ShardPlan,
     ShardResult,
     disk_error,
     find_finished,
+    measure_shard,
     pack_shards,
     write_shard,
     write_table,
 )
 from harma_ray.data.convert.staging import lock, swap, work_folder
 from harma_ray.data.convert.tasks import map_with_ray
-from harma_ray.data.images import MAX_PIXELS
+from harma_ray.data.rendering import SplitStatistics
 from harma_ray.data.schema import (
     MANIFEST_NAME,
     QUERIES_NAME,
@@ -44,6 +47,7 @@ from harma_ray.data.schema import (
     SHARD_BYTES,
     BadRow,
     Manifest,
+    Rendered,
     Shard,
     Split,
     open_split,
@@ -56,25 +60,20 @@ MIN_SHARDS = 8
 
 _logger = logging.getLogger(__name__)
 
-TaskMap = Callable[[Callable[[ShardPlan], ShardResult], Sequence[ShardPlan]], Iterator[ShardResult]]
+TaskMap = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
 """Calls a function on each of several plans, somewhere, and yields the results in any order."""
 
 
 @dataclass(frozen=True)
-class WriteSettings:
+class WriteSettings(ImageSettings):
     """How a split is written, whatever it is made from."""
 
-    resize: int | None = None
-    """Images whose shorter side is longer than this many pixels are made smaller (aspect kept) and encoded again, JPEG
-    as JPEG of quality 95 and all others as PNG. None, the default, keeps every file byte for byte."""
     max_bad: int = 0
     """Number of missing or unreadable images that may be left out; each is listed in the manifest."""
     seed: int = 0
     """Seed of the order of rows, which is random so that a row group holds a mixture."""
     overwrite: bool = False
     """Replaces a split that was made from other inputs or with other settings."""
-    max_pixels: int = MAX_PIXELS
-    """Largest image that is read, in pixels."""
     shard_bytes: int = SHARD_BYTES
     """Target size of a shard."""
     row_group_bytes: int = ROW_GROUP_BYTES
@@ -83,10 +82,16 @@ class WriteSettings:
     """Shows a progress bar on stderr."""
 
     def __post_init__(self) -> None:
-        for name, least in (("resize", 1), ("max_bad", 0), ("seed", 0), ("shard_bytes", 1), ("row_group_bytes", 1)):
+        least_values = {"resize": 1, "max_pixels": 1, "max_bad": 0, "seed": 0, "shard_bytes": 1, "row_group_bytes": 1}
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"`{name}` must be at least {least}, got {value}")
+
+    @property
+    def images(self) -> ImageSettings:
+        """What of this is about single images."""
+        return ImageSettings(self.resize, self.max_pixels, self.rendering)
 
 
 @dataclass(frozen=True)
@@ -154,10 +159,12 @@ def write_split(
     if not records:
         raise UserError(f"there are no images to write to {split}; check the annotations and the name of the split")
     try:
-        images = examine(records, progress=settings.progress)
+        images = examine(records, rendering=settings.rendering, progress=settings.progress)
         known = {"images": images.fingerprint, "queries": _hash_queries(records, queries)}
         inputs = {**inputs, **{name: content for name, content in known.items() if content is not None}}
         kept = {name: getattr(settings, name) for name in ("resize", "seed", "max_pixels")}
+        if settings.rendering is not None:
+            kept["rendering"] = settings.rendering.to_dict()
         wanted = Manifest(
             0, 0, (), dict(inputs), json.loads(json.dumps({**options, **kept})), tool_version=__version__,
             kind=records[0].kind,
@@ -171,13 +178,15 @@ def write_split(
                 _logger.info("%s is done already: %s", split, Split(split, done).describe())
                 return done
             job.check_bad(images.missing)
+            images.check_ruled(settings.max_bad)
             present, left_out = images.divide(records)
             if not present:
                 raise UserError(
                     f"none of the {len(records)} {job.noun} of {split} can be used, such as {list_bad(left_out[:1])}"
                 )
             work, plans = _plan(job, present)
-            return _finish(job, work, _run(job, plans, map_tasks), left_out)
+            plans = _measure(job, plans, map_tasks)
+            return _finish(job, work, plans, _run(job, plans, map_tasks), left_out)
     except OSError as error:
         raise disk_error(split, error) from error
 
@@ -241,8 +250,7 @@ def _plan(job: _Job, present: list[tuple[Record, int]]) -> tuple[Path, list[Shar
             path=work / f"part-{number:05d}.parquet",
             records=tuple(shuffled[position][0] for position in piece),
             fingerprint=fingerprint,
-            resize=settings.resize,
-            max_pixels=settings.max_pixels,
+            images=settings.images,
             row_group_bytes=settings.row_group_bytes,
         )
         for number, piece in enumerate(pack_shards(sizes, settings.shard_bytes, minimum))
@@ -256,19 +264,36 @@ def _plan(job: _Job, present: list[tuple[Record, int]]) -> tuple[Path, list[Shar
     return work, plans
 
 
+def _measure(job: _Job, plans: list[ShardPlan], map_tasks: TaskMap) -> list[ShardPlan]:
+    """Returns the plans with the statistics of the whole split, for which its rasters are read once, if need be."""
+    rule = job.settings.rendering
+    if rule is None or not rule.needs_split:
+        return plans
+    statistics = SplitStatistics()
+    for part in sorted(_map(job, measure_shard, plans, map_tasks, "measuring"), key=lambda part: part.file):
+        statistics.merge(SplitStatistics.from_bytes(part.path.read_bytes()))
+    rule = statistics.resolve(rule)
+    return [replace(plan, images=replace(plan.images, rendering=rule)) for plan in plans]
+
+
 def _run(job: _Job, plans: list[ShardPlan], map_tasks: TaskMap) -> list[ShardResult]:
+    return sorted(_map(job, write_shard, plans, map_tasks, "converting"), key=lambda result: result.file)
+
+
+def _map(
+    job: _Job, function: Callable[[ShardPlan], Any], plans: list[ShardPlan], map_tasks: TaskMap, verb: str
+) -> Iterator[Any]:
+    """Runs the tasks and shows how far they are."""
     counts = {plan.path.name: len(plan.records) for plan in plans}
-    results = []
-    with tqdm(
-        total=sum(counts.values()), unit=f" {job.noun}", disable=not job.settings.progress, desc="converting"
-    ) as bar:
-        for result in map_tasks(write_shard, plans):
-            results.append(result)
+    with tqdm(total=sum(counts.values()), unit=f" {job.noun}", disable=not job.settings.progress, desc=verb) as bar:
+        for result in map_tasks(function, plans):
+            yield result
             bar.update(counts[result.file])
-    return sorted(results, key=lambda result: result.file)
 
 
-def _finish(job: _Job, work: Path, results: list[ShardResult], left_out: list[BadRow]) -> Manifest:
+def _finish(
+    job: _Job, work: Path, plans: list[ShardPlan], results: list[ShardResult], left_out: list[BadRow]
+) -> Manifest:
     """Writes the queries and the manifest, and moves the folder to its place."""
     # An image that several rows need is found bad by each of them.
     bad = {*left_out, *(row for result in results for row in result.bad)}
@@ -289,6 +314,7 @@ def _finish(job: _Job, work: Path, results: list[ShardResult], left_out: list[Ba
         shards=shards,
         bad=tuple(_sort(bad)),
         queries=write_table(tabulate_queries(queries), work / QUERIES_NAME) if queries else None,
+        rendered=_sum_rendered(plans, results),
     )
     names = {MANIFEST_NAME, *(shard.file for shard in shards), *([QUERIES_NAME] if queries else [])}
     hashes = {name: content for name, content in job.images.hashes.items() if name not in lost}
@@ -307,7 +333,21 @@ def _finish(job: _Job, work: Path, results: list[ShardResult], left_out: list[Ba
         _logger.warning(
             "%d of %d images%s were left out: %s", len(images), len(job.images.names), others, list_bad(images)
         )
+    for warning in sum((result.looks for result in results), Looks()).warnings():
+        _logger.warning("%s: %s; `launch.py inspect` draws some", job.split, warning)
     return manifest
+
+
+def _sum_rendered(plans: list[ShardPlan], results: list[ShardResult]) -> Rendered | None:
+    """Returns what is to be known of the images that were rendered; None if there are none."""
+    counts: Counter[str] = Counter()
+    for result in results:
+        counts.update(result.rendered)
+    if not counts:
+        return None
+    rule = plans[0].images.rendering
+    nodata = sum(result.nodata for result in results) / counts.total()
+    return Rendered(dict(sorted(counts.items())), round(100 * nodata, 3), None if rule is None else rule.to_dict())
 
 
 def _sort(bad: Iterable[BadRow]) -> list[BadRow]:

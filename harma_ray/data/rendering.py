@@ -1,0 +1,406 @@
+"""The rule by which numbers of more than 8 bits become a picture, and the statistics that it may rest on."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from harma_ray.data.images import BadImage
+from harma_ray.errors import UserError
+
+Method = Literal["none", "bits", "minmax", "percentile"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Limits = tuple[tuple[float, float], ...]
+"""For every band of a picture (one if it is grey, else three) what becomes 0 and what becomes 255."""
+
+OPTIONS = "--stretch none|bits|minmax|percentile, and --bands R,G,B where there are more than three"
+"""The way out that messages name."""
+
+_DEFAULTS: dict[Method, tuple[float, ...]] = {"none": (), "bits": (), "minmax": (), "percentile": (2.0, 98.0)}
+_FLOAT_KEY_BITS = 20  # of a float32's 32: sign, exponent and 11 bits of the fraction, so a key spans 1/2048 at most
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rasters become 8-bit pictures; images of 8 bits with three colours or one are not touched by it."""
+
+    bands: tuple[int, ...] | None = None
+    """Bands, counted from 1, that are red, green and blue; None = those that the file names so, else its only one or
+    its three."""
+    stretch: Method | None = None
+    """How numbers are mapped to 0..255; None = rasters of more than 8 bits are refused.
+
+    "none": they are 0..255 already, others are refused; "bits": 0 to 2^n - 1; "minmax": from the smallest to the
+    largest, or between two given numbers; "percentile": between two percentiles. The last two map each band by itself.
+    """
+    parameters: tuple[float, ...] = ()
+    """bits: n (none = what the split's largest number needs); minmax: low and high (none = as found); percentile: both
+    percentages, 2 and 98 unless given."""
+    nodata: tuple[float, ...] | None = None
+    """Numbers that stand for no data beside those that a file's own tags name; None = files that seem to have such a
+    number without a tag are refused; empty = they are not."""
+    statistics: Literal["image", "split"] = "image"
+    """What smallest, largest and percentiles are taken of: of every image by itself, or of all images of a split."""
+    limits: Mapping[str, Limits] | None = None
+    """The statistics of a split, by what a picture is made from (`Raster.key`); None = not known."""
+
+    @staticmethod
+    def parse(
+        *,
+        bands: str | None = None,
+        stretch: str | None = None,
+        nodata: str | None = None,
+        statistics: str | None = None,
+    ) -> Rendering | None:
+        """Makes a rule of what a user writes, such as ``3,2,1``, ``percentile:1,99``, ``-9999,nan`` and ``split``.
+
+        Returns:
+            The rule; None if nothing is given.
+
+        Raises:
+            UserError: If something is not as it should be.
+        """
+        if bands is stretch is nodata is statistics is None:
+            return None
+        method, parameters = _parse_stretch(stretch) if stretch is not None else (None, ())
+        if statistics not in (None, "image", "split"):
+            raise UserError(f"`--statistics` must be image or split, got {statistics}")
+        if statistics is not None and (method not in ("minmax", "percentile") or (method == "minmax" and parameters)):
+            raise UserError("`--statistics` says what minmax or percentile is taken of; give --stretch with it")
+        return Rendering(
+            bands=None if bands is None else _parse_bands(bands),
+            stretch=method,
+            parameters=parameters,
+            nodata=None if nodata is None else _parse_nodata(nodata),
+            statistics="split" if statistics == "split" else "image",
+        )
+
+    @property
+    def needs_split(self) -> bool:
+        """Whether the images of a split must be read once before any can be rendered."""
+        if self.limits is not None or self.stretch in (None, "none"):
+            return False
+        found = self.stretch == "percentile" or not self.parameters
+        return found and (self.stretch == "bits" or self.statistics == "split")
+
+    @property
+    def options(self) -> str:
+        """The options of the command line that say the same; limits have none."""
+        parts = []
+        if self.bands is not None:
+            parts.append(f"--bands {','.join(map(str, self.bands))}")
+        if self.stretch is not None:
+            numbers = ",".join(f"{number:g}" for number in self.parameters)
+            parts.append(f"--stretch {self.stretch}{':' if numbers else ''}{numbers}")
+        if self.nodata is not None:
+            parts.append(f"--nodata={','.join(map(repr, self.nodata)) or 'none'}")
+        if self.statistics == "split":
+            parts.append("--statistics split")
+        return " ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the rule as JSON's types."""
+        limits = None if self.limits is None else {key: [list(p) for p in pairs] for key, pairs in self.limits.items()}
+        return {
+            "bands": None if self.bands is None else list(self.bands),
+            "stretch": self.stretch,
+            "parameters": list(self.parameters),
+            "nodata": None if self.nodata is None else [str(number) for number in self.nodata],
+            "statistics": self.statistics,
+            "limits": limits,
+        }
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> Rendering:
+        """Makes the rule of what `to_dict` returned."""
+        limits = raw["limits"]
+        if limits is not None:
+            limits = {key: tuple((low, high) for low, high in pairs) for key, pairs in limits.items()}
+        return Rendering(
+            bands=None if raw["bands"] is None else tuple(raw["bands"]),
+            stretch=raw["stretch"],
+            parameters=tuple(raw["parameters"]),
+            nodata=None if raw["nodata"] is None else tuple(map(float, raw["nodata"])),
+            statistics=raw["statistics"],
+            limits=limits,
+        )
+
+
+@dataclass(frozen=True)
+class Raster:
+    """The bands of an image file that a picture is made from."""
+
+    values: np.ndarray
+    """[C, H, W] with one band (grey) or three; the file's own numbers, or float32 means of them."""
+    valid: np.ndarray
+    """bool[C, H, W]: what is no gap in the data."""
+    counted: np.ndarray | None
+    """bool[H, W]: pixels that take part in statistics, for the file's alpha does not hide them; None = all."""
+    held: str
+    """What a pixel of the file is, such as ``4 x uint16``."""
+    dtype: str
+    """Type of the file's numbers."""
+    bits: int
+    """Bits of the file's numbers."""
+    is_wide: bool
+    """Whether the file's numbers need a rule."""
+    white_is_zero: bool
+    """Whether small numbers are bright."""
+
+    @property
+    def key(self) -> str:
+        """What statistics are kept apart by: number of bands and type, such as ``3 x uint16``."""
+        return f"{len(self.values)} x {self.dtype}"
+
+    @property
+    def nodata_fraction(self) -> float:
+        """Part of the pixels that hold data in no band."""
+        return float(1 - self.valid.any(0).mean())
+
+    def samples(self) -> list[np.ndarray]:
+        """Returns for every band the numbers that statistics are taken of."""
+        masks = self.valid if self.counted is None else self.valid & self.counted
+        return [values[mask] for values, mask in zip(self.values, masks, strict=True)]
+
+
+def render(raster: Raster, rule: Rendering | None) -> np.ndarray:
+    """Makes a picture of a raster: uint8[H, W, 3], gaps in the data black.
+
+    A number v becomes 255 (v - low) / (high - low), rounded, cut off at 0 and 255, and 255 less that where white is
+    zero.
+
+    Raises:
+        BadImage: If the rule does not fit the numbers.
+    """
+    limits = _find_limits(raster, rule) if raster.is_wide else ((0.0, float(2**raster.bits - 1)),) * len(raster.values)
+    picture = np.empty((*raster.values.shape[1:], 3), np.uint8)
+    for band, (low, high) in enumerate(limits):
+        scale = 255 / (high - low) if high > low else 0.0
+        # float32 has too few digits for some numbers of 32 and 64 bits, of which only the difference to `low` matters.
+        exact = np.float64 if raster.values.dtype.itemsize > 2 else np.float32
+        levels = np.where(raster.valid[band], raster.values[band], low).astype(exact)
+        levels = np.rint(np.clip((levels - exact(low)) * exact(scale), 0, 255))
+        levels = 255 - levels if raster.white_is_zero else levels
+        picture[..., band] = np.where(raster.valid[band], levels, 0)
+    if len(limits) == 1:
+        picture[..., 1:] = picture[..., :1]
+    return picture
+
+
+def _find_limits(raster: Raster, rule: Rendering | None) -> Limits:
+    """Returns what becomes 0 and 255 of every band."""
+    count = len(raster.values)
+    if rule is None or rule.stretch is None:
+        raise BadImage(f"{raster.held} is more than 8 bits: say how to scale it ({OPTIONS})")
+    if rule.stretch == "none":
+        outside = [part for part in raster.samples() if part.size and (part.min() < 0 or part.max() > 255)]
+        if outside:
+            raise BadImage(
+                f"holds numbers from {outside[0].min():g} to {outside[0].max():g}, which do not fit in 0..255: "
+                "choose another --stretch than none"
+            )
+        return ((0.0, 255.0),) * count
+    if rule.stretch == "bits":
+        _check_bits(raster)
+    if rule.limits is not None:
+        if raster.key not in rule.limits:
+            raise BadImage(
+                f"{raster.key} has no statistics in the split they are taken from, which has {', '.join(rule.limits)}"
+            )
+        return rule.limits[raster.key]
+    if rule.stretch == "bits":
+        if not rule.parameters:
+            raise BadImage("how many bits are used is not known; give their number, such as --stretch bits:11")
+        return ((0.0, 2.0 ** rule.parameters[0] - 1),) * count
+    if rule.stretch == "minmax" and rule.parameters:
+        return ((rule.parameters[0], rule.parameters[1]),) * count
+    percents = rule.parameters if rule.stretch == "percentile" else (0.0, 100.0)
+    return tuple(
+        tuple(float(value) for value in np.percentile(part, percents)) if part.size else (0.0, 0.0)
+        for part in raster.samples()
+    )  # type: ignore[return-value]
+
+
+def _check_bits(raster: Raster) -> None:
+    if raster.dtype.startswith("float"):
+        raise BadImage(f"{raster.held} has no bits to scale by: choose --stretch minmax or percentile")
+    if any(part.size and part.min() < 0 for part in raster.samples()):
+        raise BadImage(f"{raster.held} holds negative numbers: choose --stretch minmax or percentile")
+
+
+@dataclass
+class Histogram:
+    """How often numbers occur in one band, in memory that does not grow with their count.
+
+    Integers of up to 16 bits are counted exactly; others in bins of 1/2048 of themselves.
+    """
+
+    keys: np.ndarray
+    """int64[N], ascending: the number itself, or its bin."""
+    counts: np.ndarray
+    """int64[N]."""
+    exact: bool
+    """Whether a key is the number itself."""
+    low: float
+    """Smallest number, exactly; infinite if there is none."""
+    high: float
+    """Largest number, exactly."""
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Histogram:
+        """Counts the numbers of an array."""
+        exact = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
+        if not values.size:
+            return cls(np.empty(0, np.int64), np.empty(0, np.int64), exact, math.inf, -math.inf)
+        keys, counts = np.unique(values if exact else _to_keys(values), return_counts=True)
+        return cls(keys.astype(np.int64), counts.astype(np.int64), exact, float(values.min()), float(values.max()))
+
+    def __add__(self, other: Histogram) -> Histogram:
+        if self.exact != other.exact:  # means of whole numbers beside whole numbers
+            return self._binned() + other._binned()
+        keys, places = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
+        counts = np.zeros(len(keys), np.int64)
+        np.add.at(counts, places, np.concatenate([self.counts, other.counts]))
+        return Histogram(keys, counts, self.exact, min(self.low, other.low), max(self.high, other.high))
+
+    def _binned(self) -> Histogram:
+        if not self.exact:
+            return self
+        keys, places = np.unique(_to_keys(self.keys), return_inverse=True)
+        counts = np.zeros(len(keys), np.int64)
+        np.add.at(counts, places, self.counts)
+        return Histogram(keys.astype(np.int64), counts, False, self.low, self.high)
+
+    def percentile(self, percent: float) -> float:
+        """Returns a percentile, between two neighbours in proportion, as numpy does; 0 if nothing was counted."""
+        if not len(self.counts):
+            return 0.0
+        ends = np.cumsum(self.counts)
+        position = percent / 100 * (ends[-1] - 1)
+        below, above = (
+            np.searchsorted(ends, place, side="right") for place in (math.floor(position), math.ceil(position))
+        )
+        first, second = self._value(int(below)), self._value(int(above))
+        return first + (second - first) * (position - math.floor(position))
+
+    def _value(self, index: int) -> float:
+        value = float(self.keys[index]) if self.exact else _from_key(int(self.keys[index]))
+        return min(max(value, self.low), self.high)
+
+
+@dataclass
+class SplitStatistics:
+    """Histograms of the rasters of a split, by what a picture is made from and by band."""
+
+    bands: dict[str, list[Histogram]] = field(default_factory=dict)
+    """For every `Raster.key` one of each band."""
+
+    def add(self, raster: Raster) -> None:
+        """Counts a raster's numbers."""
+        self._join(raster.key, [Histogram.of(part) for part in raster.samples()])
+
+    def merge(self, other: SplitStatistics) -> None:
+        """Counts what another has counted."""
+        for key, histograms in other.bands.items():
+            self._join(key, histograms)
+
+    def _join(self, key: str, histograms: list[Histogram]) -> None:
+        there = self.bands.get(key)
+        self.bands[key] = histograms if there is None else [a + b for a, b in zip(there, histograms, strict=True)]
+
+    def to_bytes(self) -> bytes:
+        """Returns the histograms as a file of numpy's."""
+        arrays = {}
+        for key, histograms in self.bands.items():
+            for band, one in enumerate(histograms):
+                arrays[f"{key}/{band}/counts"] = np.stack([one.keys, one.counts])
+                arrays[f"{key}/{band}/ends"] = np.array([one.exact, one.low, one.high], np.float64)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> SplitStatistics:
+        """Reads what `to_bytes` returned."""
+        made = SplitStatistics()
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            for name in arrays.files:
+                key, band, what = name.split("/")
+                if what == "counts":
+                    (keys, counts), (exact, low, high) = arrays[name], arrays[f"{key}/{band}/ends"]
+                    made.bands.setdefault(key, []).append(Histogram(keys, counts, bool(exact), low, high))
+        return made
+
+    def resolve(self, rule: Rendering) -> Rendering:
+        """Returns a rule with the limits that these statistics give it."""
+        return replace(rule, limits={key: _limits_of(rule, ones) for key, ones in sorted(self.bands.items())})
+
+
+def _limits_of(rule: Rendering, histograms: list[Histogram]) -> Limits:
+    if rule.stretch == "bits":
+        high = max(0.0, *(one.high for one in histograms if len(one.counts))) if histograms else 0.0
+        return ((0.0, 2.0 ** max(1, int(high).bit_length()) - 1),) * len(histograms)
+    if rule.stretch == "minmax":
+        return tuple((one.low, one.high) if len(one.counts) else (0.0, 0.0) for one in histograms)
+    low, high = rule.parameters
+    return tuple((one.percentile(low), one.percentile(high)) for one in histograms)
+
+
+def _to_keys(values: np.ndarray) -> np.ndarray:
+    """Returns for every number a bin; bins ascend with the numbers."""
+    raw = values.astype(np.float32).view(np.uint32)
+    ordered = np.where(raw >> 31, ~raw, raw | np.uint32(1 << 31))
+    return ordered >> np.uint32(32 - _FLOAT_KEY_BITS)
+
+
+def _from_key(key: int) -> float:
+    """Returns the middle of a bin."""
+    shift = 32 - _FLOAT_KEY_BITS
+    ordered = np.uint32((key << shift) | (1 << (shift - 1)))
+    raw = ordered & np.uint32(0x7FFFFFFF) if ordered >> 31 else ~ordered
+    return float(np.uint32(raw).view(np.float32))
+
+
+def _parse_bands(text: str) -> tuple[int, ...]:
+    try:
+        bands = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        bands = ()
+    if len(bands) not in (1, 3) or min(bands) < 1:
+        raise UserError(f"`--bands` must be three numbers from 1 (red, green, blue), or one, such as 3,2,1; got {text}")
+    return bands
+
+
+def _parse_stretch(text: str) -> tuple[Method, tuple[float, ...]]:
+    name, _, rest = text.partition(":")
+    try:
+        numbers = tuple(float(part) for part in rest.split(",")) if rest else ()
+    except ValueError as error:
+        raise UserError(f"`--stretch` must end in numbers, such as percentile:2,98, got {text}") from error
+    if name not in METHODS:
+        raise UserError(f"`--stretch` must be one of {', '.join(METHODS)}, got {text}")
+    numbers = numbers or _DEFAULTS[name]
+    good = {
+        "none": not numbers,
+        "bits": not numbers or (len(numbers) == 1 and numbers[0] in range(1, 65)),
+        "minmax": not numbers or (len(numbers) == 2 and numbers[0] < numbers[1]),
+        "percentile": len(numbers) == 2 and 0 <= numbers[0] < numbers[1] <= 100,
+    }
+    if not good[name]:
+        forms = "none, bits:11, minmax, minmax:0,3000, percentile, percentile:2,98"
+        raise UserError(f"`--stretch` must be of a form such as {forms}, got {text}")
+    return name, numbers
+
+
+def _parse_nodata(text: str) -> tuple[float, ...]:
+    if text == "none":
+        return ()
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"`--nodata` must be numbers with commas between them, or none, got {text}") from error
