@@ -17,7 +17,7 @@ from torch import Tensor
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import read_picture
-from harma_ray.data.images import MAX_PIXELS, BadImage, decode_image, is_wide, to_rgb
+from harma_ray.data.images import MAX_PIXELS, BadImage, decode_stored, is_wide, to_rgb
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.schema import open_split
 from harma_ray.data.transforms import eval_transform
@@ -84,7 +84,7 @@ class Retriever:
         Raises:
             BadImage: It is damaged.
         """
-        return eval_transform(decode_image(data, max_pixels=self.config.data.max_pixels), self._size)
+        return eval_transform(decode_stored(data, max_pixels=self.config.data.max_pixels), self._size)
 
     def encode_prepared(self, images: Sequence[Tensor]) -> Tensor:
         """Encodes one batch of prepared images: fp32[N, E] on CPU, L2-normalised."""

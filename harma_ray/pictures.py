@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from harma_ray.data.images import BadImage, decode_image
+from harma_ray.data.images import BadImage, decode_stored
 from harma_ray.data.order import IndexedSplit, read_samples
 from harma_ray.data.schema import Split, index_rows
 from harma_ray.errors import UserError
@@ -95,7 +95,7 @@ def read_images(
     images = []
     for row, data, source in zip(wanted, table["image"], table["source"], strict=True):
         try:
-            image = decode_image(data.as_py(), max_pixels=0)  # conversion has checked the size
+            image = decode_stored(data.as_py(), max_pixels=0)  # conversion has checked the size
         except BadImage as error:
             raise UserError(f"{split.path}, row {row}, {source}: {error}") from error
         if longest_side is not None:

@@ -30,7 +30,7 @@ class Picture:
     image: Image.Image
     """RGB, upright."""
     unchanged: bool
-    """Whether the file's bytes are this image: `decode_image` makes the same of them."""
+    """Whether the file's bytes are this image: `decode_stored` makes the same of them."""
     is_jpeg: bool
     """Whether the file is lossy already."""
     rendered_from: str | None

@@ -75,10 +75,11 @@ def open_header(file: BinaryIO) -> Image.Image:
     raise UnidentifiedImageError("no known format")
 
 
-def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a whole image in its own mode, upright as its EXIF orientation says.
+def open_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
+    """Decodes an image of a data set whole, in its own mode, upright as its EXIF orientation says.
 
-    Of several frames or pages the first is taken.
+    Of several frames or pages the first is taken. What older versions stored of more than 8 bits is read as they read
+    it, with a warning.
 
     Args:
         data: The image file's bytes, of one of ``FORMATS``.
@@ -97,7 +98,18 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a whole image to RGB, upright as its EXIF orientation says; takes and raises what `open_image` does.
+    """Decodes any image file of 8 bits to RGB, as `read_picture` does without a rule; for rows see `decode_stored`.
+
+    Raises:
+        BadImage: If the data is no image, is cut off, damaged or too large, or holds more than 8 bits.
+    """
+    from harma_ray.data.image_reading import read_picture  # which is built on this module
+
+    return read_picture(data, max_pixels=max_pixels).image
+
+
+def decode_stored(data: bytes, *, max_pixels: int = 0) -> Image.Image:
+    """Decodes an image of a data set to RGB, upright; takes and raises what `open_image` does.
 
     Palettes are resolved, transparency is dropped, grey becomes three equal channels, CMYK is converted, bands after
     the third are dropped. Of several frames or pages the first is taken.
@@ -113,7 +125,7 @@ def check_pixels(width: int, height: int, max_pixels: int, way_out: str = "scale
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB, as `decode_image` does."""
+    """Converts an image of any mode to RGB, as `decode_stored` does."""
     if image.mode == "RGB":
         return image
     if is_wide(image):

@@ -23,7 +23,8 @@ from harma_ray.data.rendering import Raster, Rendering
 DRIVERS = {"TIFF": "GTiff", "PNG": "PNG", "JPEG2000": "JP2OpenJPEG", "PPM": "PNM"}
 """GDAL's reader for each of the formats that need it."""
 
-_STRIP_BYTES = 1 << 26
+_STRIP_BYTES = 1 << 25
+_PIECE_PIXELS = 1 << 22
 _RANGE_PIXELS = 256
 _CACHE_MEGABYTES = 256
 _UNMULTIPLIED_FRACTION = 0.01
@@ -60,6 +61,7 @@ def read_raster(
         )  # fmt: skip
         level = _find_overview(dataset, bands[0], factor)
         if level is None:
+            _check_block(dataset, max_pixels)
             return _read(dataset, header, rule, bands, alpha, factor)
     with _open(file, header, overview_level=level) as dataset:
         factor = max(1, min(dataset.width, dataset.height) // (shorter or 1))
@@ -184,6 +186,16 @@ def _choose_bands(dataset: Any, header: Header, rule: Rendering | None, colours:
     raise BadImage(f"{header.held} does not say which bands are red, green, blue: give --bands R,G,B, counted from 1")
 
 
+def _check_block(dataset: Any, max_pixels: int) -> None:
+    """Raises `BadImage` if the smallest part of the file that can be decoded has more pixels than may be."""
+    rows, columns = dataset.block_shapes[0]
+    limit = max(max_pixels, _PIECE_PIXELS) if max_pixels else 0
+    check_pixels(
+        columns, rows, limit, "the file is one compressed piece of that size; write it in tiles (gdal_translate "
+        "-co TILED=YES), or raise --max-pixels"
+    )  # fmt: skip
+
+
 def _find_overview(dataset: Any, band: int, factor: int) -> int | None:
     """Returns the number of the smallest overview that still has enough pixels."""
     if factor < 2:
@@ -207,7 +219,7 @@ def _strips(dataset: Any, bands: Sequence[int], factor: int) -> Iterator[np.ndar
 
     row_bytes = dataset.width * len(bands) * np.dtype(dataset.dtypes[0]).itemsize
     block = math.lcm(factor, dataset.block_shapes[0][0])
-    unit = block if block * row_bytes <= _CACHE_MEGABYTES << 20 else factor
+    unit = block if block * row_bytes <= _STRIP_BYTES else factor
     rows = unit * max(1, _STRIP_BYTES // (unit * row_bytes))
     for start in range(0, dataset.height, rows):
         window = Window(0, start, dataset.width, min(rows, dataset.height - start))  # type: ignore[call-arg]
@@ -251,14 +263,17 @@ def _reduce(values: np.ndarray, valid: np.ndarray, factor: int) -> tuple[np.ndar
     """Returns means of the valid numbers in squares of `factor` pixels, float32, and where there are any."""
     if factor == 1:
         return values, valid
-    sums = _sum_squares(np.where(valid, values, 0).astype(np.float64), factor)
-    counts = _sum_squares(valid.astype(np.float64), factor)
-    return (sums / np.maximum(counts, 1)).astype(np.float32), counts > 0
+    means, present = [], []
+    for band, good in zip(values, valid, strict=True):
+        counts = _sum_squares(good, factor)
+        means.append((_sum_squares(np.where(good, band, 0), factor) / np.maximum(counts, 1)).astype(np.float32))
+        present.append(counts > 0)
+    return np.stack(means), np.stack(present)
 
 
 def _sum_squares(values: np.ndarray, factor: int) -> np.ndarray:
-    rows = np.add.reduceat(values, np.arange(0, values.shape[1], factor), axis=1)
-    return np.add.reduceat(rows, np.arange(0, values.shape[2], factor), axis=2)
+    rows = np.add.reduceat(values, np.arange(0, values.shape[0], factor), axis=0, dtype=np.float64)
+    return np.add.reduceat(rows, np.arange(0, values.shape[1], factor), axis=1)
 
 
 def _divide_out(values: np.ndarray, alpha: np.ndarray, bits: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from torchvision.transforms import functional as F
 from harma_ray.data.images import MAX_PIXELS as MAX_PIXELS
 from harma_ray.data.images import BadImage as BadImage
 from harma_ray.data.images import crop
-from harma_ray.data.images import decode_image as decode_image
+from harma_ray.data.images import decode_stored as decode_stored
 from harma_ray.errors import UserError
 
 OPERATIONS = (

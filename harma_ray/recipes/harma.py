@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.data.schema import Split
-from harma_ray.data.transforms import Augmentation, decode_image, eval_transform, train_transform
+from harma_ray.data.transforms import Augmentation, decode_stored, eval_transform, train_transform
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
 from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
@@ -283,7 +283,7 @@ class PairTransform:
 
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns ``image`` uint8[3, S, S], ``text`` int64[L], ``image_id`` and ``label`` (-1: none)."""
-        image = decode_image(row["image"], max_pixels=self.max_pixels)
+        image = decode_stored(row["image"], max_pixels=self.max_pixels)
         return {
             "image": train_transform(image, rng, self.size, self.augmentation),
             "text": self._tokenizer([row["captions"][row["caption"]]])[0],
@@ -301,7 +301,7 @@ class ImageTransform:
 
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns ``image`` uint8[3, S, S]; nothing is random."""
-        return {"image": eval_transform(decode_image(row["image"], max_pixels=self.max_pixels), self.size)}
+        return {"image": eval_transform(decode_stored(row["image"], max_pixels=self.max_pixels), self.size)}
 
 
 def _require_captions(captions: list[list[str]], path: Any) -> None:

@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
-from rasters import bare_tiff, save, write_raster
+from raster_files import bare_tiff, save, write_raster
 
 from harma_ray.data.convert.commands import convert_folder
 from harma_ray.data.convert.inspect import describe, render_facts

@@ -2,13 +2,16 @@ import io
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image, ImageOps
-from rasters import bare_tiff, save, write_raster
+from raster_files import bare_tiff, save, write_raster
 
+from harma_ray.data import rasters
 from harma_ray.data.headers import read_header
 from harma_ray.data.image_reading import read_picture
 from harma_ray.data.images import BadImage, decode_image
@@ -254,6 +257,31 @@ def test_a_scene_beyond_the_limit_is_reduced_to_means(kind):
     expected = np.asarray(twice.resize((8, 6), Image.Resampling.BICUBIC), int)
     # Of JPEG 2000 a smaller version of its own is read.
     np.testing.assert_allclose(np.asarray(shown.image, int), expected, atol=12 if kind == "JPEG2000" else 0)
+
+
+def test_a_scene_of_one_compressed_piece_beyond_the_limit_is_refused_for_it_cannot_be_read_in_parts(monkeypatch):
+    monkeypatch.setattr(rasters, "_PIECE_PIXELS", 1)
+    values = np.kron(ELEVEN, np.ones((20, 20, 1), np.uint16)).transpose(2, 0, 1)  # 240 x 400
+    rule = _rule(stretch="bits:11")
+    whole = write_raster(values, compress="deflate", blockysize=240, photometric="RGB")
+    with pytest.raises(BadImage, match="400 x 240 pixels; the limit is 30,000 pixels: the file is one comp"):
+        read_picture(whole, rule, resize=12, max_pixels=30_000)
+    tiled = write_raster(values, compress="deflate", tiled=True, blockxsize=128, blockysize=128, photometric="RGB")
+    assert read_picture(tiled, rule, resize=12, max_pixels=30_000).image.size == (20, 12)
+
+
+def test_an_overview_is_read_where_it_has_enough_pixels(tmp_path):
+    path = save(tmp_path / "a.tif", write_raster(np.full((1, 400, 400), 100, np.uint16), tiled=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.open(path, "r+") as file:
+            file.build_overviews([2, 4, 8])
+        for factor, brightness in ((2, 50), (4, 150), (8, 250)):  # each level is told apart by what it shows
+            with rasterio.open(path, "r+", overview_level=(2, 4, 8).index(factor)) as file:
+                file.write(np.full((1, 400 // factor, 400 // factor), brightness, np.uint16))
+    rule = _rule(stretch="minmax:0,255")
+    shown = {resize: np.asarray(read_picture(path, rule, resize=resize).image)[0, 0, 0] for resize in (24, 48, 99, 150)}
+    assert shown == {24: 250, 48: 150, 99: 50, 150: 100}
 
 
 def test_means_leave_no_data_out():

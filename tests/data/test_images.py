@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from harma_ray.data import images
-from harma_ray.data.images import BadImage, decode_image, open_image, to_rgb
+from harma_ray.data.images import BadImage, decode_image, decode_stored, open_image, to_rgb
 from harma_ray.errors import UserError
 
 
@@ -89,30 +89,30 @@ def test_opened_image_is_upright_in_its_own_mode_and_decoding_converts_it(mode):
     opened = open_image(data)
     assert (opened.mode, opened.size) == (mode, upright.size)
     np.testing.assert_array_equal(np.asarray(opened), np.asarray(upright))
-    np.testing.assert_array_equal(np.asarray(to_rgb(opened)), np.asarray(decode_image(data)))
+    np.testing.assert_array_equal(np.asarray(to_rgb(opened)), np.asarray(decode_stored(data)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_image_is_stretched_over_its_own_range(kind):
+def test_sixteen_bit_image_of_an_older_data_set_is_stretched_over_its_own_range(kind):
     values = np.linspace(300, 2300, 64 * 48).reshape(48, 64).astype(np.uint16)
-    pixels = np.asarray(decode_image(_encode(Image.fromarray(values), kind)))
+    pixels = np.asarray(decode_stored(_encode(Image.fromarray(values), kind)))
     assert pixels.shape == (48, 64, 3)
     assert (pixels.min(), pixels.max()) == (0, 255)
     np.testing.assert_allclose(pixels[..., 0].ravel(), np.linspace(0, 255, 64 * 48), atol=1)
 
 
-def test_sixteen_bit_image_of_eight_bit_numbers_is_kept():
+def test_sixteen_bit_image_of_an_older_data_set_is_kept_if_its_numbers_fit():
     values = np.arange(200, dtype=np.uint16).reshape(10, 20)
-    np.testing.assert_array_equal(np.asarray(decode_image(_encode(Image.fromarray(values), "PNG")))[..., 0], values)
+    np.testing.assert_array_equal(np.asarray(decode_stored(_encode(Image.fromarray(values), "PNG")))[..., 0], values)
 
 
-def test_floating_point_image_with_gaps_is_stretched():
+def test_floating_point_image_of_an_older_data_set_with_gaps_is_stretched():
     values = np.linspace(0, 1, 200, dtype=np.float32).reshape(10, 20)
     values[0, 0] = np.nan
-    pixels = np.asarray(decode_image(_encode(Image.fromarray(values), "TIFF")))[..., 0]
+    pixels = np.asarray(decode_stored(_encode(Image.fromarray(values), "TIFF")))[..., 0]
     assert (pixels[0, 0], pixels.max()) == (0, 255)
     constant = np.zeros((4, 4), np.float32)
-    assert not np.asarray(decode_image(_encode(Image.fromarray(constant), "TIFF"))).any()
+    assert not np.asarray(decode_stored(_encode(Image.fromarray(constant), "TIFF"))).any()
 
 
 def test_first_page_is_taken():
@@ -150,7 +150,7 @@ def test_opening_names_the_errors_that_decoding_does(data):
     with pytest.raises(BadImage) as opened:
         open_image(data)
     with pytest.raises(BadImage) as decoded:
-        decode_image(data)
+        decode_stored(data)
     assert str(opened.value) == str(decoded.value)
 
 
@@ -160,7 +160,7 @@ def test_an_error_of_the_conversion_is_a_bad_image(monkeypatch):
 
     monkeypatch.setattr(images, "to_rgb", fail)
     with pytest.raises(BadImage, match=r"damaged or incomplete image \(ValueError: conversion not supported\)"):
-        decode_image(_encode(_photo(), "PNG"))
+        decode_stored(_encode(_photo(), "PNG"))
 
 
 def test_bad_image_is_a_user_error():

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.headers import read_header
-from harma_ray.data.images import BadImage, decode_image
+from harma_ray.data.images import BadImage, decode_stored
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.schema import QUERY_SCHEMA, BadRow, Kind, Rendered, Split, open_shard
 
@@ -186,7 +186,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
             depths[header.held] += 1
             stored_wide += header.is_wide
             if number % step == 0:
-                looks.add(decode_image(data, max_pixels=max_pixels))
+                looks.add(decode_stored(data, max_pixels=max_pixels))
         except BadImage as error:
             undecodable.append(BadRow(source, str(error)))
     facts = SplitFacts(

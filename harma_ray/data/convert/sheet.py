@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from harma_ray.data.images import decode_image
+from harma_ray.data.images import decode_stored
 from harma_ray.data.schema import Split, open_shard
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -99,7 +99,7 @@ def _draw_triplet(row: dict[str, Any]) -> Image.Image:
 
 
 def _paste(cell: Image.Image, data: bytes, x: int) -> None:
-    cell.paste(ImageOps.pad(decode_image(data, max_pixels=0), (_THUMBNAIL, _THUMBNAIL), color="lightgrey"), (x, 0))
+    cell.paste(ImageOps.pad(decode_stored(data, max_pixels=0), (_THUMBNAIL, _THUMBNAIL), color="lightgrey"), (x, 0))
 
 
 def _write(cell: Image.Image, place: tuple[int, int], text: str, colour: str, max_lines: int | None = None) -> int:
