@@ -178,7 +178,7 @@ def _inspect(options: argparse.Namespace) -> None:
             print(f"contact sheet: none: {error}\n")
             failed = failed or error
     if len(names) > 1:
-        shared = find_shared(options.data, options.split)
+        shared = find_shared(options.data, [options.split] if options.split else None)
         print("\n".join(f"WARNING: {each.tell()}" for each in shared) or "no image is in two splits")
     if failed and options.sheet:
         raise failed

@@ -6,7 +6,7 @@ from PIL import Image
 from raw_composed import draw_fashioniq, fashioniq_split
 
 from harma_ray.cli import main
-from harma_ray.data.convert.commands import convert_harma, convert_scenes
+from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_scenes
 from harma_ray.data.convert.duplicates import HASHES_NAME, find_shared
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
@@ -28,8 +28,8 @@ def _convert(folder, split, colours, *, prefix="", **settings):
     return convert_harma(path, folder, split, folder / "data", settings=settings, map_tasks=map_serially)
 
 
-def _found(folder, split=None):
-    return [(each.split, each.other, each.total, each.pairs) for each in find_shared(folder / "data", split)]
+def _found(folder, *splits):
+    return [(each.split, each.other, each.total, each.pairs) for each in find_shared(folder / "data", splits or None)]
 
 
 def test_images_of_another_split_are_told_at_conversion_every_time(tmp_path, caplog):
@@ -68,6 +68,30 @@ def test_images_are_compared_as_they_came_however_they_are_stored(tmp_path):
     assert _found(tmp_path) == [("val", "train", 1, [("val-2.png", "train-2.png")])]
 
 
+def test_smaller_images_without_kept_hashes_are_compared_as_they_are_stored(tmp_path):
+    for split, colours in (("train", [1, 2]), ("val", [2, 3])):
+        _convert(tmp_path, split, colours, resize=4)
+    (tmp_path / "data" / "train" / HASHES_NAME).unlink()  # as older versions wrote them
+    assert _found(tmp_path) == [("val", "train", 2, [("val-2.png", "train-2.png")])]
+
+
+def test_splits_that_are_overwritten_together_are_compared_when_all_are_new(tmp_path, caplog):
+    for number in range(30):
+        path = tmp_path / "raw" / "farm" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number * 8, 200, 0)).save(path)
+    rows = []
+    for seed in (0, 1):  # another seed moves images into other splits
+        settings = WriteSettings(seed=seed, overwrite=True)
+        made = convert_folder(tmp_path / "raw", tmp_path / "data", fractions=(0.5, 0.25, 0.25), settings=settings,
+                              map_tasks=map_serially)  # fmt: skip
+        rows.append({split: sorted(open_split(tmp_path / "data", split).read(["source"])["source"].to_pylist())
+                     for split in made})  # fmt: skip
+    assert set(rows[1]["train"]) & set(rows[0]["val"])
+    assert _found(tmp_path) == []
+    assert caplog.text == ""
+
+
 def test_an_image_that_was_left_out_is_in_no_split(tmp_path):
     (tmp_path / "bad.json").write_text(
         json.dumps([{"image": f"{n}.png", "caption": ["A road."]} for n in ("bad", "good")])
@@ -99,7 +123,7 @@ def test_a_split_that_cannot_be_compared_stops_no_conversion(tmp_path, caplog):
     next((tmp_path / "data" / "train").glob("part-*")).unlink()
     with caplog.at_level(logging.WARNING):
         assert _convert(tmp_path, "val", [2]).rows == 1
-    assert "is not compared with split train: shard" in caplog.text
+    assert "split train is not compared with the others: shard" in caplog.text
 
 
 def test_drawn_scenes_are_in_one_split_each(tmp_path):

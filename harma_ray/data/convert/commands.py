@@ -8,6 +8,7 @@ from typing import Any
 
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.convert.composed import CATEGORIES, ComposedSource, read_cirr, read_fashioniq
+from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
 from harma_ray.data.convert.records import SourceRecord
 from harma_ray.data.convert.sources import read_harma, read_karpathy
@@ -15,6 +16,7 @@ from harma_ray.data.convert.tasks import map_with_ray
 from harma_ray.data.convert.writer import TaskMap, WriteSettings, write_split
 from harma_ray.data.schema import Manifest
 from harma_ray.errors import UserError
+from harma_ray.files import output_path
 
 
 def convert_harma(
@@ -33,15 +35,9 @@ def convert_harma(
     """
     if not split or split.startswith(".") or "/" in split:
         raise UserError(f"a split's name is a plain folder name such as train, val or test, got {split!r}")
-    records = read_harma(annotations, images)
-    return write_split(
-        records,
-        Path(out) / split,
-        options={"converter": "harma"},
-        inputs={Path(annotations).name: hash_file(annotations)},
-        settings=settings,
-        map_tasks=map_tasks,
-    )
+    records = {split: read_harma(annotations, images)}
+    inputs = {Path(annotations).name: hash_file(annotations)}
+    return _write_splits(records, out, {"converter": "harma"}, inputs, settings, map_tasks)[split]
 
 
 def convert_karpathy(
@@ -196,7 +192,7 @@ def _write_composed(
     settings: WriteSettings | None,
     map_tasks: TaskMap,
 ) -> Manifest:
-    return write_split(
+    manifest = write_split(
         source.records,
         Path(out) / source.split,
         options=options,
@@ -206,6 +202,8 @@ def _write_composed(
         map_tasks=map_tasks,
         hint="; --annotations-only lists all that are missing",
     )
+    warn_of_shared(output_path(out), [source.split])
+    return manifest
 
 
 def _write_splits(
@@ -216,9 +214,11 @@ def _write_splits(
     settings: WriteSettings | None,
     map_tasks: TaskMap,
 ) -> dict[str, Manifest]:
-    return {
+    manifests = {
         split: write_split(
             rows, Path(out) / split, options=options, inputs=inputs, settings=settings, map_tasks=map_tasks
         )
         for split, rows in records.items()
     }
+    warn_of_shared(output_path(out), list(manifests))  # when all are new: those of before are no splits of the same
+    return manifests

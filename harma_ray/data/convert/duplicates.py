@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harma_ray.data.convert.inspect import iterate_images
 from harma_ray.data.convert.shards import write_table
-from harma_ray.data.image_files import readable_name
 from harma_ray.data.schema import Split, list_splits, open_split
 from harma_ray.errors import UserError
 
@@ -23,6 +24,7 @@ HASHES_NAME = "hashes.parquet"
 
 _SCHEMA = pa.schema([pa.field("image", pa.string()), pa.field("sha256", pa.binary(32))])
 _EXAMPLES = 3
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
@@ -57,71 +59,82 @@ def write_hashes(hashes: Mapping[str, str], folder: Path) -> None:
     write_table(pa.table(columns, schema=_SCHEMA), folder / HASHES_NAME)
 
 
-def read_hashes(split: Split) -> dict[bytes, str]:
+def read_hashes(split: Split, *, as_stored: bool = False) -> dict[bytes, str]:
     """Returns the SHA-256 of a split's images with the name of the first image that has it.
 
-    They are those of the files that the split was made from, or, if they were not kept, of the images as they are
-    stored, which are all read then.
+    Args:
+        split: The split.
+        as_stored: Takes the images as they are stored, which are all read then. Otherwise the files that the split was
+            made from, if their hashes were kept.
+
+    Raises:
+        UserError: If the split cannot be read.
     """
     path = split.path / HASHES_NAME
-    if path.is_file():
-        try:
-            table = pq.read_table(path, schema=_SCHEMA)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"cannot read {path} ({error}); convert the split again with --overwrite") from error
-        pairs: Iterable[tuple[bytes, str]] = zip(
-            table.column("sha256").to_pylist(), table.column("image").to_pylist(), strict=True
-        )
-    else:
-        pairs = ((hashlib.sha256(data).digest(), name) for name, data in iterate_images(split))
     found: dict[bytes, str] = {}
-    for content, name in pairs:
-        found.setdefault(content, name)
+    try:
+        if path.is_file() and not as_stored:
+            table = pq.read_table(path, schema=_SCHEMA)
+            pairs: Iterable[tuple[bytes, str]] = zip(
+                table.column("sha256").to_pylist(), table.column("image").to_pylist(), strict=True
+            )
+        else:
+            pairs = ((hashlib.sha256(data).digest(), name) for name, data in iterate_images(split))
+        for content, name in pairs:
+            found.setdefault(content, name)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {split.path} ({error}); convert the split again with --overwrite") from error
     return found
 
 
-def find_shared(data: str | Path, split: str | None = None) -> list[SharedImages]:
+def find_shared(
+    data: str | Path, splits: Collection[str] | None = None, *, skips_unreadable: bool = False
+) -> list[SharedImages]:
     """Compares the splits of a data set two by two.
 
     Args:
         data: Folder of the data set.
-        split: Compares this one alone with all others.
+        splits: Compares these with each other and with all others; None = all.
+        skips_unreadable: Logs which splits cannot be read, and compares the rest.
 
     Raises:
         UserError: If a split cannot be read.
     """
-    opened = [open_split(data, name) for name in list_splits(data)]
-    hashes = {each.name: read_hashes(each) for each in opened if each.manifest.kind in ("images", "triplets")}
-    pairs = [(later, earlier) for earlier, later in combinations(hashes, 2) if split in (None, earlier, later)]
+
+    def attempt(name: str, read: Callable[[], _T]) -> _T | None:
+        try:
+            return read()
+        except UserError as error:
+            if not skips_unreadable:
+                raise
+            _logger.warning("split %s is not compared with the others: %s", name, error)
+            return None
+
+    opened = [attempt(name, functools.partial(open_split, data, name)) for name in list_splits(data)]
+    there = [split for split in opened if split is not None and split.manifest.kind in ("images", "triplets")]
+    if len(there) < 2:
+        return []
+    # Of images that were made smaller without keeping hashes, nothing but what is stored can be compared.
+    as_stored = any(
+        not (split.path / HASHES_NAME).is_file() and split.manifest.options.get("resize") for split in there
+    )
+    found = {
+        split.name: attempt(split.name, functools.partial(read_hashes, split, as_stored=as_stored)) for split in there
+    }
+    hashes = {name: each for name, each in found.items() if each is not None}
+    pairs = [
+        (later, earlier)
+        for earlier, later in combinations(hashes, 2)
+        if splits is None or earlier in splits or later in splits
+    ]
     shared = [_compare(later, hashes[later], earlier, hashes[earlier]) for later, earlier in pairs]
     return [each for each in shared if each.pairs]
 
 
-def warn_of_shared(split: Path, hashes: Mapping[str, str]) -> None:
-    """Logs which images of a split that is to be written the splits beside it have too.
-
-    Args:
-        split: Folder of the split.
-        hashes: SHA-256 of its images in hexadecimal digits, by their names; those of drawn images are not known.
-    """
-    if not hashes:
-        return
-    ours: dict[bytes, str] = {}
-    for name, digits in hashes.items():
-        ours.setdefault(bytes.fromhex(digits), name)
-    for other in list_splits(split.parent):
-        if other == split.name:
-            continue
-        try:
-            opened = open_split(split.parent, other)
-            if opened.manifest.kind not in ("images", "triplets"):
-                continue
-            shared = _compare(split.name, ours, other, read_hashes(opened))
-        except UserError as error:  # no reason not to write this one
-            _logger.warning("%s is not compared with split %s: %s", readable_name(split), other, error)
-            continue
-        if shared.pairs:
-            _logger.warning("%s", shared.tell())
+def warn_of_shared(data: str | Path, written: Collection[str]) -> None:
+    """Logs which images the splits that were just written share with each other or with those beside them."""
+    for each in find_shared(data, written, skips_unreadable=True):
+        _logger.warning("%s", each.tell())
 
 
 def _compare(split: str, ours: Mapping[bytes, str], other: str, theirs: Mapping[bytes, str]) -> SharedImages:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harma_ray import __version__
-from harma_ray.data.convert.duplicates import HASHES_NAME, warn_of_shared, write_hashes
+from harma_ray.data.convert.duplicates import HASHES_NAME, write_hashes
 from harma_ray.data.convert.examination import Examination, examine, list_bad
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.records import QueryRecord, Record, TripletRecord
@@ -170,7 +170,6 @@ def write_split(
             kind=records[0].kind,
         )  # fmt: skip
         job = _Job(split, records, queries, images, wanted, settings, hint)
-        warn_of_shared(split, images.hashes)
         with lock(split):
             done = _find_done(split, wanted, settings)
             if done is not None:
