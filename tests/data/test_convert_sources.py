@@ -160,6 +160,10 @@ def test_json_lines_are_read(tmp_path):
     assert [r.source for r in read_harma(tmp_path / "rows.json", tmp_path)] == ["val/0.jpg", "val/1.jpg"]
     (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]))
     assert len(read_harma(tmp_path / "one.jsonl", tmp_path)) == 1
+    split_by_others = [_eval_row(number, ["A road\u2028to\x85town"]) for number in range(2)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in split_by_others)
+    (tmp_path / "separators.jsonl").write_text(lines, newline="")
+    assert [r.captions for r in read_harma(tmp_path / "separators.jsonl", tmp_path)] == [("a road to town",)] * 2
     (tmp_path / "bad.json").write_text(f"{json.dumps(rows[0])}\n{{'a': 1}}\n")
     with pytest.raises(UserError, match="looks like JSON Lines, but line 2 is not JSON"):
         read_harma(tmp_path / "bad.json", tmp_path)
@@ -222,6 +226,17 @@ def test_the_file_that_may_be_meant_is_named(write, tmp_path, name, meant):
     (record,) = read_harma(write([_eval_row(0, image=name)]), root)
     (bad,) = examine([record], progress=False).missing
     assert bad.reason.endswith(f"; is {meant!r} meant, which is there?") == (meant is not None)
+
+
+def test_files_that_may_be_meant_are_looked_for_a_hundred_times(write, tmp_path):
+    """Of a hundred thousand images on a network drive it would take hours."""
+    _make_images(tmp_path, "val/A.jpg")
+    records = read_harma(write([_eval_row(number, image=f"{number}/val/a.jpg") for number in range(120)]), tmp_path)
+    missing = examine(records, progress=False).missing
+    assert len(missing) == 120
+    assert [bad.reason.endswith("is 'val/A.jpg' meant, which is there?") for bad in missing] == [True] * 100 + [
+        False
+    ] * 20
 
 
 def test_the_file_that_may_be_meant_by_a_path_of_another_machine_is_named(write, tmp_path):

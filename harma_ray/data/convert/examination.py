@@ -25,6 +25,8 @@ from harma_ray.data.schema import BadRow
 from harma_ray.errors import UserError
 
 _LISTED = 10
+_SEARCHED = 100
+"""Images, of those that are not there, of which it is found out whether another is meant: folders are listed for it."""
 _HASHING_THREADS = 8
 _NOT_FOUND = "cannot be found"
 
@@ -104,7 +106,8 @@ def examine(records: Sequence[Record], *, rendering: Rendering | None = None, pr
             continue
         sizes[place], content, reason, lacks_rule = found[place]
         if reason:
-            missing.append(BadRow(name, reason + (_suggest(name, place) if reason.startswith(_NOT_FOUND) else "")))
+            is_searched = reason.startswith(_NOT_FOUND) and len(missing) < _SEARCHED
+            missing.append(BadRow(name, reason + (_suggest(name, place) if is_searched else "")))
         else:
             hashes[name] = content
         if lacks_rule:

@@ -78,7 +78,7 @@ def read_rows(path: Path, expected: str, hint: Callable[[Any], str] = lambda con
 
 def _read_lines(path: Path, text: str, hook: Any) -> list[Any]:
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # texts may hold other separators, such as U+2028
         try:
             if line.strip():
                 rows.append(json.loads(line, object_pairs_hook=hook))
