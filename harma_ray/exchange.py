@@ -188,7 +188,8 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         return model.eval()
     weights = read_foreign(path)
     if weights.kind == "combiner":
-        way_out = f"import both first: {launch_command('checkpoint', 'import', path, '--clip', 'FILE')}"
+        words = ("--recipe", "clip4cir-combiner", "--clip", "FILE", "--out", "FOLDER")
+        way_out = f"import both first: {launch_command('checkpoint', 'import', path, *words)}"
         raise UserError(f"{path} is a Combiner without its CLIP; {way_out}")
     if weights.kind == "clip":
         way_out = command_line("--zero-shot", "--set", show_override("model.pretrained", str(path)))
