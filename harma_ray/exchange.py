@@ -175,6 +175,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         UserError: If the file does not fit, listing what does not, or belongs to another backbone.
     """
     if file is None:
+        make_task(config).require_backbone()
         return make_task(config).build_untrained().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():

@@ -160,6 +160,10 @@ class Task(Protocol):
         """
         ...
 
+    def require_backbone(self) -> None:
+        """Raises UserError if a part stays frozen whose weights nobody named; part of `check`."""
+        ...
+
     @property
     def base_name(self) -> str:
         """What the pretrained part is: tasks with equal names build equal ones."""

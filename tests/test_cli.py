@@ -17,7 +17,8 @@ from harma_ray.cli import main
 from harma_ray.tracking import read_records
 
 SMALL = ["--set", "train.epochs=2", "--set", "train.global_batch_size=20", "--set", "adapter.width=16",
-         "--set", "adapter.shared_width=8", "--set", "adapter.num_heads=4"]  # fmt: skip
+         "--set", "adapter.shared_width=8", "--set", "adapter.num_heads=4", "--set",
+         "model.pretrained=random"]  # fmt: skip
 
 
 def test_a_missing_data_set_is_one_clear_line(capsys, tmp_path):

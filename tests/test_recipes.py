@@ -8,8 +8,11 @@ import torch
 from harma_ray.checkpoint import list_checkpoints, load_weights
 from harma_ray.config import build_config, config_hash
 from harma_ray.data.order import planned_order
+from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.engine import parameters_without_gradient
+from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
 from harma_ray.loop import run_training
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import RECIPES, make_task, recipe_config
@@ -129,3 +132,30 @@ def test_a_stopped_run_resumes_to_the_bit(config, finished, tmp_path):
     expected = last_model(config, finished[0]).state_dict()
     resumed = last_model(config, tmp_path).state_dict()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "changes"),
+    [
+        ("harma-scenes", "scenes", {}),
+        ("harma-scenes", "scenes", {"model.tuning": "none"}),
+        ("scenes-cir-combiner", "composed", {}),
+        ("scenes-cir-finetune", "composed", {"model.pretrained": "", "tuning.encoder": "text"}),
+    ],
+)
+def test_a_frozen_backbone_is_random_only_by_name(request, recipe, kind, changes):
+    folder = request.getfixturevalue(kind)
+    config = build_config(recipe_config(recipe), {"data.path": str(folder), **changes})
+    training = open_split(folder, "train")
+    with pytest.raises(UserError, match=r"must be named; give .*--set model\.pretrained=random"):
+        make_task(config).check(training)
+    with pytest.raises(UserError, match="must be named"):
+        load_model(None, config)
+    make_task(build_config(config, {"model.pretrained": "random"})).check(training)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.pretrained": ""}])
+def test_a_model_that_is_trained_whole_may_start_from_nothing(scenes, changes):
+    config = build_config(recipe_config("scenes-pretrain"), changes)
+    make_task(config).check(open_split(scenes, "train"))
+    assert make_task(config).base_name == "scenes-tiny, random of seed 0"

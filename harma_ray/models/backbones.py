@@ -22,6 +22,8 @@ _CONFIGS = Path(__file__).parent / "configs"
 _QUICK = "-quickgelu"
 Activation = Literal["", "gelu", "quick_gelu"]
 """What the user says that weights were trained with; nothing: what the file says."""
+RANDOM = "random"
+"""Weights that are drawn."""
 _SPOKEN = {False: "plain GELU", True: "quick GELU"}
 
 
@@ -139,6 +141,16 @@ def _no_clip(weights: ForeignWeights) -> str:
     if any("vision_model." in name for name in names):
         return "its names are those of Hugging Face's transformers; take the file for open_clip of the same model"
     return f"its names are such as {', '.join(names[:3])}; choose another file"
+
+
+def require_named(recipe: str, pretrained: str, other_way: str = "") -> None:
+    """Raise UserError unless a frozen model's weights were named; drawn ones are, if somebody asked for them."""
+    if not pretrained:
+        raise UserError(
+            f"recipe {recipe} keeps the backbone frozen, so its weights must be named; give {other_way}"
+            "--set model.pretrained=FILE (`checkpoint export --format open_clip` writes one), or "
+            "--set model.pretrained=random if a random backbone is what you want"
+        )
 
 
 def tokenize(architecture: str) -> Callable[..., Tensor]:

@@ -32,7 +32,7 @@ from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gra
 from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
 from harma_ray.losses import composed_loss
-from harma_ray.models.backbones import check_pretrained
+from harma_ray.models.backbones import RANDOM, check_pretrained, require_named
 from harma_ray.models.clip import DualEncoder, build_clip, image_size, outline_clip, unit
 from harma_ray.models.combiner import Combiner
 from harma_ray.models.composed import ComposedRetriever, Encoders
@@ -101,7 +101,7 @@ class Clip4CirTask:
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
         model = self.config.model
-        check_pretrained(model.architecture, model.pretrained, model.activation)
+        check_pretrained(model.architecture, model.pretrained or RANDOM, model.activation)
         if self._tuned:
             read_meta(self._tuned)
         training.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
@@ -117,6 +117,13 @@ class Clip4CirTask:
                 raise UserError(
                     f"`{asker}` names `{name}`, which is not measured on {training.path} (there are {', '.join(known)})"
                 )
+        self.require_backbone()
+
+    def require_backbone(self) -> None:
+        """Raises UserError if a part of CLIP stays frozen whose weights nobody named."""
+        whole = isinstance(self.config, FinetuneConfig) and self.config.tuning.encoder == "both"
+        if not whole and not self._tuned:
+            require_named(self.config.recipe, self.config.model.pretrained, "--from RUN, or ")
 
     @property
     def _tuned(self) -> Path | None:
@@ -133,15 +140,15 @@ class Clip4CirTask:
     def base_name(self) -> str:
         """The backbone's architecture and weights."""
         settings = self.config.model
-        drawn = f" of seed {self._base_seed}" if settings.pretrained == "random" else ""
+        drawn = f" of seed {self._base_seed}" if settings.pretrained in ("", RANDOM) else ""
         tuned = f", tuned by {self._tuned}" if self._tuned else ""
-        return f"{settings.architecture}, {settings.pretrained}{drawn}{tuned}"
+        return f"{settings.architecture}, {settings.pretrained or RANDOM}{drawn}{tuned}"
 
     def build_base(self) -> nn.Module:
         """Returns CLIP on CPU, with the weights of the fine-tuning run if the settings name one."""
         settings = self.config.model
         clip = build_clip(
-            settings.architecture, settings.pretrained, seed=self._base_seed, activation=settings.activation
+            settings.architecture, settings.pretrained or RANDOM, seed=self._base_seed, activation=settings.activation
         )
         if self._tuned:
             model = ComposedRetriever(DualEncoder(clip))

@@ -170,7 +170,7 @@ def scenes_cir_combiner() -> CombinerConfig:
     return replace(
         base,
         recipe="scenes-cir-combiner",
-        model=TunedClipConfig(architecture="scenes-tiny", pretrained="random"),
+        model=TunedClipConfig(architecture="scenes-tiny", pretrained=""),
         combiner=CombinerSizes(projection_dim=512, hidden_dim=1024),
         optim=replace(base.optim, learning_rate=1e-3),
         train=TrainConfig(epochs=20, global_batch_size=256),

@@ -33,7 +33,7 @@ from harma_ray.losses import (
 )
 from harma_ray.metrics import RetrievalResult, bootstrap_interval, chance_recalls, image_text_recalls
 from harma_ray.models.adapters import GatedAdapter, set_tuning
-from harma_ray.models.backbones import check_pretrained
+from harma_ray.models.backbones import RANDOM, check_pretrained, require_named
 from harma_ray.models.clip import DualEncoder, build_clip, image_size, outline_clip, tokenize
 from harma_ray.pictures import read_images, retrieval_sheet
 from harma_ray.recipes.harma_config import HarmaConfig
@@ -79,7 +79,7 @@ class HarmaTask:
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
         model = self.config.model
-        check_pretrained(model.architecture, model.pretrained, model.activation)
+        check_pretrained(model.architecture, model.pretrained or RANDOM, model.activation)
         for split in (training, *evaluated):
             split.require_kind(["images"], f"recipe {self.config.recipe}")
         for split in evaluated:
@@ -89,19 +89,25 @@ class HarmaTask:
                 f"`loss.center_factor` needs a class label for every image, but {training.path} has images without; "
                 "convert it with labels, or set loss.center_factor=0"
             )
+        self.require_backbone()
+
+    def require_backbone(self) -> None:
+        """Raises UserError if a part of the model stays frozen whose weights nobody named."""
+        if self.config.model.tuning != "full":
+            require_named(self.config.recipe, self.config.model.pretrained)
 
     @property
     def base_name(self) -> str:
         """The backbone's architecture and weights."""
         settings = self.config.model
-        drawn = f" of seed {self.config.seed}" if settings.pretrained == "random" else ""
-        return f"{settings.architecture}, {settings.pretrained}{drawn}"
+        drawn = f" of seed {self.config.seed}" if settings.pretrained in ("", RANDOM) else ""
+        return f"{settings.architecture}, {settings.pretrained or RANDOM}{drawn}"
 
     def build_base(self) -> nn.Module:
         """Returns the backbone on CPU."""
         settings = self.config.model
         return build_clip(
-            settings.architecture, settings.pretrained, seed=self.config.seed, activation=settings.activation
+            settings.architecture, settings.pretrained or RANDOM, seed=self.config.seed, activation=settings.activation
         )
 
     def outline_base(self) -> nn.Module:

@@ -16,8 +16,8 @@ class ModelConfig:
 
     architecture: str = "ViT-B-32"
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
-    pretrained: str = "random"
-    """open_clip's tag, the path of a local file, or ``random``."""
+    pretrained: str = ""
+    """open_clip's tag, the path of a local file, or ``random``; to be named, unless all of the model is trained."""
     activation: Literal["", "gelu", "quick_gelu"] = ""
     """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
     the architecture computes."""
@@ -130,7 +130,7 @@ def scenes_pretrain() -> HarmaConfig:
     """The demo's first half: a tiny CLIP trained whole, from nothing, on one style of drawn scenes."""
     return HarmaConfig(
         recipe="scenes-pretrain",
-        model=ModelConfig(architecture="scenes-tiny", tuning="full", text_tokens="trim"),
+        model=ModelConfig(architecture="scenes-tiny", pretrained="random", tuning="full", text_tokens="trim"),
         loss=LossConfig(triplet="none"),
         optim=OptimConfig(learning_rate=1e-3),
         train=TrainConfig(epochs=2, global_batch_size=128),

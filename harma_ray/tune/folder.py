@@ -73,6 +73,9 @@ def open_search(folder: str | Path) -> tuple[Path, SearchDefinition]:
     if not (folder / SEARCH_NAME).is_file():
         raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
     definition = load_search(folder / SEARCH_NAME)
+    if getattr(getattr(definition.config, "model", None), "pretrained", None) == "":
+        # It was begun when recipes named random weights themselves.
+        definition = load_search(folder / SEARCH_NAME, overrides={"model.pretrained": "random"})
     if definition.storage is None and (folder / TRIALS_FOLDER).is_dir():
         require_file(folder)
     return folder, definition

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SPACE = """
 recipe: harma-scenes
-fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8}
+fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8,
+        model.pretrained: random}
 space:
   optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
   adapter.width: {type: int, low: 16, high: 128, step: 16}
