@@ -12,6 +12,7 @@ from harma_ray.shell import launch_command
 from harma_ray.tune.confirmed import confirmed_section
 from harma_ray.tune.drawing import label
 from harma_ray.tune.figures import draw_curves, draw_history, draw_pareto
+from harma_ray.tune.folder import BEST_NAME
 from harma_ray.tune.importance import MIN_TRIALS, importance, partial_parameters
 from harma_ray.tune.parameter_figures import draw_importance, draw_parallel, draw_slices
 from harma_ray.tune.results import Axis, Objective, SearchResults, TrialResult
@@ -19,7 +20,6 @@ from harma_ray.tune.scale import end_of_range, short_names, show, value_of
 
 PAGE_NAME = "report.html"
 FIGURES_FOLDER = "figures"
-_BEST_NAME = "best.yaml"
 _STATES = ("complete", "stopped", "failed", "running")
 _MAX_OPEN_ROWS = 30
 _NO_VALUE = "–"
@@ -49,7 +49,7 @@ def write_search_report(results: SearchResults, folder: Path) -> Path:
         "pareto": draw_pareto(results),
     }
     sections = [
-        ("best", "Best setting", _best_section(results, folder / _BEST_NAME)),
+        ("best", "Best setting", _best_section(results, folder / BEST_NAME)),
         *([("confirmed", "Confirmed", confirmed_section(results))] if results.best is not None else []),
         ("cost", "Cost", _cost_section(results)),
         *_figure_sections(results, figures),

@@ -223,13 +223,11 @@ def test_final_metrics_stand_beside_those_before_training(tmp_path):
 
 
 def test_command_is_given_only_where_its_file_is(tmp_path):
-    folder = tmp_path / "a search"
-    results = make_results(make_trials(2), folder=folder)
-    assert "launch.py train" not in write(tmp_path / "page", results).text
-    folder.mkdir()
+    folder = tmp_path / "a page"
+    results = make_results(make_trials(2))
+    assert "launch.py train" not in write(folder, results).text
     (folder / "best.yaml").write_text("")
-    command = f"python launch.py train --config '{folder}/best.yaml' --data data/scenes"
-    assert command in write(tmp_path / "page", results).text
+    assert f"python launch.py train --config '{folder}/best.yaml' --data data/scenes" in write(folder, results).text
 
 
 def test_published_setting_that_is_best_is_named_so(tmp_path):
