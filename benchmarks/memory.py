@@ -101,7 +101,12 @@ def main() -> None:
             with ray_cluster():
                 convert_scenes(folder / "data", {"train": images, "val": 200}, style="winter", size=options.size)
             stored = sum(file.stat().st_size for file in (folder / "data" / "train").glob("*.parquet"))
-            changes = {"data.path": str(folder / "data"), "train.epochs": 1, "scaling.num_workers": options.workers}
+            changes = {
+                "model.pretrained": "random",
+                "data.path": str(folder / "data"),
+                "train.epochs": 1,
+                "scaling.num_workers": options.workers,
+            }
             config = build_config(recipe_config("harma-scenes"), changes)
             with ray_cluster() as cluster, Watch() as watch:
                 report = train(create_run(folder, "run", config), cluster, on_record=lambda record: None)

@@ -30,7 +30,7 @@ FIRST = {"train.global_batch_size": 20, "train.epochs": 1}
 SECOND = {"train.global_batch_size": 8, "train.epochs": 2, "combiner.projection_dim": 32, "combiner.hidden_dim": 16}
 SPACE = """
 recipe: scenes-cir-combiner
-fixed: {train.epochs: 1, train.global_batch_size: 8, combiner.hidden_dim: 16}
+fixed: {model.pretrained: random, train.epochs: 1, train.global_batch_size: 8, combiner.hidden_dim: 16}
 space:
   combiner.projection_dim: {choices: [32, 512]}
 sampler: grid
@@ -348,12 +348,14 @@ def test_a_combiner_that_nobody_trained_is_never_scored(capsys, composed, tuned,
     """Not as the backbone either: CLIP alone gives the figures of the sum."""
     data = ("--data", composed, "--split", "val")
     first = figures(capsys, tmp_path, "--zero-shot", "--recipe", "scenes-cir-finetune", *data)
-    second = figures(capsys, tmp_path, "--zero-shot", "--recipe", "scenes-cir-combiner", *data)
+    command = ("--zero-shot", "--recipe", "scenes-cir-combiner", "--set", "model.pretrained=random", *data)
+    second = figures(capsys, tmp_path, *command)
     assert second == first
     assert second["query"] == "sum"
-    command = ("evaluate", "--zero-shot", "--recipe", "scenes-cir-combiner", *data)
-    assert "queries: the sum of image and text features" in done(capsys, *command)
-    assert "must be one of sum, image, text for this model" in refused(capsys, *command, "--query", "combiner")
+    assert "queries: the sum of image and text features" in done(capsys, "evaluate", *command)
+    assert "must be one of sum, image, text for this model" in refused(
+        capsys, "evaluate", *command, "--query", "combiner"
+    )
     untrained = make_task(small(composed, "scenes-cir-combiner")).build_untrained()
     assert {name.split(".")[0] for name, _ in untrained.named_parameters()} == {"encoder"}
 

@@ -38,6 +38,7 @@ def kept(scenes, tmp_path_factory):
             raise Stop
 
     config = build_config(recipe_config("harma-scenes"), {
+        "model.pretrained": "random",
         "data.path": str(scenes), "train.epochs": 2, "train.global_batch_size": 20, "adapter.width": 16,
         "adapter.shared_width": 8,
     })  # fmt: skip

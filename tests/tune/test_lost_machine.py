@@ -20,6 +20,7 @@ RATE = Range(name="optim.learning_rate", kind="float", low=1e-3, high=1e-2, log=
 @pytest.mark.timeout(600)
 def test_trials_of_a_lost_machine_go_on_elsewhere_from_their_checkpoints(scenes, tmp_path):
     config = build_config(recipe_config("harma-scenes"), {
+        "model.pretrained": "random",
         "data.path": str(scenes), "train.epochs": 10, "train.global_batch_size": 20, "adapter.width": 16,
         "adapter.shared_width": 8, "scaling.cpus_per_worker": 1,
     })  # fmt: skip

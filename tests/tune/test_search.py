@@ -35,6 +35,7 @@ WIDTH = Range(name="adapter.width", kind="int", low=16, high=128, step=16)
 
 def definition(scenes, *parameters, **changes):
     config = build_config(recipe_config("harma-scenes"), {
+        "model.pretrained": "random",
         "data.path": str(scenes), "train.epochs": 2, "train.global_batch_size": 20, "adapter.shared_width": 8,
     })  # fmt: skip
     found = SearchDefinition(config=config, parameters=parameters or (RATE, WIDTH))

@@ -49,6 +49,7 @@ with ray_cluster(num_cpus=1):
 def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_place_to_the_next(scenes, tmp_path):
     """The second trial is stopped while its workers run; the third needs their CPUs."""
     config = build_config(recipe_config("harma-scenes"), {
+        "model.pretrained": "random",
         "data.path": str(scenes), "train.epochs": 2, "train.global_batch_size": 20, "adapter.width": 16,
         "adapter.shared_width": 8, "optim.learning_rate": 6e-3,
     })  # fmt: skip
