@@ -237,7 +237,7 @@ SAFE = (
         (b'\n<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "web page"),
         (b'{"error": "Invalid username or password."}', "JSON that begins with"),
         (b"Entry not found", "a text that begins with `Entry not found`"),
-        (gzip.compress(b"x" * 99), "packed .gzip"),
+        (gzip.compress(b"x" * 99, mtime=0), "packed .gzip"),
         (tarred(), "packed .tar"),
         (zipped(), r"zip archive without weights.*weights/readme\.txt"),
         (b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "HDF5"),
