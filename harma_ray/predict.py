@@ -22,6 +22,7 @@ from harma_ray.models.composed import ComposedRetriever
 from harma_ray.ranking import Groups, top_k
 from harma_ray.recipes import make_task
 from harma_ray.recipes.clip4cir import Clip4CirTask
+from harma_ray.recipes.clip4cir_queries import compose
 from harma_ray.task import require_query
 
 NUM_RESULTS, NUM_SUBSET_RESULTS = 50, 3
@@ -35,7 +36,7 @@ class Submission:
     files: tuple[Path, Path]
     """``recall_submission_NAME.json`` and ``recall_subset_submission_NAME.json``."""
     query: str
-    """How the queries were made; see `harma_ray.recipes.clip4cir.QUERIES`."""
+    """How the queries were made; see `harma_ray.recipes.clip4cir_queries.QUERIES`."""
 
 
 def predict_cirr(
@@ -71,7 +72,8 @@ def predict_cirr(
     stream = EvaluationStream(opened, config.data, place, local_batches)
     with evaluating(config.train, device):
         features, texts = task.encode(model.to(device).eval(), stream, queries)
-        vectors, gallery = task.compose(model, features, texts, queries, query), unit(features)
+        vectors = compose(model, features, texts, queries, query, batch_size=config.train.eval_batch_size)
+        gallery = unit(features)
     own = torch.arange(len(queries.pair_ids) + 1)
     reference, members = Groups(own, queries.reference), Groups.from_lists(subsets)
     _, found = top_k(vectors, gallery, NUM_RESULTS, excluded=reference)

@@ -124,7 +124,7 @@ def add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from harma_ray.predict import predict_cirr
-    from harma_ray.recipes.clip4cir import QUERIES
+    from harma_ray.recipes.clip4cir_queries import QUERIES
 
     config, weights = _read_model(options)
     name = options.name or (

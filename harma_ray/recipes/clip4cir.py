@@ -3,16 +3,15 @@
 A query is a reference image and a text that changes it; the answer is a target image. Stage 1 fine-tunes CLIP so that
 the sum of both features finds it; stage 2 trains a Combiner of the features of the frozen CLIP.
 
-Shape letters: B batch, Q queries, G gallery, F features of CLIP.
+Shape letters: Q queries, G gallery, F features of CLIP.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.checkpoint import load_weights, read_meta
-from harma_ray.composed_metrics import ComposedResult, bootstrap_composed, chance_composed_recalls, composed_recalls
+from harma_ray.composed_metrics import ComposedResult
 from harma_ray.composed_pictures import composed_sections, composed_sheet
 from harma_ray.data.padding import padded_transform
 from harma_ray.data.queries import ComposedQueries
@@ -40,47 +39,10 @@ from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.pictures import read_images
 from harma_ray.recipes.clip4cir_config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir_inputs import Inputs, ItemTransform, TripletTransform
+from harma_ray.recipes.clip4cir_queries import BASELINE_METRICS, QUERIES, ComposedDetails, compose
 from harma_ray.task import Batch, Evaluation, EvaluationData, FeatureEncoder, Projection, RowTransform, Section
 
 _MAX_POINTS = 500
-QUERIES: Mapping[str, str] = {
-    "combiner": "the Combiner's",
-    "sum": "the sum of image and text features",
-    "image": "the reference image alone",
-    "text": "the text alone",
-}
-"""How query vectors can be made. The model's own way is one of the first two; all others are baselines to it."""
-BASELINE_METRICS: Mapping[str, str] = {
-    "sum": "sum_r_mean",
-    "image": "image_only_r_mean",
-    "text": "text_only_r_mean",
-}
-"""Where an evaluation of the model's own queries has the `r_mean` of others."""
-
-
-@dataclass(frozen=True)
-class ComposedDetails:
-    """Embeddings and ranks of an evaluation of composed retrieval."""
-
-    gallery_embeddings: Tensor
-    """fp32[G, F], L2-normalised, in row order."""
-    query_embeddings: Tensor
-    """fp32[Q, F], L2-normalised."""
-    queries: ComposedQueries
-    """Texts, and the rows of references, targets and members."""
-    result: ComposedResult
-    """Ranks of the targets."""
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % bootstrap intervals of the metrics."""
-        return bootstrap_composed(self.result)
-
-    def chance(self) -> dict[str, float]:
-        """Returns the metrics that rankings drawn at random are expected to have."""
-        return chance_composed_recalls(
-            self.queries.reference, self.queries.require_targets(), len(self.gallery_embeddings),
-            **self.queries.protocol,
-        )  # fmt: skip
 
 
 class Clip4CirTask:
@@ -228,7 +190,7 @@ class Clip4CirTask:
         """Returns the recalls of the split's protocol, in percent, and `r_mean` of the baselines among `QUERIES`."""
         assert isinstance(model, ComposedRetriever)
         queries = ComposedQueries.of(data.split)
-        target = queries.require_targets()
+        queries.require_targets()
         features, texts = self.encode(model, data, queries)
         own, *baselines = self.queries(model)
         details, others, metrics = None, {}, {}
@@ -236,10 +198,9 @@ class Clip4CirTask:
             gallery = unit(features)
 
             def measure(query: str) -> Evaluation:
-                vectors = self.compose(model, features, texts, queries, query)
-                result = composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
-                found = ComposedDetails(gallery, vectors, queries, result)
-                return Evaluation(result.metrics, found, query, f"queries: {QUERIES[query]}")
+                vectors = compose(model, features, texts, queries, query, batch_size=self.config.train.eval_batch_size)
+                found = ComposedDetails.of(gallery, vectors, queries)
+                return Evaluation(found.result.metrics, found, query, f"queries: {QUERIES[query]}")
 
             others = self._frozen_baselines.get(data.split.path)
             if others is None:
@@ -276,31 +237,6 @@ class Clip4CirTask:
         return gallery, encode_texts(
             model.encoder, self.config.model.architecture, texts, batch_size, normalize=False
         )  # fmt: skip
-
-    def compose(
-        self, model: ComposedRetriever, gallery: Tensor, texts: Tensor, queries: ComposedQueries, query: str
-    ) -> Tensor:
-        """Returns query vectors fp32[Q, F] on CPU, L2-normalised, of features as `encode` gives them.
-
-        Args:
-            model: Whose Combiner may be used.
-            gallery: fp32[G, F].
-            texts: fp32[Q, F].
-            queries: Where the references are in the gallery.
-            query: One of `queries`.
-        """
-        if query in ("image", "text"):
-            return unit(gallery[queries.reference] if query == "image" else texts)
-        compose = model.compose if query == "combiner" else model.add
-        parts = [
-            compose(images.to(model.device), part.to(model.device)).float().cpu()
-            for images, part in zip(
-                gallery[queries.reference].split(self.config.train.eval_batch_size),
-                texts.split(self.config.train.eval_batch_size),
-                strict=True,
-            )
-        ]
-        return torch.cat(parts)
 
     def _require_same_encoders(self, model: ComposedRetriever, split: Split) -> None:
         """Raises UserError if a split's vectors are not what the model's encoders give."""
