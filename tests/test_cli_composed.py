@@ -391,13 +391,14 @@ def test_queries_of_one_kind_alone_have_no_switch(capsys, scenes, tuned, random_
 
 
 def test_a_published_clip_alone_and_the_sum_of_a_second_stage_give_the_first_ones_submission(
-    capsys, gallery, tuned, paired, tmp_path
+    capsys, gallery, tuned, paired, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("HOME", str(tmp_path))  # no shell makes a path of the ~ in an assignment
     done(capsys, "checkpoint", "export", "--run", tuned.path, "--format", "released", "--out", tmp_path / "clip.pt")
     sources = {
         "first": ("--run", tuned.path),
         "second": ("--run", paired.path, "--query", "sum"),
-        "clip": ("--zero-shot", "--recipe", "scenes-cir-finetune", "--set", f"model.pretrained={tmp_path / 'clip.pt'}"),
+        "clip": ("--zero-shot", "--recipe", "scenes-cir-finetune", "--set", "model.pretrained=~/clip.pt"),
         "combined": ("--run", paired.path),
         "image": ("--run", paired.path, "--query", "image"),
     }

@@ -125,6 +125,7 @@ def add_predict(commands: Any) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from harma_ray.predict import predict_cirr
     from harma_ray.recipes.clip4cir_queries import QUERIES
+    from harma_ray.session import absolute_paths
 
     config, weights = _read_model(options)
     name = options.name or (
@@ -132,7 +133,7 @@ def _predict(options: argparse.Namespace) -> None:
         if options.run
         else Path(options.checkpoint or config.model.pretrained).stem
     )
-    found = predict_cirr(config, weights, options.split, options.out, name, query=options.query)
+    found = predict_cirr(absolute_paths(config), weights, options.split, options.out, name, query=options.query)
     print(f"queries: {QUERIES[found.query]}; {config.train.eval_precision}")
     for path in found.files:
         print(f"wrote {path}")
