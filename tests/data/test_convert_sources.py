@@ -470,6 +470,17 @@ def test_one_class_may_have_folders_if_it_has_images_of_its_own(tmp_path):
     assert [r.label_name for r in read_class_folders(tmp_path, fractions=(1, 0, 0))["train"]] == ["farm", "farm"]
 
 
+def test_classes_that_hold_nothing_but_folders_are_told(tmp_path, caplog):
+    _make_images(tmp_path, *(f"{kind}/{label}/1.tif" for kind in ("Images", "Masks") for label in "fedcba"))
+    rows = read_class_folders(tmp_path, fractions=(1, 0, 0))["train"]
+    assert {row.label_name for row in rows} == {"Images", "Masks"}
+    assert "the 2 classes are Images, Masks; the folders inside them, a, b, c, d, e, ..., are no classes" in caplog.text
+    caplog.clear()
+    _make_images(tmp_path, "Masks/0.tif")
+    read_class_folders(tmp_path, fractions=(1, 0, 0))
+    assert caplog.text == ""
+
+
 def test_folders_of_splits_with_other_names_are_no_classes(tmp_path):
     _make_images(tmp_path, "Train/farm/1.tif", "valid/farm/2.tif")
     with pytest.raises(UserError, match=r"look like splits \(Train, valid\) but are not named train, val, test"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -30,6 +31,8 @@ LABEL_FIELD = "{label}"
 
 _LIKE_SPLITS = frozenset((*SPLITS, "training", "validation", "valid", "dev", "testing"))
 """Names, in small letters, that folders of splits have elsewhere."""
+
+_logger = logging.getLogger(__name__)
 
 
 def read_class_folders(
@@ -181,10 +184,10 @@ def _check_layout(found: FoundImages, depth: int) -> None:
         )
     parts = [path.relative_to(root).parts for path in found.images]
     tops = {names[0] for names in parts if len(names) > 1}
-    others = sorted(tops.difference(SPLITS))
+    others = tops.difference(SPLITS)
     if depth == 2 and others:
-        listed = ", ".join(map(readable_name, others))
-        raise UserError(f"{told} mixes splits ({', '.join(SPLITS)}) and other folders ({listed}); move one kind away")
+        mixed = f"splits ({', '.join(SPLITS)}) and other folders ({_list_some(others)})"
+        raise UserError(f"{told} mixes {mixed}; move one kind away")
     loose = [path for path, names in zip(found.images, parts, strict=True) if len(names) <= depth]
     if loose:
         which = f"{len(loose)} images lie" if len(loose) > 1 else "an image lies"
@@ -194,7 +197,21 @@ def _check_layout(found: FoundImages, depth: int) -> None:
             f"the folders of {told} look like splits ({', '.join(sorted(tops))}) but are not named "
             f"{', '.join(SPLITS)}; rename them, or give a folder with links of these names to them"
         )
-    _check_wrapping(root, [names[depth - 1 :] for names in parts], depth)
+    below = [names[depth - 1 :] for names in parts]
+    _check_wrapping(root, below, depth)
+    if all(len(names) > 2 for names in below):  # classes may be divided further: by years, by places
+        classes, inner = ({names[place] for names in below} for place in (0, 1))
+        way_out = "give one of the outer folders with --images" if depth == 1 else "move them up"
+        _logger.warning(
+            "%s: the %d classes are %s; the folders inside them, %s, are no classes: if they are meant to be, %s",
+            told, len(classes), _list_some(classes), _list_some(inner), way_out,
+        )  # fmt: skip
+
+
+def _list_some(names: Iterable[str]) -> str:
+    """Returns the first few names in alphabetical order."""
+    listed = sorted(map(readable_name, names))
+    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
 
 
 def _check_wrapping(root: Path, parts: Sequence[tuple[str, ...]], depth: int) -> None:
@@ -209,10 +226,9 @@ def _check_wrapping(root: Path, parts: Sequence[tuple[str, ...]], depth: int) ->
     shared = tuple(
         one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
     )
-    inner = sorted({names[len(shared)] for names in parts if len(names) > len(shared) + 1})
+    inner = {names[len(shared)] for names in parts if len(names) > len(shared) + 1}
     if not shared or any(len(names) <= len(shared) + 1 for names in parts):
         return
-    listed = ", ".join(map(readable_name, inner[:5])) + (", ..." if len(inner) > 5 else "")
     wrapper = "/".join(shared)
     if depth == 1:
         way_out = f"give --images {shlex.quote(readable_name(root / wrapper))}"
@@ -220,8 +236,8 @@ def _check_wrapping(root: Path, parts: Sequence[tuple[str, ...]], depth: int) ->
         way_out = "move them up, into the folders of the splits"
     raise UserError(
         f"all images of {readable_name(root)} would be of one class, {readable_name(shared[0])!r}, but they lie in "
-        f"{len(inner)} folders of {readable_name(wrapper)} ({listed}): if these are the classes, {way_out}; if not, "
-        "move the images themselves into the class folder"
+        f"{len(inner)} folders of {readable_name(wrapper)} ({_list_some(inner)}): if these are the classes, {way_out}; "
+        "if not, move the images themselves into the class folder"
     )
 
 
