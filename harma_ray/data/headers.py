@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ _WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _SAMPLE_FORMAT = 256, 25
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _KINDS: dict[int, NumberKind] = {1: "uint", 2: "int", 3: "float", 4: "uint", 5: "complex", 6: "complex"}
 _ASSOCIATED, _UNASSOCIATED = 1, 2
+_UNUSUAL = {8: "CIELAB", 9: "ICCLAB", 10: "ITULAB", 32803: "a sensor's mosaic", 32844: "LogL", 32845: "LogLuv"}
 _BANDS_OF_MODES = {"1": 1, "L": 1, "P": 1, "I": 1, "F": 1, "LA": 2, "PA": 2, "La": 2, "RGBA": 4, "CMYK": 4}
 _CODESTREAM = b"\xff\x4f\xff\x51"  # of JPEG 2000: start, and the marker of sizes
+_SSIZ = 42  # bytes from there to the first component's depth
 _HEAD_BYTES = 1 << 16
 
 
@@ -49,6 +52,8 @@ class Header:
     """Whether the last band is opacity, and whether the colours have been multiplied by it."""
     orientation: int
     """EXIF's, 1 to 8; 1 = upright."""
+    colours: str
+    """What the colours are, if they are such as GDAL hands over unconverted; empty for grey, RGB and the like."""
     plain: bool
     """Whether Pillow shows the image as it is meant: 8 bits or fewer, and of a usual layout."""
 
@@ -104,7 +109,7 @@ def read_header(file: bytes | Path) -> Header:
 def _read_other(stream: BinaryIO, head: bytes) -> Header:
     image = open_header(stream)
     kind: NumberKind = "float" if image.mode == "F" else "uint"
-    bits, bands = _find_bits(image, head), _BANDS_OF_MODES.get(image.mode.partition(";")[0], 3)
+    bits, bands = _find_bits(image, stream, head), _BANDS_OF_MODES.get(image.mode.partition(";")[0], 3)
     return Header(
         format="JPEG" if image.format == "MPO" else image.format or "",
         width=image.width,
@@ -115,25 +120,45 @@ def _read_other(stream: BinaryIO, head: bytes) -> Header:
         palette=image.mode in ("P", "PA"),
         white_is_zero=False,
         alpha="unassociated" if image.mode in ("LA", "PA", "RGBA") else "none",
+        colours=_find_colours(head) if image.format == "JPEG2000" else "",
         orientation=image.getexif().get(_ORIENTATION, 1) if image.format != "PNG" or b"eXIf" in head else 1,
         plain=bits <= 8 and kind == "uint",
     )
 
 
-def _find_bits(image: Image.Image, head: bytes) -> int:
+def _find_bits(image: Image.Image, stream: BinaryIO, head: bytes) -> int:
     """Returns the bits of a number in a file that is no TIFF."""
     if image.mode == "F":
         return 32
     if image.format == "PNG":
         return head[24]  # of the first chunk, IHDR
     if image.format == "JPEG2000":
-        start = head.find(_CODESTREAM)
-        if start < 0:
-            raise BadImage("damaged or incomplete image (no JPEG 2000 codestream)")
-        return (head[start + 42] & 0x7F) + 1  # Ssiz of the first component: the sign, and the depth less 1
+        stream.seek(_find_codestream(stream, head) + _SSIZ)
+        return (stream.read(1)[0] & 0x7F) + 1  # of the first component: the sign, and the depth less 1
     if image.format == "PPM":
         return 16 if _find_largest(head) > 255 else 8
     return 8
+
+
+def _find_colours(head: bytes) -> str:
+    """Returns the name of a JPEG 2000 file's colours if they are unusual, from its box that enumerates them."""
+    found = re.search(rb"colr\x01..\x00\x00\x00(.)", head, re.DOTALL)
+    return {12: "CMYK", 18: "YCbCr"}.get(found[1][0], "") if found else ""
+
+
+def _find_codestream(stream: BinaryIO, head: bytes) -> int:
+    """Returns where the codestream of a JPEG 2000 file begins: there, or in its box after others of any length."""
+    place = 0
+    while not head.startswith(_CODESTREAM):
+        stream.seek(place)
+        length, kind, long_length = struct.unpack(">I4sQ", stream.read(16))
+        if kind == b"jp2c":
+            return place + (16 if length == 1 else 8)
+        length = long_length if length == 1 else length
+        if length < 8:
+            raise BadImage("damaged or incomplete image (no JPEG 2000 codestream)")
+        place += length
+    return place
 
 
 def _find_largest(head: bytes) -> int:
@@ -178,6 +203,7 @@ def _read_tiff(stream: BinaryIO) -> Header:
         white_is_zero=photometric == _WHITE_IS_ZERO,
         alpha=alpha,
         orientation=tags.get(_ORIENTATION, 1),
+        colours=_UNUSUAL.get(photometric, ""),
         plain=plain,
     )
 

@@ -47,13 +47,17 @@ def read_raster(
         max_pixels: Largest width times height of what is returned; 0 = any.
 
     Raises:
-        BadImage: If the file is damaged, too large, of complex numbers, or which bands to take is not clear.
+        BadImage: If the file is damaged, too large, of complex numbers or of unusual colours, or which bands to
+            take is not clear.
     """
     if header.kind == "complex":
         raise BadImage(f"{header.held}: complex numbers make no picture; convert them to magnitudes first")
+    if header.colours:
+        raise BadImage(f"its colours are {header.colours}, which GDAL does not convert; convert it to RGB first")
     with _open(file, header) as dataset:
         colours, alpha = _find_bands(dataset, header)
         bands = _choose_bands(dataset, header, rule, colours)
+        alpha = None if alpha in bands else alpha  # whoever takes it for a colour knows better than its tag
         factor = 1 if shorter is None else max(1, min(header.width, header.height) // shorter)
         check_pixels(
             -(-header.width // factor), -(-header.height // factor), max_pixels,
@@ -92,7 +96,10 @@ def _read(
 ) -> Raster:
     """Reads bands strip by strip, each reduced before the next is read."""
     extra = () if rule is None or rule.nodata is None else rule.nodata
-    numbers = [[*extra, *([tag] if (tag := dataset.nodatavals[band - 1]) is not None else [])] for band in bands]
+    # A colour that palettes and 8-bit PNG call transparent is shown, as Pillow does.
+    keyed = header.palette or (header.format == "PNG" and not header.is_wide)
+    tags = [None if keyed else dataset.nodatavals[band - 1] for band in bands]
+    numbers = [[*extra, *([] if tag is None else [tag])] for tag in tags]
     guarded = rule is not None and rule.nodata is None and header.kind != "uint" and _rests_on_statistics(rule)
     palette = _read_palette(dataset, bands[0]) if header.palette else None
     read = [*bands, *([alpha] if alpha is not None and palette is None else [])]
@@ -113,7 +120,7 @@ def _read(
     if opacity is not None:
         numbers_in, good = numbers_in[:-1], good[:-1]
         if header.alpha == "associated":
-            numbers_in = _divide_out(numbers_in, opacity, header.bits)
+            numbers_in = _divide_out(numbers_in, opacity, _find_top(header))
     if dataset.colorinterp[bands[0] - 1].name == "cyan" and len(bands) == 4:
         numbers_in, good = _from_cmyk(numbers_in, header.bits), good[:3]
     return Raster(
@@ -276,17 +283,23 @@ def _sum_squares(values: np.ndarray, factor: int) -> np.ndarray:
     return np.add.reduceat(rows, np.arange(0, values.shape[1], factor), axis=1)
 
 
-def _divide_out(values: np.ndarray, alpha: np.ndarray, bits: int) -> np.ndarray:
+def _find_top(header: Header) -> float:
+    """Returns the number that stands for opaque."""
+    if header.kind == "float":
+        return 1.0
+    return 2.0 ** (header.bits - (header.kind == "int")) - 1
+
+
+def _divide_out(values: np.ndarray, alpha: np.ndarray, top: float) -> np.ndarray:
     """Returns the colours that were multiplied by alpha, as they were before; those under alpha 0 stay.
 
-    A colour cannot exceed its alpha. Where many do, the file's tag is wrong (the band is often near infrared), and the
-    colours are what they are.
+    A colour cannot exceed its alpha, nor alpha what is opaque. Where many do, the file's tag is wrong (the band is
+    often near infrared), and the colours are what they are.
     """
-    top = 2.0**bits - 1
-    slack = max(1.0, top / 64)
-    if (values > alpha + slack).any(0).mean() > _UNMULTIPLIED_FRACTION:
+    slack = max(1.0, top / 64) if top > 1 else top / 64
+    if ((values > alpha + slack).any(0) | (alpha > top + slack)).mean() > _UNMULTIPLIED_FRACTION:
         return values
-    divided = values * (top / np.maximum(alpha, 1).astype(np.float64))
+    divided = values * (top / np.where(alpha > 0, alpha, top).astype(np.float64))
     divided = np.where(alpha > 0, np.minimum(divided, top), values)
     return divided.astype(np.float32) if values.dtype.kind == "f" else np.rint(divided).astype(values.dtype)
 

@@ -149,6 +149,55 @@ def test_colours_that_were_multiplied_by_alpha_are_divided_by_it(dtype):
     np.testing.assert_allclose(shown.astype(int), SCENE, atol=3 if dtype == np.uint8 else 1)
 
 
+def test_alpha_of_floats_is_opaque_at_one():
+    colours, alpha = SCENE / 255, np.linspace(0.2, 1, 240).reshape(12, 20, 1)
+    file = bare_tiff(np.concatenate([colours * alpha, alpha], axis=2).astype(np.float32), 2, extra=(1,))
+    np.testing.assert_allclose(_pixels(file, _rule(stretch="minmax:0,1")).astype(int), SCENE, atol=1)
+
+
+def test_alpha_that_is_chosen_as_a_colour_hides_nothing():
+    infrared = np.where(np.arange(20) < 10, 0, ELEVEN[..., 1])  # half of it would be transparent
+    values = np.dstack([ELEVEN, infrared])
+    for extra in (1, 2):
+        shown = _pixels(bare_tiff(values, 2, extra=(extra,)), _rule(stretch="minmax", bands="4,1,2"))
+        for band, expected in enumerate((infrared, ELEVEN[..., 0], ELEVEN[..., 1])):
+            np.testing.assert_array_equal(shown[..., band], _stretched(expected, expected.min(), expected.max()))
+
+
+@pytest.mark.parametrize("photometric", [8, 32803])
+def test_colours_that_nobody_converts_are_refused(photometric):
+    with pytest.raises(BadImage, match=r"its colours are .*convert it to RGB"):
+        read_picture(bare_tiff(SCENE if photometric == 8 else SCENE[..., :1], photometric))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
+def test_jpeg_2000_of_other_colours_is_not_reduced_to_wrong_ones(mode):
+    buffer = io.BytesIO()
+    Image.fromarray(SCENE).resize((64, 64)).convert(mode).save(buffer, "JPEG2000")
+    assert read_picture(buffer.getvalue()).image.size == (64, 64)
+    with pytest.raises(BadImage, match=f"its colours are {mode}"):
+        read_picture(buffer.getvalue(), resize=8, max_pixels=1000)
+
+
+def test_a_box_of_any_length_may_stand_before_the_picture_of_jpeg_2000():
+    buffer = io.BytesIO()
+    Image.fromarray(ELEVEN[..., 0]).save(buffer, "JPEG2000", irreversible=False)
+    plain = buffer.getvalue()
+    place = plain.index(b"jp2c") - 4
+    text = b"\xff\x4f\xff\x51" + b" " * 100_000  # begins as the picture itself
+    file = plain[:place] + struct.pack(">I4s", 8 + len(text), b"xml ") + text + plain[place:]
+    assert read_header(file).bits == read_header(plain).bits == 16
+    rule = _rule(stretch="bits:11")
+    np.testing.assert_array_equal(_pixels(file, rule)[..., 0], _stretched(ELEVEN[..., 0], 0, 2047))
+
+
+def test_a_transparent_colour_of_a_large_palette_is_shown_as_of_a_small_one():
+    image, buffer = Image.fromarray(np.kron(SCENE, np.ones((8, 8, 1), np.uint8))).quantize(8), io.BytesIO()
+    image.save(buffer, "PNG", transparency=3)
+    small, large = (_pixels(buffer.getvalue(), resize=12, max_pixels=limit) for limit in (10**6, 10_000))
+    np.testing.assert_allclose(small.astype(int), large, atol=12)
+
+
 @pytest.mark.parametrize("extra", [(0,), (1,), (2,), None])
 @pytest.mark.parametrize("alpha", [0, 60])
 def test_colours_under_alpha_are_shown(extra, alpha):
