@@ -136,6 +136,8 @@ def _summarise(manifest: Manifest) -> str:
     more = f"{queries.rows} queries" if queries else f"{manifest.captions} captions"
     left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
     shown = f"; {describe_rendered(manifest.rendered)}" if manifest.rendered else ""
+    if shown and (manifest.options.get("rendering") or {}).get("limits"):
+        shown += ", scaled by the statistics of split train"
     return f"{manifest.rows} {manifest.kind}, {more}, {len(manifest.shards)} shards{left_out}{shown}"
 
 

@@ -32,8 +32,9 @@ def add_rendering(parser: argparse.ArgumentParser, *, split: bool) -> None:
     group = parser.add_argument_group("images of more than 8 bits (or of five and more bands)")
     group.add_argument(
         "--stretch", metavar="RULE", help="how their numbers become 0..255: none (they are already), bits (0 to "
-        "2^n - 1; n as the split's largest number needs, or bits:11), minmax (each band between its smallest and "
-        "largest number, or minmax:0,3000), percentile (each band between its 2nd and 98th, or percentile:1,99)"
+        "2^n - 1; n as the split's, or train's, largest number needs, or bits:11), minmax (each band between its "
+        "smallest and largest number, or minmax:0,3000), percentile (each band between its 2nd and 98th, or "
+        "percentile:1,99)"
     )  # fmt: skip
     group.add_argument("--bands", metavar="R,G,B", help="which bands are red, green, blue, counted from 1, such as "
                        "3,2,1 (default: as the file says, or its only one or three)")  # fmt: skip
@@ -42,7 +43,8 @@ def add_rendering(parser: argparse.ArgumentParser, *, split: bool) -> None:
                        "none: values such as -9999 are measurements")  # fmt: skip
     if split:
         group.add_argument("--statistics", choices=["image", "split"], help="what minmax and percentile are taken of: "
-                           "each image, or all images of the split (default: image)")  # fmt: skip
+                           "each image, or all images of the split, or of train if that is converted by the same rule "
+                           "before (default: image)")  # fmt: skip
 
 
 def rendering_from(options: argparse.Namespace) -> Any:

@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -79,6 +80,45 @@ def test_statistics_of_numbers_of_32_bits_are_close_in_bounded_memory(tmp_path):
     rule = {"stretch": "percentile", "statistics": "split"}
     limits = _convert(tmp_path / "raw", tmp_path / "data", rule=rule).rendered.rule["limits"]["1 x float32"]
     np.testing.assert_allclose(limits[0], np.percentile(np.concatenate(images), [2, 98]), rtol=1 / 2048)
+
+
+def _split(raw, tmp_path):
+    """Moves the brighter half of the images into a second split, one that is larger than any of train's included."""
+    for number in range(6, 12):
+        name = f"farm/{number}.tif"
+        save(raw / "val" / name, bare_tiff(IMAGES[number] * 2, 2))
+        (raw / "train" / name).unlink()
+    return Rendering.parse(stretch="percentile", statistics="split", nodata="nan"), tmp_path / "data"
+
+
+def test_what_is_found_of_train_holds_for_the_splits_beside_it(raw, tmp_path, caplog):
+    rule, out = _split(raw, tmp_path)
+    made = convert_folder(raw, out, settings=WriteSettings(rendering=rule), map_tasks=map_serially)
+    limits = np.percentile(np.concatenate([values.reshape(-1, 3) for values in IMAGES[:6]]), [2, 98], axis=0)
+    np.testing.assert_allclose(made["val"].rendered.rule["limits"]["3 x uint16"], limits.T)
+    rows = open_split(out, "val").read(["source", "image"]).to_pylist()
+    for row in rows:
+        values = IMAGES[int(row["source"].split("/")[-1].removesuffix(".tif"))] * 2
+        expected = np.stack([_stretched(values[..., b], *limits[:, b]) for b in range(3)], -1)
+        np.testing.assert_array_equal(np.asarray(decode_image(row["image"])), expected)
+    assert len(rows) == 6
+    assert "own statistics" not in caplog.text
+    again = convert_folder(raw, out, settings=WriteSettings(rendering=rule), map_tasks=map_serially)
+    assert again["val"].to_json() == made["val"].to_json()
+
+
+@pytest.mark.parametrize("train", ["not there", "by another rule"])
+def test_a_split_scaled_by_its_own_statistics_says_so(raw, tmp_path, caplog, train):
+    rule, out = _split(raw, tmp_path)
+    if train == "by another rule":
+        other = WriteSettings(rendering=Rendering.parse(stretch="minmax"))
+        convert_folder(raw, out, settings=other, map_tasks=map_serially)
+        shutil.rmtree(out / "val")
+    shutil.rmtree(raw / "train")
+    made = convert_folder(raw, out, settings=WriteSettings(rendering=rule), map_tasks=map_serially)["val"]
+    limits = np.percentile(np.concatenate([values.reshape(-1, 3) for values in IMAGES[6:]]) * 2, [2, 98], axis=0)
+    np.testing.assert_allclose(made.rendered.rule["limits"]["3 x uint16"], limits.T)
+    assert "val: rasters are scaled by the split's own statistics, for no split `train` beside it" in caplog.text
 
 
 def test_each_image_has_its_own_statistics_by_default_and_eight_bits_are_kept(raw, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +15,6 @@ import pyarrow.parquet as pq
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.records import Record
 from harma_ray.data.convert.rows import Found, ImageSettings, make_row
-from harma_ray.data.image_reading import measured
-from harma_ray.data.images import BadImage
-from harma_ray.data.rendering import SplitStatistics
 from harma_ray.data.schema import ROW_GROUP_BYTES, SCHEMAS, BadRow, Shard
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file
@@ -64,16 +60,6 @@ class ShardResult:
     """Sum over these of the part of the pixels without data."""
     looks: Looks = field(default_factory=Looks)
     """How the images look."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Where the statistics of a shard's rasters lie."""
-
-    file: str
-    """Name of the shard."""
-    path: Path
-    """The histograms, as `SplitStatistics.to_bytes` gives them."""
 
 
 def pack_shards(sizes: Sequence[int], target: int, minimum: int) -> list[range]:
@@ -126,30 +112,6 @@ def write_shard(plan: ShardPlan) -> ShardResult:
     except OSError as error:
         raise disk_error(plan.path, error) from error
     return result
-
-
-def measure_shard(plan: ShardPlan) -> Measured:
-    """Counts the numbers of a shard's rasters for the statistics of the split, unless an earlier run has.
-
-    An image that cannot be read takes no part; it is told when the shard is written.
-    """
-    path = plan.path.with_name(f".{plan.path.name}.{plan.fingerprint[:16]}.statistics.npz")
-    if path.exists():
-        return Measured(plan.path.name, path)
-    statistics, rule = SplitStatistics(), plan.images.rendering
-    assert rule is not None
-    for _, place in dict.fromkeys(image for record in plan.records for image in record.images):
-        if isinstance(place, Path):
-            with suppress(BadImage):
-                raster = measured(place, rule, resize=plan.images.resize, max_pixels=plan.images.max_pixels)
-                if raster is not None:
-                    statistics.add(raster)
-    try:
-        with atomic_file(path) as file:
-            file.write(statistics.to_bytes())
-    except OSError as error:
-        raise disk_error(path, error) from error
-    return Measured(plan.path.name, path)
 
 
 def write_table(table: pa.Table, path: Path, *, row_group_size: int | None = None) -> Shard:

@@ -24,6 +24,7 @@ from harma_ray import __version__
 from harma_ray.data.convert.duplicates import HASHES_NAME, write_hashes
 from harma_ray.data.convert.examination import Examination, examine, list_bad
 from harma_ray.data.convert.looks import Looks
+from harma_ray.data.convert.measuring import measure_shard, resolve, with_statistics_of_train
 from harma_ray.data.convert.records import QueryRecord, Record, TripletRecord
 from harma_ray.data.convert.rows import ImageSettings, tabulate_queries
 from harma_ray.data.convert.shards import (
@@ -31,14 +32,12 @@ from harma_ray.data.convert.shards import (
     ShardResult,
     disk_error,
     find_finished,
-    measure_shard,
     pack_shards,
     write_shard,
     write_table,
 )
 from harma_ray.data.convert.staging import lock, swap, work_folder
 from harma_ray.data.convert.tasks import map_with_ray
-from harma_ray.data.rendering import SplitStatistics
 from harma_ray.data.schema import (
     MANIFEST_NAME,
     QUERIES_NAME,
@@ -154,10 +153,10 @@ def write_split(
             then), a split made from something else is there, or the disk is full. What was done so far is kept, so
             that the same call goes on from there.
     """
-    settings = settings or WriteSettings()
-    split = output_path(out_dir)
+    split, settings = output_path(out_dir), settings or WriteSettings()
     if not records:
         raise UserError(f"there are no images to write to {split}; check the annotations and the name of the split")
+    settings = replace(settings, rendering=with_statistics_of_train(settings.rendering, split))
     try:
         images = examine(records, rendering=settings.rendering, progress=settings.progress)
         known = {"images": images.fingerprint, "queries": _hash_queries(records, queries)}
@@ -268,10 +267,7 @@ def _measure(job: _Job, plans: list[ShardPlan], map_tasks: TaskMap) -> list[Shar
     rule = job.settings.rendering
     if rule is None or not rule.needs_split:
         return plans
-    statistics = SplitStatistics()
-    for part in sorted(_map(job, measure_shard, plans, map_tasks, "measuring"), key=lambda part: part.file):
-        statistics.merge(SplitStatistics.from_bytes(part.path.read_bytes()))
-    rule = statistics.resolve(rule)
+    rule = resolve(rule, job.split, _map(job, measure_shard, plans, map_tasks, "measuring"))
     return [replace(plan, images=replace(plan.images, rendering=rule)) for plan in plans]
 
 
