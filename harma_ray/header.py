@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from harma_ray.config import RunConfig, TrainConfig
+from harma_ray.config import RunConfig, TrainConfig, flat_settings, to_dict
 from harma_ray.data.order import planned_order
 from harma_ray.engine import trains_in_bf16
+from harma_ray.models.backbones import reading_notes
 from harma_ray.optim import warmup_steps
 from harma_ray.plans import WorkerPlan
 from harma_ray.recipes import make_task
@@ -21,12 +22,13 @@ def header_lines(config: RunConfig, plan: WorkerPlan) -> list[str]:
         plan: The workers.
     """
     order, train = planned_order(config), config.train
+    pretrained = flat_settings(to_dict(config)).get("model.pretrained", "")
     task, batch = make_task(config), train.global_batch_size
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
     return [
         f"recipe     {config.recipe}, seed {config.seed}",
-        f"backbone   {task.base_name}",
+        f"backbone   {'; '.join((task.base_name, *reading_notes(str(pretrained))))}",
         f"trains     {count_told(config, task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
         f"steps      {train.epochs} epochs x {order.steps_per_epoch} steps of {batch} samples{share}{parts}",

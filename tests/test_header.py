@@ -1,9 +1,11 @@
 """What a training's header says before anything starts."""
 
 import pytest
+import torch
 
 from harma_ray.config import build_config
 from harma_ray.header import count_told, header_lines, precision_told, rate_told
+from harma_ray.models.backbones import build_clip
 from harma_ray.plans import WorkerPlan
 from harma_ray.recipes import make_task, recipe_config
 
@@ -64,3 +66,12 @@ def test_backbone_batch_and_device_are_told(scenes):
     assert told["backbone"].startswith("scenes-tiny, random of seed 0")
     assert told["steps"] == "2 epochs x 10 steps of 20 samples, 10 a worker"
     assert told["workers"] == "2 worker(s), each 0.5 CPU and no GPU"
+
+
+def test_what_was_taken_out_of_a_weights_file_is_told(scenes, tmp_path):
+    state = build_clip("scenes-tiny", "random").state_dict()
+    torch.save({"epoch": 3, "ema": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "w.pt")
+    changes = {"data.path": str(scenes), "model.pretrained": str(tmp_path / "w.pt")}
+    lines = header_lines(build_config(recipe_config("harma-scenes"), changes), WorkerPlan(1, 1, 0))
+    backbone = next(line for line in lines if line.startswith("backbone"))
+    assert backbone.endswith("w.pt; section `ema`; left out beside it: epoch; prefix `module.` taken off the names")

@@ -275,6 +275,12 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
+def reading_notes(pretrained: str) -> tuple[str, ...]:
+    """Return what is done to find the CLIP in a file; nothing for a tag, or a file with a bare state dict."""
+    is_file = pretrained != "random" and Path(pretrained).is_file()
+    return read_foreign(pretrained, only="clip", data=False).notes if is_file else ()
+
+
 def knows_activation(path: str | Path) -> bool:
     """Return whether a file tells which GELU its CLIP was trained with."""
     return read_foreign(path, only="clip", data=False).quick_gelu is not None

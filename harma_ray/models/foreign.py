@@ -230,7 +230,7 @@ def _activation(
     path: Path, container: Container, section: _Section, own: Mapping[str, Tensor]
 ) -> tuple[bool | None, str]:
     """Returns whether a file says that its CLIP was trained with quick GELU, and how it says so."""
-    if ACTIVATION in container.metadata:
+    if container.metadata.get(ACTIVATION) in (QUICK_GELU, GELU):
         return container.metadata[ACTIVATION] == QUICK_GELU, "says so itself"
     if section.path[-1:] == (_CLIP4CIR_SECTION,):
         return True, "is a CLIP4Cir file"

@@ -81,6 +81,12 @@ def test_tied_and_strided_tensors_come_back_as_they_were(tmp_path):
     assert found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
 
 
+def test_what_another_program_calls_activation_is_not_taken_for_ours(tmp_path):
+    for said, expected in (("quick GELU", True), ("GELU", False), ("quick_gelu", None), ("relu", None)):
+        save_file(STATE, tmp_path / "w.safetensors", metadata={"activation": said})
+        assert read_foreign(tmp_path / "w.safetensors").quick_gelu is expected
+
+
 def test_several_models_need_a_choice_unless_they_are_one(tmp_path):
     path = tmp_path / "both.pt"
     other = {name: tensor + 1 for name, tensor in STATE.items()}
