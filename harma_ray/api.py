@@ -7,6 +7,7 @@ scores = run.similarity(["bridge.tif", "farm.png"], ["a bridge over a river", "g
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from harma_ray.checkpoint import read_meta
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import read_picture
@@ -27,6 +29,8 @@ from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
 from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import Run, open_run
+
+_logger = logging.getLogger(__name__)
 
 ImageLike = str | Path | bytes | Image.Image
 
@@ -148,12 +152,25 @@ def load_run(path: str | Path, device: str | None = None, *, rendering: Renderin
 
 
 def find_rendering(run: Run) -> Rendering | None:
-    """Returns the rule by which the images were rendered that a run was trained on; None if it cannot be found."""
+    """Returns the rule by which the images were rendered that a run was trained on; None if it cannot be found.
+
+    A data set that was converted anew since tells another rule, or none: it is not asked, with a warning.
+    """
     try:
-        rendered = open_split(run.config.data.path, run.config.data.train_split).manifest.rendered
+        split = open_split(run.config.data.path, run.config.data.train_split)
     except UserError:
         return None
-    return Rendering.from_dict(rendered.rule) if rendered is not None and rendered.rule is not None else None
+    rendered = split.manifest.rendered
+    if rendered is None or rendered.rule is None:
+        return None
+    known = read_meta(run.best_checkpoint()).data.get(split.name)
+    if known is not None and known["fingerprint"] != split.fingerprint:
+        _logger.warning(
+            "%s was converted anew since run %s was trained on it: how images of more than 8 bits are shown is not "
+            "taken from there", split.path, run.path,
+        )  # fmt: skip
+        return None
+    return Rendering.from_dict(rendered.rule)
 
 
 def load_retriever(run: Run, device: str, rendering: Rendering | None = None) -> Retriever:

@@ -1,14 +1,21 @@
 import io
+import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from random_runs import make_random_run
 
-from harma_ray.api import load_run
+from harma_ray.api import find_rendering, load_run
+from harma_ray.checkpoint import META_NAME
+from harma_ray.config import build_config
+from harma_ray.data.identity import data_identity
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import open_split
+from harma_ray.data.schema import MANIFEST_NAME, open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
@@ -44,7 +51,6 @@ def test_the_api_encodes_as_evaluation_does(random_run, details, scenes, tmp_pat
 
 def test_the_readme_example_runs(random_run, scenes, tmp_path, monkeypatch):
     import re
-    from pathlib import Path
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_run" in block)
@@ -93,6 +99,23 @@ def test_more_than_eight_bits_need_a_rule_and_are_shown_by_it(random_run):
     by_rule = load_run(random_run.path, "cpu", rendering=Rendering.parse(stretch="minmax:0,3840"))
     from_bytes, from_image = by_rule.encode_images([wide, shown])
     assert torch.equal(from_bytes, from_image)
+
+
+def test_the_rule_of_a_data_set_is_the_runs_only_if_it_was_trained_on_it(random_run, tmp_path, caplog):
+    train = tmp_path / "data" / "train"
+    shutil.copytree(Path(random_run.config.data.path) / "train", train)
+    manifest, rule = json.loads((train / MANIFEST_NAME).read_text()), Rendering.parse(stretch="bits:11")
+    manifest["rendered"] = {"images": {"3 x uint16": 1}, "nodata_percent": 0, "rule": rule.to_dict()}
+    (train / MANIFEST_NAME).write_text(json.dumps(manifest))
+    config = build_config(random_run.config, {"data.path": str(tmp_path / "data")})
+    run = make_random_run(tmp_path, "trained", config)
+    checkpoint = run.best_checkpoint() / META_NAME
+    meta = json.loads(checkpoint.read_text()) | {"data": data_identity(config.data.path, ["train"])}
+    checkpoint.write_text(json.dumps(meta))
+    assert find_rendering(run) == rule
+    (train / MANIFEST_NAME).write_text(json.dumps(manifest | {"captions": 0}))
+    assert find_rendering(run) is None
+    assert "was converted anew since run" in caplog.text
 
 
 def test_one_thing_in_place_of_a_list_is_refused(random_run):
