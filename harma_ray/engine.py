@@ -151,8 +151,10 @@ class Meter:
         self._steps += 1
 
     def lap(self) -> float:
-        """Returns the seconds since the last reset."""
-        return time.perf_counter() - self._lap_started
+        """Returns the seconds since the last lap or reset."""
+        now = time.perf_counter()
+        seconds, self._lap_started = now - self._lap_started, now
+        return seconds
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -36,11 +36,10 @@ from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.engine import Meter, autocast_of, evaluating, timed, train_step, wrap_model
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
-from harma_ray.health import HealthWatch
 from harma_ray.models.weights import backbone_fingerprint
-from harma_ray.optim import warmup_steps
+from harma_ray.plans import check_batch
 from harma_ray.runs import REPORT_NAME
-from harma_ray.task import Evaluation, Task, WatchedTask
+from harma_ray.task import Evaluation, Task, health_watch
 from harma_ray.tracking import Tracker
 from harma_ray.train_state import Progress, TrainState
 
@@ -123,26 +122,6 @@ def _start(
     return _Training(task, config, run_dir, place, reader, reporter, draw=draw)
 
 
-def check_batch(config: RunConfig, world_size: int) -> None:
-    """Checks that a global batch can be shared out.
-
-    Raises:
-        UserError: If it does not divide by the number of workers, or a worker's share into its parts.
-    """
-    size = config.train.global_batch_size
-    if size % world_size:
-        low = size - size % world_size
-        raise UserError(
-            f"`train.global_batch_size` must divide by the number of workers, got {size} and {world_size}; "
-            f"use {low or world_size} or {low + world_size}"
-        )
-    if config.train.accumulation > size // world_size:
-        raise UserError(
-            f"`train.accumulation` must not exceed a worker's share of the batch, got {config.train.accumulation} and "
-            f"{size // world_size}"
-        )
-
-
 class _Training:
     """One worker's part in a run."""
 
@@ -176,21 +155,13 @@ class _Training:
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
         notices = [] if last is None else self._restore(last)
         if self._place.rank == 0:
-            self._tracker = Tracker(
-                self._run_dir, last_step=None if last is None else self._progress.step, watch=self._watch()
-            )  # fmt: skip
+            watch = health_watch(self._task, self._config, self._total_steps)
+            last_step = None if last is None else self._progress.step
+            self._tracker = Tracker(self._run_dir, last_step=last_step, watch=watch)
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
             for notice in notices:
                 self._tracker.log("notice", self._progress.step, {}, text=notice)
         return last is not None
-
-    def _watch(self) -> HealthWatch:
-        task, total = self._task, self._total_steps
-        watched = isinstance(task, WatchedTask)
-        return HealthWatch(
-            task.losses_at_equal_scores() if watched else {}, objective=task.objective, total_steps=total,
-            warmup_steps=warmup_steps(total, self._config.optim), advice=task.advice() if watched else (),
-        )  # fmt: skip
 
     def close(self) -> None:
         """Closes the record."""
@@ -230,6 +201,7 @@ class _Training:
                         return
                     meter.reset()
                 elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
+                    progress.seconds += meter.lap()
                     self._save(progress.step / per_epoch, {})
 
     def evaluate_and_save(self, epoch: int) -> None:

@@ -85,6 +85,26 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
     return WorkerPlan(num_workers, cpus, scaling.gpus_per_worker if use_gpu else 0)
 
 
+def check_batch(config: RunConfig, world_size: int) -> None:
+    """Checks that a global batch can be shared out.
+
+    Raises:
+        UserError: If it does not divide by the number of workers, or a worker's share into its parts.
+    """
+    size = config.train.global_batch_size
+    if size % world_size:
+        low = size - size % world_size
+        raise UserError(
+            f"`train.global_batch_size` must divide by the number of workers, got {size} and {world_size}; "
+            f"use {low or world_size} or {low + world_size}"
+        )
+    if config.train.accumulation > size // world_size:
+        raise UserError(
+            f"`train.accumulation` must not exceed a worker's share of the batch, got {config.train.accumulation} and "
+            f"{size // world_size}"
+        )
+
+
 def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> TrialPlan:
     """Fills the cluster with trials: as many as fit with all their workers and data tasks.
 

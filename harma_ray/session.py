@@ -27,8 +27,7 @@ from harma_ray.features import with_features
 from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.header import header_lines
 from harma_ray.health import KIND, Finding, standing_findings
-from harma_ray.loop import check_batch
-from harma_ray.plans import WorkerPlan, plan_workers
+from harma_ray.plans import WorkerPlan, check_batch, plan_workers
 from harma_ray.recipes import make_task
 from harma_ray.report import comparison_section, comparison_table, results_table, write_report
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run

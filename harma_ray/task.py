@@ -16,8 +16,11 @@ import pyarrow as pa
 from PIL import Image
 from torch import Tensor, nn
 
+from harma_ray.config import RunConfig
 from harma_ray.data.schema import Split
 from harma_ray.errors import UserError
+from harma_ray.health import HealthWatch
+from harma_ray.optim import warmup_steps
 
 Batch = dict[str, Tensor]
 """A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
@@ -251,6 +254,15 @@ class WatchedTask(Protocol):
     def advice(self) -> Sequence[str]:
         """Returns what to try when a training learns nothing, the most promising first, in terms of the settings."""
         ...
+
+
+def health_watch(task: Task, config: RunConfig, total_steps: int) -> HealthWatch:
+    """Returns who watches a training of some steps from its first one on."""
+    watched = isinstance(task, WatchedTask)
+    return HealthWatch(
+        task.losses_at_equal_scores() if watched else {}, objective=task.objective, total_steps=total_steps,
+        warmup_steps=warmup_steps(total_steps, config.optim), advice=task.advice() if watched else (),
+    )  # fmt: skip
 
 
 @runtime_checkable

@@ -23,13 +23,13 @@ from harma_ray.data.stream import Place
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.exchange import load_model
-from harma_ray.loop import check_batch, run_training
-from harma_ray.plans import WorkerPlan, plan_workers
+from harma_ray.loop import run_training
+from harma_ray.plans import WorkerPlan, check_batch, plan_workers
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.task import Evaluation
 from harma_ray.tracking import METRICS_NAME
-from harma_ray.worker_deaths import leave_note, leave_trace, what_happened
+from harma_ray.worker_deaths import drop_notes, leave_note, leave_trace, what_happened
 
 WORK_FOLDER = "ray"
 """Ray Train's own files, inside the run's folder."""
@@ -76,7 +76,8 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
 
     Args:
         config: Settings; ``data.path`` is the data set.
-        file: The weights; see `harma_ray.exchange.load_model`. Ray Train's own files lie beside them meanwhile.
+        file: The weights; see `harma_ray.exchange.load_model`. Ray Train's own files lie beside them meanwhile, and
+            traces of workers that failed stay there.
         split: Name of the split.
         cluster: Where.
 
@@ -97,7 +98,10 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
         require_visible(read_paths(config), cluster)
         return on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work / WORK_FOLDER, ignore_errors=True)
+        drop_notes(work / WORKERS_FOLDER)
+        with contextlib.suppress(OSError):
+            work.rmdir()
 
 
 def on_workers(
@@ -144,7 +148,7 @@ def _attempt(
 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
     notes = folder / WORKERS_FOLDER
-    shutil.rmtree(notes, ignore_errors=True)
+    drop_notes(notes)
     trainer = TorchTrainer(
         function,
         train_loop_config={**settings, "config": to_dict(config), "notes": str(notes)},

@@ -1,10 +1,12 @@
 """What became of the workers of a training, in one line: which, where, why as far as is known, and where its log lies.
 
 Each worker leaves a note of itself in the folder of its run when it begins, so that others can tell of it afterwards.
+Notes are those of the last start; traces of what workers raised, or of where they crashed, stay, for they were told of.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from harma_ray.errors import WorkerDied, WorkerFailed
+from harma_ray.files import write_text
 
 PEER_SECONDS = 30
 """How long a worker that lost the connection to another keeps quiet, for Ray to find out which one died."""
@@ -63,10 +66,23 @@ def leave_note(folder: Path, rank: int) -> None:
         rank, os.getpid(), socket.gethostname(), ray.util.get_node_ip_address(), str(log) if log.is_file() else "",
         _memory_kills(),
     )  # fmt: skip
-    _own_path(folder, rank, "json").write_text(json.dumps(asdict(note)))
-    _crash_file = _own_path(folder, rank, "crash").open("w")
+    _crash_file = _trace_of(folder, note, "crash").open("w")
     faulthandler.enable(_crash_file)
-    _trace_path = _own_path(folder, rank, "error")
+    _trace_path = _trace_of(folder, note, "error")
+    write_text(folder / f"worker-{rank}.json", json.dumps(asdict(note)))
+
+
+def drop_notes(folder: Path) -> None:
+    """Deletes notes, and with them the folder if no worker left a trace of what ended it.
+
+    Args:
+        folder: Of the notes; it may be missing.
+    """
+    for path in [*folder.glob("*.json"), *folder.glob("*.crash")]:
+        if path.suffix == ".json" or not path.stat().st_size:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def read_notes(folder: Path) -> list[WorkerNote]:
@@ -107,7 +123,7 @@ def what_happened(failures: Mapping[int, BaseException], folder: Path) -> Worker
     others = len(dead or hanging or failures) - 1
     more = f" (and {others} other(s))" if others else ""
     kind = WorkerDied if rank in dead else WorkerFailed
-    return kind(f"worker {rank}{place} {fate}{more}; {_logs(rank, note, folder)}")
+    return kind(f"worker {rank}{place} {fate}{more}; {_logs(note, folder)}")
 
 
 def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
@@ -119,7 +135,7 @@ def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
         return "its machine was taken away (preempted)"
     if re.search(r"node (has |was )?(died|dead|terminated)|node has died", text):
         return "its machine was lost"
-    crash = note and _own_path(folder, note.rank, "crash")
+    crash = note and _trace_of(folder, note, "crash")
     told = re.match(r"Fatal Python error: (.+)", crash.read_text()) if crash and crash.is_file() else None
     if told:
         return f"{told[1]} ({_CRASHES[told[1]]})" if told[1] in _CRASHES else told[1]
@@ -130,10 +146,10 @@ def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
     return _first_line(text.rpartition("Worker exit detail: ")[2])
 
 
-def _logs(rank: int, note: WorkerNote | None, folder: Path) -> str:
+def _logs(note: WorkerNote | None, folder: Path) -> str:
     if note is None:
         return "it had not begun to work"
-    trace, crash = _own_path(folder, rank, "error"), _own_path(folder, rank, "crash")
+    trace, crash = _trace_of(folder, note, "error"), _trace_of(folder, note, "crash")
     if trace.is_file():
         return f"the trace is in {trace}"
     stack = f", where it crashed in {crash}" if crash.is_file() and crash.stat().st_size else ""
@@ -144,8 +160,8 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or ["no reason is known"])[0][:300]
 
 
-def _own_path(folder: Path, rank: int, kind: str) -> Path:
-    return folder / f"worker-{rank}.{kind}"
+def _trace_of(folder: Path, note: WorkerNote, kind: str) -> Path:
+    return folder / f"worker-{note.rank}-{note.host}-{note.pid}.{kind}"
 
 
 def _memory_kills() -> int | None:

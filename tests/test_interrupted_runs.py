@@ -250,11 +250,13 @@ def test_both_stages_of_composed_retrieval_survive_dead_workers_ctrl_c_and_a_dea
     assert "scaling.max_failures" in result.error
     command = result.error.partition("continue with: ")[2].partition(" (")[0]
     assert shlex.split(command) == ["python", "launch.py", "train", "--resume", str(run)]
+    crash = result.error.partition("where it crashed in ")[2].partition(";")[0]
     with started(resume(run), joined) as process:
         wait_until(process, at_step(run, 20, starts=2))
         interrupt(process, run)
     done(resume(run), joined)
     assert_equal_to_the_bit(run, quiet)
+    assert "Segmentation fault" in Path(crash).read_text()
 
     first, quiet, run = quiet, runs / "stage 2", runs / "stage 2 disturbed"
     done_with_features(train("scenes-cir-combiner", composed, quiet, COMBINER, "--from", first), joined)

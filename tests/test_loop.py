@@ -137,6 +137,11 @@ def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, tmp_path):
     assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == list(range(1, 21))
 
 
+def last_seconds(path):
+    """What the last checkpoint knows of the time spent in training."""
+    return read_meta(list_checkpoints(path)[-1]).progress["seconds"]
+
+
 def test_a_run_resumes_inside_an_epoch_bit_for_bit(finished, scenes, tmp_path):
     config, path, _ = finished
     often = replace(config, train=replace(config.train, checkpoint_every_steps=3))
@@ -147,9 +152,11 @@ def test_a_run_resumes_inside_an_epoch_bit_for_bit(finished, scenes, tmp_path):
                 raise Stop
             yield batch
 
+    told = []
     with pytest.raises(Stop):
-        run(often, tmp_path, reader=ends_after_13_steps)
+        run(often, tmp_path, lambda _: told.append(last_seconds(tmp_path)), reader=ends_after_13_steps)
     assert read_meta(list_checkpoints(tmp_path)[-1]).step == 12
+    assert last_seconds(tmp_path) > told[-1] > told[0] == 0  # those of steps 11 and 12 too
     run(often, tmp_path)
     last, expected = list_checkpoints(tmp_path)[-1], list_checkpoints(path)[-1]
     assert (last / "trainable.safetensors").read_bytes() == (expected / "trainable.safetensors").read_bytes()

@@ -1,6 +1,7 @@
 """What is said of workers that ended, from what Ray gives: exceptions of Ray Train with those of Ray inside."""
 
 import json
+import os
 import socket
 from dataclasses import asdict
 
@@ -11,7 +12,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from harma_ray.cli import main
 from harma_ray.errors import WorkerDied, WorkerFailed
-from harma_ray.worker_deaths import WorkerNote, leave_note, leave_trace, what_happened
+from harma_ray.worker_deaths import WorkerNote, drop_notes, leave_note, leave_trace, read_notes, what_happened
 
 LOST = "Worker unexpectedly exits with a connection error code 2. End of file. Some common causes include: ..."
 
@@ -29,7 +30,7 @@ def notes(tmp_path):
     for rank in range(2):
         note = WorkerNote(rank, 100 + rank, "gpu7", "10.0.0.7", f"/tmp/ray/worker-{rank}.err", None)
         (folder / f"worker-{rank}.json").write_text(json.dumps(asdict(note)))
-        (folder / f"worker-{rank}.crash").write_text("")
+        (folder / f"worker-{rank}-gpu7-{100 + rank}.crash").write_text("")
     return folder
 
 
@@ -52,7 +53,7 @@ def test_a_dead_worker_is_told_in_one_line(notes, failure, why):
 
 
 def test_a_crash_is_told_by_its_signal_and_where_it_was(notes):
-    crash = notes / "worker-1.crash"
+    crash = notes / "worker-1-gpu7-101.crash"
     crash.write_text("Fatal Python error: Bus error\n\nCurrent thread ...")
     assert str(what_happened({1: died(LOST)}, notes)) == (
         f"worker 1 on gpu7 (10.0.0.7) died: Bus error (SIGBUS); its log is /tmp/ray/worker-1.err there, where it "
@@ -88,10 +89,24 @@ def test_what_a_worker_raised_is_told_with_the_place_of_its_trace(tmp_path, monk
         leave_trace(raised)
         error = what_happened({1: raised.with_traceback(None)}, tmp_path)
     assert not isinstance(error, WorkerDied)
-    trace = tmp_path / "worker-1.error"
+    trace = tmp_path / f"worker-1-{socket.gethostname()}-{os.getpid()}.error"
     assert str(error).startswith(f"worker 1 on {socket.gethostname()} (")
     assert str(error).endswith(f") failed: MemoryError: no room for 5 GiB; the trace is in {trace}")
     assert 'raise MemoryError("no room' in trace.read_text()
+
+
+def test_another_start_forgets_the_notes_of_the_last_one_and_keeps_the_traces_that_were_told(notes):
+    crash, trace = notes / "worker-1-gpu7-101.crash", notes / "worker-0-gpu7-100.error"
+    crash.write_text("Fatal Python error: Aborted")
+    trace.write_text("Traceback")
+    drop_notes(notes)
+    assert sorted(notes.iterdir()) == [trace, crash]
+    assert not read_notes(notes)
+    trace.unlink()
+    crash.unlink()
+    drop_notes(notes)
+    assert not notes.exists()
+    drop_notes(notes)
 
 
 def test_a_worker_that_hangs_is_told(notes):

@@ -21,8 +21,7 @@ from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.features import with_features
 from harma_ray.files import output_path
-from harma_ray.loop import check_batch
-from harma_ray.plans import TrialPlan, plan_trials
+from harma_ray.plans import TrialPlan, check_batch, plan_trials
 from harma_ray.report import results_table
 from harma_ray.runs import Run
 from harma_ray.session import absolute_paths, check_data
