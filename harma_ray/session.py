@@ -111,8 +111,8 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
         raise
     except WorkerFailed as error:
         error.add_note(
-            f"continue with: {_resume_command(run)} (scaling.max_failures in its {CONFIG_NAME} restarts workers by "
-            "itself)"
+            f"`scaling.max_failures` in its {CONFIG_NAME} restarts workers by itself; continue with: "
+            f"{_resume_command(run)}"
         )
         raise
     print_report(run)

@@ -248,7 +248,7 @@ def test_both_stages_of_composed_retrieval_survive_dead_workers_ctrl_c_and_a_dea
         f"error: worker 1 on {note.host} ({note.address}) died: Segmentation fault (SIGSEGV); its log is {note.log} "
     )
     assert "scaling.max_failures" in result.error
-    command = result.error.partition("continue with: ")[2].partition(" (")[0]
+    command = result.error.partition("continue with: ")[2]
     assert shlex.split(command) == ["python", "launch.py", "train", "--resume", str(run)]
     crash = result.error.partition("where it crashed in ")[2].partition(";")[0]
     with started(resume(run), joined) as process:
