@@ -47,7 +47,8 @@ class Header:
     palette: bool
     """Whether a number stands for a colour."""
     white_is_zero: bool
-    """Whether small numbers are bright (TIFF's MinIsWhite)."""
+    """Whether a tag says that small numbers are bright (TIFF's MinIsWhite); of more than 1 bit they are taken as they
+    are stored all the same, as GDAL, rasterio and tifffile hand them out."""
     alpha: Literal["none", "associated", "unassociated"]
     """Whether the last band is opacity, and whether the colours have been multiplied by it."""
     orientation: int
@@ -176,7 +177,7 @@ def _read_tiff(stream: BinaryIO) -> Header:
     width, height = tags[_WIDTH], tags[_HEIGHT]
     alpha = "associated" if _ASSOCIATED in extra else "unassociated" if _UNASSOCIATED in extra else "none"
     known = {
-        _WHITE_IS_ZERO: samples == 1,
+        _WHITE_IS_ZERO: samples == 1 and bits == (1,),
         _BLACK_IS_ZERO: samples == 1 or (samples == 2 and extra == (_UNASSOCIATED,)),
         _RGB: samples == 3 or (samples == 4 and extra in ((), (0,), (_UNASSOCIATED,))),
         _PALETTE: samples == 1,

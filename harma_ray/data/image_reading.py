@@ -62,7 +62,7 @@ def read_picture(
             return _decode(file, header, resize, max_pixels)
     raster = load_raster(file, header, rule, resize=resize, max_pixels=max_pixels)
     image = shrink(Image.fromarray(render(raster, rule)), resize)
-    return Picture(image, False, False, header.held, raster.nodata_fraction)
+    return Picture(image, False, False, raster.held, raster.nodata_fraction)
 
 
 def load_raster(

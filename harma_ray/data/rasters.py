@@ -127,11 +127,10 @@ def _read(
         values=_turn(numbers_in, header.orientation),
         valid=_turn(good, header.orientation),
         counted=None if opacity is None or not opacity.any() else _turn((opacity > 0)[None], header.orientation)[0],
-        held=header.held,
+        held=header.held + (" (MinIsWhite, taken as stored)" if header.white_is_zero else ""),
         dtype=header.dtype,
         bits=8 if header.palette else header.bits,
         is_wide=header.is_wide,
-        white_is_zero=header.white_is_zero,
     )
 
 

@@ -147,8 +147,6 @@ class Raster:
     """Bits of the file's numbers."""
     is_wide: bool
     """Whether the file's numbers need a rule."""
-    white_is_zero: bool
-    """Whether small numbers are bright."""
 
     @property
     def key(self) -> str:
@@ -169,8 +167,7 @@ class Raster:
 def render(raster: Raster, rule: Rendering | None) -> np.ndarray:
     """Makes a picture of a raster: uint8[H, W, 3], gaps in the data black.
 
-    A number v becomes 255 (v - low) / (high - low), rounded, cut off at 0 and 255, and 255 less that where white is
-    zero.
+    A number v becomes 255 (v - low) / (high - low), rounded, cut off at 0 and 255.
 
     Raises:
         BadImage: If the rule does not fit the numbers.
@@ -183,7 +180,6 @@ def render(raster: Raster, rule: Rendering | None) -> np.ndarray:
         exact = np.float64 if raster.values.dtype.itemsize > 2 else np.float32
         levels = np.where(raster.valid[band], raster.values[band], low).astype(exact)
         levels = np.rint(np.clip((levels - exact(low)) * exact(scale), 0, 255))
-        levels = 255 - levels if raster.white_is_zero else levels
         picture[..., band] = np.where(raster.valid[band], levels, 0)
     if len(limits) == 1:
         picture[..., 1:] = picture[..., :1]

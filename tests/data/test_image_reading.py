@@ -132,11 +132,21 @@ def test_a_number_that_looks_like_no_data_is_refused_unless_it_is_said_what_it_i
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_min_is_white_means_that_zero_is_white(dtype):
+def test_min_is_white_is_shown_as_it_is_stored(dtype):
     top = np.iinfo(dtype).max
     values = (SCENE[..., :1].astype(np.uint32) * (top // 255)).astype(dtype)
     rule = None if dtype == np.uint8 else _rule(stretch="bits:16")
-    np.testing.assert_array_equal(_pixels(bare_tiff(values, 0), rule)[..., 0], 255 - SCENE[..., 0])
+    np.testing.assert_array_equal(_pixels(bare_tiff(values, 0), rule)[..., 0], SCENE[..., 0])
+    told = read_picture(bare_tiff(values, 0), rule).rendered_from
+    assert told == f"1 x {dtype.__name__} (MinIsWhite, taken as stored)"
+
+
+def test_of_one_bit_zero_is_white_where_the_tag_says_so():
+    black = np.indices((12, 20)).sum(0) % 3 == 0
+    buffer = io.BytesIO()
+    Image.fromarray(~black).save(buffer, "TIFF", compression="group4", tiffinfo={262: 0})
+    assert read_header(buffer.getvalue()).white_is_zero
+    np.testing.assert_array_equal(_pixels(buffer.getvalue())[..., 0], np.where(black, 0, 255))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
