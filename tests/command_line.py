@@ -10,10 +10,15 @@ from harma_ray.cli import main
 ROOT = Path(__file__).parent.parent
 
 
-def launch(*arguments, timeout=200):
+def alone():
+    """Returns the environment in which commands start a cluster of their own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def launch(*arguments, timeout=200, environment=None):
+    """Runs a command in a process of its own, with a cluster of its own unless the environment says otherwise."""
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment or alone())
 
 
 def done(capsys, *arguments):

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,48 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Puts modules that start Ray first, the longest before all: none is left to run alone in the end."""
+    ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        if item.get_closest_marker("ray"):  # which does not wait for the processes that it has ended
+            item.add_marker(pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"))
+    longest = ("test_interrupted_runs.py", "test_interruptions.py")
+    items.sort(key=lambda item: (item.path not in ray, item.path.name not in longest))
+
+
+@pytest.fixture(scope="session")
+def cluster_address():
+    """Address of a cluster of two CPUs, in a process of its own, for all modules."""
+    code = """
+import ray
+from harma_ray.cluster import ray_cluster
+with ray_cluster(num_cpus=2):
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    input()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    address = process.stdout.readline().strip()
+    assert address, process.communicate()[1]
+    yield address
+    process.communicate("\n", timeout=60)
+
+
 @pytest.fixture(scope="module")
-def ray_cluster():
-    """A local cluster of two CPUs for the tests of a module."""
+def ray_cluster(cluster_address):
+    """The cluster of `cluster_address`, joined for the tests of a module."""
     from harma_ray.cluster import ray_cluster
 
-    with ray_cluster(num_cpus=2) as cluster:
+    with ray_cluster(cluster_address) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def joined(cluster_address):
+    """The environment in which commands join the cluster of `cluster_address`."""
+    return {**os.environ, "RAY_ADDRESS": cluster_address}
 
 
 @pytest.fixture(scope="session")

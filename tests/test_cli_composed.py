@@ -68,9 +68,9 @@ def combined(composed, runs):
 
 
 @pytest.mark.ray
-def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, tmp_path):
+def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, joined, tmp_path):
     result = launch("train", "--recipe", "scenes-cir-combiner", "--from", tuned.path, "--data", composed, "--runs",
-                    tmp_path, "--name", "second", "--workers", 1, *sets(SECOND))  # fmt: skip
+                    tmp_path, "--name", "second", "--workers", 1, *sets(SECOND), environment=joined)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     for part in ("40 triplets", "2 epochs x 5 steps of 8 samples", "group_recall_at1", "recall_at10"):
         assert part in result.stdout, part
@@ -89,15 +89,15 @@ def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, 
     assert found["metrics"] == pytest.approx(report["metrics"]["test"], abs=1e-6)  # images here, vectors there
     assert found["chance"]["group_recall_at1"] == pytest.approx(20)
     assert "<img" in (tmp_path / "page" / "index.html").read_text()
-    resumed = launch("train", "--resume", run.path)
+    resumed = launch("train", "--resume", run.path, environment=joined)
     assert "is finished" in resumed.stdout, resumed.stderr
 
 
 @pytest.mark.ray
-def test_a_search_over_the_second_stage_computes_features_once(composed, tuned, tmp_path):
+def test_a_search_over_the_second_stage_computes_features_once(composed, tuned, joined, tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE)
     result = launch("tune", tmp_path / "space.yaml", "--from", tuned.path, "--data", composed, "--runs", tmp_path,
-                    "--name", "found", "--no-dashboard")  # fmt: skip
+                    "--name", "found", "--no-dashboard", environment=joined)  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     folder = tmp_path / "found"
     trials = sorted(path for path in (folder / "trials").iterdir())

@@ -18,10 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import ROOT
+from command_line import ROOT, alone
 
 from harma_ray.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state, read_meta
-from harma_ray.cluster import ray_cluster as start_ray
 from harma_ray.tracking import read_records
 from harma_ray.train import WORKERS_FOLDER
 from harma_ray.tune.study import trial_folder
@@ -39,23 +38,8 @@ TIMES = ("seconds", "pairs_per_second", "data_wait_fraction", "memory_mb", "trai
 
 
 @pytest.fixture(scope="module")
-def joined():
-    """How commands join one cluster of this module."""
-    import ray
-
-    with start_ray(num_cpus=2):
-        address = ray.get_runtime_context().gcs_address
-        yield {**os.environ, "RAY_ADDRESS": address}
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("it's runs")
-
-
-def alone():
-    """How commands start a cluster of their own."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
 def train(recipe, data, run, settings, *more):

@@ -516,18 +516,6 @@ def test_finished_shard_of_another_conversion_is_written_anew(raw, tmp_path):
 # --- Ray ---
 
 
-@pytest.fixture(scope="module")
-def ray_cluster():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
-    context = ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=300_000_000, log_to_driver=False
-    )
-    yield context
-    ray.shutdown()
-
-
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's context warns about its own settings
 @pytest.mark.usefixtures("ray_cluster")

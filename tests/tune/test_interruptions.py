@@ -8,16 +8,15 @@ import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from command_line import ROOT, alone
 
 from harma_ray.checkpoint import list_checkpoints
 from harma_ray.tracking import METRICS_NAME, read_records
 from harma_ray.tune.folder import open_search, read_search
 from harma_ray.tune.study import trial_folder
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 SPACE = """
 recipe: harma-scenes
@@ -34,10 +33,6 @@ limits: {trials: 3}
 
 def command(*arguments):
     return [sys.executable, str(ROOT / "launch.py"), "tune", *map(str, arguments), "--no-dashboard"]
-
-
-def environment():
-    return {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
 
 
 def states(folder):
@@ -67,7 +62,7 @@ def after_two_trials(folder):
 def start_and_stop(arguments, folder, moment, how):
     """Starts or resumes a search and stops its driver and with it its cluster at a moment; returns what it said."""
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(),
+        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=alone(),
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
@@ -100,9 +95,7 @@ def test_a_search_that_is_stopped_at_three_moments_with_its_cluster_goes_on(scen
     start_and_stop(["--resume", folder], folder, after_two_trials, signal.SIGKILL)
     finished = records_of_finished(folder)
     assert len(finished) >= 2
-    resumed = subprocess.run(
-        command("--resume", folder), capture_output=True, text=True, env=environment(), timeout=400
-    )
+    resumed = subprocess.run(command("--resume", folder), capture_output=True, text=True, env=alone(), timeout=400)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert resumed.stderr.strip() == ""
     results = read_search(*open_search(folder))
