@@ -29,7 +29,7 @@ def bare_loop(config, steps: int) -> list[float]:
     place = default_place(config)
     torch.set_num_threads(place.decode_threads)
     task, device = make_task(config), torch.device(place.device)
-    model = task.build_model().to(device).train()
+    model = task.new_model().to(device).train()
     optimizer = build_optimizer(model, config.optim, device)
     stream = TrainingStream(
         planned_order(config), task.transform(training=True), config.data, Place(device=place.device), local_batches

@@ -24,7 +24,7 @@ from harma_ray.recipes import make_task, recipe_config
 def seconds_of_epochs(config, place: Place, epochs: int) -> float:
     """Returns the seconds of some epochs, reading and steps, without evaluation; one step before is left out."""
     task, device = make_task(config), torch.device(place.device)
-    model = task.build_model().to(device).train()
+    model = task.new_model().to(device).train()
     optimizer = build_optimizer(model, config.optim, device)
     order = planned_order(config)
     stream = TrainingStream(order, task.transform(training=True), config.data, place, prefetched_batches)

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Metrics
 from harma_ray.models.weights import check_fit
 
 FOLDER = "checkpoints"
@@ -157,17 +158,17 @@ def load_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / STATE_NAME} cannot be read ({reason}); use an older checkpoint") from error
 
 
-def prune_checkpoints(run_dir: Path, objectives: Sequence[str], num_best: int) -> None:
+def prune_checkpoints(run_dir: Path, metrics: Metrics, num_best: int) -> None:
     """Deletes all checkpoints but the last and, of those that were evaluated, the `num_best` best by each metric.
 
     Of equals the earlier one is kept.
     """
     checkpoints = list_checkpoints(run_dir)
-    metrics = {path: read_meta(path).metrics for path in checkpoints}
+    figures = {path: read_meta(path).metrics for path in checkpoints}
     keep = set(checkpoints[-1:])
-    for objective in objectives:
-        rated = [path for path in checkpoints if objective in metrics[path]]
-        keep |= {*sorted(rated, key=lambda path: -metrics[path][objective])[:num_best]}
+    for metric in metrics.kept:
+        rated = [path for path in checkpoints if metric in figures[path]]
+        keep |= {*metrics.ranked(metric, rated, figures.__getitem__)[:num_best]}
     for path in checkpoints:
         if path not in keep:
             shutil.rmtree(path)

@@ -103,7 +103,7 @@ def import_combiner(
     layers = {"combiner.projection_dim": "text_projection_layer.bias", "combiner.hidden_dim": "combiner_layer.bias"}
     sizes = {name: len(state[layer]) for name, layer in layers.items() if layer in state and state[layer].ndim}
     config = build_config(config, sizes, origin=str(path))
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     assert isinstance(model, ComposedRetriever)
     assert model.combiner is not None
     architecture, backbone = config.model.architecture, backbone_fingerprint(model)

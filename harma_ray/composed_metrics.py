@@ -9,6 +9,8 @@ small subset of the gallery that holds its reference and its target:
 Images are positions in the gallery. Shapes: Q queries, G gallery images, E embedding width, S bootstrap samples.
 """
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harma_ray.data.queries import ComposedQueries
 from harma_ray.errors import UserError
 from harma_ray.metrics import chance_recall_at, check_resampling, percentile_intervals, recall_at, resampled_sums
 from harma_ray.ranking import Groups, rank_first_relevant
@@ -283,3 +286,35 @@ def _positions_by_key(keys: Sequence[str]) -> dict[str, Tensor]:
     for position, key in enumerate(keys):
         positions[key].append(position)
     return {key: torch.tensor(found) for key, found in positions.items()}
+
+
+@dataclass(frozen=True)
+class ComposedRetrieval:
+    """Embeddings of a gallery and of queries to it, and how the gallery is ranked."""
+
+    gallery_embeddings: Tensor
+    """fp32[G, F], L2-normalised, in row order."""
+    query_embeddings: Tensor
+    """fp32[Q, F], L2-normalised."""
+    queries: ComposedQueries
+    """Texts, and the rows of references, targets and members."""
+    result: ComposedResult
+    """Ranks of the targets."""
+
+    @staticmethod
+    def of(gallery: Tensor, vectors: Tensor, queries: ComposedQueries) -> ComposedRetrieval:
+        """Measures the queries' vectors by the split's protocol; takes what the fields say."""
+        target = queries.require_targets()
+        result = composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
+        return ComposedRetrieval(gallery, vectors, queries, result)
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % bootstrap intervals of the metrics."""
+        return bootstrap_composed(self.result)
+
+    def chance(self) -> dict[str, float]:
+        """Returns the metrics that rankings drawn at random are expected to have."""
+        return chance_composed_recalls(
+            self.queries.reference, self.queries.require_targets(), len(self.gallery_embeddings),
+            **self.queries.protocol,
+        )  # fmt: skip

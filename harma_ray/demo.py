@@ -19,7 +19,6 @@ from harma_ray.engine import default_place, evaluate_split
 from harma_ray.errors import UserError
 from harma_ray.exchange import export_checkpoint
 from harma_ray.files import output_path
-from harma_ray.pictures import retrieval_sheet
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.session import train_and_print
@@ -76,15 +75,16 @@ def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
     torch.set_num_threads(place.decode_threads)
     rows, results = [], {}
     for split in ("val", "test"):
-        before = evaluate_split(task, frozen, task.build_model(), split, place=place, reader=local_batches)
-        details = before.details
-        chance = details.chance()
+        before = evaluate_split(task, frozen, task.new_model(), split, place=place, reader=local_batches)
+        chance = before.chance()
         after = adapted.report["metrics"][split]
         results = {"chance": chance, "step 0": before.metrics, "adapted": after}
         rows += [[split, kind, *(metrics[name] for name in _METRICS)] for kind, metrics in results.items()]
     evaluation = evaluate_split(adapted.task, config, adapted.load_model(), "test", place=place, reader=local_batches)
     picture = out / "retrievals.png"
-    retrieval_sheet(evaluation.details, open_split(config.data.path, "test")).save(picture)
+    sheet = evaluation.picture(open_split(config.data.path, "test"))
+    assert sheet is not None
+    sheet.save(picture)
     headers = ["split", "", "I2T R@1", "R@5", "R@10", "T2I R@1", "R@5", "R@10", "r_mean"]
     print(f"\nHarMA on drawn scenes: {SOURCE_STYLE} to {TARGET_STYLE}, recalls in percent")
     print(tabulate(rows, headers=headers, floatfmt=".1f"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harma_ray.data.order import worker_rows
 from harma_ray.distributed import gather_rows, rank, world_size
-from harma_ray.models.clip import DualEncoder, tokenize
+from harma_ray.models.clip import DualEncoder, tokenizer_of
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def encode_texts(
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: number for number, text in enumerate(distinct)}
     own = [distinct[i] for i in worker_rows(len(distinct), rank(), world_size())]
-    tokenizer = tokenize(architecture)
+    tokenizer = tokenizer_of(architecture)
     parts = [
         model.encode_text(tokenizer(own[start : start + batch_size]), normalize=normalize).float()
         for start in range(0, len(own), batch_size)

@@ -21,8 +21,9 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation
 from harma_ray.models.precision import full_precision
-from harma_ray.task import Evaluation, Task
+from harma_ray.task import Task
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -94,7 +95,7 @@ def evaluating(train: TrainConfig, device: torch.device) -> Iterator[None]:
 
 def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
     """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
-    model = task.build_model().to(place.device)
+    model = task.new_model().to(place.device)
     stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, place, reader)
     batches = stream.steps(0, 1)
     train_step(task, model.train(), next(batches), config.train, autocast_of(config.train, torch.device(place.device)))

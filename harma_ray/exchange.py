@@ -165,7 +165,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     Args:
         file: A run's folder (its best checkpoint), a checkpoint's folder, an adapter file (``.safetensors``), or a
             released HarMA ``.pth``, which holds its own backbone and says how wide its adapters are. None = no file:
-            the recipe's backbone as it is, see `Task.build_untrained`.
+            the recipe's backbone as it is, see `Task.untrained_model`.
         config: Settings that the weights were trained with.
 
     Returns:
@@ -176,7 +176,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     """
     if file is None:
         make_task(config).require_backbone()
-        return make_task(config).build_untrained().eval()
+        return make_task(config).untrained_model().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()
@@ -184,7 +184,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         run = path.absolute().parent.parent
         if (run / CONFIG_NAME).is_file():
             _check_settings(to_dict(open_run(run).config), config, path)
-        model = make_task(config).build_model()
+        model = make_task(config).new_model()
         load_weights(path, model, backbone=backbone_fingerprint(model))
         return model.eval()
     weights = read_foreign(path)
@@ -203,7 +203,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
             f"{path} is neither a released HarMA file (no name has `{ADAPTER_MARK}`) nor an adapter file of this "
             "program"
         )
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     own, backbone = trainable_tensors(model), backbone_fingerprint(model)
     _check_settings(json.loads(metadata.get("config", "{}")), config, path)
     if metadata.get("backbone", backbone) != backbone:
@@ -283,7 +283,7 @@ def _released_model(weights: ForeignWeights, config: Any) -> tuple[DualEncoder, 
     }
     config = build_config(config, changes, origin=str(weights.path))
     check_file_activation(config.model.architecture, weights, config.model.activation)
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     assert isinstance(model, DualEncoder)
     try:
         notes = from_released(weights.tensors, model)

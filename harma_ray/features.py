@@ -45,7 +45,7 @@ from harma_ray.data.schema import (
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import atomic_file, output_path
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.task import FeatureEncoder, FeatureTask
+from harma_ray.task import FeatureEncoder, Task
 
 FOLDER = "features"
 """Where the features of a run or a search lie, in its folder."""
@@ -63,8 +63,7 @@ def with_features(config: RunConfig, folder: Path, cluster: Cluster) -> RunConfi
         UserError: If an image cannot be read or the disk is full.
     """
     data, task = config.data, make_task(config)
-    wants = isinstance(task, FeatureTask) and task.caches_features
-    if not wants or open_split(data.path, data.train_split).manifest.kind != "triplets":
+    if not task.caches_features or open_split(data.path, data.train_split).manifest.kind != "triplets":
         return config
     wanted = {data.train_split, data.val_split, data.test_split} & set(list_splits(data.path))
     write_features(config, folder / FOLDER, [name for name in list_splits(data.path) if name in wanted], cluster)
@@ -99,14 +98,14 @@ def write_features(config: RunConfig, out: str | Path, splits: Sequence[str], cl
                 raise disk_error(target, error) from error
 
 
-def feature_task(config: RunConfig) -> FeatureTask:
+def feature_task(config: RunConfig) -> Task:
     """Returns the task of settings whose encoders can be run once.
 
     Raises:
         UserError: If they cannot.
     """
     task = make_task(config)
-    if not isinstance(task, FeatureTask):
+    if type(task).feature_encoder is Task.feature_encoder:
         raise UserError(f"recipe {config.recipe} has no frozen encoders whose features could be computed once")
     return task
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from harma_ray.config import RunConfig, TrainConfig, flat_settings, to_dict
+from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.order import planned_order
 from harma_ray.engine import trains_in_bf16
-from harma_ray.models.backbones import reading_notes
 from harma_ray.optim import warmup_steps
 from harma_ray.plans import WorkerPlan
 from harma_ray.recipes import make_task
@@ -22,14 +21,13 @@ def header_lines(config: RunConfig, plan: WorkerPlan) -> list[str]:
         plan: The workers.
     """
     order, train = planned_order(config), config.train
-    pretrained = flat_settings(to_dict(config)).get("model.pretrained", "")
     task, batch = make_task(config), train.global_batch_size
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
     return [
         f"recipe     {config.recipe}, seed {config.seed}",
-        f"backbone   {'; '.join((task.base_name, *reading_notes(str(pretrained))))}",
-        f"trains     {count_told(config, task)}",
+        f"backbone   {'; '.join((task.backbone.name, *task.backbone.notes()))}",
+        f"trains     {count_told(task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
         f"steps      {train.epochs} epochs x {order.steps_per_epoch} steps of {batch} samples{share}{parts}",
         f"optimiser  {rate_told(config, order.steps_per_epoch * train.epochs)}",
@@ -38,9 +36,9 @@ def header_lines(config: RunConfig, plan: WorkerPlan) -> list[str]:
     ]
 
 
-def count_told(config: RunConfig, task: Task) -> str:
+def count_told(task: Task) -> str:
     """Returns how many of a model's parameters train; no weights are made or read for it."""
-    parameters = list(make_task(config, task.outline_base).build_model().parameters())
+    parameters = list(task.build_model(task.backbone.outline()).parameters())
     total = sum(parameter.numel() for parameter in parameters)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     if not trained:

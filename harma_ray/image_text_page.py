@@ -1,38 +1,77 @@
-"""What a page about an image-text evaluation shows: some queries, the failures, a map of the embeddings."""
+"""How an image-text evaluation shows itself: some queries, the failures, a map of the embeddings."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence, Sized
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from harma_ray import page
 from harma_ray.data.schema import Split
+from harma_ray.data.transforms import eval_transform
+from harma_ray.evaluation import Evaluation, Projection, Section
 from harma_ray.figures import MAX_POINTS, draw_embeddings
-from harma_ray.pictures import RetrievalDetails, retrieval_sheet
-from harma_ray.task import Section
+from harma_ray.metrics import ImageTextRetrieval
+from harma_ray.pictures import read_images, retrieval_sheet
 
 FIRST = 10
 """A query fails if its right answer is not among the first this many."""
 _MAX_FAILURES = 30
+_MAX_PROJECTED = 500
 
 
-def image_text_sections(details: RetrievalDetails, split: Split) -> list[Section]:
-    """Returns the sections of a page.
+@dataclass(frozen=True)
+class ImageTextEvaluation(Evaluation):
+    """An evaluation of image-text retrieval."""
 
-    Raises:
-        UserError: If an image cannot be read.
-    """
-    labels = split.read(["label_name"]).column("label_name").to_pylist()
-    points = draw_embeddings(details.image_embeddings, details.text_embeddings, details.image_of_text, labels)
-    return [
-        queries_section(retrieval_sheet(details, split)),
-        _failures_section(details, split),
-        _embeddings_section(points),
-    ]
+    retrieval: ImageTextRetrieval = field(kw_only=True)
+    """Embeddings and ranks."""
+
+    @staticmethod
+    def of(retrieval: ImageTextRetrieval) -> ImageTextEvaluation:
+        """Measures a retrieval."""
+        return ImageTextEvaluation(retrieval.result.metrics, retrieval=retrieval)
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % bootstrap intervals of the metrics."""
+        return self.retrieval.intervals()
+
+    def chance(self) -> dict[str, float]:
+        """Returns the metrics that rankings drawn at random are expected to have."""
+        return self.retrieval.chance()
+
+    def picture(self, split: Split) -> Image.Image:
+        """Draws some queries with their first results."""
+        return retrieval_sheet(self.retrieval, split)
+
+    def projection(self, split: Split) -> Projection:
+        """Returns up to 500 image embeddings, labelled by class (or by first caption), with thumbnails."""
+        vectors = self.retrieval.image_embeddings[:_MAX_PROJECTED]
+        columns = split.read(["label_name", "captions"]).slice(0, len(vectors)).to_pylist()
+        labels = [(row["label_name"] or row["captions"][0]).replace("\t", " ") for row in columns]
+        images = read_images(split, np.arange(len(vectors)), longest_side=64)
+        thumbnails = torch.stack([eval_transform(image, 32) for image in images]) / 255
+        return Projection(vectors, labels, thumbnails)
+
+    def sections(self, split: Split) -> list[Section]:
+        """Returns some queries, the failures and a map of the embeddings.
+
+        Raises:
+            UserError: If an image cannot be read.
+        """
+        retrieval = self.retrieval
+        labels = split.read(["label_name"]).column("label_name").to_pylist()
+        points = draw_embeddings(retrieval.image_embeddings, retrieval.text_embeddings, retrieval.image_of_text, labels)
+        return [
+            queries_section(retrieval_sheet(retrieval, split)),
+            _failures_section(retrieval, split),
+            _embeddings_section(points),
+        ]
 
 
 def queries_section(sheet: Image.Image, name: str = "retrievals", title: str = "Some queries") -> Section:
@@ -49,18 +88,18 @@ def find_failures(ranks: Tensor) -> list[int]:
     return order[ranks[order] >= FIRST].tolist()
 
 
-def _failures_section(details: RetrievalDetails, split: Split) -> Section:
-    failed_texts = find_failures(details.result.text_to_image_ranks)
-    failed_images = find_failures(details.result.image_to_text_ranks)
+def _failures_section(retrieval: ImageTextRetrieval, split: Split) -> Section:
+    failed_texts = find_failures(retrieval.result.text_to_image_ranks)
+    failed_images = find_failures(retrieval.result.image_to_text_ranks)
     parts = [
         page.paragraph(
             f"Queries whose right answer is not among the first {FIRST}, the worst first. Green: right; blue: another "
             "image's, with an equal caption; red: wrong. The number is the cosine."
         ),
-        page.subsection(f"Text to image: {_count(failed_texts, details.texts, 'captions')}"),
-        page.failed_texts(details, split, failed_texts[:_MAX_FAILURES]),
-        page.subsection(f"Image to text: {_count(failed_images, details.image_embeddings, 'images')}"),
-        page.failed_images(details, split, failed_images[:_MAX_FAILURES]),
+        page.subsection(f"Text to image: {_count(failed_texts, retrieval.texts, 'captions')}"),
+        page.failed_texts(retrieval, split, failed_texts[:_MAX_FAILURES]),
+        page.subsection(f"Image to text: {_count(failed_images, retrieval.image_embeddings, 'images')}"),
+        page.failed_images(retrieval, split, failed_images[:_MAX_FAILURES]),
     ]
     return Section("failures", "Failures", "\n".join(parts))
 

@@ -35,12 +35,11 @@ from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStrea
 from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.engine import Meter, autocast_of, evaluating, timed, train_step, wrap_model
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation
 from harma_ray.files import write_text
-from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.plans import check_batch
-from harma_ray.runs import REPORT_NAME
-from harma_ray.task import Evaluation, Task, health_watch
-from harma_ray.tracking import Tracker
+from harma_ray.task import Task, health_watch
+from harma_ray.tracking import REPORT_NAME, Tracker
 from harma_ray.train_state import Progress, TrainState
 
 Reporter = Callable[[dict[str, float]], None]
@@ -139,8 +138,8 @@ class _Training:
         selected_on = data.val_split if config.train.select_on == "val" else data.test_split
         self._selection = EvaluationStream(open_split(data.path, selected_on), data, place, reader)
         self._device = torch.device(place.device)
-        self._model = task.build_model()
-        self._backbone = backbone_fingerprint(self._model)
+        self._model = task.new_model()
+        self._backbone = task.backbone.fingerprint(self._model)
         self._model.to(self._device)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._state = TrainState(self._model, config, self._total_steps, place)
@@ -155,7 +154,7 @@ class _Training:
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
         notices = [] if last is None else self._restore(last)
         if self._place.rank == 0:
-            watch = health_watch(self._task, self._config, self._total_steps)
+            watch = health_watch(self._task, self._total_steps)
             last_step = None if last is None else self._progress.step
             self._tracker = Tracker(self._run_dir, last_step=last_step, watch=watch)
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
@@ -209,8 +208,9 @@ class _Training:
         progress, selection = self._progress, self._selection
         started = time.perf_counter()
         evaluation = self._evaluate(selection)
-        value = evaluation.metrics[self._task.objective]
-        if value > progress.best:
+        metrics = self._task.metrics
+        value = evaluation.metrics[metrics.objective]
+        if progress.best is None or metrics.is_better(metrics.objective, value, progress.best):
             progress.best, progress.best_step, progress.without_improvement = value, progress.step, 0
         else:
             progress.without_improvement += 1
@@ -220,7 +220,7 @@ class _Training:
                 "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=epoch, split=split,
                 seconds=seconds,
             )  # fmt: skip
-            picture = self._task.picture(evaluation, selection.split) if self._draw else None
+            picture = evaluation.picture(selection.split) if self._draw else None
             if picture is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
         self._save(epoch, evaluation.metrics)
@@ -242,7 +242,7 @@ class _Training:
                 self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
             finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
             self._tracker.log_hparams(flat_settings(to_dict(self._config)) if hparams is None else hparams, finals)
-            projection = self._task.projection(selected, self._selection.split)
+            projection = selected.projection(self._selection.split)
             if projection is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)
             write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
@@ -307,8 +307,7 @@ class _Training:
                 data=self._identity,
             )  # fmt: skip
             save_checkpoint(self._run_dir, meta, self._model, state)
-            objectives = (self._task.objective, *self._task.other_objectives)
-            prune_checkpoints(self._run_dir, objectives, config.train.keep_checkpoints)
+            prune_checkpoints(self._run_dir, self._task.metrics, config.train.keep_checkpoints)
         barrier()
 
     def _restore(self, path: Path) -> list[str]:
@@ -331,7 +330,7 @@ class _Training:
         parameters = list(self._model.parameters())
         return {
             "recipe": self._config.recipe,
-            "objective": self._task.objective,
+            "objective": self._task.metrics.objective,
             "selected_on": self._selection.split.name,
             "eval_precision": self._config.train.eval_precision,
             "best_step": self._progress.best_step,

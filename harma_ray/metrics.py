@@ -3,6 +3,8 @@
 Shapes: Q queries, E embedding width, N images, M texts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -218,3 +220,35 @@ def percentile_intervals(samples: Mapping[str, np.ndarray], level: float) -> dic
     tails = ((1 - level) / 2, (1 + level) / 2)
     intervals = {name: np.quantile(values, tails) for name, values in samples.items()}
     return {name: (float(low), float(high)) for name, (low, high) in intervals.items()}
+
+
+@dataclass(frozen=True)
+class ImageTextRetrieval:
+    """Embeddings of a split's images and captions, and how they rank each other."""
+
+    image_embeddings: Tensor
+    """fp32[N, E], L2-normalised, in row order."""
+    text_embeddings: Tensor
+    """fp32[M, E], L2-normalised, in the order of the rows' captions."""
+    texts: list[str]
+    """M captions."""
+    image_of_text: Tensor
+    """int64[M], the row of each caption's image."""
+    result: RetrievalResult
+    """Ranks, from which metrics and intervals follow."""
+
+    @staticmethod
+    def of(
+        image_embeddings: Tensor, text_embeddings: Tensor, texts: list[str], image_of_text: Tensor
+    ) -> ImageTextRetrieval:
+        """Ranks embeddings; takes what the fields say."""
+        result = image_text_recalls(image_embeddings, text_embeddings, image_of_text, texts)
+        return ImageTextRetrieval(image_embeddings, text_embeddings, texts, image_of_text, result)
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % bootstrap intervals of the metrics."""
+        return bootstrap_interval(self.result)
+
+    def chance(self) -> dict[str, float]:
+        """Returns the metrics that rankings drawn at random are expected to have."""
+        return chance_recalls(self.image_of_text, self.texts, num_images=len(self.image_embeddings))

@@ -17,7 +17,7 @@ from harma_ray.pictures import (
     EQUAL,
     RIGHT,
     Colour,
-    RetrievalDetails,
+    ImageTextRetrieval,
     read_images,
     verdict_of_images,
     verdict_of_texts,
@@ -143,46 +143,46 @@ def picture(png: bytes, description: str) -> str:
     return f'<img class="picture" alt="{escape(description)}" src="{_data_uri(png, "png")}">'
 
 
-def failed_texts(details: RetrievalDetails, split: Split, texts: Sequence[int]) -> str:
+def failed_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[int]) -> str:
     """Returns captions whose own image was not found: the caption, its image, and the images found first."""
     if not texts:
         return ""
-    owners = details.image_of_text[list(texts)].tolist()
-    num_found = min(_NUM_FOUND, len(details.image_embeddings))
-    top_scores, top_items = top_k(details.text_embeddings[list(texts)], details.image_embeddings, num_found)
+    owners = retrieval.image_of_text[list(texts)].tolist()
+    num_found = min(_NUM_FOUND, len(retrieval.image_embeddings))
+    top_scores, top_items = top_k(retrieval.text_embeddings[list(texts)], retrieval.image_embeddings, num_found)
     thumbs = _read_thumbs(split, {*owners, *top_items.flatten().tolist()})
     sources = split.read(["source"]).column("source").to_pylist()
-    result, cards = details.result, []
+    result, cards = retrieval.result, []
     for text, owner, scores, items in zip(texts, owners, top_scores.tolist(), top_items.tolist(), strict=True):
-        own_score = float(details.text_embeddings[text] @ details.image_embeddings[owner])
-        colours = verdict_of_images(details, text, items)
+        own_score = float(retrieval.text_embeddings[text] @ retrieval.image_embeddings[owner])
+        colours = verdict_of_images(retrieval, text, items)
         found = "".join(
             _figure(thumbs[row], colour, f"{score:.3f}", sources[row])
             for row, score, colour in zip(items, scores, colours, strict=True)
         )
         note = _note(result.text_to_image_ranks[text], result.text_to_image_ranks_by_text[text], "own image")
         own = _figure(thumbs[owner], RIGHT, f"{own_score:.3f}", sources[owner], "own ")
-        query = f"<p>{escape(details.texts[text])}</p>{note}"
+        query = f"<p>{escape(retrieval.texts[text])}</p>{note}"
         cards.append(_card(query, "found", own + found))
     return "\n".join(cards)
 
 
-def failed_images(details: RetrievalDetails, split: Split, rows: Sequence[int]) -> str:
+def failed_images(retrieval: ImageTextRetrieval, split: Split, rows: Sequence[int]) -> str:
     """Returns images none of whose captions was found: the image, its best caption, and the captions found first."""
     if not rows:
         return ""
-    num_found = min(_NUM_FOUND, len(details.texts))
-    top_scores, top_items = top_k(details.image_embeddings[list(rows)], details.text_embeddings, num_found)
+    num_found = min(_NUM_FOUND, len(retrieval.texts))
+    top_scores, top_items = top_k(retrieval.image_embeddings[list(rows)], retrieval.text_embeddings, num_found)
     thumbs = _read_thumbs(split, set(rows))
     sources = split.read(["source"]).column("source").to_pylist()
-    result, cards = details.result, []
+    result, cards = retrieval.result, []
     for row, scores, items in zip(rows, top_scores.tolist(), top_items.tolist(), strict=True):
-        own = (details.image_of_text == row).nonzero()[:, 0]
-        own_scores = details.text_embeddings[own] @ details.image_embeddings[row]
+        own = (retrieval.image_of_text == row).nonzero()[:, 0]
+        own_scores = retrieval.text_embeddings[own] @ retrieval.image_embeddings[row]
         best = int(own[own_scores.argmax()])
-        lines = [_caption(details.texts[best], RIGHT, float(own_scores.max())) + "<hr>"]
-        colours = verdict_of_texts(details, row, items)
-        lines += [_caption(details.texts[text], c, s) for text, c, s in zip(items, colours, scores, strict=True)]
+        lines = [_caption(retrieval.texts[best], RIGHT, float(own_scores.max())) + "<hr>"]
+        colours = verdict_of_texts(retrieval, row, items)
+        lines += [_caption(retrieval.texts[text], c, s) for text, c, s in zip(items, colours, scores, strict=True)]
         note = _note(result.image_to_text_ranks[row], result.image_to_text_ranks_by_text[row], "best own caption")
         query = f'<img alt="" src="{thumbs[row]}">{paragraph(sources[row])}{note}'
         cards.append(_card(query, "captions", "".join(lines)))

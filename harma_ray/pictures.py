@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
 from harma_ray.data.images import BadImage, decode_stored
 from harma_ray.data.order import IndexedSplit, read_samples
 from harma_ray.data.schema import Split, index_rows
 from harma_ray.errors import UserError
-from harma_ray.metrics import RetrievalResult
+from harma_ray.metrics import ImageTextRetrieval
 from harma_ray.ranking import top_k
 
 Colour = tuple[int, int, int]
@@ -43,35 +41,6 @@ GAP = 10
 _BACKGROUND = (255, 255, 255)
 _PADDING = (236, 238, 240)
 _FRAME = 4  # width of a right image's frame, in pixels; a wrong one has a line of 1
-
-
-class RetrievalDetails(Protocol):
-    """What a picture or a page needs to know of an image-text evaluation."""
-
-    @property
-    def image_embeddings(self) -> Tensor:
-        """fp32[N, E], L2-normalised, in row order."""
-        ...
-
-    @property
-    def text_embeddings(self) -> Tensor:
-        """fp32[M, E], L2-normalised."""
-        ...
-
-    @property
-    def texts(self) -> list[str]:
-        """M captions."""
-        ...
-
-    @property
-    def image_of_text(self) -> Tensor:
-        """int64[M], the row of each caption's image."""
-        ...
-
-    @property
-    def result(self) -> RetrievalResult:
-        """Ranks."""
-        ...
 
 
 def read_images(
@@ -104,22 +73,22 @@ def read_images(
     return [images[number] for number in place]
 
 
-def verdict_of_images(details: RetrievalDetails, text: int, rows: Sequence[int]) -> list[Colour]:
+def verdict_of_images(retrieval: ImageTextRetrieval, text: int, rows: Sequence[int]) -> list[Colour]:
     """Returns ``RIGHT``, ``EQUAL`` or ``WRONG`` for each image that was found for a caption."""
-    caption = details.texts[text]
-    owners = {int(details.image_of_text[i]) for i, other in enumerate(details.texts) if other == caption}
-    own = int(details.image_of_text[text])
+    caption = retrieval.texts[text]
+    owners = {int(retrieval.image_of_text[i]) for i, other in enumerate(retrieval.texts) if other == caption}
+    own = int(retrieval.image_of_text[text])
     return [RIGHT if row == own else EQUAL if row in owners else WRONG for row in rows]
 
 
-def verdict_of_texts(details: RetrievalDetails, row: int, texts: Sequence[int]) -> list[Colour]:
+def verdict_of_texts(retrieval: ImageTextRetrieval, row: int, texts: Sequence[int]) -> list[Colour]:
     """Returns ``RIGHT``, ``EQUAL`` or ``WRONG`` for each caption that was found for an image."""
-    own = set((details.image_of_text == row).nonzero()[:, 0].tolist())
-    captions = {details.texts[i] for i in own}
-    return [RIGHT if text in own else EQUAL if details.texts[text] in captions else WRONG for text in texts]
+    own = set((retrieval.image_of_text == row).nonzero()[:, 0].tolist())
+    captions = {retrieval.texts[i] for i in own}
+    return [RIGHT if text in own else EQUAL if retrieval.texts[text] in captions else WRONG for text in texts]
 
 
-def choose_queries(details: RetrievalDetails, num_queries: int, seed: int) -> tuple[list[int], list[int]]:
+def choose_queries(retrieval: ImageTextRetrieval, num_queries: int, seed: int) -> tuple[list[int], list[int]]:
     """Chooses images spread over all rows and one caption of each.
 
     The choice depends on the number of images, their captions and the seed, never on the embeddings, so that the
@@ -129,8 +98,8 @@ def choose_queries(details: RetrievalDetails, num_queries: int, seed: int) -> tu
         Up to `num_queries` rows, and as many texts.
     """
     rng = np.random.default_rng(seed)
-    rows = choose_spread(len(details.image_embeddings), num_queries, rng)
-    return rows, [int(rng.choice((details.image_of_text == row).nonzero()[:, 0].numpy())) for row in rows]
+    rows = choose_spread(len(retrieval.image_embeddings), num_queries, rng)
+    return rows, [int(rng.choice((retrieval.image_of_text == row).nonzero()[:, 0].numpy())) for row in rows]
 
 
 def choose_spread(size: int, count: int, rng: np.random.Generator) -> list[int]:
@@ -140,12 +109,12 @@ def choose_spread(size: int, count: int, rng: np.random.Generator) -> list[int]:
 
 
 def retrieval_sheet(
-    details: RetrievalDetails, split: Split, *, num_queries: int = 6, k: int = 5, seed: int = 0, thumb: int = 96
+    retrieval: ImageTextRetrieval, split: Split, *, num_queries: int = 6, k: int = 5, seed: int = 0, thumb: int = 96
 ) -> Image.Image:
     """Draws some captions with the images found for them, then some images with the captions found for them.
 
     Args:
-        details: Embeddings and ranks of the split.
+        retrieval: Embeddings and ranks of the split.
         split: Where the images lie.
         num_queries: Queries of each direction, spread over the split; the same for every model.
         k: Results of a query.
@@ -155,26 +124,26 @@ def retrieval_sheet(
     Returns:
         An RGB image.
     """
-    rows, texts = choose_queries(details, num_queries, seed)
-    num_images, num_texts = len(details.image_embeddings), len(details.texts)
-    image_scores, image_items = top_k(details.text_embeddings[texts], details.image_embeddings, min(k, num_images))
-    text_scores, text_items = top_k(details.image_embeddings[rows], details.text_embeddings, min(k, num_texts))
+    rows, texts = choose_queries(retrieval, num_queries, seed)
+    num_images, num_texts = len(retrieval.image_embeddings), len(retrieval.texts)
+    image_scores, image_items = top_k(retrieval.text_embeddings[texts], retrieval.image_embeddings, min(k, num_images))
+    text_scores, text_items = top_k(retrieval.image_embeddings[rows], retrieval.text_embeddings, min(k, num_texts))
     needed = sorted({*rows, *image_items.flatten().tolist()})
     thumbs = dict(zip(needed, read_images(split, needed, longest_side=thumb), strict=True))
     page = Layout.of(thumb, max(240, round(2.2 * thumb)), image_items.shape[1] * (thumb + GAP))
     strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images")]
     for text, scores, items in zip(texts, image_scores.tolist(), image_items.tolist(), strict=True):
-        strips.append(_text_query(page, details, text, items, scores, [thumbs[row] for row in items]))
+        strips.append(_text_query(page, retrieval, text, items, scores, [thumbs[row] for row in items]))
     strips.append(page.heading("Image to text", f"the first {text_items.shape[1]} of {num_texts:,} captions"))
     for row, scores, items in zip(rows, text_scores.tolist(), text_items.tolist(), strict=True):
-        strips.append(_image_query(page, details, row, thumbs[row], items, scores))
+        strips.append(_image_query(page, retrieval, row, thumbs[row], items, scores))
     strips.append(page.legend([(RIGHT, "right"), (EQUAL, "equal caption, other image"), (WRONG, "wrong")]))
     return page.stack(strips)
 
 
 def _text_query(
     page: Layout,
-    details: RetrievalDetails,
+    retrieval: ImageTextRetrieval,
     text: int,
     items: list[int],
     scores: list[float],
@@ -182,30 +151,30 @@ def _text_query(
 ) -> Image.Image:
     strip, draw = page.strip(max(page.thumb + page.line, 5 * page.line) + 2 * GAP)
     lines = wrap(
-        details.texts[text], load_font(page.size), page.left - MARGIN - 2 * GAP, max(3, page.thumb // page.line)
+        retrieval.texts[text], load_font(page.size), page.left - MARGIN - 2 * GAP, max(3, page.thumb // page.line)
     )
     page.write(draw, (MARGIN, 0), lines)
-    note = f"own image at rank {int(details.result.text_to_image_ranks[text]) + 1:,}"
+    note = f"own image at rank {int(retrieval.result.text_to_image_ranks[text]) + 1:,}"
     page.write(draw, (MARGIN, len(lines) * page.line), [note], FAINT)
     for place, (image, score, colour) in enumerate(
-        zip(found, scores, verdict_of_images(details, text, items), strict=True)
+        zip(found, scores, verdict_of_images(retrieval, text, items), strict=True)
     ):
         page.result(strip, page.left + place * (page.thumb + GAP), image, colour, [f"{score:.3f}"])
     return strip
 
 
 def _image_query(
-    page: Layout, details: RetrievalDetails, row: int, image: Image.Image, items: list[int], scores: list[float]
+    page: Layout, retrieval: ImageTextRetrieval, row: int, image: Image.Image, items: list[int], scores: list[float]
 ) -> Image.Image:
     left, indent = MARGIN + page.thumb + 2 * GAP, 10 + 4 * page.size
     room = page.width - MARGIN - left - indent
-    captions = [wrap(details.texts[text], load_font(page.size, bold=True), room, 2) for text in items]
+    captions = [wrap(retrieval.texts[text], load_font(page.size, bold=True), room, 2) for text in items]
     strip, draw = page.strip(max(page.thumb + page.line, page.line * sum(map(len, captions))) + 2 * GAP)
     strip.paste(framed(image, page.thumb, None), (MARGIN, 0))
-    note = f"rank {int(details.result.image_to_text_ranks[row]) + 1:,}"
+    note = f"rank {int(retrieval.result.image_to_text_ranks[row]) + 1:,}"
     page.write(draw, (MARGIN, page.thumb + 1), [note], FAINT)
     top = 0
-    for lines, score, colour in zip(captions, scores, verdict_of_texts(details, row, items), strict=True):
+    for lines, score, colour in zip(captions, scores, verdict_of_texts(retrieval, row, items), strict=True):
         bar = _FRAME if colour != WRONG else 1
         draw.rectangle((left, top + 1, left + bar - 1, top + len(lines) * page.line - 4), fill=colour)
         page.write(draw, (left + 10, top), [f"{score:.3f}"], FAINT)

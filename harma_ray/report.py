@@ -13,9 +13,9 @@ from torch import nn
 from harma_ray import page
 from harma_ray.config import flat_settings
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Section
 from harma_ray.figures import draw_curves
 from harma_ray.health import Finding, standing_findings
-from harma_ray.task import Section
 
 PAGE_NAME = "index.html"
 _LABELS = {

@@ -29,12 +29,11 @@ from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
 from harma_ray.shell import command_line
 from harma_ray.task import Task
-from harma_ray.tracking import read_records
+from harma_ray.tracking import REPORT_NAME, read_records
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 LOCK_NAME = ".lock"
-REPORT_NAME = "report.json"
 _logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "ray", "optuna", "pyarrow", "pillow", "numpy")
 
@@ -71,12 +70,13 @@ class Run:
         checkpoints = list_checkpoints(self.path)
         if not checkpoints:
             raise UserError(f"run {self.path} has no checkpoint yet")
-        objective = metric or self.task.objective
+        metrics = self.task.metrics
+        objective = metric or metrics.objective
         rated = [path for path in checkpoints if objective in read_meta(path).metrics]
         if metric and not rated:
             known = ", ".join(read_meta(checkpoints[-1]).metrics) or "none"
             raise UserError(f"no checkpoint of {self.path} has the metric `{metric}` (there are {known})")
-        best = max(rated, key=lambda path: read_meta(path).metrics[objective]) if rated else checkpoints[-1]
+        best = [*metrics.ranked(objective, rated, lambda path: read_meta(path).metrics), checkpoints[-1]][0]
         if metric:
             self._require_kept(metric, read_meta(best))
         return best
@@ -85,8 +85,9 @@ class Run:
         """Raises UserError if a checkpoint that was better by a metric is not there any more."""
         evaluations = [record for record in read_records(self.path) if record["kind"] == "evaluation"]
         seen = [record for record in evaluations if record.get(metric) is not None]
-        best = max(seen, key=lambda record: record[metric], default=None)
-        if best is not None and best[metric] > kept.metrics[metric]:
+        metrics = self.task.metrics
+        best = next(iter(metrics.ranked(metric, seen, lambda record: record)), None)
+        if best is not None and metrics.is_better(metric, best[metric], kept.metrics[metric]):
             raise UserError(
                 f"the checkpoint of {self.path} that was best by `{metric}` ({best[metric]:.2f}, epoch "
                 f"{best['epoch']:g}) was not kept; of those kept the best has {kept.metrics[metric]:.2f} (epoch "
@@ -115,7 +116,7 @@ class Run:
 
     def load_model(self, metric: str | None = None) -> nn.Module:
         """Returns the model with the best weights, see `best_checkpoint`, on CPU, in evaluation mode."""
-        model = self.task.build_model()
+        model = self.task.new_model()
         load_weights(self.best_checkpoint(metric), model, backbone=backbone_fingerprint(model))
         return model.eval()
 

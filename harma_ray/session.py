@@ -241,10 +241,9 @@ def evaluate_and_print(
     by_query = evaluation.by_query
     if query and query != "all":
         evaluation = by_query[query]
-    details = evaluation.details
-    intervals, chance = details.intervals(), details.chance()
+    intervals, chance = evaluation.intervals(), evaluation.chance()
     kinds = {name: found.metrics for name, found in by_query.items()} if query == "all" else {}
-    spreads = {name: by_query[name].details.intervals() for name in kinds}
+    spreads = {name: by_query[name].intervals() for name in kinds}
     precision = config.train.eval_precision
     print(f"{data.path}: {data.describe()}, {precision}, {time.perf_counter() - started:.1f} s")
     if evaluation.note:
@@ -260,7 +259,7 @@ def evaluate_and_print(
     }  # fmt: skip
     if evaluation.query:
         outcome["query"] = evaluation.query
-    sections = task.sections(evaluation, data) if folder else []
+    sections = evaluation.sections(data) if folder else []
     if kinds:
         print(f"\n{comparison_table(kinds, spreads)}")
         outcome["queries"] = {name: {"metrics": kinds[name], "interval_95": spreads[name]} for name in kinds}

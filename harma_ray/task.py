@@ -7,27 +7,31 @@ device that the model is on; what only one worker needs it computes on worker 0 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
 from harma_ray.data.schema import Split
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.health import HealthWatch
+from harma_ray.models.backbone import Backbone
 from harma_ray.optim import warmup_steps
 
 Batch = dict[str, Tensor]
 """A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
 
-
 Array = np.ndarray | np.generic | Tensor
 """What a transform may return for a sample: an array, a number, a tensor."""
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 class RowTransform(Protocol):
@@ -68,51 +72,6 @@ class EvaluationData(Protocol):
         ...
 
 
-class Details(Protocol):
-    """What lies behind the metrics of an evaluation: embeddings, ranks, the task's own besides."""
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % bootstrap intervals of metrics."""
-        ...
-
-    def chance(self) -> dict[str, float]:
-        """Returns what metrics are expected to be for rankings drawn at random."""
-        ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found; the metrics are the same on every worker."""
-
-    metrics: dict[str, float]
-    """Metric names and values, such as ``r_mean`` in percent."""
-    details: Any = None
-    """On worker 0 the task's `Details`, for tables, pictures and pages."""
-    query: str = ""
-    """How queries were made, where a task knows several ways, such as ``sum``; see `others`."""
-    note: str = ""
-    """The same in words."""
-    others: Mapping[str, Evaluation] = field(default_factory=dict)
-    """On worker 0 what the other ways find with the same model, by name: baselines."""
-
-    @property
-    def by_query(self) -> dict[str, Evaluation]:
-        """Returns this evaluation and the others by their queries' names; nothing if there is one way alone."""
-        return {self.query: self, **self.others} if self.query else {}
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a page about an evaluation."""
-
-    name: str
-    """Short name, for links."""
-    title: str
-    html: str
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    """PNG files that go beside the page, by name."""
-
-
 @dataclass(frozen=True)
 class FeatureEncoder:
     """Frozen encoders whose outputs may be computed once and trained on."""
@@ -125,33 +84,57 @@ class FeatureEncoder:
     """What the outputs depend on, the weights' fingerprint among it: features of equal identities are the same."""
 
 
-@dataclass(frozen=True)
-class Projection:
-    """Points for TensorBoard's projector."""
+class Task(ABC, Generic[ConfigT, ModelT]):
+    """What a batch means. Six members are a paper's own; the others have defaults that a paper may replace."""
 
-    vectors: Tensor
-    """fp32[N, E]."""
-    labels: list[str]
-    """N texts."""
-    thumbnails: Tensor | None
-    """fp32[N, 3, S, S] in [0, 1]."""
+    metrics: Metrics
+    """Set by the constructor."""
+    backbone: Backbone
+    """The pretrained part, set by the constructor; trials of a search put a shared one in its place."""
 
+    def __init__(self, config: ConfigT):
+        """Takes the settings; nothing is loaded yet."""
+        self.config = config
 
-class Task(Protocol):
-    """What a batch means."""
+    # --- what a paper writes, beside `metrics` and `backbone`
 
-    objective: str
-    """Metric of `evaluate` that selects the best epoch; higher is better."""
+    @abstractmethod
+    def build_model(self, backbone: nn.Module) -> ModelT:
+        """Returns the model on CPU, around what `Backbone.build` returned, with freezing applied.
+
+        Trainable parameters are those that require a gradient.
+        """
+
+    @abstractmethod
+    def transform(self, *, training: bool) -> RowTransform:
+        """Returns the transform of training samples or of evaluated rows."""
+
+    @abstractmethod
+    def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """Returns the terms of the loss, each a scalar; their sum is minimised.
+
+        Calls `model` exactly once, with tensors only. The outputs are tensors whose first dimension is the batch, or
+        scalars.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: ModelT, data: EvaluationData) -> Evaluation:
+        """Evaluates the (unwrapped) model on a split; called on every worker."""
+
+    # --- what has a default
 
     @property
-    def other_objectives(self) -> Sequence[str]:
-        """Metrics whose best checkpoints are kept too."""
-        ...
+    def trains_backbone(self) -> bool:
+        """Whether weights of the backbone itself are trained, so that trials cannot share them."""
+        return False
 
-    @property
-    def metric_names(self) -> Sequence[str]:
-        """Metrics that a search may have as objectives."""
-        ...
+    def new_model(self) -> ModelT:
+        """Returns the model on CPU around a backbone of its own."""
+        return self.build_model(self.backbone.build(writable=self.trains_backbone))
+
+    def untrained_model(self) -> ModelT:
+        """Returns the model that a training is measured against: the pretrained part, without what is random yet."""
+        return self.new_model()
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for settings that cannot work on a data set, as far as shows without the model.
@@ -161,68 +144,45 @@ class Task(Protocol):
             evaluated: Splits that will be evaluated.
             metrics: Metrics that a search compares, beside the objective.
         """
-        ...
+        self.backbone.check()
+        self.require_backbone()
 
     def require_backbone(self) -> None:
         """Raises UserError if a part stays frozen whose weights nobody named; part of `check`."""
-        ...
+        if not self.trains_backbone:
+            self.backbone.require_named(self.config.recipe)
+
+    def queries(self, model: ModelT) -> Sequence[str]:
+        """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
+        return ()
+
+    def monitor(self, model: ModelT) -> dict[str, float]:
+        """Returns values worth watching, such as the temperature and the gates."""
+        return {}
+
+    def losses_at_equal_scores(self) -> Mapping[str, float]:
+        """Returns terms of `losses` and what each is while all scores of a global batch are equal.
+
+        Terms whose value then depends on the batch are left out; a loss without any is not watched.
+        """
+        return {}
+
+    def advice(self) -> Sequence[str]:
+        """Returns what to try when a training learns nothing, the most promising first, in terms of the settings."""
+        return ()
 
     @property
-    def base_name(self) -> str:
-        """What the pretrained part is: tasks with equal names build equal ones."""
-        ...
+    def caches_features(self) -> bool:
+        """Whether the outputs of frozen encoders are to be computed once, before training."""
+        return False
 
-    def build_base(self) -> nn.Module:
-        """Returns the pretrained part on CPU, before anything is added or frozen; trials of a search share it."""
-        ...
+    def feature_encoder(self, device: str) -> FeatureEncoder:
+        """Builds these encoders."""
+        raise NotImplementedError
 
-    def outline_base(self) -> nn.Module:
-        """Returns the pretrained part without its weights, on torch's meta device: names and sizes alone."""
-        ...
-
-    def build_model(self) -> nn.Module:
-        """Returns the model on CPU with freezing applied: trainable parameters are those that require a gradient."""
-        ...
-
-    def build_untrained(self) -> nn.Module:
-        """Returns the model that a training is measured against: the pretrained part, without what is random yet."""
-        ...
-
-    def queries(self, model: nn.Module) -> Sequence[str]:
-        """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
-        ...
-
-    def transform(self, *, training: bool) -> RowTransform:
-        """Returns the transform of training samples or of evaluated rows."""
-        ...
-
-    def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        """Returns the terms of the loss, each a scalar; their sum is minimised.
-
-        Calls `model` exactly once, with tensors only. The outputs are tensors whose first dimension is the batch, or
-        scalars.
-        """
-        ...
-
-    def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
-        """Evaluates the (unwrapped) model on a split; called on every worker."""
-        ...
-
-    def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
-        """Draws some results of an evaluation, or None; called on worker 0 alone."""
-        ...
-
-    def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
-        """Returns points for TensorBoard's projector, or None; called on worker 0 alone."""
-        ...
-
-    def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
-        """Returns what a page about an evaluation shows beside the table of metrics."""
-        ...
-
-    def monitor(self, model: nn.Module) -> dict[str, float]:
-        """Returns values worth watching, such as the temperature and the gates."""
-        ...
+    def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
+        """Returns the texts that a query with some captions may be given."""
+        raise NotImplementedError
 
 
 def require_query(task: Task, model: nn.Module, query: str) -> None:
@@ -240,44 +200,12 @@ def require_query(task: Task, model: nn.Module, query: str) -> None:
         )
 
 
-@runtime_checkable
-class WatchedTask(Protocol):
-    """A task that knows what its loss is while a model tells nothing apart; the loss of others is not watched."""
-
-    def losses_at_equal_scores(self) -> Mapping[str, float]:
-        """Returns terms of `losses` and what each is while all scores of a global batch are equal.
-
-        Terms whose value then depends on the batch are left out.
-        """
-        ...
-
-    def advice(self) -> Sequence[str]:
-        """Returns what to try when a training learns nothing, the most promising first, in terms of the settings."""
-        ...
-
-
-def health_watch(task: Task, config: RunConfig, total_steps: int) -> HealthWatch:
+def health_watch(task: Task, total_steps: int) -> HealthWatch:
     """Returns who watches a training of some steps from its first one on."""
-    watched = isinstance(task, WatchedTask)
     return HealthWatch(
-        task.losses_at_equal_scores() if watched else {}, objective=task.objective, total_steps=total_steps,
-        warmup_steps=warmup_steps(total_steps, config.optim), advice=task.advice() if watched else (),
-    )  # fmt: skip
-
-
-@runtime_checkable
-class FeatureTask(Protocol):
-    """A task with frozen encoders whose outputs can be computed once, before training."""
-
-    @property
-    def caches_features(self) -> bool:
-        """Whether the outputs of frozen encoders are to be computed once, before training."""
-        ...
-
-    def feature_encoder(self, device: str) -> FeatureEncoder:
-        """Builds these encoders."""
-        ...
-
-    def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
-        """Returns the texts that a query with some captions may be given."""
-        ...
+        task.losses_at_equal_scores(),
+        objective=task.metrics.objective,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps(total_steps, task.config.optim),
+        advice=task.advice(),
+    )

@@ -16,11 +16,12 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Projection
 from harma_ray.files import write_text
 from harma_ray.health import KIND, Finding, HealthWatch, standing_findings
-from harma_ray.task import Projection
 
 METRICS_NAME = "metrics.jsonl"
+REPORT_NAME = "report.json"
 EVENTS_FOLDER = "tensorboard"
 
 

@@ -22,12 +22,12 @@ from harma_ray.config import RunConfig, build_config, to_dict
 from harma_ray.data.stream import Place
 from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
+from harma_ray.evaluation import Evaluation
 from harma_ray.exchange import load_model
 from harma_ray.loop import run_training
 from harma_ray.plans import WorkerPlan, check_batch, plan_workers
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
-from harma_ray.task import Evaluation
 from harma_ray.tracking import METRICS_NAME
 from harma_ray.worker_deaths import drop_notes, leave_note, leave_trace, what_happened
 

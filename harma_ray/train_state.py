@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -23,8 +22,8 @@ class Progress:
 
     step: int = 0
     """Optimiser steps done."""
-    best: float = -math.inf
-    """Best value of the objective."""
+    best: float | None = None
+    """Best value of the objective; None before the first evaluation."""
     best_step: int = 0
     """Where it was reached."""
     without_improvement: int = 0

@@ -12,7 +12,7 @@ from harma_ray.runs import create_run
 def make_random_run(runs, name, config):
     """Makes a run with one checkpoint, in which 0.1 x noise is added to all that its recipe trains."""
     run = create_run(runs, name, config)
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     backbone, generator = backbone_fingerprint(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

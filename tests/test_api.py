@@ -26,7 +26,7 @@ def details(random_run):
     evaluation = evaluate_split(
         random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
     )
-    return evaluation.details
+    return evaluation.retrieval
 
 
 def images_of(scenes):

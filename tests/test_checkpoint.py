@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from harma_ray.checkpoint import CheckpointMeta, list_checkpoints, prune_checkpoints, save_checkpoint
+from harma_ray.evaluation import Metrics
 
 
 def test_the_best_evaluated_and_the_last_are_kept(tmp_path):
@@ -16,9 +17,9 @@ def test_the_best_evaluated_and_the_last_are_kept(tmp_path):
         metrics = {} if value is None else {"r_mean": value}
         meta = CheckpointMeta(step, step / 2, metrics, {}, "settings", "recipe", "backbone")
         save_checkpoint(tmp_path, meta, nn.Linear(1, 1), {"rng": torch.zeros(1)})
-    prune_checkpoints(tmp_path, ["r_mean"], 3)
+    prune_checkpoints(tmp_path, Metrics((), "r_mean"), 3)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (2, 4, 6, 9)]
-    prune_checkpoints(tmp_path, ["r_mean"], 1)
+    prune_checkpoints(tmp_path, Metrics((), "r_mean"), 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000009"]
 
 
@@ -26,7 +27,7 @@ def test_the_best_by_each_metric_are_kept(tmp_path):
     for step, (first, second) in enumerate([(1.0, 4.0), (3.0, 1.0), (2.0, 2.0), (0.0, 0.0)]):
         meta = CheckpointMeta(step, step, {"first": first, "second": second}, {}, "settings", "recipe", "backbone")
         save_checkpoint(tmp_path, meta, nn.Linear(1, 1), {"rng": torch.zeros(1)})
-    prune_checkpoints(tmp_path, ["first", "second", "unknown"], 1)
+    prune_checkpoints(tmp_path, Metrics((), "first", also_keep=("second", "unknown")), 1)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (0, 1, 3)]
 
 
@@ -38,6 +39,7 @@ import resource, signal, torch
 from pathlib import Path
 from harma_ray.checkpoint import CheckpointMeta, save_checkpoint
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Metrics
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model, state = torch.nn.Linear(100, 100), {{"moments": torch.zeros(2, 100, 100)}}
 def save(step):

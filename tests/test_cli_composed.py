@@ -356,7 +356,7 @@ def test_a_combiner_that_nobody_trained_is_never_scored(capsys, composed, tuned,
     assert "must be one of sum, image, text for this model" in refused(
         capsys, "evaluate", *command, "--query", "combiner"
     )
-    untrained = make_task(small(composed, "scenes-cir-combiner")).build_untrained()
+    untrained = make_task(small(composed, "scenes-cir-combiner")).untrained_model()
     assert {name.split(".")[0] for name, _ in untrained.named_parameters()} == {"encoder"}
 
 

@@ -60,7 +60,7 @@ def test_the_published_settings_are_the_defaults():
 @pytest.mark.parametrize("encoder", ["both", "text", "image"])
 def test_fine_tuning_trains_the_encoders_asked_for_and_no_scale(composed, encoder):
     config = settings(composed, tuning__encoder=encoder)
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     trained = {name.removeprefix("encoder.clip.") for name, p in model.named_parameters() if p.requires_grad}
     every = {name for name, _ in model.clip.named_parameters() if name != "logit_scale"}
     image = {name for name in every if name.startswith("visual.")}
@@ -88,7 +88,7 @@ def test_batch_normalisation_stays_as_it_was_and_its_weights_are_trained():
 
 def test_the_query_is_the_normalised_sum_of_raw_features(composed):
     config = settings(composed)
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     tokens = INPUTS.tokens(["add a plane", "remove the road and one of the two sheds"])
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_long_caption_is_cut_in_training_and_in_evaluation_alike(composed, tmp
     long = "two planes " * 200
     assert INPUTS.tokens([long]).shape == (1, 40)
     texts = ["add a plane", long]
-    model = make_task(settings(composed)).build_model()
+    model = make_task(settings(composed)).new_model()
     with torch.no_grad():
         both = model.text_features(INPUTS.tokens(texts))
         cut = model.text_features(INPUTS.tokens(["two planes " * 30]))
@@ -148,7 +148,7 @@ def test_a_broken_image_is_named():
 def test_figures_of_an_evaluation_are_those_of_a_plain_loop(composed):
     config = settings(composed)
     task = make_task(config)
-    model = task.build_model()
+    model = task.new_model()
     evaluation = evaluate_split(task, config, model, "val", place=Place(), reader=local_batches)
     split = open_split(composed, "val")
     table, names = split.queries().to_pylist(), split.read(["source"]).column("source").to_pylist()
@@ -180,8 +180,8 @@ def test_figures_of_an_evaluation_are_those_of_a_plain_loop(composed):
     )  # fmt: skip
     assert metrics["image_only_r_mean"] == pytest.approx(alone.metrics["r_mean"])
     assert 0 < metrics["text_only_r_mean"] < 100
-    assert evaluation.details.chance()["group_recall_at1"] == pytest.approx(20)
-    low, high = evaluation.details.intervals()["r_mean"]
+    assert evaluation.chance()["group_recall_at1"] == pytest.approx(20)
+    low, high = evaluation.intervals()["r_mean"]
     assert low <= metrics["r_mean"] <= high
 
 
@@ -237,7 +237,7 @@ def test_data_of_another_kind_is_refused(scenes, composed):
 def test_the_gallery_is_encoded_once_if_the_image_encoder_is_frozen(composed):
     config = settings(composed, tuning__encoder="text")
     task = make_task(config)
-    model, read = task.build_model(), []
+    model, read = task.new_model(), []
 
     def counting(source, chunks, how):
         read.append(source.split.name)
@@ -256,7 +256,7 @@ def test_a_frozen_gallery_is_encoded_once_under_a_combiner_too(composed):
         read.append(source.split.name)
         return local_batches(source, chunks, how)
 
-    model = task.build_model()
+    model = task.new_model()
     for _ in range(2):
         evaluate_split(task, config, model, "val", place=Place(), reader=counting)
     assert read == ["val"]
@@ -268,7 +268,7 @@ def test_frozen_encoders_give_the_same_in_any_chunk_and_whatever_autocast_says(c
     found = []
     for size, enabled in ((64, False), (2, False), (2, True)):
         config = settings(composed, "scenes-cir-combiner", train__eval_batch_size=size)
-        model = make_task(config).build_model()
+        model = make_task(config).new_model()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             features = model.image_features(images), model.text_features(tokens)
         assert not any(part.requires_grad for part in features)
@@ -299,7 +299,7 @@ def test_accumulation_draws_the_same_dropout_twice(composed):
     found = []
     for config in (whole, parts):
         task = make_task(config)
-        model = task.build_model().train()
+        model = task.new_model().train()
         stream = TrainingStream(
             planned_order(config), task.transform(training=True), config.data, Place(), local_batches
         )
@@ -336,7 +336,7 @@ def test_a_combiner_builds_on_what_fine_tuning_left(composed, tmp_path):
     run_training(make_task(config), config, tmp_path, place=Place(), reader=local_batches)
     last = list_checkpoints(tmp_path)[-1]
     second = settings(composed, "scenes-cir-combiner", model__tuned=str(last))
-    tuned = make_task(second).build_model()
+    tuned = make_task(second).new_model()
     untuned = build_clip("scenes-tiny", "random", seed=0).state_dict()
     from safetensors.torch import load_file
 
@@ -346,10 +346,10 @@ def test_a_combiner_builds_on_what_fine_tuning_left(composed, tmp_path):
     assert any(not torch.equal(trained[name], untuned[name]) for name in trained)
     assert {name.split(".")[0] for name, p in tuned.named_parameters() if p.requires_grad} == {"combiner"}
     seeded = settings(composed, "scenes-cir-combiner", model__tuned=str(last), seed=1)
-    assert torch.equal(make_task(seeded).build_model().clip.ln_final.weight, tuned.clip.ln_final.weight)
+    assert torch.equal(make_task(seeded).new_model().clip.ln_final.weight, tuned.clip.ln_final.weight)
     other = settings(composed, "scenes-cir-combiner", model__tuned=str(last), model__tuned_seed=1)
     with pytest.raises(UserError, match="was trained on a backbone with fingerprint"):
-        make_task(other).build_model()
+        make_task(other).new_model()
 
 
 def without(split, tmp_path, **changes):
@@ -375,7 +375,7 @@ def test_queries_without_targets_or_with_unknown_images_are_told(composed, tmp_p
     stream = EvaluationStream(hidden, config.data, Place(), local_batches)
     task = make_task(config)
     with pytest.raises(UserError, match=r"1 of 5 queries of .* have no target.*launch.py predict"):
-        task.evaluate(task.build_model(), stream)
+        task.evaluate(task.new_model(), stream)
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match=r"1 queries of .* name images that its gallery has not"):
         ComposedQueries.of(without(split, tmp_path / "other", reference="nobody"))

@@ -31,7 +31,7 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_pa
     evaluation = evaluate_split(
         random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
     )
-    details, retriever = evaluation.details, load_run(random_run.path, "cpu")
+    details, retriever = evaluation.retrieval, load_run(random_run.path, "cpu")
     summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4, num_actors=2)
     assert "11 image and 55 text vectors of width 128" in summary
     table = pq.read_table(tmp_path / "vectors" / "vectors.parquet")

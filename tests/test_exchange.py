@@ -71,7 +71,7 @@ def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):
 def test_a_whole_clip_is_exported_and_read_as_a_backbone(random_run, tmp_path):
     with pytest.raises(UserError, match="adapters"):
         export_checkpoint(random_run, "open_clip", tmp_path / "no.safetensors")
-    model = random_run.task.build_model()
+    model = random_run.task.new_model()
     base = {name: t.contiguous() for name, t in model.clip.state_dict().items() if ".mlp.adapter." not in name}
     save_file(base, tmp_path / "clip.safetensors")
     imported = import_checkpoint(tmp_path / "clip.safetensors", random_run.config, tmp_path / "backbone")
@@ -144,7 +144,7 @@ def test_a_runs_folder_and_its_checkpoint_give_the_same_model(random_run):
 @pytest.mark.parametrize("format", ["adapter", "open_clip"])
 def test_a_model_trained_whole_comes_back(random_run, tmp_path, format):
     run = create_run(tmp_path, "full", build_config(random_run.config, {"model.tuning": "full"}))
-    model = run.task.build_model()
+    model = run.task.new_model()
     backbone = backbone_fingerprint(model)
     with torch.no_grad():
         for parameter in model.clip.visual.parameters():
@@ -158,7 +158,7 @@ def test_a_model_trained_whole_comes_back(random_run, tmp_path, format):
         with pytest.raises(UserError, match="plain CLIP"):
             load_model(path, run.config)
         zero_shot = build_config(run.config, {"model.tuning": "none", "model.pretrained": str(path)})
-        again = make_task(zero_shot).build_model().eval()
+        again = make_task(zero_shot).new_model().eval()
     assert torch.equal(features(again), features(model.eval()))  # training mode rounds otherwise
 
 

@@ -47,7 +47,7 @@ def first_batch(config):
 
 
 def test_a_batch_gives_the_outputs_of_the_images_and_texts(config, cached):
-    model = make_task(config).build_model().eval()
+    model = make_task(config).new_model().eval()
     images, vectors = first_batch(config), first_batch(cached)
     assert torch.equal(images["row"], vectors["row"])
     assert vectors["reference"].shape == (20, 128)
@@ -59,13 +59,13 @@ def test_a_batch_gives_the_outputs_of_the_images_and_texts(config, cached):
 
 
 def test_an_evaluation_gives_the_figures_of_the_images(config, cached):
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     for split in ("val", "test"):
         expected, found = (
             evaluate_split(make_task(which), which, model, split, place=Place(), reader=local_batches)
             for which in (config, cached)
         )
-        torch.testing.assert_close(found.details.query_embeddings, expected.details.query_embeddings)
+        torch.testing.assert_close(found.retrieval.query_embeddings, expected.retrieval.query_embeddings)
         assert found.metrics == expected.metrics
 
 
@@ -73,14 +73,14 @@ def test_features_are_pictured_by_the_images_they_came_from(cached, composed, tm
     split = open_split(cached.data.path, "val")
     assert split.pictured == open_split(composed, "val")
     task = make_task(cached)
-    evaluation = evaluate_split(task, cached, task.build_model(), "val", place=Place(), reader=local_batches)
-    assert task.picture(evaluation, split).width > 500
-    assert task.projection(evaluation, split).thumbnails.shape == (30, 3, 32, 32)
-    assert task.sections(evaluation, split)
+    evaluation = evaluate_split(task, cached, task.new_model(), "val", place=Place(), reader=local_batches)
+    assert evaluation.picture(split).width > 500
+    assert evaluation.projection(split).thumbnails.shape == (30, 3, 32, 32)
+    assert evaluation.sections(split)
     manifest = replace(split.manifest, options={**split.manifest.options, "source": str(tmp_path)})
     moved = Split(split.path, manifest)
     assert moved.pictured is None
-    assert task.picture(evaluation, moved) is None
+    assert evaluation.picture(moved) is None
     damaged = Path(shutil.copytree(composed / "val", tmp_path / "val"))
     next(damaged.glob("*.parquet")).unlink()
     assert Split(split.path, replace(manifest, options={"source": str(damaged)})).pictured is None
@@ -97,7 +97,7 @@ def test_a_query_with_two_captions_keeps_its_four_texts(ray_cluster, tmp_path):
     changes = {"data.path": str(data), "train.global_batch_size": 6, "combiner.dropout": 0}
     config = build_config(recipe_config("scenes-cir-combiner"), changes)
     cached = with_features(config, tmp_path / "run", ray_cluster)
-    model = make_task(config).build_model().eval()
+    model = make_task(config).new_model().eval()
     rows = open_split(cached.data.path, "train").read(["captions", "text_vectors"]).to_pylist()
     inputs = make_task(config)._inputs
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_query_with_two_captions_keeps_its_four_texts(ray_cluster, tmp_path):
     for category in ("dress", "toptee", "shirt"):
         assert f"{category}_recall_at10" in found.metrics
     gallery = open_split(data, "val").read(["label_name"]).column("label_name").to_pylist()
-    assert found.details.chance()["toptee_recall_at50"] == 100  # of 8 images
+    assert found.chance()["toptee_recall_at50"] == 100  # of 8 images
     assert gallery.count("dress") == 9
 
 
@@ -149,7 +149,7 @@ def test_vectors_of_other_encoders_are_refused(cached):
     other = build_config(cached, {"seed": 1})
     task = make_task(other)
     with pytest.raises(UserError, match=r"come from other encoders or settings than the model's \(backbone differ\)"):
-        evaluate_split(task, other, task.build_model(), "val", place=Place(), reader=local_batches)
+        evaluate_split(task, other, task.new_model(), "val", place=Place(), reader=local_batches)
 
 
 def test_vectors_are_not_fine_tuned_on(cached):

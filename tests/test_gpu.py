@@ -77,7 +77,7 @@ def test_figures_on_a_gpu_are_fp32_unless_bf16_is_asked_for(config, tmp_path):
     weights = list_checkpoints(tmp_path)[-1]
     rough = replace(config, train=replace(config.train, eval_precision="bf16"))
     on_cpu, on_gpu, in_bf16 = (
-        evaluate(settings, weights, device).details.image_embeddings
+        evaluate(settings, weights, device).retrieval.image_embeddings
         for settings, device in ((config, "cpu"), (config, "cuda"), (rough, "cuda"))
     )
     torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-5)
@@ -96,7 +96,7 @@ def test_evaluation_keeps_tf32_out_of_convolutions():
 
 def test_submissions_and_features_of_a_composed_run_are_fp32_on_a_gpu(composed):
     config = build_config(recipe_config("scenes-cir-finetune"), {"data.path": str(composed)})
-    found = [evaluate(config, None, device).details.query_embeddings for device in ("cpu", "cuda")]
+    found = [evaluate(config, None, device).retrieval.query_embeddings for device in ("cpu", "cuda")]
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
     row = (composed / "val").glob("*.parquet")
     images = pq.read_table(next(path for path in sorted(row) if path.name.startswith("part")))["image"].to_pylist()

@@ -22,21 +22,21 @@ from harma_ray.recipes import make_task, recipe_config
 )
 def test_counts_without_weights_are_those_of_the_model(recipe, changes):
     config = build_config(recipe_config(recipe), changes)
-    parameters = list(make_task(config).build_model().parameters())
+    parameters = list(make_task(config).new_model().parameters())
     total, trained = (
         sum(p.numel() for p in chosen) for chosen in (parameters, [p for p in parameters if p.requires_grad])
     )
-    assert count_told(config, make_task(config)).startswith(f"{trained:,} of {total:,} parameters (")
+    assert count_told(make_task(config)).startswith(f"{trained:,} of {total:,} parameters (")
 
 
 def test_the_published_harma_trains_the_papers_share_and_nothing_is_downloaded_for_it():
     config = recipe_config("harma-rsitmd-vit")
-    assert count_told(config, make_task(config)) == "5,934,397 of 157,211,710 parameters (3.77 %)"
+    assert count_told(make_task(config)) == "5,934,397 of 157,211,710 parameters (3.77 %)"
 
 
 def test_a_training_of_nothing_says_so():
     config = build_config(recipe_config("harma-scenes"), {"model.tuning": "none", "loss.contrastive": False})
-    assert count_told(config, make_task(config)).startswith("nothing of ")
+    assert count_told(make_task(config)).startswith("nothing of ")
 
 
 @pytest.mark.parametrize(

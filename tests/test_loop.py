@@ -104,7 +104,7 @@ def test_tensorboard_shows_what_the_record_tells(finished):
 
 def test_the_backbone_is_not_copied_into_checkpoints(finished):
     config, path, report = finished
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     trainable = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     assert read_meta(list_checkpoints(path)[-1]).trainable == trainable
     backbone_bytes = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
@@ -164,10 +164,10 @@ def test_a_run_resumes_inside_an_epoch_bit_for_bit(finished, scenes, tmp_path):
 
 def test_training_moves_the_trainable_parameters_and_nothing_else(scenes, tmp_path):
     config = settings(scenes, train__epochs=1)
-    before = {name: p.detach().clone() for name, p in make_task(config).build_model().named_parameters()}
+    before = {name: p.detach().clone() for name, p in make_task(config).new_model().named_parameters()}
     run(config, tmp_path, lambda metrics: None)
     task = make_task(config)
-    model = task.build_model()
+    model = task.new_model()
     load_weights(list_checkpoints(tmp_path)[-1], model, backbone=backbone_fingerprint(model))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
@@ -185,7 +185,7 @@ def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
     batch = next(TrainingStream(order, task.transform(training=True), config.data, Place(), local_batches).steps(0, 1))
     gradients = []
     for parts in (1, 3):
-        model = task.build_model()
+        model = task.new_model()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -282,8 +282,8 @@ def test_a_parameter_without_a_gradient_is_found(scenes):
         def __getattr__(self, name):
             return getattr(task, name)
 
-        def build_model(self):
-            model = task.build_model()
+        def new_model(self):
+            model = task.new_model()
             model.forgotten = torch.nn.Parameter(torch.zeros(1))
             return model
 
@@ -349,7 +349,7 @@ def test_schedule_values(schedule, step, factor):
 
 
 def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
-    model = make_task(settings(scenes)).build_model()
+    model = make_task(settings(scenes)).new_model()
     config = OptimConfig(learning_rate=0.5, warmup_fraction=0.1, schedule="linear")
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, 100)

@@ -44,7 +44,7 @@ def embeddings(run, **changes):
     config = build_config(run.config, {name.replace("__", "."): value for name, value in changes.items()})
     details = evaluate_split(
         make_task(config), config, run.load_model(), "val", place=Place(), reader=local_batches
-    ).details
+    ).retrieval
     return details.text_embeddings if hasattr(details, "text_embeddings") else details.query_embeddings
 
 

@@ -58,7 +58,7 @@ def train(config, path, reporter=lambda metrics: None):
 
 
 def last_model(config, path):
-    model = make_task(config).build_model()
+    model = make_task(config).new_model()
     load_weights(list_checkpoints(path)[-1], model, backbone=backbone_fingerprint(model))
     return model.eval()
 
@@ -84,7 +84,7 @@ def outputs_of(config, model, batch):
 
 
 def test_training_moves_what_is_declared_and_nothing_else(config, finished):
-    declared = make_task(config).build_model()
+    declared = make_task(config).new_model()
     trained = dict(last_model(config, finished[0]).named_parameters())
     assert any(parameter.requires_grad for parameter in declared.parameters())
     for name, parameter in declared.named_parameters():
@@ -96,7 +96,7 @@ def test_every_declared_parameter_gets_a_gradient(config):
 
 
 def test_the_same_seed_builds_the_same_model(config):
-    first, second = (make_task(config).build_model().state_dict() for _ in range(2))
+    first, second = (make_task(config).new_model().state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -158,4 +158,4 @@ def test_a_frozen_backbone_is_random_only_by_name(request, recipe, kind, changes
 def test_a_model_that_is_trained_whole_may_start_from_nothing(scenes, changes):
     config = build_config(recipe_config("scenes-pretrain"), changes)
     make_task(config).check(open_split(scenes, "train"))
-    assert make_task(config).base_name == "scenes-tiny, random of seed 0"
+    assert make_task(config).backbone.name == "scenes-tiny, random of seed 0"

@@ -46,7 +46,7 @@ def settings(data, case):
 
 def moved_model(task):
     """The model with noise on what is trained: at step 0 the gradients of most adapters are zero."""
-    model = task.build_model()
+    model = task.new_model()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

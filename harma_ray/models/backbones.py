@@ -153,7 +153,7 @@ def require_named(recipe: str, pretrained: str, other_way: str = "") -> None:
         )
 
 
-def tokenize(architecture: str) -> Callable[..., Tensor]:
+def tokenizer_of(architecture: str) -> Callable[..., Tensor]:
     """Return an architecture's tokenizer: `tokenizer(list of str)` gives int64 (B, context length), padded with 0.
 
     Captions that are too long are cut, the end-of-text token kept. No network is needed for open_clip's own tokenizer.

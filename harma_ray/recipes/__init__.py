@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from harma_ray.config import RunConfig, build_config, load_yaml
 from harma_ray.errors import UserError
 from harma_ray.recipes import clip4cir_config, harma_config
@@ -19,7 +17,7 @@ from harma_ray.task import Task
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES, **clip4cir_config.RECIPES}
 """Functions that return a recipe's published settings."""
 
-_TASKS: Mapping[type[RunConfig], Callable[[Any, Callable[[], nn.Module] | None], Task]] = {
+_TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
     harma_config.HarmaConfig: HarmaTask,
     clip4cir_config.FinetuneConfig: Clip4CirTask,
     clip4cir_config.CombinerConfig: Clip4CirTask,
@@ -50,12 +48,6 @@ def load_config(path: str | Path) -> RunConfig:
     return build_config(recipe_config(raw["recipe"]), raw, origin=str(path))
 
 
-def make_task(config: RunConfig, base: Callable[[], nn.Module] | None = None) -> Task:
-    """Returns the task that a configuration describes.
-
-    Args:
-        config: Settings.
-        base: Makes the pretrained part, as the task's `build_base` would, which is called if this is None; what it
-            returns may be read-only.
-    """
-    return _TASKS[type(config)](config, base)
+def make_task(config: RunConfig) -> Task:
+    """Returns the task that a configuration describes."""
+    return _TASKS[type(config)](config)

@@ -8,64 +8,90 @@ Shape letters: Q queries, G gallery, F features of CLIP.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.checkpoint import load_weights, read_meta
-from harma_ray.composed_metrics import ComposedResult
-from harma_ray.composed_pictures import composed_sections, composed_sheet
-from harma_ray.data.padding import padded_transform
+from harma_ray.composed_metrics import ComposedResult, ComposedRetrieval
+from harma_ray.composed_pictures import ComposedEvaluation
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.relative_captions import evaluation_text, training_texts
 from harma_ray.data.schema import Split
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
 from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.losses import composed_loss
-from harma_ray.models.backbones import RANDOM, check_pretrained, require_named
-from harma_ray.models.clip import DualEncoder, build_clip, image_size, outline_clip, unit
+from harma_ray.models.clip import ClipBackbone, DualEncoder, unit
 from harma_ray.models.combiner import Combiner
 from harma_ray.models.composed import ComposedRetriever, Encoders
 from harma_ray.models.weights import backbone_fingerprint
-from harma_ray.pictures import read_images
 from harma_ray.recipes.clip4cir_config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir_inputs import Inputs, ItemTransform, TripletTransform
-from harma_ray.recipes.clip4cir_queries import BASELINE_METRICS, QUERIES, ComposedDetails, compose
-from harma_ray.task import Batch, Evaluation, EvaluationData, FeatureEncoder, Projection, RowTransform, Section
-
-_MAX_POINTS = 500
+from harma_ray.recipes.clip4cir_queries import BASELINE_METRICS, QUERIES, compose
+from harma_ray.task import Batch, EvaluationData, FeatureEncoder, RowTransform, Task
 
 
-class Clip4CirTask:
+@dataclass(frozen=True)
+class TunedClip(ClipBackbone):
+    """A CLIP, with the weights of a fine-tuning run if one is named."""
+
+    tuned: str = ""
+    """Folder of a checkpoint whose weights take the place of the pretrained ones; empty: none."""
+
+    @property
+    def name(self) -> str:
+        """The architecture and the weights."""
+        return super().name + (f", tuned by {self.tuned}" if self.tuned else "")
+
+    def build(self, *, writable: bool = True) -> nn.Module:
+        """Returns open_clip's model, all parameters trainable."""
+        clip = super().build(writable=writable)
+        if self.tuned:
+            model = ComposedRetriever(DualEncoder(clip))
+            names = read_meta(Path(self.tuned)).trainable
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in names)
+            load_weights(Path(self.tuned), model, backbone=backbone_fingerprint(model))
+        return clip.requires_grad_(True)
+
+    def check(self) -> None:
+        """Raises UserError as `check_pretrained` does, or if the checkpoint is none."""
+        super().check()
+        if self.tuned:
+            read_meta(Path(self.tuned))
+
+    def require_named(self, recipe: str, other_way: str = "--from RUN, or ") -> None:
+        """Raises UserError if nobody named weights or a run."""
+        if not self.tuned:
+            super().require_named(recipe, other_way)
+
+
+class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     """Composed retrieval with CLIP4Cir, either stage."""
 
-    metric_names: Sequence[str] = get_args(Criterion)
-
-    def __init__(self, config: Clip4CirConfig, base: Callable[[], nn.Module] | None = None):
-        """Takes the settings, and what gives the backbone (None: it is built); nothing is loaded yet."""
-        self.config = config
-        self.objective = config.selection.criterion
-        self.other_objectives = config.selection.also_keep
-        self._base = base
+    def __init__(self, config: Clip4CirConfig):
+        """Takes the settings; nothing is loaded yet."""
+        super().__init__(config)
+        selection, model = config.selection, config.model
+        self.metrics = Metrics(get_args(Criterion), objective=selection.criterion, also_keep=selection.also_keep)
+        tuned = model.tuned if isinstance(model, TunedClipConfig) else ""
+        seed = model.tuned_seed if isinstance(model, TunedClipConfig) and tuned else config.seed
+        self.backbone = TunedClip(model.architecture, model.pretrained, seed, model.activation, tuned)
         self._trusted: set[Path] = set()
         self._frozen_gallery: dict[Path, Tensor] = {}
-        self._frozen_baselines: dict[Path, dict[str, Evaluation]] = {}
+        self._frozen_baselines: dict[Path, dict[str, ComposedEvaluation]] = {}
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
-        model = self.config.model
-        check_pretrained(model.architecture, model.pretrained or RANDOM, model.activation)
-        if self._tuned:
-            read_meta(self._tuned)
+        self.backbone.check()
         training.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
         if isinstance(self.config, FinetuneConfig):
             training.require_kind(["triplets"], "fine-tuning")
@@ -73,7 +99,7 @@ class Clip4CirTask:
             ComposedQueries.of(split).require_targets()
         members = training.read(["members"]).column("members").combine_chunks().value_lengths().to_numpy()
         known = _names_of_protocol(bool(members.any()))
-        wanted = [("selection", name) for name in (self.objective, *self.other_objectives)]
+        wanted = [("selection", name) for name in self.metrics.kept]
         for asker, name in (*wanted, *(("objective", name) for name in metrics)):
             if name not in known:
                 raise UserError(
@@ -84,55 +110,21 @@ class Clip4CirTask:
     def require_backbone(self) -> None:
         """Raises UserError if a part of CLIP stays frozen whose weights nobody named."""
         whole = isinstance(self.config, FinetuneConfig) and self.config.tuning.encoder == "both"
-        if not whole and not self._tuned:
-            require_named(self.config.recipe, self.config.model.pretrained, "--from RUN, or ")
+        if not whole:
+            self.backbone.require_named(self.config.recipe)
 
     @property
-    def _tuned(self) -> Path | None:
-        """The checkpoint whose weights take the place of the pretrained ones."""
-        model = self.config.model
-        return Path(model.tuned) if isinstance(model, TunedClipConfig) and model.tuned else None
+    def trains_backbone(self) -> bool:
+        """Whether an encoder is trained: in the first stage."""
+        return isinstance(self.config, FinetuneConfig)
 
-    @property
-    def _base_seed(self) -> int:
-        model = self.config.model
-        return model.tuned_seed if isinstance(model, TunedClipConfig) and model.tuned else self.config.seed
-
-    @property
-    def base_name(self) -> str:
-        """The backbone's architecture and weights."""
-        settings = self.config.model
-        drawn = f" of seed {self._base_seed}" if settings.pretrained in ("", RANDOM) else ""
-        tuned = f", tuned by {self._tuned}" if self._tuned else ""
-        return f"{settings.architecture}, {settings.pretrained or RANDOM}{drawn}{tuned}"
-
-    def build_base(self) -> nn.Module:
-        """Returns CLIP on CPU, with the weights of the fine-tuning run if the settings name one."""
-        settings = self.config.model
-        clip = build_clip(
-            settings.architecture, settings.pretrained or RANDOM, seed=self._base_seed, activation=settings.activation
-        )
-        if self._tuned:
-            model = ComposedRetriever(DualEncoder(clip))
-            names = read_meta(self._tuned).trainable
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in names)
-            load_weights(self._tuned, model, backbone=backbone_fingerprint(model))
-        return clip.requires_grad_(True)
-
-    def outline_base(self) -> nn.Module:
-        """Returns the backbone without its weights, to count its parameters."""
-        return outline_clip(self.config.model.architecture)
-
-    def build_model(self) -> ComposedRetriever:
-        """Returns the model on CPU: CLIP with one or both encoders to train, or frozen under a new Combiner."""
-        base = self.build_base() if self._base is None else self._base()
+    def build_model(self, backbone: nn.Module) -> ComposedRetriever:
+        """Returns CLIP with one or both encoders to train, or frozen under a new Combiner."""
         combiner: Combiner | None = None
         trained: Encoders = "none"
         if isinstance(self.config, FinetuneConfig):
             trained = self.config.tuning.encoder
-            base = base if self._base is None else copy.deepcopy(base)  # what was given may be read-only
-        encoder = DualEncoder(base, text_tokens="trim")
+        encoder = DualEncoder(backbone, text_tokens="trim")
         if isinstance(self.config, CombinerConfig):
             sizes = self.config.combiner
             with torch.random.fork_rng(devices=[]):
@@ -140,15 +132,14 @@ class Clip4CirTask:
                 combiner = Combiner(encoder.embedding_width, sizes.projection_dim, sizes.hidden_dim, sizes.dropout)
         return ComposedRetriever(encoder, combiner, trained=trained, chunk_size=self.config.train.eval_batch_size)
 
-    def build_untrained(self) -> ComposedRetriever:
+    def untrained_model(self) -> ComposedRetriever:
         """Returns CLIP on CPU, whose outputs are added: a Combiner that nobody trained is random."""
-        model = self.build_model()
+        model = self.new_model()
         model.combiner = None
         return model
 
-    def queries(self, model: nn.Module) -> Sequence[str]:
+    def queries(self, model: ComposedRetriever) -> Sequence[str]:
         """Returns the names among `QUERIES` that a model can make: all, or without a Combiner all others."""
-        assert isinstance(model, ComposedRetriever)
         return [name for name in QUERIES if name != "combiner" or model.combiner is not None]
 
     def transform(self, *, training: bool) -> RowTransform:
@@ -160,7 +151,7 @@ class Clip4CirTask:
     def _inputs(self) -> Inputs:
         preparation, architecture = self.config.preparation, self.config.model.architecture
         return Inputs(
-            architecture, image_size(architecture), self.config.data.max_pixels, preparation.padding,
+            architecture, self.backbone.image_size, self.config.data.max_pixels, preparation.padding,
             preparation.target_ratio,
         )  # fmt: skip
 
@@ -180,38 +171,38 @@ class Clip4CirTask:
         advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
         if config.optim.warmup_fraction < 0.1:
             advice.append(f"a warm-up, optim.warmup_fraction=0.1 (now {config.optim.warmup_fraction:g})")
-        if config.model.pretrained == "random" and not self._tuned:
+        if config.model.pretrained == "random" and not self.backbone.tuned:
             advice.append("pretrained weights, model.pretrained=FILE: nothing but this training knows the images yet")
-        elif isinstance(config, CombinerConfig) and not self._tuned:
+        elif isinstance(config, CombinerConfig) and not self.backbone.tuned:
             advice.append("a fine-tuned CLIP (--from RUN): the Combiner starts from its features")
         return advice
 
-    def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
+    def evaluate(self, model: ComposedRetriever, data: EvaluationData) -> Evaluation:
         """Returns the recalls of the split's protocol, in percent, and `r_mean` of the baselines among `QUERIES`."""
-        assert isinstance(model, ComposedRetriever)
         queries = ComposedQueries.of(data.split)
         queries.require_targets()
         features, texts = self.encode(model, data, queries)
         own, *baselines = self.queries(model)
-        details, others, metrics = None, {}, {}
+        found = None
         if rank() == 0:
             gallery = unit(features)
 
-            def measure(query: str) -> Evaluation:
+            def measure(query: str) -> ComposedEvaluation:
                 vectors = compose(model, features, texts, queries, query, batch_size=self.config.train.eval_batch_size)
-                found = ComposedDetails.of(gallery, vectors, queries)
-                return Evaluation(found.result.metrics, found, query, f"queries: {QUERIES[query]}")
+                retrieval = ComposedRetrieval.of(gallery, vectors, queries)
+                note = f"queries: {QUERIES[query]}"
+                return ComposedEvaluation(retrieval.result.metrics, query, note, retrieval=retrieval)
 
             others = self._frozen_baselines.get(data.split.path)
             if others is None:
                 others = {query: measure(query) for query in baselines}
                 if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
                     self._frozen_baselines[data.split.path] = others
-            evaluation = measure(own)
-            details, metrics = evaluation.details, dict(evaluation.metrics)
-            for query, other in others.items():
-                metrics[BASELINE_METRICS[query]] = other.metrics["r_mean"]
-        return Evaluation(broadcast_object(metrics), details, own, f"queries: {QUERIES[own]}", others)
+            found = measure(own)
+            of_others = {BASELINE_METRICS[query]: other.metrics["r_mean"] for query, other in others.items()}
+            found = replace(found, metrics={**found.metrics, **of_others}, others=others)
+        metrics = broadcast_object(found.metrics if found else {})
+        return found or Evaluation(metrics)
 
     def encode(self, model: ComposedRetriever, data: EvaluationData, queries: ComposedQueries) -> tuple[Tensor, Tensor]:
         """Encodes a gallery and the texts of its queries, the work shared by all workers.
@@ -272,8 +263,7 @@ class Clip4CirTask:
 
     def feature_encoder(self, device: str) -> FeatureEncoder:
         """Builds the frozen encoders on a device."""
-        base = self.build_base() if self._base is None else self._base()
-        model = ComposedRetriever(DualEncoder(base, text_tokens="trim")).to(device)
+        model = ComposedRetriever(DualEncoder(self.backbone.build(writable=False), text_tokens="trim")).to(device)
         inputs = self._inputs
 
         def encode_images(files: Sequence[bytes], names: Sequence[str]) -> Tensor:
@@ -285,30 +275,6 @@ class Clip4CirTask:
             return model.text_features(inputs.tokens(texts)).float().cpu()
 
         return FeatureEncoder(encode_images, encode_texts, self._identity(model))
-
-    def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
-        """Draws some queries with their first results; nothing if the images are not there any more."""
-        pictured = split.pictured
-        return composed_sheet(evaluation.details, pictured) if pictured else None
-
-    def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
-        """Returns some queries and the worst ones."""
-        pictured = split.pictured
-        return composed_sections(evaluation.details, pictured) if pictured else []
-
-    def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
-        """Returns up to 500 gallery embeddings, labelled by name, with thumbnails if there are images."""
-        vectors = evaluation.details.gallery_embeddings[:_MAX_POINTS]
-        names = split.read(["source"]).column("source").to_pylist()[: len(vectors)]
-        thumbnails, pictured = None, split.pictured
-        if pictured:
-            images = read_images(pictured, np.arange(len(vectors)), longest_side=64)
-            thumbnails = torch.stack([padded_transform(image, 32, padding="square") for image in images]) / 255
-        return Projection(vectors, [name.replace("\t", " ") for name in names], thumbnails)
-
-    def monitor(self, model: nn.Module) -> dict[str, float]:
-        """Returns nothing: the loss has a fixed scale."""
-        return {}
 
 
 def _names_of_protocol(with_members: bool) -> list[str]:

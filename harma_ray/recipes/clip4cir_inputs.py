@@ -17,7 +17,7 @@ from harma_ray.data.images import BadImage, open_image
 from harma_ray.data.padding import Padding, padded_transform
 from harma_ray.data.relative_captions import training_texts
 from harma_ray.errors import UserError
-from harma_ray.models.clip import tokenize
+from harma_ray.models.clip import tokenizer_of
 from harma_ray.task import Array
 
 
@@ -33,7 +33,7 @@ class Inputs:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return tokenize(self.architecture)
+        return tokenizer_of(self.architecture)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}

@@ -1,4 +1,4 @@
-"""How query vectors of CLIP4Cir are made of features, and what an evaluation of them keeps.
+"""How query vectors of CLIP4Cir are made of features.
 
 Shape letters: Q queries, G gallery, F features of CLIP.
 """
@@ -6,12 +6,10 @@ Shape letters: Q queries, G gallery, F features of CLIP.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from harma_ray.composed_metrics import ComposedResult, bootstrap_composed, chance_composed_recalls, composed_recalls
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
@@ -29,38 +27,6 @@ BASELINE_METRICS: Mapping[str, str] = {
     "text": "text_only_r_mean",
 }
 """Where an evaluation of the model's own queries has the `r_mean` of others."""
-
-
-@dataclass(frozen=True)
-class ComposedDetails:
-    """Embeddings and ranks of an evaluation of composed retrieval."""
-
-    gallery_embeddings: Tensor
-    """fp32[G, F], L2-normalised, in row order."""
-    query_embeddings: Tensor
-    """fp32[Q, F], L2-normalised."""
-    queries: ComposedQueries
-    """Texts, and the rows of references, targets and members."""
-    result: ComposedResult
-    """Ranks of the targets."""
-
-    @staticmethod
-    def of(gallery: Tensor, vectors: Tensor, queries: ComposedQueries) -> ComposedDetails:
-        """Measures the queries' vectors by the split's protocol; takes what the fields say."""
-        target = queries.require_targets()
-        result = composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
-        return ComposedDetails(gallery, vectors, queries, result)
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % bootstrap intervals of the metrics."""
-        return bootstrap_composed(self.result)
-
-    def chance(self) -> dict[str, float]:
-        """Returns the metrics that rankings drawn at random are expected to have."""
-        return chance_composed_recalls(
-            self.queries.reference, self.queries.require_targets(), len(self.gallery_embeddings),
-            **self.queries.protocol,
-        )  # fmt: skip
 
 
 def compose(

@@ -5,7 +5,6 @@ Shape letters: B batch, N images, M texts, E embedding.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.data.schema import Split
@@ -22,7 +20,8 @@ from harma_ray.data.transforms import Augmentation, decode_stored, eval_transfor
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
 from harma_ray.encoding import encode_texts
 from harma_ray.errors import UserError
-from harma_ray.image_text_page import image_text_sections
+from harma_ray.evaluation import Evaluation, Metrics
+from harma_ray.image_text_page import ImageTextEvaluation
 from harma_ray.losses import (
     affiliation_loss,
     class_means,
@@ -31,55 +30,26 @@ from harma_ray.losses import (
     triplet_loss,
     weighted_triplet_loss,
 )
-from harma_ray.metrics import RetrievalResult, bootstrap_interval, chance_recalls, image_text_recalls
+from harma_ray.metrics import ImageTextRetrieval, RetrievalResult
 from harma_ray.models.adapters import GatedAdapter, set_tuning
-from harma_ray.models.backbones import RANDOM, check_pretrained, require_named
-from harma_ray.models.clip import DualEncoder, build_clip, image_size, outline_clip, tokenize
-from harma_ray.pictures import read_images, retrieval_sheet
+from harma_ray.models.clip import ClipBackbone, DualEncoder, tokenizer_of
 from harma_ray.recipes.harma_config import HarmaConfig
-from harma_ray.task import Array, Batch, Evaluation, EvaluationData, Projection, RowTransform, Section
+from harma_ray.task import Array, Batch, EvaluationData, RowTransform, Task
 
 
-@dataclass(frozen=True)
-class ImageTextDetails:
-    """Embeddings and ranks of an image-text evaluation."""
-
-    image_embeddings: Tensor
-    """fp32[N, E], L2-normalised, in row order."""
-    text_embeddings: Tensor
-    """fp32[M, E], L2-normalised, in the order of the rows' captions."""
-    texts: list[str]
-    """M captions."""
-    image_of_text: Tensor
-    """int64[M], the row of each caption's image."""
-    result: RetrievalResult
-    """Ranks, from which metrics and intervals follow."""
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % bootstrap intervals of the metrics."""
-        return bootstrap_interval(self.result)
-
-    def chance(self) -> dict[str, float]:
-        """Returns the metrics that rankings drawn at random are expected to have."""
-        return chance_recalls(self.image_of_text, self.texts, num_images=len(self.image_embeddings))
-
-
-class HarmaTask:
+class HarmaTask(Task[HarmaConfig, DualEncoder]):
     """Image-text retrieval with HarMA."""
 
-    objective = "r_mean"
-    other_objectives = ()
-    metric_names = RetrievalResult.METRICS
-
-    def __init__(self, config: HarmaConfig, base: Callable[[], nn.Module] | None = None):
-        """Takes the settings, and what gives the backbone (None: it is built); nothing is loaded yet."""
-        self.config = config
-        self._base = base
+    def __init__(self, config: HarmaConfig):
+        """Takes the settings; nothing is loaded yet."""
+        super().__init__(config)
+        self.metrics = Metrics(RetrievalResult.METRICS, objective="r_mean")
+        model = config.model
+        self.backbone = ClipBackbone(model.architecture, model.pretrained, config.seed, model.activation)
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
-        model = self.config.model
-        check_pretrained(model.architecture, model.pretrained or RANDOM, model.activation)
+        self.backbone.check()
         for split in (training, *evaluated):
             split.require_kind(["images"], f"recipe {self.config.recipe}")
         for split in evaluated:
@@ -91,37 +61,16 @@ class HarmaTask:
             )
         self.require_backbone()
 
-    def require_backbone(self) -> None:
-        """Raises UserError if a part of the model stays frozen whose weights nobody named."""
-        if self.config.model.tuning != "full":
-            require_named(self.config.recipe, self.config.model.pretrained)
-
     @property
-    def base_name(self) -> str:
-        """The backbone's architecture and weights."""
-        settings = self.config.model
-        drawn = f" of seed {self.config.seed}" if settings.pretrained in ("", RANDOM) else ""
-        return f"{settings.architecture}, {settings.pretrained or RANDOM}{drawn}"
+    def trains_backbone(self) -> bool:
+        """Whether everything is trained."""
+        return self.config.model.tuning == "full"
 
-    def build_base(self) -> nn.Module:
-        """Returns the backbone on CPU."""
-        settings = self.config.model
-        return build_clip(
-            settings.architecture, settings.pretrained or RANDOM, seed=self.config.seed, activation=settings.activation
-        )
-
-    def outline_base(self) -> nn.Module:
-        """Returns the backbone without its weights, to count its parameters."""
-        return outline_clip(self.config.model.architecture)
-
-    def build_model(self) -> DualEncoder:
-        """Returns the dual encoder on CPU, tuned as configured; a loss that is off leaves its temperature frozen."""
+    def build_model(self, backbone: nn.Module) -> DualEncoder:
+        """Returns the dual encoder, tuned as configured; a loss that is off leaves its temperature frozen."""
         settings, loss = self.config.model, self.config.loss
-        base = self.build_base() if self._base is None else self._base()
-        if settings.tuning == "full" and self._base is not None:
-            base = copy.deepcopy(base)  # what was given may be read-only
         model = DualEncoder(
-            base,
+            backbone,
             temperature=settings.temperature,
             affiliation_temperature=settings.temperature if loss.center_factor else None,
             text_tokens=settings.text_tokens,
@@ -144,20 +93,11 @@ class HarmaTask:
             model.set_grad_checkpointing()
         return model
 
-    def build_untrained(self) -> DualEncoder:
-        """Returns the dual encoder on CPU; new adapters change nothing."""
-        return self.build_model()
-
-    def queries(self, model: nn.Module) -> Sequence[str]:
-        """Returns nothing: a query is an image or a caption."""
-        return ()
-
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the published training transform, or the plain resize."""
-        architecture = self.config.model.architecture
-        size, max_pixels = image_size(architecture), self.config.data.max_pixels
+        size, max_pixels = self.backbone.image_size, self.config.data.max_pixels
         if training:
-            return PairTransform(architecture, size, max_pixels, self.config.augmentation)
+            return PairTransform(self.config.model.architecture, size, max_pixels, self.config.augmentation)
         return ImageTransform(size, max_pixels)
 
     def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
@@ -216,9 +156,8 @@ class HarmaTask:
             advice.append(f"model.temperature=0.07 (now {model.temperature:g})")
         return advice
 
-    def evaluate(self, model: nn.Module, data: EvaluationData) -> Evaluation:
+    def evaluate(self, model: DualEncoder, data: EvaluationData) -> Evaluation:
         """Returns the recalls of the split, index-based and duplicate-aware (``*_text``), in percent."""
-        assert isinstance(model, DualEncoder)
         batch_size = self.config.train.eval_batch_size
         device = model.temperature.device
         captions = data.table(["captions"]).column("captions").to_pylist()
@@ -232,35 +171,17 @@ class HarmaTask:
         image_embeddings = gather_rows(own_images.to(device)).cpu()
         texts = [text for row in captions for text in row]
         text_embeddings = encode_texts(model, self.config.model.architecture, texts, batch_size)
-        details, metrics = None, {}
+        found = None
         if rank() == 0:
             counts = torch.tensor([len(row) for row in captions])
             image_of_text = torch.repeat_interleave(torch.arange(len(captions)), counts)
-            result = image_text_recalls(image_embeddings, text_embeddings, image_of_text, texts)
-            details = ImageTextDetails(image_embeddings, text_embeddings, texts, image_of_text, result)
-            metrics = result.metrics
-        return Evaluation(broadcast_object(metrics), details)
+            retrieval = ImageTextRetrieval.of(image_embeddings, text_embeddings, texts, image_of_text)
+            found = ImageTextEvaluation.of(retrieval)
+        metrics = broadcast_object(found.metrics if found else {})
+        return found or Evaluation(metrics)
 
-    def picture(self, evaluation: Evaluation, split: Split) -> Image.Image | None:
-        """Draws some queries with their first results."""
-        return retrieval_sheet(evaluation.details, split)
-
-    def sections(self, evaluation: Evaluation, split: Split) -> list[Section]:
-        """Returns some queries, the failures and a map of the embeddings."""
-        return image_text_sections(evaluation.details, split)
-
-    def projection(self, evaluation: Evaluation, split: Split) -> Projection | None:
-        """Returns up to 500 image embeddings, labelled by class (or by first caption), with thumbnails."""
-        vectors = evaluation.details.image_embeddings[:500]
-        columns = split.read(["label_name", "captions"]).slice(0, len(vectors)).to_pylist()
-        labels = [(row["label_name"] or row["captions"][0]).replace("\t", " ") for row in columns]
-        images = read_images(split, np.arange(len(vectors)), longest_side=64)
-        thumbnails = torch.stack([eval_transform(image, 32) for image in images]) / 255
-        return Projection(vectors, labels, thumbnails)
-
-    def monitor(self, model: nn.Module) -> dict[str, float]:
+    def monitor(self, model: DualEncoder) -> dict[str, float]:
         """Returns the temperature and, for every adapter, the shares (sigmoid of the gates) it lets through."""
-        assert isinstance(model, DualEncoder)
         values = {"temperature": float(model.temperature.detach())}
         for name, module in model.clip.named_modules():
             if isinstance(module, GatedAdapter):
@@ -282,7 +203,7 @@ class PairTransform:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return tokenize(self.architecture)
+        return tokenizer_of(self.architecture)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}

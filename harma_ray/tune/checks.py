@@ -106,7 +106,7 @@ def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
 
 def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
     task = make_task(definition.config)
-    metrics, best_epoch = tuple(task.metric_names), task.objective
+    metrics, best_epoch = tuple(task.metrics.names), task.metrics.objective
     names = [target.metric for target in definition.objectives]
     for index, target in enumerate(definition.objectives):
         place = ("objective", index, "metric")

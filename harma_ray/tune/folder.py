@@ -18,8 +18,8 @@ from harma_ray.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.config import to_yaml as config_yaml
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, write_text
-from harma_ray.runs import ENVIRONMENT_NAME, REPORT_NAME, describe_environment, make_folder
-from harma_ray.tracking import read_records
+from harma_ray.runs import ENVIRONMENT_NAME, describe_environment, make_folder
+from harma_ray.tracking import REPORT_NAME, read_records
 from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.parameters import Choices
 from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult

@@ -25,9 +25,9 @@ from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
 from harma_ray.plans import DRIVER_CPUS, TrialPlan, WorkerPlan
 from harma_ray.recipes import make_task
-from harma_ray.runs import REPORT_NAME, Run, describe_environment
+from harma_ray.runs import Run, describe_environment
 from harma_ray.shell import launch_command
-from harma_ray.tracking import EVENTS_FOLDER, write_hparams
+from harma_ray.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
 from harma_ray.train import train
 from harma_ray.tune.definition import SearchDefinition
 from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search
@@ -58,10 +58,10 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
         UserError: If the backbone cannot be built.
     """
     task = make_task(definition.config)
-    base = (task.base_name, ray.put(SharedModule.of(task.build_base())))
+    backbone = (task.backbone.name, ray.put(SharedModule.of(task.backbone.build())))
     environment = json.dumps(describe_environment(sys.argv), indent=1)
     metrics = tuple(target.metric for target in definition.objectives)
-    return TrialSetting(metrics, plan.workers, base, environment)
+    return TrialSetting(metrics, plan.workers, backbone, environment)
 
 
 def run_search(

@@ -6,11 +6,15 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from harma_ray.models.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,52 @@ class SharedModule:
             else:
                 owner._buffers[leaf] = tensor
         return module
+
+
+class SharedBackbone(Backbone):
+    """A backbone whose numbers lie in Ray's object store."""
+
+    def __init__(self, original: Backbone, fetch: Callable[[], SharedModule], *, always_writable: bool = False):
+        """Takes another's place.
+
+        Args:
+            original: That other one, whose `build` is not called.
+            fetch: Returns what that would have built.
+            always_writable: Whether every built module is a copy, frozen or not.
+        """
+        self._original, self._fetch, self._always_writable = original, fetch, always_writable
+
+    @property
+    def name(self) -> str:
+        """The original's."""
+        return self._original.name
+
+    @property
+    def image_size(self) -> int:
+        """The original's."""
+        return self._original.image_size
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The original's."""
+        return self._original.pixel_statistics
+
+    def tokenizer(self) -> Callable[..., Any]:
+        """Returns the original's."""
+        return self._original.tokenizer()
+
+    def build(self, *, writable: bool = True) -> nn.Module:
+        """Returns the module; read-only unless it has to be `writable`."""
+        module = self._fetch().build()
+        return copy.deepcopy(module) if writable or self._always_writable else module
+
+    def outline(self) -> nn.Module:
+        """Returns the original's."""
+        return self._original.outline()
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Returns the original's."""
+        return self._original.fingerprint(model)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ several workers starts Ray Train from its process.
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import math
 import os
@@ -21,7 +20,6 @@ from typing import Any
 
 import ray
 import torch
-from torch import nn
 
 from harma_ray.checkpoint import list_checkpoints, read_meta
 from harma_ray.config import RunConfig, build_config, to_yaml
@@ -36,7 +34,7 @@ from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
 from harma_ray.task import Task
 from harma_ray.tracking import read_records
 from harma_ray.train import enter_worker, on_workers, plain_errors
-from harma_ray.tune.sharing import SharedModule
+from harma_ray.tune.sharing import SharedBackbone
 from harma_ray.tune.study import Report
 
 ERROR_NAME = "error.txt"
@@ -54,7 +52,7 @@ class TrialSetting:
     """The objectives."""
     plan: WorkerPlan
     """The workers of a trial."""
-    base: tuple[str, Any] | None
+    backbone: tuple[str, Any] | None
     """Name of the shared backbone and Ray's reference to it, a `SharedModule`; None = none is shared."""
     environment: str
     """What ``environment.json`` of every trial holds."""
@@ -124,7 +122,7 @@ def evaluate_untrained(config: RunConfig, setting: TrialSetting) -> dict[str, fl
     task, data = _task(config, setting), config.data
     split = data.val_split if config.train.select_on == "val" else data.test_split
     place = single_place(config, setting.plan)
-    return evaluate_split(task, config, task.build_untrained(), split, place=place, reader=_reader(config)).metrics
+    return evaluate_split(task, config, task.untrained_model(), split, place=place, reader=_reader(config)).metrics
 
 
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
@@ -247,15 +245,10 @@ def _work(settings: dict[str, Any]) -> _Tally:
 def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -> Task:
     """Returns the task, on the shared backbone if that is its own; `writable`: on a copy of it."""
     task = make_task(config)
-    if setting.base is None or setting.base[0] != task.base_name:
-        return task
-    shared = setting.base[1]
-
-    def base() -> nn.Module:
-        module: SharedModule = ray.get(shared)
-        return copy.deepcopy(module.build()) if writable else module.build()
-
-    return make_task(config, base)
+    if setting.backbone is not None and setting.backbone[0] == task.backbone.name:
+        shared = setting.backbone[1]
+        task.backbone = SharedBackbone(task.backbone, lambda: ray.get(shared), always_writable=writable)
+    return task
 
 
 def _reader(config: RunConfig) -> Reader:

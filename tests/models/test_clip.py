@@ -15,7 +15,7 @@ from harma_ray.models.clip import (
     build_clip,
     image_size,
     pixel_statistics,
-    tokenize,
+    tokenizer_of,
 )
 from harma_ray.models.foreign import read_foreign
 from harma_ray.models.weights import backbone_fingerprint
@@ -58,13 +58,13 @@ def test_building_leaves_the_root_logger_alone():
 
 
 def test_tokenizer_has_the_architectures_context_length():
-    tokens = tokenize(TINY)(["two planes", "word " * 60])
+    tokens = tokenizer_of(TINY)(["two planes", "word " * 60])
     assert tokens.shape == (2, 40)
     assert tokens[0, 0] == 49406
     assert tokens.max(dim=-1).values.tolist() == [49407, 49407]
     assert tokens[0, 4:].eq(0).all()
     assert tokens[1].argmax() == 39
-    assert tokenize("ViT-B/32")(["a"]).shape == (1, 77)
+    assert tokenizer_of("ViT-B/32")(["a"]).shape == (1, 77)
 
 
 def test_pixel_statistics_are_clips(tiny):
@@ -120,7 +120,7 @@ def test_unknown_names_are_refused_with_near_ones():
     with pytest.raises(UserError, match="laion2b_s34b_b79k"):
         build_clip("ViT-B-32", "laion2b_s34b")
     with pytest.raises(UserError, match="scenes-tiny"):
-        tokenize("scene-tiny")
+        tokenizer_of("scene-tiny")
 
 
 @pytest.mark.parametrize("tag", ["openai", "laion400m_e32", "metaclip_400m"])

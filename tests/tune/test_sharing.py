@@ -8,7 +8,7 @@ from torch import nn
 from harma_ray.config import build_config
 from harma_ray.models.clip import build_clip
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.tune.sharing import SharedModule
+from harma_ray.tune.sharing import SharedBackbone, SharedModule
 
 
 def read_only(shared):
@@ -66,9 +66,11 @@ def test_dtypes_buffers_and_frozen_parameters_survive():
 def test_training_on_a_read_only_backbone_never_writes_into_it(tuning):
     """Writing into a mapped object would end the process; here it would change the array."""
     config = build_config(recipe_config("harma-scenes"), {"model.tuning": tuning})
-    shared = read_only(SharedModule.of(make_task(config).build_base()))
+    shared = read_only(SharedModule.of(make_task(config).backbone.build()))
     before = {name: array.copy() for name, array in shared.arrays.items()}
-    model = make_task(config, shared.build).build_model()
+    task = make_task(config)
+    task.backbone = SharedBackbone(task.backbone, lambda: shared)
+    model = task.new_model()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     outputs = model(torch.rand(2, 3, 64, 64), torch.randint(1, 400, (2, 40)))
     if trained:

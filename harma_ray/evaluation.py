@@ -1,0 +1,110 @@
+"""What an evaluation found, as a value: its figures, how sure they are, and how it shows itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from PIL import Image
+from torch import Tensor
+
+from harma_ray.data.schema import Split
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of a task's evaluations on which choices rest, and which way is better."""
+
+    names: Sequence[str]
+    """Those that a search may have as objectives."""
+    objective: str
+    """The one that selects the best epoch."""
+    also_keep: Sequence[str] = ()
+    """Those whose best checkpoints are kept too."""
+    lower_is_better: Sequence[str] = ()
+    """Those that are losses; of all others more is better."""
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The metrics whose best checkpoints are kept."""
+        return (self.objective, *self.also_keep)
+
+    def is_better(self, metric: str, value: float, other: float) -> bool:
+        """Tells whether a value of a metric is better than another."""
+        return value < other if metric in self.lower_is_better else value > other
+
+    def ranked(
+        self, metric: str, items: Iterable[ItemT], figures_of: Callable[[ItemT], Mapping[str, float]]
+    ) -> list[ItemT]:
+        """Returns items by what their figures have under a metric, the best first, equal ones in their order."""
+        return sorted(items, key=lambda item: figures_of(item)[metric], reverse=metric not in self.lower_is_better)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page about an evaluation."""
+
+    name: str
+    """Short name, for links."""
+    title: str
+    html: str
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNG files that go beside the page, by name."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Points for TensorBoard's projector."""
+
+    vectors: Tensor
+    """fp32[N, E]."""
+    labels: list[str]
+    """N texts."""
+    thumbnails: Tensor | None
+    """fp32[N, 3, S, S] in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. Worker 0 has all of it, as a class of the task's own; the others the metrics alone."""
+
+    metrics: dict[str, float]
+    """Metric names and values, such as ``r_mean`` in percent; the same on every worker."""
+    query: str = ""
+    """How queries were made, where a task knows several ways, such as ``sum``; see `others`."""
+    note: str = ""
+    """The same in words."""
+    others: Mapping[str, Evaluation] = field(default_factory=dict)
+    """What the other ways find with the same model, by name: baselines."""
+
+    @property
+    def by_query(self) -> dict[str, Evaluation]:
+        """Returns this evaluation and the others by their queries' names; nothing if there is one way alone."""
+        return {self.query: self, **self.others} if self.query else {}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % bootstrap intervals of metrics."""
+        return {}
+
+    def chance(self) -> dict[str, float]:
+        """Returns what metrics are expected to be for rankings drawn at random."""
+        return {}
+
+    def picture(self, split: Split) -> Image.Image | None:
+        """Draws some results, or nothing.
+
+        Args:
+            split: What was evaluated.
+        """
+        return None
+
+    def projection(self, split: Split) -> Projection | None:
+        """Returns points for TensorBoard's projector, or nothing."""
+        return None
+
+    def sections(self, split: Split) -> list[Section]:
+        """Returns what a page shows beside the table of metrics."""
+        return []
