@@ -27,8 +27,8 @@ from harma_ray.encoding import encode_texts
 from harma_ray.engine import evaluating
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
-from harma_ray.recipes.harma_config import HarmaConfig
 from harma_ray.runs import Run, open_run
+from harma_ray.task import Task
 
 _logger = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ ImageLike = str | Path | bytes | Image.Image
 class Retriever:
     """A dual encoder that takes images and captions as people have them."""
 
-    def __init__(self, model: DualEncoder, config: HarmaConfig, device: str, rendering: Rendering | None = None):
+    def __init__(self, model: DualEncoder, task: Task, device: str, rendering: Rendering | None = None):
         """Wraps a model; see `load_run`."""
-        self.model, self.config, self.rendering = model.to(device).eval(), config, rendering
-        self._size = image_size(model)
+        self.model, self.config, self.rendering = model.to(device).eval(), task.config, rendering
+        self._size, self._tokenizer = image_size(model), task.backbone.tokenizer()
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 64) -> Tensor:
         """Encodes images as evaluation does.
@@ -120,7 +120,7 @@ class Retriever:
     def encode_cleaned(self, texts: list[str], batch_size: int = 256) -> Tensor:
         """Encodes captions that are clean already; see `encode_texts`."""
         with evaluating(self.config.train, self.model.temperature.device):
-            return encode_texts(self.model, self.config.model.architecture, texts, batch_size)
+            return encode_texts(self.model, self._tokenizer, texts, batch_size)
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """Returns cosines, fp32[N, M], of N images and M captions."""
@@ -175,7 +175,8 @@ def find_rendering(run: Run) -> Rendering | None:
 
 def load_retriever(run: Run, device: str, rendering: Rendering | None = None) -> Retriever:
     """Loads a run's best weights; see `load_run`."""
-    model = run.load_model()
-    if not isinstance(model, DualEncoder) or not isinstance(run.config, HarmaConfig):
+    task = run.task
+    encoder = task.joint_encoder(run.load_model())
+    if encoder is None:
         raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
-    return Retriever(model, run.config, device, rendering)
+    return Retriever(encoder, task, device, rendering)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from harma_ray.data.order import worker_rows
 from harma_ray.distributed import gather_rows, rank, world_size
-from harma_ray.models.clip import DualEncoder, tokenizer_of
+from harma_ray.models.clip import DualEncoder
 
 
 @torch.no_grad()
 def encode_texts(
-    model: DualEncoder, architecture: str, texts: list[str], batch_size: int, *, normalize: bool = True
+    model: DualEncoder, tokenizer: Callable[..., Tensor], texts: list[str], batch_size: int, *, normalize: bool = True
 ) -> Tensor:
     """Encodes captions, equal ones once, the work shared by all workers.
 
     Args:
         model: The unwrapped model.
-        architecture: Its name, for the tokenizer, which cuts captions that are too long.
+        tokenizer: Its backbone's; cuts captions that are too long.
         texts: M captions, the same on every worker.
         batch_size: Captions at a time.
         normalize: Give unit vectors.
@@ -29,7 +31,6 @@ def encode_texts(
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     place = {text: number for number, text in enumerate(distinct)}
     own = [distinct[i] for i in worker_rows(len(distinct), rank(), world_size())]
-    tokenizer = tokenizer_of(architecture)
     parts = [
         model.encode_text(tokenizer(own[start : start + batch_size]), normalize=normalize).float()
         for start in range(0, len(own), batch_size)

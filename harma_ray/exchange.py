@@ -1,8 +1,9 @@
-"""Weights in and out: released HarMA and CLIP4Cir files, open_clip state dicts, plain adapter files."""
+"""Weights in and out: this program's adapter files, plain CLIPs, and the formats that the recipes know."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,37 @@ from harma_ray.checkpoint import (
     save_checkpoint,
     trainable_tensors,
 )
-from harma_ray.composed_exchange import (
-    BACKBONE_NAME,
-    Imported,
-    describe_combiner,
-    import_combiner,
-    write_composed,
-)
-from harma_ray.config import build_config, config_hash, flat_settings, show_override, to_dict
+from harma_ray.config import config_hash, flat_settings, show_override, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing
-from harma_ray.models.backbones import check_file_activation, load_clip
-from harma_ray.models.clip import DualEncoder
-from harma_ray.models.composed import ComposedRetriever
-from harma_ray.models.foreign import ADAPTER_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
-from harma_ray.models.released import from_released, to_released
+from harma_ray.foreign_formats import ForeignFormat, Reading, as_lines
+from harma_ray.models.backbones import load_clip
+from harma_ray.models.clip import ClipBackbone
+from harma_ray.models.foreign import ADAPTER_MARK, CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
 from harma_ray.models.shapes import describe_tensors, guess_architecture
 from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
-from harma_ray.recipes import make_task
-from harma_ray.recipes.harma_config import HarmaConfig
+from harma_ray.recipes import FORMATS, make_task
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.shell import command_line, launch_command
 
-FORMATS = ("released", "adapter", "open_clip")
-_UNSEEN = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
-"""Settings that no shape shows."""
+EXPORTS = ("released", "adapter", "open_clip")
+BACKBONE_NAME = "backbone.safetensors"
+"""The file of a CLIP in the folder of what was imported."""
 _OWN_ADAPTER_MARK = ".mlp.adapter."
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made."""
+
+    path: Path
+    """A run's folder, or a backbone file."""
+    text: str
+    """What it holds and how to use it."""
+
+    def describe(self) -> str:
+        """Returns what was made and how to use it."""
+        return f"wrote {self.path}\n{self.text}"
 
 
 def export_checkpoint(
@@ -55,7 +61,8 @@ def export_checkpoint(
 
     Args:
         run: The run.
-        format: ``released`` (HarMA's layout), ``adapter`` (the trainable tensors), ``open_clip`` (a whole CLIP).
+        format: ``released`` (the layout of the paper's own program), ``adapter`` (the trainable tensors), ``open_clip``
+            (a whole CLIP).
         out_file: The file; written whole or not at all.
         metric: What the best weights are the best by; None = the recipe's objective.
         overwrite: Whether an existing file may be replaced.
@@ -66,35 +73,34 @@ def export_checkpoint(
     path = output_path(out_file)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another file, or replace it with --overwrite")
-    if format not in FORMATS:
-        raise UserError(f"the format must be one of {', '.join(FORMATS)}, got `{format}`")
-    checkpoint, model, config = run.best_checkpoint(metric), run.load_model(metric), run.config
-    if isinstance(model, ComposedRetriever):
-        with replacing(path) as partial:
-            write_composed(model, run, format, read_meta(checkpoint).epoch, partial)
-        return path
-    assert isinstance(model, DualEncoder)
-    assert isinstance(config, HarmaConfig)
-    if format == "open_clip" and config.model.tuning == "adapters":
-        raise UserError("a model with adapters is no plain CLIP; export it as `released` or `adapter`")
-    if format == "adapter" and config.model.tuning == "none":
-        raise UserError(f"run {run.path} trained nothing (model.tuning is none); export it as `open_clip`")
+    if format not in EXPORTS:
+        raise UserError(f"the format must be one of {', '.join(EXPORTS)}, got `{format}`")
+    meta, model = read_meta(run.best_checkpoint(metric)), run.load_model(metric)
+    own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
+    if own is None:
+        raise UserError(f"recipe {run.config.recipe} writes no files for other programs")
+    own.check_export(run, format)
     with replacing(path) as partial:
         if format == "released":
-            state = {name: tensor.clone() for name, tensor in to_released(model).items()}
-            torch.save({"model": state, "config": to_dict(config)}, partial)
+            own.write(model, run, meta.epoch, partial)
         elif format == "adapter":
-            metadata = {
-                "format": OWN_FORMAT,
-                "recipe": config.recipe,
-                "architecture": config.model.architecture,
-                "backbone": read_meta(checkpoint).backbone,
-                "config": json.dumps(to_dict(config)),
-            }
-            save_file({name: t.clone() for name, t in trainable_tensors(model).items()}, partial, metadata=metadata)
+            _write_adapters(model, run, meta.backbone, partial)
         else:
-            save_clip(model.clip, partial)
+            clip: Any = model.clip
+            save_clip(clip, partial)
     return path
+
+
+def _write_adapters(model: nn.Module, run: Run, backbone: str, path: Path) -> None:
+    """Writes what is trained, and what it belongs to."""
+    metadata = {
+        "format": OWN_FORMAT,
+        "recipe": run.config.recipe,
+        "architecture": _clip_of(run.config).architecture,
+        "backbone": backbone,
+        "config": json.dumps(to_dict(run.config)),
+    }
+    save_file({name: t.clone() for name, t in trainable_tensors(model).items()}, path, metadata=metadata)
 
 
 def import_checkpoint(
@@ -102,13 +108,14 @@ def import_checkpoint(
 ) -> Imported:
     """Turns a file of others into something this program uses.
 
-    A released HarMA file or Combiner becomes a run; GeoRSCLIP's, CLIP4Cir's or another CLIP becomes a backbone file.
+    What a recipe's format knows (a released HarMA file, a Combiner) becomes a run; GeoRSCLIP's, CLIP4Cir's or another
+    CLIP becomes a backbone file.
 
     Args:
         file: What to read; nothing in it is executed.
-        config: Settings of the recipe it belongs to; the adapters' sizes are taken from the file.
+        config: Settings of the recipe it belongs to; sizes are taken from the file.
         out: Folder to make; written whole or not at all.
-        clip: The CLIP that a Combiner was trained on; see `import_combiner`.
+        clip: The CLIP that a Combiner was trained on: a run, a file, or a tag; see `ForeignFormat.read`.
         section: Which of several models in the file, see `harma_ray.models.foreign.read_foreign`.
 
     Raises:
@@ -118,45 +125,43 @@ def import_checkpoint(
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
     weights = read_foreign(path, section=section)
-    if clip is not None and weights.kind != "combiner":
+    known = _format_of(weights)
+    if clip is not None and not (known and known.needs_clip):
         raise UserError(f"`--clip` is for a Combiner, which {path} is not; leave it out")
-    if weights.kind == "released":
-        return _import_released(weights, config, folder)
-    if weights.kind == "combiner":
-        return import_combiner(path, weights.tensors, config, folder, clip)
-    if _has(weights, _OWN_ADAPTER_MARK):
+    if known:
+        is_run = (Path(clip or "").expanduser() / CONFIG_NAME).is_file()
+        beneath = open_run(clip) if clip and is_run else clip and str(clip)
+        return _make_run(folder, known.read(weights, config, folder / BACKBONE_NAME, beneath))
+    if any(_OWN_ADAPTER_MARK in name for name in weights.tensors):
         way_out = f"evaluate it with {command_line('--checkpoint', path)}"
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
-    model, notes = load_clip(config.model.architecture, weights, activation=config.model.activation)
+    backbone = _clip_of(config)
+    model, notes = load_clip(backbone.architecture, weights, activation=backbone.activation)
     with making(folder) as made:
         made.mkdir()
-        save_clip(model, made / BACKBONE_NAME, says_activation=_knows_activation(weights, config))
+        knows_activation = weights.quick_gelu is not None or bool(backbone.activation)
+        save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation)
     return Imported(
         folder / BACKBONE_NAME,
-        _told([*weights.notes, *notes])
-        + f"{len(model.state_dict())} tensors of `{config.model.architecture}`, fingerprint "
+        as_lines([*weights.notes, *notes])
+        + f"{len(model.state_dict())} tensors of `{backbone.architecture}`, fingerprint "
         f"{backbone_fingerprint(model)[:12]}\n"
         f"use it with {command_line('--set', show_override('model.pretrained', str(folder / BACKBONE_NAME)))}",
     )
 
 
-def _import_released(weights: ForeignWeights, config: Any, folder: Path) -> Imported:
-    model, config, notes = _released_model(weights, config)
-    config = build_config(config, {"model.pretrained": str(folder / BACKBONE_NAME)})
-    backbone = backbone_fingerprint(model)
-    knows = _knows_activation(weights, config)
+def _make_run(folder: Path, found: Reading) -> Imported:
+    """Makes the folder of a run of a model that was read."""
+    config, clip = found.config, found.model.clip
     with making(folder) as made:
         run = create_run(made.parent, made.name, config)
-        save_clip(model.clip, made / BACKBONE_NAME, without=_OWN_ADAPTER_MARK, says_activation=knows)
-        meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, backbone)
-        save_checkpoint(run.path, meta, model, {})
-    return Imported(
-        folder,
-        _told([*weights.notes, *notes])
-        + f"{len(weights.tensors)} tensors; adapters of width {config.adapter.width}, shared width "
-        f"{config.adapter.shared_width}; backbone fingerprint {backbone[:12]}\n"
-        f"use it with {launch_command('evaluate', '--run', folder, '--data', 'DATA')}",
-    )
+        if found.keeps_clip:
+            assert isinstance(clip, nn.Module)
+            save_clip(clip, made / BACKBONE_NAME, says_activation=found.knows_activation)
+        meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, found.backbone)
+        save_checkpoint(run.path, meta, found.model, {})
+    way_on = launch_command("evaluate", "--run", folder, "--data", "DATA")
+    return Imported(folder, f"{found.text}\nuse it with {way_on}")
 
 
 def load_model(file: str | Path | None, config: Any) -> nn.Module:
@@ -188,16 +193,18 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         load_weights(path, model, backbone=backbone_fingerprint(model))
         return model.eval()
     weights = read_foreign(path)
-    if weights.kind == "combiner":
-        words = ("--recipe", "clip4cir-combiner", "--clip", "FILE", "--out", "FOLDER")
-        way_out = f"import both first: {launch_command('checkpoint', 'import', path, *words)}"
-        raise UserError(f"{path} is a Combiner without its CLIP; {way_out}")
+    known = _format_of(weights)
+    if known:
+        return known.load(weights, config).eval()
     if weights.kind == "clip":
         way_out = command_line("--zero-shot", "--set", show_override("model.pretrained", str(path)))
         raise UserError(f"{path} is a plain CLIP; evaluate it with {way_out}")
-    if weights.kind == "released":
-        return _released_model(weights, config)[0].eval()
-    metadata = weights.metadata
+    return _load_adapters(weights, config).eval()
+
+
+def _load_adapters(weights: ForeignWeights, config: Any) -> nn.Module:
+    """Builds a recipe's model with the weights of an adapter file; UserError if it is none, or another backbone's."""
+    path, metadata = weights.path, weights.metadata
     if metadata.get("format") != OWN_FORMAT:
         raise UserError(
             f"{path} is neither a released HarMA file (no name has `{ADAPTER_MARK}`) nor an adapter file of this "
@@ -215,7 +222,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             own[name].copy_(tensor)
-    return model.eval()
+    return model
 
 
 def describe_file(path: str | Path) -> str:
@@ -255,13 +262,12 @@ def _describe_weights(weights: ForeignWeights) -> str:
             f"adapter file {path} of recipe {metadata.get('recipe')}, for {metadata.get('architecture')} with "
             f"fingerprint {metadata.get('backbone', 'unknown')[:12]}"
         )
-    elif weights.kind == "combiner":
-        title = f"released CLIP4Cir Combiner {path}: {describe_combiner(state)}"
     elif weights.kind == "other":
         title = f"state dict {path}, not of a CLIP"
     else:
-        kind = "released HarMA file" if weights.kind == "released" else "open_clip state dict"
-        title = f"{kind} {path}: {guess_architecture(state)}"
+        known = _format_of(weights)
+        title = known.describe(weights) if known else f"open_clip state dict {path}: {guess_architecture(state)}"
+    if weights.kind != "other" and any(name.endswith(CLIP_MARK) for name in state):
         told = {None: "not told by the file", True: "quick GELU", False: "GELU"}[weights.quick_gelu]
         lines.append(
             f"activation  {told}" + (f" (it {weights.activation_source})" if weights.activation_source else "")
@@ -271,43 +277,24 @@ def _describe_weights(weights: ForeignWeights) -> str:
     return "\n".join([title, describe_tensors(state), *lines])
 
 
-def _released_model(weights: ForeignWeights, config: Any) -> tuple[DualEncoder, Any, list[str]]:
-    """Builds the model of a released file, settings with the sizes that its shapes show, and what was left out."""
-    adapters = {n.rpartition(ADAPTER_MARK)[2]: t for n, t in weights.tensors.items() if ADAPTER_MARK in n}
-    sizes = {name: len(tensor) for name, tensor in adapters.items() if tensor.ndim}
-    changes = {
-        "model.pretrained": "random",
-        "model.tuning": "adapters",
-        "adapter.width": sizes.get("img_proj_down.weight", config.adapter.width),
-        "adapter.shared_width": sizes.get("BiShareAdapterxx.l1.weight", config.adapter.shared_width),
-    }
-    config = build_config(config, changes, origin=str(weights.path))
-    check_file_activation(config.model.architecture, weights, config.model.activation)
-    model = make_task(config).new_model()
-    assert isinstance(model, DualEncoder)
-    try:
-        notes = from_released(weights.tensors, model)
-    except UserError as error:
-        raise UserError(f"{weights.path}: {error}") from error
-    return model, config, notes
+def _format_of(weights: ForeignWeights) -> ForeignFormat | None:
+    """Returns the recipe's format that a file has; None: of none."""
+    return next((known for known in FORMATS if known.recognise(weights)), None)
+
+
+def _clip_of(config: Any) -> ClipBackbone:
+    """Returns the CLIP that a recipe is built on; UserError if it is built on something else."""
+    backbone = make_task(config).backbone
+    if not isinstance(backbone, ClipBackbone):
+        raise UserError(f"recipe {config.recipe} is not built on a CLIP")
+    return backbone
 
 
 def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:
     """Raises UserError if weights were trained with settings that change what they compute but not their shapes."""
     theirs, ours = flat_settings(trained), flat_settings(to_dict(config))
-    wrong = [name for name in _UNSEEN if name in theirs and theirs[name] != ours.get(name)]
+    unseen = make_task(config).unseen_settings
+    wrong = [name for name in unseen if name in theirs and theirs[name] != ours.get(name)]
     if wrong:
         changes = " ".join(command_line("--set", show_override(name, theirs[name])) for name in wrong)
         raise UserError(f"{path} was trained with other settings; add {changes}")
-
-
-def _has(weights: ForeignWeights, mark: str) -> bool:
-    return any(mark in name for name in weights.tensors)
-
-
-def _knows_activation(weights: ForeignWeights, config: Any) -> bool:
-    return weights.quick_gelu is not None or bool(config.model.activation)
-
-
-def _told(notes: list[str]) -> str:
-    return "".join(f"{note}\n" for note in notes)

@@ -27,7 +27,7 @@ from harma_ray.errors import UserError
 from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
-from harma_ray.shell import command_line
+from harma_ray.shell import command_line, launch_command
 from harma_ray.task import Task
 from harma_ray.tracking import REPORT_NAME, read_records
 
@@ -80,6 +80,17 @@ class Run:
         if metric:
             self._require_kept(metric, read_meta(best))
         return best
+
+    def best_finished(self, metric: str | None = None) -> Path:
+        """Returns `best_checkpoint` of a run whose training will not go on, which could delete it.
+
+        Raises:
+            UserError: As `best_checkpoint`, or if the run is not finished.
+        """
+        if self.report is None:
+            way_out = f"finish it first: {launch_command('train', '--resume', self.path)}"
+            raise UserError(f"run {self.path} is not finished; {way_out}")
+        return self.best_checkpoint(metric)
 
     def _require_kept(self, metric: str, kept: CheckpointMeta) -> None:
         """Raises UserError if a checkpoint that was better by a metric is not there any more."""

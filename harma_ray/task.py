@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.health import HealthWatch
 from harma_ray.models.backbone import Backbone
+from harma_ray.models.clip import DualEncoder
 from harma_ray.optim import warmup_steps
 
 Batch = dict[str, Tensor]
@@ -72,6 +74,28 @@ class EvaluationData(Protocol):
         ...
 
 
+class StoredRun(Protocol):
+    """A run on disk, as `harma_ray.runs.Run`."""
+
+    @property
+    def path(self) -> Path:
+        """Absolute folder."""
+        ...
+
+    @property
+    def config(self) -> RunConfig:
+        """Its full settings."""
+        ...
+
+    def best_finished(self, metric: str | None = None) -> Path:
+        """Returns its best checkpoint, by a metric or its objective.
+
+        Raises:
+            UserError: If it is not finished, or has none by that metric.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class FeatureEncoder:
     """Frozen encoders whose outputs may be computed once and trained on."""
@@ -91,6 +115,9 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     """Set by the constructor."""
     backbone: Backbone
     """The pretrained part, set by the constructor; trials of a search put a shared one in its place."""
+
+    unseen_settings: Sequence[str] = ()
+    """Settings that change what weights compute but not their shapes."""
 
     def __init__(self, config: ConfigT):
         """Takes the settings; nothing is loaded yet."""
@@ -151,6 +178,22 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """Raises UserError if a part stays frozen whose weights nobody named; part of `check`."""
         if not self.trains_backbone:
             self.backbone.require_named(self.config.recipe)
+
+    def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
+        """Returns the settings by which the recipe builds on the best model of a run of an earlier stage.
+
+        Args:
+            run: The run, finished.
+            metric: What the model is the best by; None = the run's objective.
+
+        Raises:
+            UserError: If the recipe builds on no other, the run is of another kind, or has no such model.
+        """
+        raise UserError(f"recipe {self.config.recipe} does not build on another run; leave out --from")
+
+    def joint_encoder(self, model: ModelT) -> DualEncoder | None:
+        """Returns what encodes images and texts so that their cosine compares them; None: they are not compared."""
+        return None
 
     def queries(self, model: ModelT) -> Sequence[str]:
         """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""

@@ -13,7 +13,6 @@ from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
 
 from harma_ray.checkpoint import read_meta, save_checkpoint
-from harma_ray.composed_exchange import settings_after
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
@@ -460,7 +459,8 @@ def test_a_second_stage_builds_on_the_best_by_another_metric(capsys, composed, t
         run.path, replace(meta, step=5, metrics={"r_mean": 0.5, "harmonic_mean": 9.0}), run.load_model(), {}
     )
     for metric in (None, "harmonic_mean"):
-        config = build_config(recipe_config("scenes-cir-combiner"), settings_after(run, "scenes-cir-combiner", metric))
+        base = recipe_config("scenes-cir-combiner")
+        config = build_config(base, make_task(base).after(run, metric))
         assert config.model.tuned == str(run.best_checkpoint(metric))
     assert run.best_checkpoint("harmonic_mean").name == "step_00000005" != run.best_checkpoint().name
     command = ("train", "--recipe", "scenes-cir-combiner", "--data", composed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,10 @@ def add_predict(commands: Any) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from harma_ray.predict import predict_cirr
+    from harma_ray.exchange import load_model
+    from harma_ray.recipes import make_task
     from harma_ray.recipes.clip4cir_queries import QUERIES
+    from harma_ray.recipes.clip4cir_submission import predict_cirr
     from harma_ray.session import absolute_paths
 
     config, weights = _read_model(options)
@@ -133,7 +136,9 @@ def _predict(options: argparse.Namespace) -> None:
         if options.run
         else Path(options.checkpoint or config.model.pretrained).stem
     )
-    found = predict_cirr(absolute_paths(config), weights, options.split, options.out, name, query=options.query)
+    settings = absolute_paths(config)
+    load = partial(load_model, weights, settings)
+    found = predict_cirr(make_task(settings), load, options.split, options.out, name, query=options.query)
     print(f"queries: {QUERIES[found.query]}; {config.train.eval_precision}")
     for path in found.files:
         print(f"wrote {path}")

@@ -116,10 +116,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def stage_changes(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
     """Returns the settings by which a recipe builds on the run of ``--from``."""
-    from harma_ray.composed_exchange import settings_after
+    from harma_ray.recipes import make_task, recipe_config
     from harma_ray.runs import open_run
 
-    return settings_after(open_run(options.source), recipe, options.metric)
+    return make_task(recipe_config(recipe)).after(open_run(options.source), options.metric)
 
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:

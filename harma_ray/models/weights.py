@@ -15,16 +15,16 @@ from harma_ray.models.foreign import ACTIVATION, GELU, QUICK_GELU
 _KEYS_SHOWN = 5
 
 
-def save_clip(model: nn.Module, path: str | Path, *, without: str = "", says_activation: bool = True) -> None:
-    """Write a CLIP's state dict as `.safetensors`.
+def save_clip(model: nn.Module, path: str | Path, *, says_activation: bool = True) -> None:
+    """Write a CLIP's own state dict, without modules that say `is_added`, as `.safetensors`.
 
     Args:
         model: an open_clip model.
         path: the file.
-        without: names that contain this are left out; empty: none.
         says_activation: keep with it that the model's activation is the one that it was trained with.
     """
-    state = {name: t.contiguous() for name, t in model.state_dict().items() if not (without and without in name)}
+    added = _added(model)
+    state = {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(added)}
     activation = {ACTIVATION: QUICK_GELU if has_quick_gelu(model) else GELU}
     save_file(state, path, metadata=activation if says_activation else None)
 
@@ -87,13 +87,18 @@ def backbone_fingerprint(model: nn.Module) -> str:
         64 hexadecimal digits.
     """
     clip_model = getattr(model, "clip", model)
-    added = tuple(f"{name}." for name, module in clip_model.named_modules() if getattr(module, "is_added", False))
+    added = _added(clip_model)
     digest = hashlib.sha256(QUICK_GELU.encode() if has_quick_gelu(clip_model) else b"")
     for name, tensor in sorted(clip_model.state_dict().items()):
         if not name.startswith(added):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _added(model: nn.Module) -> tuple[str, ...]:
+    """Return how the names of tensors begin that are no part of the CLIP."""
+    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_added", False))
 
 
 def _few(names: list[str]) -> str:

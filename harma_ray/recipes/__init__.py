@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harma_ray.config import RunConfig, build_config, load_yaml
 from harma_ray.errors import UserError
+from harma_ray.foreign_formats import ForeignFormat
 from harma_ray.recipes import clip4cir_config, harma_config
 from harma_ray.recipes.clip4cir import Clip4CirTask
+from harma_ray.recipes.clip4cir_released import Clip4CirFile
 from harma_ray.recipes.harma import HarmaTask
+from harma_ray.recipes.harma_released import HarmaFile
 from harma_ray.task import Task
 
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES, **clip4cir_config.RECIPES}
@@ -22,6 +25,9 @@ _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
     clip4cir_config.FinetuneConfig: Clip4CirTask,
     clip4cir_config.CombinerConfig: Clip4CirTask,
 }
+
+FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile())
+"""The files of other programs, asked in this order."""
 
 
 def recipe_config(name: str) -> RunConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +36,7 @@ from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes.clip4cir_config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir_inputs import Inputs, ItemTransform, TripletTransform
 from harma_ray.recipes.clip4cir_queries import BASELINE_METRICS, QUERIES, compose
-from harma_ray.task import Batch, EvaluationData, FeatureEncoder, RowTransform, Task
+from harma_ray.task import Batch, EvaluationData, FeatureEncoder, RowTransform, StoredRun, Task
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,23 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         model.combiner = None
         return model
 
+    def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
+        """Returns the settings by which the second stage builds on the first's CLIP."""
+        if not isinstance(self.config, CombinerConfig):
+            return super().after(run, metric)
+        first = run.config
+        if not isinstance(first, FinetuneConfig):
+            recipe = self.config.recipe
+            raise UserError(f"recipe {recipe} builds on a fine-tuned CLIP, but {run.path} is a run of {first.recipe}")
+        return {
+            "model.architecture": first.model.architecture,
+            "model.pretrained": first.model.pretrained,
+            "model.activation": first.model.activation,
+            "model.tuned": str(run.best_finished(metric)),
+            "model.tuned_seed": first.seed,
+            **{f"preparation.{name}": value for name, value in asdict(first.preparation).items()},
+        }
+
     def queries(self, model: ComposedRetriever) -> Sequence[str]:
         """Returns the names among `QUERIES` that a model can make: all, or without a Combiner all others."""
         return [name for name in QUERIES if name != "combiner" or model.combiner is not None]
@@ -168,12 +185,13 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     def advice(self) -> list[str]:
         """Returns what to try: a lower rate first, since the loss's fixed scale of 100 makes steep gradients."""
         config, rate = self.config, self.config.optim.learning_rate
+        tuned = isinstance(config.model, TunedClipConfig) and config.model.tuned
         advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
         if config.optim.warmup_fraction < 0.1:
             advice.append(f"a warm-up, optim.warmup_fraction=0.1 (now {config.optim.warmup_fraction:g})")
-        if config.model.pretrained == "random" and not self.backbone.tuned:
+        if config.model.pretrained == "random" and not tuned:
             advice.append("pretrained weights, model.pretrained=FILE: nothing but this training knows the images yet")
-        elif isinstance(config, CombinerConfig) and not self.backbone.tuned:
+        elif isinstance(config, CombinerConfig) and not tuned:
             advice.append("a fine-tuned CLIP (--from RUN): the Combiner starts from its features")
         return advice
 
@@ -225,9 +243,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         if queries.text_vectors is not None:
             return gallery, queries.text_vectors
         texts = [evaluation_text(captions) for captions in queries.captions]
-        return gallery, encode_texts(
-            model.encoder, self.config.model.architecture, texts, batch_size, normalize=False
-        )  # fmt: skip
+        return gallery, encode_texts(model.encoder, self.backbone.tokenizer(), texts, batch_size, normalize=False)
 
     def _require_same_encoders(self, model: ComposedRetriever, split: Split) -> None:
         """Raises UserError if a split's vectors are not what the model's encoders give."""

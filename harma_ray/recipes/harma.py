@@ -40,6 +40,8 @@ from harma_ray.task import Array, Batch, EvaluationData, RowTransform, Task
 class HarmaTask(Task[HarmaConfig, DualEncoder]):
     """Image-text retrieval with HarMA."""
 
+    unseen_settings = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
+
     def __init__(self, config: HarmaConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
@@ -91,6 +93,10 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
             model.temperature.requires_grad_(False)
         if settings.activation_checkpointing:
             model.set_grad_checkpointing()
+        return model
+
+    def joint_encoder(self, model: DualEncoder) -> DualEncoder:
+        """Returns the model."""
         return model
 
     def transform(self, *, training: bool) -> RowTransform:
@@ -170,7 +176,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         own_images = torch.cat(images) if images else torch.empty(0, width)
         image_embeddings = gather_rows(own_images.to(device)).cpu()
         texts = [text for row in captions for text in row]
-        text_embeddings = encode_texts(model, self.config.model.architecture, texts, batch_size)
+        text_embeddings = encode_texts(model, self.backbone.tokenizer(), texts, batch_size)
         found = None
         if rank() == 0:
             counts = torch.tensor([len(row) for row in captions])

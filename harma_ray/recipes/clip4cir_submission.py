@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from harma_ray.config import RunConfig
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.schema import Split, open_split
 from harma_ray.data.stream import EvaluationStream, local_batches
 from harma_ray.engine import default_place, evaluating
 from harma_ray.errors import UserError
-from harma_ray.exchange import load_model
 from harma_ray.files import output_path, write_text
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.ranking import Groups, top_k
-from harma_ray.recipes import make_task
 from harma_ray.recipes.clip4cir import Clip4CirTask
 from harma_ray.recipes.clip4cir_queries import compose
-from harma_ray.task import require_query
+from harma_ray.task import Task, require_query
 
 NUM_RESULTS, NUM_SUBSET_RESULTS = 50, 3
 """Names that a query has in the two files."""
@@ -40,13 +38,13 @@ class Submission:
 
 
 def predict_cirr(
-    config: RunConfig, weights: str | Path | None, split: str, out: str | Path, name: str, *, query: str | None = None
+    task: Task, load: Callable[[], nn.Module], split: str, out: str | Path, name: str, *, query: str | None = None
 ) -> Submission:
     """Writes the two files of a submission to CIRR's server.
 
     Args:
-        config: Settings of CLIP4Cir, either stage; ``data.path`` is the converted data set.
-        weights: What answers, see `harma_ray.exchange.load_model`; None = the CLIP of the settings.
+        task: CLIP4Cir's, either stage; ``data.path`` of its settings is the converted data set.
+        load: Gives the model that answers, in evaluation mode; called once the split is known to fit.
         split: The split with the queries.
         out: Folder of the files; made if missing.
         name: Last part of their names.
@@ -56,7 +54,7 @@ def predict_cirr(
         UserError: If the settings or the split are of another kind, the weights do not fit, the split lacks images or
             queries of the data set, the gallery is too small for a submission, or the files cannot be written.
     """
-    task = make_task(config)
+    config = task.config
     if not isinstance(task, Clip4CirTask):
         raise UserError(f"recipe {config.recipe} has no composed queries; give a run or a recipe of CLIP4Cir")
     if name != Path(name).name:
@@ -64,7 +62,7 @@ def predict_cirr(
     opened = open_split(config.data.path, split)
     queries = ComposedQueries.of(opened)
     subsets = _members(opened, queries)
-    folder, model, place = output_path(out), load_model(weights, config), default_place(config)
+    folder, model, place = output_path(out), load(), default_place(config)
     assert isinstance(model, ComposedRetriever)
     query = query or task.queries(model)[0]
     require_query(task, model, query)
