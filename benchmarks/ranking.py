@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from harma_ray import metrics
+from harma_ray.retrieval import image_text
 
 
 def _peak_gib() -> float:
@@ -41,11 +41,11 @@ def main() -> None:
     before = _peak_gib()
 
     started = time.perf_counter()
-    result = metrics.image_text_recalls(images, texts, image_of_text, keys, chunk_size=arguments.chunk_size)
+    result = image_text.image_text_recalls(images, texts, image_of_text, keys, chunk_size=arguments.chunk_size)
     ranking_seconds = time.perf_counter() - started
     peak = _peak_gib()
     started = time.perf_counter()
-    intervals = metrics.bootstrap_interval(result)
+    intervals = image_text.bootstrap_interval(result)
     bootstrap_seconds = time.perf_counter() - started
 
     low, high = intervals["r_mean"]

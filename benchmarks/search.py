@@ -16,19 +16,19 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from harma_ray.cluster import ray_cluster
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.stream import local_batches
-from harma_ray.engine import default_place
 from harma_ray.exchange import export_checkpoint
-from harma_ray.loop import run_training
-from harma_ray.plans import plan_trials
+from harma_ray.on_ray.cluster import ray_cluster
+from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
-from harma_ray.tune.parameters import Range
+from harma_ray.training.loop import run_training
+from harma_ray.training.step import default_place
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Range
 
 EPOCHS = 3
 PARAMETERS = (

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from harma_ray.cluster import ray_cluster
 from harma_ray.config import DataConfig
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.order import chunk_samples, iterate_slices, read_samples, training_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import DecodeRows, Place, TrainingStream
 from harma_ray.data.transforms import PUBLISHED
-from harma_ray.recipes.harma import PairTransform
+from harma_ray.on_ray.cluster import ray_cluster
+from harma_ray.recipes.harma.task import PairTransform
 
 
 class Pairs(IterableDataset):
@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transform = PairTransform("ViT-B-32", 224, 10**8, PUBLISHED)
     with tempfile.TemporaryDirectory() as folder, ray_cluster(num_cpus=options.cores):
-        from harma_ray.data.ray_stream import ray_batches
+        from harma_ray.on_ray.stream import ray_batches
 
         convert_scenes(Path(folder), {"train": options.images}, style="summer", size=options.size)
         split = open_split(folder, "train")

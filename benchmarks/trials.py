@@ -17,14 +17,14 @@ from pathlib import Path
 
 from memory import MIB, Watch
 
-from harma_ray.cluster import ray_cluster
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.plans import plan_trials
+from harma_ray.on_ray.cluster import ray_cluster
+from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import recipe_config
-from harma_ray.tracking import read_records
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
-from harma_ray.tune.parameters import Range
+from harma_ray.training.tracking import read_records
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import trial_folder
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-5, high=1e-3, log=True)

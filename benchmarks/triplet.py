@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 from torch.nn.functional import normalize
 
-from harma_ray.losses import contrastive_loss, equal_scores_triplet_loss, weighted_triplet_loss
+from harma_ray.models.losses import contrastive_loss, equal_scores_triplet_loss, weighted_triplet_loss
 
 WIDTH, TEMPERATURE, MARGIN, GAMMA = 64, 0.07, 0.2, 2.0
 BACKBONES = {"none": 0.0, "weak": 0.3, "strong": 2.0}

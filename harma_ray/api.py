@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from harma_ray.checkpoint import read_meta
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import read_picture
@@ -23,12 +22,13 @@ from harma_ray.data.images import MAX_PIXELS, BadImage, decode_stored, is_wide, 
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.schema import open_split
 from harma_ray.data.transforms import eval_transform
-from harma_ray.encoding import encode_texts
-from harma_ray.engine import evaluating
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size
+from harma_ray.retrieval.encoding import encode_texts
 from harma_ray.runs import Run, open_run
 from harma_ray.task import Task
+from harma_ray.training.checkpoint import read_meta
+from harma_ray.training.step import evaluating
 
 _logger = logging.getLogger(__name__)
 

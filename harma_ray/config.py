@@ -16,12 +16,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from harma_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Marks a setting of a model that may be a path; what has no suffix and does not exist is a name."""
+
+    kind: Literal["file", "folder"]
+
+    def is_there(self, path: Path) -> bool:
+        """Tells whether a path is one of these."""
+        return path.is_file() if self.kind == "file" else path.is_dir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +225,19 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def disk_settings(config: Any, prefix: str = "") -> dict[str, tuple[str, OnDisk]]:
+    """Returns the settings that are marked `OnDisk` and not empty, with their marks, by dotted name."""
+    found: dict[str, tuple[str, OnDisk]] = {}
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            found |= disk_settings(value, f"{prefix}{name}.")
+        marks = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, OnDisk)]
+        if marks and value:
+            found[f"{prefix}{name}"] = str(value), marks[0]
+    return found
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -8,70 +8,24 @@ device that the model is on; what only one worker needs it computes on worker 0 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
-import pyarrow as pa
 from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
+from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.schema import Split
+from harma_ray.data.stream import EvaluationStream
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
-from harma_ray.health import HealthWatch
 from harma_ray.models.backbone import Backbone
 from harma_ray.models.clip import DualEncoder
-from harma_ray.optim import warmup_steps
-
-Batch = dict[str, Tensor]
-"""A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
-
-Array = np.ndarray | np.generic | Tensor
-"""What a transform may return for a sample: an array, a number, a tensor."""
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
-
-
-class RowTransform(Protocol):
-    """Turns one row of a shard into the arrays of one sample; runs inside Ray Data, so it must pickle."""
-
-    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
-        """Transforms a row.
-
-        Args:
-            row: The columns of the schema, and ``row`` and ``caption``, the sample.
-            rng: Seeded by (seed, epoch, row, caption) alone; the only source of randomness.
-
-        Returns:
-            Arrays of equal shapes over all rows.
-
-        Raises:
-            UserError: If the row cannot be used; the stream adds the row's source.
-        """
-        ...
-
-
-class EvaluationData(Protocol):
-    """A split as one worker sees it in evaluation."""
-
-    split: Split
-
-    @property
-    def rows(self) -> np.ndarray:
-        """int64[n], the rows of this worker; over all workers every row exactly once."""
-        ...
-
-    def batches(self, transform: RowTransform, *, batch_size: int) -> Iterable[Batch]:
-        """Yields this worker's rows in order, on the model's device."""
-        ...
-
-    def table(self, columns: Sequence[str]) -> pa.Table:
-        """Returns light columns (never ``image``) of the WHOLE split, in row order."""
-        ...
 
 
 class StoredRun(Protocol):
@@ -145,7 +99,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """
 
     @abstractmethod
-    def evaluate(self, model: ModelT, data: EvaluationData) -> Evaluation:
+    def evaluate(self, model: ModelT, data: EvaluationStream) -> Evaluation:
         """Evaluates the (unwrapped) model on a split; called on every worker."""
 
     # --- what has a default
@@ -241,14 +195,3 @@ def require_query(task: Task, model: nn.Module, query: str) -> None:
             if known
             else "`--query` is for composed retrieval, where queries can be made in several ways; leave it out"
         )
-
-
-def health_watch(task: Task, total_steps: int) -> HealthWatch:
-    """Returns who watches a training of some steps from its first one on."""
-    return HealthWatch(
-        task.losses_at_equal_scores(),
-        objective=task.metrics.objective,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps(total_steps, task.config.optim),
-        advice=task.advice(),
-    )

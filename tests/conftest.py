@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harma_ray.cluster import prepare_environment
+from harma_ray.on_ray.cluster import prepare_environment
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 prepare_environment(own_cluster=True)  # before anything imports Ray
@@ -43,7 +43,7 @@ def cluster_address():
     """Address of a cluster of two CPUs, in a process of its own, for all modules."""
     code = """
 import ray
-from harma_ray.cluster import ray_cluster
+from harma_ray.on_ray.cluster import ray_cluster
 with ray_cluster(num_cpus=2):
     print(ray.get_runtime_context().gcs_address, flush=True)
     input()
@@ -60,7 +60,7 @@ with ray_cluster(num_cpus=2):
 @pytest.fixture(scope="module")
 def ray_cluster(cluster_address):
     """The cluster of `cluster_address`, joined for the tests of a module."""
-    from harma_ray.cluster import ray_cluster
+    from harma_ray.on_ray.cluster import ray_cluster
 
     with ray_cluster(cluster_address) as cluster:
         yield cluster

@@ -1,7 +1,6 @@
-"""A small split on disk with chosen captions, and the details of an evaluation from chosen embeddings."""
+"""A small split on disk with chosen captions, and a retrieval of chosen embeddings."""
 
 import io
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +8,7 @@ import torch
 
 from harma_ray.data.scenes import scene
 from harma_ray.data.schema import IMAGE_SCHEMA, MANIFEST_NAME, Manifest, Shard, Split, open_split
-from harma_ray.metrics import image_text_recalls
+from harma_ray.retrieval.image_text import ImageTextRetrieval
 
 
 def write_split(folder, captions, labels=None, images=None) -> Split:
@@ -39,19 +38,15 @@ def write_split(folder, captions, labels=None, images=None) -> Split:
     return open_split(folder / "data", "val")
 
 
-def make_details(images, texts, captions) -> SimpleNamespace:
-    """Makes the details of an evaluation from embeddings that need not be normalised."""
+def make_retrieval(images, texts, captions) -> ImageTextRetrieval:
+    """Ranks embeddings that need not be normalised."""
     images, texts = (torch.nn.functional.normalize(x.float(), dim=1) for x in (images, texts))
     image_of_text = torch.repeat_interleave(torch.arange(len(captions)), torch.tensor([len(row) for row in captions]))
-    flat = [text for row in captions for text in row]
-    result = image_text_recalls(images, texts, image_of_text, flat)
-    return SimpleNamespace(
-        image_embeddings=images, text_embeddings=texts, texts=flat, image_of_text=image_of_text, result=result
-    )
+    return ImageTextRetrieval.of(images, texts, [text for row in captions for text in row], image_of_text)
 
 
-def perfect(captions) -> SimpleNamespace:
+def perfect(captions) -> ImageTextRetrieval:
     eye = torch.eye(len(captions))
-    return make_details(
+    return make_retrieval(
         eye, torch.cat([eye[i : i + 1].repeat(len(row), 1) for i, row in enumerate(captions)]), captions
     )

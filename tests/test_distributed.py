@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray import distributed
-from harma_ray.losses import affiliation_loss, class_means, contrastive_loss, weighted_triplet_loss
+from harma_ray.models.losses import affiliation_loss, class_means, contrastive_loss, weighted_triplet_loss
 
 BATCH = 4
 

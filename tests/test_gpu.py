@@ -6,14 +6,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from harma_ray.checkpoint import list_checkpoints
 from harma_ray.config import TrainConfig, build_config
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.engine import evaluate_split, evaluating
 from harma_ray.exchange import load_model
-from harma_ray.loop import run_training
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.tracking import read_records
+from harma_ray.training.checkpoint import list_checkpoints
+from harma_ray.training.loop import run_training
+from harma_ray.training.step import evaluate_split, evaluating
+from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -107,12 +107,12 @@ def test_submissions_and_features_of_a_composed_run_are_fp32_on_a_gpu(composed):
 
 @pytest.mark.ray
 def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
-    from harma_ray.cluster import ray_cluster
-    from harma_ray.plans import plan_trials
-    from harma_ray.tune.definition import Limits, SearchDefinition
+    from harma_ray.on_ray.cluster import ray_cluster
+    from harma_ray.on_ray.resources import plan_trials
     from harma_ray.tune.folder import read_search
-    from harma_ray.tune.parameters import Range
     from harma_ray.tune.search import finish_best, prepare_trials, run_search
+    from harma_ray.tune.space.definition import Limits, SearchDefinition
+    from harma_ray.tune.space.parameters import Range
 
     shared = build_config(config, {"scaling.gpus_per_worker": 0.5, "scaling.cpus_per_worker": 0.5})
     rate = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-2, log=True)

@@ -76,10 +76,10 @@ def add_convert(commands: Any) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from harma_ray.cluster import ray_cluster, require_shared_folder, require_visible
     from harma_ray.data.convert.writer import WriteSettings
     from harma_ray.errors import UserError
     from harma_ray.files import output_path
+    from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 
     if getattr(options, "annotations_only", False):
         print(_read_composed(options).report())
@@ -107,26 +107,29 @@ def _convert(options: argparse.Namespace) -> None:
 def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Manifest]:
     """Runs the converter and returns the manifests of the splits."""
     from harma_ray.data.convert import commands as convert
+    from harma_ray.on_ray.tasks import map_with_ray
+
+    how: dict[str, Any] = {"settings": settings, "map_tasks": map_with_ray}
 
     if options.kind == "harma":
         return {options.split: convert.convert_harma(
-            options.annotations, options.images, options.split, options.out, settings=settings)}  # fmt: skip
+            options.annotations, options.images, options.split, options.out, **how)}  # fmt: skip
     if options.kind == "karpathy":
-        return convert.convert_karpathy(options.annotations, options.images, options.out, settings=settings)
+        return convert.convert_karpathy(options.annotations, options.images, options.out, **how)
     if options.kind == "folder":
         return convert.convert_folder(
             options.images, options.out, caption_template=options.caption_template, fractions=options.fractions,
-            settings=settings,
+            **how,
         )  # fmt: skip
     if options.kind == "fashioniq":
         return {options.split: convert.convert_fashioniq(
-            options.root, options.split, options.out, categories=options.categories, settings=settings)}  # fmt: skip
+            options.root, options.split, options.out, categories=options.categories, **how)}  # fmt: skip
     if options.kind == "cirr":
-        return {options.split: convert.convert_cirr(options.root, options.split, options.out, settings=settings)}
+        return {options.split: convert.convert_cirr(options.root, options.split, options.out, **how)}
     draw = convert.convert_scenes if options.kind == "scenes" else convert.convert_scenes_cir
     counts = dict(zip(("train", "val", "test"), options.counts, strict=True))
     counts = {split: count for split, count in counts.items() if count}
-    return draw(options.out, counts, style=options.style, size=options.size, settings=settings)
+    return draw(options.out, counts, style=options.style, size=options.size, **how)
 
 
 def _summarise(manifest: Manifest) -> str:

@@ -21,6 +21,6 @@ def add_demo(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from harma_ray.demo import run_demo
+    from harma_ray.cli.demo_run import run_demo
 
     run_demo(Path(options.out), seed=options.seed, num_workers=options.workers or 0)

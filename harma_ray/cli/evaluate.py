@@ -93,7 +93,7 @@ def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from harma_ray.session import evaluate_and_print
+    from harma_ray.cli.evaluate_run import evaluate_and_print
 
     config, weights = _read_model(options)
     evaluate_and_print(
@@ -125,10 +125,10 @@ def add_predict(commands: Any) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from harma_ray.exchange import load_model
+    from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task
-    from harma_ray.recipes.clip4cir_queries import QUERIES
-    from harma_ray.recipes.clip4cir_submission import predict_cirr
-    from harma_ray.session import absolute_paths
+    from harma_ray.recipes.clip4cir.queries import QUERIES
+    from harma_ray.recipes.clip4cir.submission import predict_cirr
 
     config, weights = _read_model(options)
     name = options.name or (
@@ -165,10 +165,10 @@ def add_embed(commands: Any) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from harma_ray.cluster import ray_cluster, require_visible
     from harma_ray.config import build_config
-    from harma_ray.embed import embed
+    from harma_ray.on_ray.cluster import ray_cluster, require_visible
     from harma_ray.runs import Run, open_run
+    from harma_ray.vectors.embed import embed
 
     found = open_run(options.run)
     changes = precision_changes(options)

@@ -47,7 +47,7 @@ def add_train(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from harma_ray.session import check_gradients, resume_and_train, train_seeds
+    from harma_ray.cli.train_run import check_gradients, resume_and_train, train_seeds
 
     if options.resume:
         changed = ("source", "metric", "overrides", "seeds", "name", "runs", "check")

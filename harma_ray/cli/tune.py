@@ -52,8 +52,8 @@ def add_tune(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from harma_ray.tune.session import SearchOptions, report_search, resume_search, start_search
-    from harma_ray.tune.space import read_recipe
+    from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
+    from harma_ray.tune.space.file import read_recipe
 
     limits = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "concurrent", "confirm")}
     for name, value in limits.items():

@@ -1,6 +1,6 @@
 """Streams of batches: every worker sees its own samples, in an order fixed beforehand (see `harma_ray.data.order`).
 
-Who reads is a parameter: `harma_ray.data.ray_stream.ray_batches` reads with Ray Data tasks ahead of the worker;
+Who reads is a parameter: `harma_ray.on_ray.stream.ray_batches` reads with Ray Data tasks ahead of the worker;
 `local_batches` reads in the process itself. A training stream is one execution over all remaining steps of a run, so
 an epoch after the first starts at once. Batches are checked against the order.
 """
@@ -29,9 +29,9 @@ from harma_ray.data.order import (
     iterate_slices,
     worker_rows,
 )
+from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.schema import Split, index_rows
 from harma_ray.errors import UserError
-from harma_ray.task import Batch, RowTransform
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import Any
 
 from harma_ray.config import RunConfig, build_config, load_yaml
 from harma_ray.errors import UserError
-from harma_ray.foreign_formats import ForeignFormat
-from harma_ray.recipes import clip4cir_config, harma_config
-from harma_ray.recipes.clip4cir import Clip4CirTask
-from harma_ray.recipes.clip4cir_released import Clip4CirFile
-from harma_ray.recipes.harma import HarmaTask
-from harma_ray.recipes.harma_released import HarmaFile
+from harma_ray.formats import ForeignFormat
+from harma_ray.recipes.clip4cir import config as clip4cir_config
+from harma_ray.recipes.clip4cir.released import Clip4CirFile
+from harma_ray.recipes.clip4cir.task import Clip4CirTask
+from harma_ray.recipes.harma import config as harma_config
+from harma_ray.recipes.harma.released import HarmaFile
+from harma_ray.recipes.harma.task import HarmaTask
 from harma_ray.task import Task
 
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES, **clip4cir_config.RECIPES}

@@ -14,16 +14,16 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from harma_ray.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.config import to_yaml as config_yaml
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, write_text
 from harma_ray.runs import ENVIRONMENT_NAME, describe_environment, make_folder
-from harma_ray.tracking import REPORT_NAME, read_records
-from harma_ray.tune.definition import SearchDefinition
-from harma_ray.tune.parameters import Choices
+from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
+from harma_ray.training.tracking import REPORT_NAME, read_records
 from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
-from harma_ray.tune.space import load_search, to_yaml
+from harma_ray.tune.space.definition import SearchDefinition
+from harma_ray.tune.space.file import load_search, to_yaml
+from harma_ray.tune.space.parameters import Choices
 from harma_ray.tune.storage import open_study, require_file, require_new_study
 from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, TRIALS_FOLDER, trial_folder
 

@@ -19,21 +19,21 @@ import ray.tune
 from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
-from harma_ray.cluster import Cluster
 from harma_ray.config import RunConfig, build_config
 from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
-from harma_ray.plans import DRIVER_CPUS, TrialPlan, WorkerPlan
+from harma_ray.on_ray.cluster import Cluster
+from harma_ray.on_ray.resources import DRIVER_CPUS, TrialPlan, WorkerPlan
+from harma_ray.on_ray.workers import train
 from harma_ray.recipes import make_task
 from harma_ray.runs import Run, describe_environment
 from harma_ray.shell import launch_command
-from harma_ray.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
-from harma_ray.train import train
-from harma_ray.tune.definition import SearchDefinition
+from harma_ray.training.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
 from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
+from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import cause_of
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
 from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone

@@ -11,9 +11,9 @@ import sqlalchemy.engine
 import sqlalchemy.exc
 
 from harma_ray.errors import UserError
-from harma_ray.files import output_path
 from harma_ray.shell import command_line
-from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.space.definition import SearchDefinition
+from harma_ray.tune.space.urls import parse_url, show_url
 
 STORAGE_NAME = "optuna.db"
 
@@ -73,7 +73,7 @@ def require_file(folder: Path) -> None:
         return
     message = f"the search {folder} has trials, but not the study that knows them, {STORAGE_NAME}"
     # versions up to 0.1.0 did not quote the path in the URL
-    earlier = _parse(f"sqlite:///{path}")
+    earlier = parse_url(f"sqlite:///{path}")
     if earlier and earlier.database != str(path) and Path(earlier.database or "").is_file():
         raise UserError(
             f"{message}; an earlier version kept it in another place, where other searches may have written too: "
@@ -98,32 +98,9 @@ def storage_url(folder: Path, definition: SearchDefinition) -> str:
     return definition.storage or _file_url(folder / STORAGE_NAME)
 
 
-def absolute_url(url: str) -> str:
-    """Returns a storage's URL that does not depend on the working folder: that of a SQLite file by its whole path."""
-    parsed = _parse(url)
-    if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database or "uri" in parsed.query:
-        return url
-    return parsed.set(database=str(output_path(parsed.database))).render_as_string(hide_password=False)
-
-
-def is_lasting(url: str) -> bool:
-    """Says whether a text is the URL of a database, and of none in memory."""
-    parsed = _parse(url)
-    if parsed is None or parsed.get_backend_name() != "sqlite":
-        return parsed is not None
-    database = parsed.database or ":memory:"
-    return ":memory:" not in database and parsed.query.get("mode") != "memory"
-
-
 def study_name(folder: Path, definition: SearchDefinition) -> str:
     """Returns the name of a search's study; a search's own storage holds no other."""
     return (definition.study or folder.name) if definition.storage else "search"
-
-
-def show_url(url: str) -> str:
-    """Returns a storage's URL without its password."""
-    parsed = _parse(url)
-    return parsed.render_as_string(hide_password=True) if parsed else url
 
 
 def _file_url(path: Path, *, read_only: bool = False) -> str:
@@ -133,13 +110,6 @@ def _file_url(path: Path, *, read_only: bool = False) -> str:
     else:
         url = sqlalchemy.engine.URL.create("sqlite", database=str(path))
     return url.render_as_string()
-
-
-def _parse(url: str) -> sqlalchemy.engine.URL | None:
-    try:
-        return sqlalchemy.engine.make_url(url)
-    except (sqlalchemy.exc.ArgumentError, ValueError):  # the second for a port that is no number
-        return None
 
 
 def make_sampler(definition: SearchDefinition, num_trials: int = 0) -> optuna.samplers.BaseSampler:

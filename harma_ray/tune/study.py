@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harma_ray.config import RunConfig, build_config, config_hash
 from harma_ray.errors import UserError
-from harma_ray.tune.definition import SearchDefinition
+from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import open_study
 
 TRIALS_FOLDER = "trials"

@@ -21,19 +21,19 @@ from typing import Any
 import ray
 import torch
 
-from harma_ray.checkpoint import list_checkpoints, read_meta
 from harma_ray.config import RunConfig, build_config, to_yaml
 from harma_ray.data.stream import Place, Reader, prefetched_batches
-from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
-from harma_ray.loop import finish_training, run_training, run_trial
-from harma_ray.plans import WorkerPlan
+from harma_ray.on_ray.resources import WorkerPlan
+from harma_ray.on_ray.workers import enter_worker, on_workers, plain_errors
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
 from harma_ray.task import Task
-from harma_ray.tracking import read_records
-from harma_ray.train import enter_worker, on_workers, plain_errors
+from harma_ray.training.checkpoint import list_checkpoints, read_meta
+from harma_ray.training.loop import finish_training, run_training, run_trial
+from harma_ray.training.step import evaluate_split
+from harma_ray.training.tracking import read_records
 from harma_ray.tune.sharing import SharedBackbone
 from harma_ray.tune.study import Report
 
@@ -224,7 +224,7 @@ def _run_on_workers(folder: Path, config: RunConfig, setting: TrialSetting, tall
 def _work(settings: dict[str, Any]) -> _Tally:
     import ray.train
 
-    from harma_ray.data.ray_stream import ray_batches
+    from harma_ray.on_ray.stream import ray_batches
 
     config, place = enter_worker(settings)
     tally: _Tally = settings["tally"]
@@ -254,7 +254,7 @@ def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -
 def _reader(config: RunConfig) -> Reader:
     if config.data.decode == "worker":
         return prefetched_batches
-    from harma_ray.data.ray_stream import ray_batches
+    from harma_ray.on_ray.stream import ray_batches
 
     return ray_batches
 

@@ -331,7 +331,7 @@ def test_damaged_queries_are_noticed(cirr, tmp_path):
 def test_annotations_only_lists_what_is_missing_and_writes_nothing(fashioniq, cirr, tmp_path, capsys, monkeypatch):
     from harma_ray.cli import main
 
-    monkeypatch.setattr("harma_ray.cluster.ray_cluster", None)
+    monkeypatch.setattr("harma_ray.on_ray.cluster.ray_cluster", None)
     before = sorted(tmp_path.rglob("*"))
     command = ["convert", "cirr", "--root", str(cirr), "--split", "test1", "--annotations-only"]
     assert main(command) == 0

@@ -19,12 +19,13 @@ from harma_ray.data.convert import shards, staging
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_karpathy, convert_scenes
 from harma_ray.data.convert.duplicates import HASHES_NAME
 from harma_ray.data.convert.shards import pack_shards, write_shard
-from harma_ray.data.convert.tasks import map_serially, map_with_ray
+from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
 from harma_ray.data.schema import IMAGE_SCHEMA, index_rows, list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import TEMPORARY_PREFIX
+from harma_ray.on_ray.tasks import map_with_ray
 
 NUM_IMAGES = 30
 SMALL = {"shard_bytes": 20_000, "row_group_bytes": 4_000}

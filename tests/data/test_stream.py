@@ -90,7 +90,7 @@ def test_a_reader_that_changes_the_order_is_found_out(scenes, transform):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("decode", ["worker", "tasks"])
 def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transform, ray_cluster, decode):
-    from harma_ray.data.ray_stream import ray_batches
+    from harma_ray.on_ray.stream import ray_batches
 
     config = replace(CONFIG, decode=decode)
     expected = list(stream(scenes, transform).steps(20, 3))
@@ -106,7 +106,7 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
 def test_a_stream_that_is_ahead_does_not_keep_a_core_busy(scenes, transform, ray_cluster, monkeypatch):
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-    from harma_ray.data.ray_stream import ray_batches
+    from harma_ray.on_ray.stream import ray_batches
 
     step, steps = StreamingExecutor._scheduling_loop_step, []
 

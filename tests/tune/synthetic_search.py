@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from harma_ray.tune.report.scale import position
 from harma_ray.tune.results import Axis, Objective, SearchResults, TrialResult
-from harma_ray.tune.scale import position
 
 RATE = Axis("optim.learning_rate", log=True, choices=None, low=1e-5, high=1e-2)
 MARGIN = Axis("losses.margin", log=False, choices=None, low=0.0, high=1.0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from synthetic_search import KIND, MARGIN, RATE, draw_point, make_results, make_trial, make_trials
 
-from harma_ray.tune.importance import importance
-from harma_ray.tune.scale import position
+from harma_ray.tune.report.importance import importance
+from harma_ray.tune.report.scale import position
 
 
 def test_importance_finds_the_parameter_that_matters():

@@ -4,14 +4,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as LocalNodes
 
-from harma_ray.cluster import Cluster
 from harma_ray.config import build_config
-from harma_ray.plans import plan_trials
+from harma_ray.on_ray.cluster import Cluster
+from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import recipe_config
-from harma_ray.tracking import read_records
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
-from harma_ray.tune.parameters import Range
+from harma_ray.training.tracking import read_records
 from harma_ray.tune.search import prepare_trials, run_search
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Range
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-3, high=1e-2, log=True)
 

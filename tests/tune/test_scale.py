@@ -3,9 +3,9 @@ import math
 import pytest
 from synthetic_search import KIND, MARGIN, RANK, RATE
 
-from harma_ray.tune.drawing import plain, shorten
+from harma_ray.tune.report.drawing import plain, shorten
+from harma_ray.tune.report.scale import end_of_range, short_names, show, ticks
 from harma_ray.tune.results import Axis
-from harma_ray.tune.scale import end_of_range, short_names, show, ticks
 
 
 @pytest.mark.parametrize(

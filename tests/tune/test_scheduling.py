@@ -12,12 +12,12 @@ from ray.tune.search import Searcher
 
 from harma_ray.config import build_config
 from harma_ray.recipes import recipe_config
-from harma_ray.tracking import METRICS_NAME
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.training.tracking import METRICS_NAME
 from harma_ray.tune.folder import read_search
-from harma_ray.tune.parameters import Range
 from harma_ray.tune.results import TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import SearchStudy
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=True)

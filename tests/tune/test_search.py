@@ -13,18 +13,18 @@ import pytest
 from ray import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harma_ray.checkpoint import list_checkpoints
 from harma_ray.config import build_config, to_dict
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.engine import evaluate_split
 from harma_ray.errors import UserError
-from harma_ray.plans import plan_trials
+from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
-from harma_ray.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.training.checkpoint import list_checkpoints
+from harma_ray.training.step import evaluate_split
+from harma_ray.training.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
 from harma_ray.tune.folder import _read_confirmations, best_of, read_search
-from harma_ray.tune.parameters import Range
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import trial_folder
 
 pytestmark = pytest.mark.ray
@@ -283,8 +283,8 @@ total, free = (int(memory[name].split()[0]) for name in ("MemTotal", "MemAvailab
 os.environ["RAY_memory_usage_threshold"] = str(round((total - free + 5 * 2**20) / total, 3))
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_search as made
-from harma_ray.cluster import ray_cluster
-from harma_ray.tune.definition import Limits
+from harma_ray.on_ray.cluster import ray_cluster
+from harma_ray.tune.space.definition import Limits
 space = made.definition({str(scenes)!r}, made.WIDTH, limits=Limits(trials=3), concurrent=1)
 with ray_cluster(num_cpus=2) as cluster:
     results, _ = made.search(Path({str(tmp_path / "full")!r}), space, cluster, trial=made.takes_all_memory)

@@ -14,8 +14,8 @@ from scipy.stats import ttest_ind
 from synthetic_search import KIND, MARGIN, R_MEAN, RANK, RATE, SIZE, make_results, make_trial, make_trials, with_sizes
 
 from harma_ray.errors import UserError
-from harma_ray.tune.confirmed import standard_errors
-from harma_ray.tune.report import write_search_report
+from harma_ray.tune.report.confirmed import standard_errors
+from harma_ray.tune.report.page import write_search_report
 from harma_ray.tune.results import Axis, Confirmation
 
 EVIL = "<script>alert(\"x\")</script> & '$more'$ \N{SNOWMAN}\n"

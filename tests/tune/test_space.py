@@ -8,9 +8,9 @@ import yaml
 
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, Target
-from harma_ray.tune.parameters import Choices, Range
-from harma_ray.tune.space import load_search, to_yaml
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, Target
+from harma_ray.tune.space.file import load_search, to_yaml
+from harma_ray.tune.space.parameters import Choices, Range
 
 SHIPPED = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 FOUR = {"optim.learning_rate", "loss.margin", "loss.gamma", "adapter.width"}

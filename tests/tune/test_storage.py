@@ -10,10 +10,11 @@ import pytest
 
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
-from harma_ray.tune.definition import Limits, SearchDefinition
 from harma_ray.tune.folder import create_search, open_search
-from harma_ray.tune.parameters import Range
-from harma_ray.tune.storage import STORAGE_NAME, absolute_url, is_lasting, open_study, storage_url
+from harma_ray.tune.space.definition import Limits, SearchDefinition
+from harma_ray.tune.space.parameters import Range
+from harma_ray.tune.space.urls import absolute_url, is_lasting
+from harma_ray.tune.storage import STORAGE_NAME, open_study, storage_url
 from harma_ray.tune.study import TRIALS_FOLDER, SearchStudy
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=True)

@@ -11,10 +11,11 @@ from optuna.trial import TrialState
 from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
-from harma_ray.tune.definition import Limits, Sampler, SearchDefinition, Target
 from harma_ray.tune.folder import best_of, create_search, open_search, read_search
-from harma_ray.tune.parameters import Choices, Range
-from harma_ray.tune.storage import make_sampler, show_url
+from harma_ray.tune.space.definition import Limits, Sampler, SearchDefinition, Target
+from harma_ray.tune.space.parameters import Choices, Range
+from harma_ray.tune.space.urls import show_url
+from harma_ray.tune.storage import make_sampler
 from harma_ray.tune.study import DUPLICATE, FIRST_FAILURES, MANY_FAILURES, REASON, Report, SearchStudy, trial_folder
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=True)

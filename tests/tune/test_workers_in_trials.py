@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from harma_ray.checkpoint import list_checkpoints
-from harma_ray.cluster import ray_cluster as start_cluster
 from harma_ray.config import build_config
 from harma_ray.data.stream import Place, local_batches
-from harma_ray.loop import run_trial
-from harma_ray.plans import plan_trials
+from harma_ray.on_ray.cluster import ray_cluster as start_cluster
+from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.tracking import read_records
-from harma_ray.tune.definition import Limits, Sampler, Scheduler, SearchDefinition
-from harma_ray.tune.parameters import Range
+from harma_ray.training.checkpoint import list_checkpoints
+from harma_ray.training.loop import run_trial
+from harma_ray.training.tracking import read_records
 from harma_ray.tune.search import prepare_trials, run_search
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Range
 
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-9, high=1e-2, log=True)
 
@@ -27,7 +27,7 @@ RATE = Range(name="optim.learning_rate", kind="float", low=1e-9, high=1e-2, log=
 def another_cluster():
     """Another cluster on this machine, as of another user: Ray Train must not take it for its own."""
     code = """
-from harma_ray.cluster import ray_cluster
+from harma_ray.on_ray.cluster import ray_cluster
 with ray_cluster(num_cpus=1):
     print("up", flush=True)
     input()

@@ -12,8 +12,8 @@ from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
 from harma_ray.data.convert.records import SourceRecord
 from harma_ray.data.convert.sources import read_harma, read_karpathy
-from harma_ray.data.convert.tasks import map_with_ray
-from harma_ray.data.convert.writer import TaskMap, WriteSettings, write_split
+from harma_ray.data.convert.tasks import TaskMap, map_serially
+from harma_ray.data.convert.writer import WriteSettings, write_split
 from harma_ray.data.schema import Manifest
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -26,7 +26,7 @@ def convert_harma(
     out: str | Path,
     *,
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> Manifest:
     """Converts one HarMA annotation file, of training or evaluation, to one split of the data set ``out``.
 
@@ -47,7 +47,7 @@ def convert_karpathy(
     *,
     splits: Sequence[str] | None = None,
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> dict[str, Manifest]:
     """Converts a Karpathy-style annotation file to the splits in it (or those named) of the data set ``out``.
 
@@ -66,7 +66,7 @@ def convert_folder(
     caption_template: str | None = None,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> dict[str, Manifest]:
     """Converts class folders to the splits of the data set ``out``; see ``read_class_folders``.
 
@@ -86,7 +86,7 @@ def convert_scenes(
     style: str,
     size: int,
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> dict[str, Manifest]:
     """Draws scenes and writes them to the splits of the data set ``out``; ``settings.seed`` is their seed too.
 
@@ -124,7 +124,7 @@ def convert_fashioniq(
     *,
     categories: Sequence[str] = CATEGORIES,
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> Manifest:
     """Converts a split of FashionIQ to one of the data set ``out``: triplets for ``train``, else images and queries.
 
@@ -142,7 +142,7 @@ def convert_cirr(
     out: str | Path,
     *,
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> Manifest:
     """Converts a split of CIRR to one of the data set ``out``: triplets for ``train``, else images and queries.
 
@@ -159,7 +159,7 @@ def convert_scenes_cir(
     style: str,
     size: int,
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
 ) -> dict[str, Manifest]:
     """Draws composed retrieval's scenes and writes them to the splits of ``out``; takes what ``convert_scenes`` does.
 

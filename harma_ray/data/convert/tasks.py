@@ -1,50 +1,16 @@
-"""Two ways to run the tasks of a conversion: on a Ray cluster, or one after the other."""
+"""Runs the tasks of a conversion one after the other."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from harma_ray.data.convert.shards import ShardPlan
-from harma_ray.errors import UserError
+
+TaskMap = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
+"""Calls a function on each of several plans, somewhere, and yields the results in any order."""
 
 
 def map_serially(function: Callable[[ShardPlan], Any], plans: Sequence[ShardPlan]) -> Iterator[Any]:
     """Calls a function on each plan, in this process."""
     yield from map(function, plans)
-
-
-def map_with_ray(
-    function: Callable[[ShardPlan], Any], plans: Sequence[ShardPlan], *, num_cpus: float = 1
-) -> Iterator[Any]:
-    """Calls a function on each plan as tasks of Ray Data, and yields results as they come.
-
-    Ray must have been initialised.
-
-    Args:
-        function: Called in worker processes; what it raises as ``UserError`` is raised here, without Ray's wrapping.
-        plans: One task each.
-        num_cpus: Logical CPUs of a task.
-    """
-    import ray.data
-
-    from harma_ray.cluster import quiet_data
-    from harma_ray.data.ray_stream import closing_batches
-
-    def call(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"result": pickle.dumps(function(pickle.loads(row["plan"]))), "error": ""}
-        except UserError as error:
-            return {"result": b"", "error": str(error)}
-
-    quiet_data()
-    items = [{"plan": pickle.dumps(plan)} for plan in plans]
-    tasks = ray.data.from_items(items, override_num_blocks=len(items)).map(call, num_cpus=num_cpus)
-    tasks.context.enable_progress_bars = False
-    tasks.context.print_on_execution_start = False
-    with closing_batches(tasks.iter_rows()) as rows:
-        for row in rows:
-            if row["error"]:
-                raise UserError(row["error"])
-            yield pickle.loads(row["result"])

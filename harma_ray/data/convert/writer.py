@@ -37,7 +37,7 @@ from harma_ray.data.convert.shards import (
     write_table,
 )
 from harma_ray.data.convert.staging import lock, swap, work_folder
-from harma_ray.data.convert.tasks import map_with_ray
+from harma_ray.data.convert.tasks import TaskMap, map_serially
 from harma_ray.data.schema import (
     MANIFEST_NAME,
     QUERIES_NAME,
@@ -58,9 +58,6 @@ MIN_SHARDS = 8
 """Splits are cut into this many shards even if they are small, so that several tasks write (and read) them."""
 
 _logger = logging.getLogger(__name__)
-
-TaskMap = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
-"""Calls a function on each of several plans, somewhere, and yields the results in any order."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def write_split(
     inputs: Mapping[str, str],
     queries: Sequence[QueryRecord] = (),
     settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_with_ray,
+    map_tasks: TaskMap = map_serially,
     hint: str = "",
 ) -> Manifest:
     """Writes one split of a data set, or finds that it is there already.
@@ -142,7 +139,7 @@ def write_split(
         inputs: Annotation files and their hashes, for the manifest; image files and queries are added here.
         queries: Queries of composed retrieval whose images are among the records' ``source``; none by default.
         settings: How to write; the defaults if None.
-        map_tasks: Runs the tasks: ``map_with_ray`` (Ray must have been initialised) or ``map_serially``.
+        map_tasks: Runs the tasks: here, or as `harma_ray.on_ray.tasks.map_with_ray` on a cluster.
         hint: What the message about images that cannot be used ends with.
 
     Returns:

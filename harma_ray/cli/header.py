@@ -1,0 +1,66 @@
+"""What a training is about to do, in lines for its header: the backbone, what trains, how fast and how exactly."""
+
+from __future__ import annotations
+
+import torch
+
+from harma_ray.config import RunConfig, TrainConfig
+from harma_ray.data.order import planned_order
+from harma_ray.on_ray.resources import WorkerPlan
+from harma_ray.recipes import make_task
+from harma_ray.task import Task
+from harma_ray.training.optim import warmup_steps
+from harma_ray.training.step import trains_in_bf16
+
+
+def header_lines(config: RunConfig, plan: WorkerPlan) -> list[str]:
+    """Returns what a training is, a line each, known without loading weights.
+
+    Args:
+        config: Settings; ``data.path`` is the data set.
+        plan: The workers.
+    """
+    order, train = planned_order(config), config.train
+    task, batch = make_task(config), train.global_batch_size
+    share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
+    parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
+    return [
+        f"recipe     {config.recipe}, seed {config.seed}",
+        f"backbone   {'; '.join((task.backbone.name, *task.backbone.notes()))}",
+        f"trains     {count_told(task)}",
+        f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
+        f"steps      {train.epochs} epochs x {order.steps_per_epoch} steps of {batch} samples{share}{parts}",
+        f"optimiser  {rate_told(config, order.steps_per_epoch * train.epochs)}",
+        f"precision  {precision_told(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
+        f"workers    {plan.describe()}",
+    ]
+
+
+def count_told(task: Task) -> str:
+    """Returns how many of a model's parameters train; no weights are made or read for it."""
+    parameters = list(task.build_model(task.backbone.outline()).parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    if not trained:
+        return f"nothing of {total:,} parameters"
+    return f"{trained:,} of {total:,} parameters ({100 * trained / total:.3g} %)"
+
+
+def rate_told(config: RunConfig, total_steps: int) -> str:
+    """Returns optimiser, peak learning rate and schedule."""
+    optim = config.optim
+    warmup = warmup_steps(total_steps, optim)
+    climb = f"reached after {warmup} steps of warm-up, " if warmup else ""
+    then = {"linear": "then falls along a line to 0", "cosine": "then falls along a half cosine to 0",
+            "constant": "then stays"}[optim.schedule]  # fmt: skip
+    return f"{optim.name}, learning rate {optim.learning_rate:g}, {climb}{then}"
+
+
+def precision_told(train: TrainConfig, *, use_gpu: bool) -> str:
+    """Returns the precision of the steps on the workers' devices, as far as this machine can know it."""
+    device = "GPU" if use_gpu else "CPU"
+    if train.precision == "auto" and use_gpu and not torch.cuda.is_available():
+        return "bf16 where a worker's GPU has it, else fp32, losses in fp32"
+    if trains_in_bf16(train, torch.device("cuda" if use_gpu else "cpu")):
+        return f"bf16 autocast on {device}, losses in fp32"
+    return f"fp32 on {device}"

@@ -1,0 +1,234 @@
+"""Trainings, told to a person: what is about to happen, how it goes, where things are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from harma_ray.cli.header import header_lines
+from harma_ray.config import RunConfig, build_config, to_yaml
+from harma_ray.data.identity import require_same_data
+from harma_ray.data.order import planned_order
+from harma_ray.data.stream import local_batches
+from harma_ray.errors import UserError, WorkerFailed
+from harma_ray.files import output_path, write_text
+from harma_ray.on_ray.cluster import Cluster, ray_cluster
+from harma_ray.on_ray.resources import WorkerPlan, plan_workers
+from harma_ray.on_ray.workers import train
+from harma_ray.preflight import absolute_paths, check_data
+from harma_ray.recipes import make_task
+from harma_ray.report.evaluation import results_table
+from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.shell import command_line, launch_command
+from harma_ray.training.checkpoint import list_checkpoints, read_meta
+from harma_ray.training.health import KIND, Finding, standing_findings
+from harma_ray.training.step import check_batch, default_place, parameters_without_gradient
+from harma_ray.training.tracking import read_records
+from harma_ray.vectors.features import with_features
+
+
+def train_seeds(
+    config: RunConfig, seeds: Sequence[int], *, runs: str | Path, name: str | None, address: str | None, started: float
+) -> list[Run]:
+    """Trains a run for every seed and prints each, then mean and standard deviation.
+
+    Args:
+        config: Settings; the seed is replaced.
+        seeds: One run each.
+        runs: Folder of all runs.
+        name: Name of the run; with several seeds, of their common part; None makes one of recipe and time.
+        address: Cluster to join.
+        started: When the command started (``time.perf_counter``), for the times that are printed.
+    """
+    made = []
+    output_path(runs)
+    configs = [absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds]
+    print_notices(check_data(configs[0]))
+    print(f"[{time.perf_counter() - started:6.1f} s] settings and data are checked; starting Ray", flush=True)
+    with ray_cluster(address) as cluster:
+        dashboard = f", {cluster.dashboard}" if cluster.dashboard else ""
+        print(f"[{time.perf_counter() - started:6.1f} s] Ray is up{dashboard}", flush=True)
+        check_batch(config, plan_workers(config, cluster).num_workers)
+        for seeded in configs:
+            own_name = name and (f"{name}-seed{seeded.seed}" if len(seeds) > 1 else name)
+            if not name and len(seeds) > 1:
+                own_name = f"{seeded.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seeded.seed}"
+            run = create_run(runs, own_name, seeded)
+            made.append(run)
+            train_and_print(run, cluster, started)
+    if len(made) > 1:
+        print_spread(made)
+    return made
+
+
+def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None, started: float) -> Run:
+    """Continues a run; only its workers, and the place of its data set, may change. Arguments as for `train_seeds`."""
+    run = open_run(path)
+    if run.report is not None:
+        print(f"run {run.path} is finished")
+        print_report(run)
+        return run
+    if changes:
+        run = Run(run.path, build_config(run.config, changes))
+    _check_same_data(run)
+    print_notices(check_data(run.config))
+    with ray_cluster(address) as cluster:
+        check_batch(run.config, plan_workers(run.config, cluster).num_workers)
+        if changes:
+            write_text(run.path / CONFIG_NAME, to_yaml(run.config))
+        train_and_print(run, cluster, started)
+    return run
+
+
+def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any]:
+    """Trains a run on a cluster that is there, with progress, and prints the results."""
+    config = run.config
+    order = planned_order(config)
+    steps = order.steps_per_epoch * config.train.epochs
+    print(f"\nrun        {run.path}")
+    print("\n".join(header_lines(config, plan_workers(config, cluster))))
+    if config.train.select_on != "val":
+        print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
+    for line in _finding_lines(standing_findings(read_records(run.path))):  # of a run that goes on
+        print(line)
+    print(f"watch      {command_line('tensorboard', '--logdir', run.path.parent)}", flush=True)
+    try:
+        with run.locked():
+            ready = Run(run.path, with_features(config, run.path, cluster))
+            train(ready, cluster, on_record=_Progress(steps, started))
+    except KeyboardInterrupt as error:
+        error.add_note(f"continue with: {_resume_command(run)}")
+        raise
+    except WorkerFailed as error:
+        error.add_note(
+            f"`scaling.max_failures` in its {CONFIG_NAME} restarts workers by itself; continue with: "
+            f"{_resume_command(run)}"
+        )
+        raise
+    print_report(run)
+    return run.report or {}
+
+
+def _resume_command(run: Run) -> str:
+    return launch_command("train", "--resume", run.path)
+
+
+def _check_same_data(run: Run) -> None:
+    """Checks, before Ray is started, that a run that goes on does so with the data that it was begun on."""
+    data = run.config.data.path
+    if not Path(data).is_dir():
+        raise UserError(
+            f"the data set {data} of run {run.path} is not there; if it was moved, say where it is: "
+            f"{_resume_command(run)} --data FOLDER"
+        )
+    checkpoints = list_checkpoints(run.path)
+    if checkpoints:
+        known = read_meta(checkpoints[-1]).data
+        require_same_data(known, data, subject=f"run {run.path}", way_out="start a new run")
+
+
+def print_report(run: Run) -> None:
+    """Prints the results of a finished run and where they are."""
+    report = run.report
+    assert report is not None
+    findings = [Finding.of(entry) for entry in report.get("health", [])]
+    size = report["checkpoint_bytes"] / 1e6
+    print(f"\n{report['trainable_parameters']:,} of {report['parameters']:,} parameters trained; "
+          f"best epoch {report['best_epoch']:g} by {report['selected_on']} {report['objective']}"
+          + ("; stopped early" if report["stopped_early"] else "")
+          + (f"; figures in {report['eval_precision']}" if "eval_precision" in report else ""))  # fmt: skip
+    print(f"checkpoint {run.path / report['checkpoint']} ({size:.1f} MB)")
+    for split, metrics in report["metrics"].items():
+        print(f"\n{split}\n{results_table(metrics)}")
+    if findings:
+        print("\nthe training is done, but these figures are not those of one that worked:")
+        print("\n".join(_finding_lines(findings)))
+
+
+def _finding_lines(findings: Sequence[Finding]) -> list[str]:
+    """Returns lines that tell what is wrong with a training, then once what to try."""
+    lines = [f"WARNING    {finding.message}" for finding in findings]
+    advice = list(dict.fromkeys(text for finding in findings for text in finding.advice))
+    return lines + [f"{'' if number else 'try':10} {text}" for number, text in enumerate(advice)]
+
+
+def print_notices(notices: Sequence[str]) -> None:
+    """Prints what the user should know before anything starts."""
+    for notice in notices:
+        print(f"notice: {notice}")
+
+
+def print_spread(runs: Sequence[Run]) -> None:
+    """Prints mean and standard deviation over several runs of one setting."""
+    reports = [run.report or {} for run in runs]
+    for split in reports[0]["metrics"]:
+        rows = []
+        for name in reports[0]["metrics"][split]:
+            values = [report["metrics"][split][name] for report in reports]
+            rows.append([name, statistics.mean(values), statistics.stdev(values), *values])
+        headers = [split, "mean", "std", *(f"seed {run.config.seed}" for run in runs)]
+        print("\n" + tabulate(rows, headers=headers, floatfmt=".2f"))
+    for run, report in zip(runs, reports, strict=True):
+        for entry in report.get("health", []):
+            print(f"WARNING    {run.path.name}: {Finding.of(entry).message}")
+
+
+def check_gradients(config: RunConfig) -> None:
+    """Runs one step and prints the trainable parameters that got no gradient.
+
+    Raises:
+        UserError: If there are some.
+    """
+    config = absolute_paths(config)
+    print_notices(check_data(config))
+    task = make_task(config)
+    place = default_place(config)
+    print(
+        "\n".join(header_lines(config, WorkerPlan(1, place.decode_threads, float(place.device != "cpu")))), flush=True
+    )
+    without = parameters_without_gradient(task, config, place, local_batches)
+    if without:
+        raise UserError(f"{len(without)} trainable parameters got no gradient: {', '.join(without)}")
+    print("one step done: every trainable parameter got a gradient")
+
+
+class _Progress:
+    """Prints the run's record as it grows."""
+
+    def __init__(self, total_steps: int, started: float):
+        self._total, self._started, self._first = total_steps, started, None
+        self._printed = -math.inf
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        now = time.perf_counter()
+        clock = f"[{now - self._started:6.1f} s]"
+        if record["kind"] == "start":
+            print(f"{clock} workers are up and the model is built in {record['seconds']:.1f} s", flush=True)
+        elif record["kind"] == "notice":
+            print(f"notice: {record['text']}", flush=True)
+        elif record["kind"] == "restart":
+            print(f"{clock} {record['text']}", flush=True)
+        elif record["kind"] == "step":
+            if self._first is None:
+                self._first = (now, record["step"])
+                print(f"{clock} first step", flush=True)
+            elif now - self._printed > 10 and record["step"] > self._first[1]:
+                left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
+                print(f"{clock} step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
+                      f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
+                      f"about {left:.0f} s left", flush=True)  # fmt: skip
+                self._printed = now
+        elif record["kind"] == KIND:
+            finding = Finding.of(record)
+            lines = [f"better     {finding.message}"] if finding.over else _finding_lines([finding])
+            print("\n".join([f"{clock} step {record['step']}/{self._total}", *lines]), flush=True)
+        elif record["kind"] == "evaluation":
+            figures = "  ".join(f"{k} {record[k]:.2f}" for k in ("r_mean", "r_mean_text") if k in record)
+            print(f"{clock} epoch {record['epoch']}  {record['split']}  {figures}", flush=True)

@@ -1,0 +1,160 @@
+"""A search as it goes, on the terminal: a table that is redrawn, or lines where nothing can be redrawn."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from harma_ray.tune.results import SearchResults, TrialResult
+from harma_ray.tune.space.definition import SearchDefinition
+from harma_ray.tune.study import Event, Report
+
+_ENDED_SHOWN = 8
+_LINE_SECONDS = 60
+"""How often a line tells where the search stands when there is no terminal to redraw."""
+
+
+class SearchProgress:
+    """Hears of events and shows them."""
+
+    def __init__(self, past: SearchResults, definition: SearchDefinition, started: float):
+        """Prepares; nothing is shown before the block is entered.
+
+        Args:
+            past: What earlier sessions found.
+            definition: The search.
+            started: When the command started (``time.perf_counter``).
+        """
+        self._definition, self._started = definition, started
+        self._metric = definition.objectives[0].metric
+        self._events: dict[int, Event] = {}
+        self._num_past = len([trial for trial in past.trials if trial.state != "running"])
+        self._past_epochs = {trial.number: trial.epochs for trial in past.trials}
+        self._past_seconds = past.seconds
+        self._best = _event_of(past.best_trial)
+        self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
+        self._told = self._began = time.perf_counter()
+        self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
+
+    def __enter__(self) -> SearchProgress:
+        """Starts showing."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stops showing."""
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Hears of an event."""
+        self._events[event.number] = event
+        if event.state in ("complete", "stopped") and _rank(event) > _rank(self._best):
+            self._best = event
+        if event.state != "running":
+            self._print(self._ended_line(event))
+        elif not self._console.is_terminal and time.perf_counter() - self._told > _LINE_SECONDS:
+            self._print(self._summary())
+            self._told = time.perf_counter()
+
+    def _print(self, line: str) -> None:
+        clock = f"[{time.perf_counter() - self._started:7.1f} s] "
+        self._console.print(clock + line, soft_wrap=True)
+
+    def _ended_line(self, event: Event) -> str:
+        if event.state == "failed":
+            return f"trial {event.number} failed: {event.reason}  {show_params(event.params)}"
+        assert event.report is not None
+        where = "" if event.state == "complete" else f" at epoch {event.report.epoch:g}"
+        best = f"best: trial {self._best.number}" if self._best else ""
+        return (
+            f"trial {event.number} {event.state}{where}: {self._metric} {event.report.value:.2f} ({best})  "
+            f"{show_params(event.params)}"
+        )
+
+    def _summary(self) -> str:
+        ended = [event for event in self._events.values() if event.state != "running"]
+        running = len(self._events) - len(ended)
+        parts = [f"{len(ended)} trials ended, {running} running"]
+        if self._best and self._best.report:
+            parts.append(f"best {self._metric} {self._best.report.value:.2f} (trial {self._best.number})")
+        left = self._seconds_left()
+        if left is not None:
+            parts.append(f"about {_duration(left)} left")
+        return "; ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """Returns a guess from what the ended trials took and the limits that are set; None without any."""
+        limits, grid = self._definition.limits, self._definition.sampler.name == "grid"
+        trials = limits.trials or (len(self._definition.first_points) if grid else 0)
+        elapsed = time.perf_counter() - self._began
+        ended = sum(event.state != "running" for event in self._events.values())
+        now = {number: event.report.trained for number, event in self._events.items() if event.report}
+        in_all = sum({**self._past_epochs, **now}.values())
+        trained = in_all - sum(self._past_epochs.values())
+        guesses = []
+        if limits.hours:
+            guesses.append(limits.hours * 3600 - self._past_seconds - elapsed)
+        if trials and ended:
+            guesses.append((trials - self._num_past - ended) * elapsed / ended)
+        if limits.epochs and trained > 0:
+            guesses.append((limits.epochs - in_all) * elapsed / trained)
+        return max(0.0, min(guesses)) if guesses else None
+
+    def _table(self) -> Table:
+        table = Table(title=self._summary(), title_justify="left", title_style="", expand=True)
+        for name in ("trial", "state", "epoch", self._metric):
+            table.add_column(name, justify="right" if name != "state" else "left", no_wrap=True)
+        table.add_column("settings", ratio=1)
+        running = [event for event in self._events.values() if event.state == "running"]
+        ended = [event for event in self._events.values() if event.state != "running"][-_ENDED_SHOWN:]
+        best = [self._best] if self._best and self._best not in [*running, *ended] else []
+        epochs = self._definition.config.train.epochs
+        for event in [*best, *ended, *running]:
+            report = event.report
+            is_best = self._best is not None and event.number == self._best.number
+            table.add_row(
+                f"{event.number}{' *' if is_best else ''}",
+                event.state,
+                f"{report.epoch:g}/{epochs}" if report else f"0/{epochs}",
+                f"{report.value:.2f}" if report and report.values else "",
+                show_params(event.params),
+                style="bold" if is_best else "dim" if event.state in ("stopped", "failed") else "",
+            )
+        return table
+
+
+def _rank(event: Event | None) -> tuple[bool, float]:
+    """Returns what the better of two ended trials has more of; a complete trial is better than a stopped one."""
+    if event is None or event.report is None or not event.report.values:
+        return False, -math.inf
+    return event.state == "complete", event.report.value
+
+
+def _event_of(trial: TrialResult | None) -> Event | None:
+    if trial is None or not trial.values:
+        return None
+    report = Report(epoch=trial.epochs, value=trial.values[0], values=trial.values, trained=trial.epochs)
+    return Event(trial.number, trial.state, dict(trial.params), report)
+
+
+def show_params(params: Mapping[str, Any]) -> str:
+    """Returns settings on one line, each under the last part of its name."""
+    return " ".join(
+        f"{name.rpartition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.rpartition('.')[2]}={value}"
+        for name, value in params.items()
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

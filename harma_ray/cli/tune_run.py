@@ -1,0 +1,305 @@
+"""What ``tune`` does, told to a person."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from harma_ray.cli.train_run import print_notices
+from harma_ray.cli.tune_progress import SearchProgress, show_params
+from harma_ray.config import build_config
+from harma_ray.data.identity import data_identity, require_same_data, used_splits
+from harma_ray.data.order import planned_order
+from harma_ray.errors import UserError
+from harma_ray.files import output_path
+from harma_ray.on_ray.cluster import Cluster, ray_cluster, require_shared_folder, require_visible
+from harma_ray.on_ray.resources import TrialPlan, plan_trials
+from harma_ray.on_ray.workers import read_paths
+from harma_ray.preflight import absolute_paths, check_data
+from harma_ray.report.evaluation import results_table
+from harma_ray.runs import Run
+from harma_ray.shell import command_line, launch_command
+from harma_ray.training.step import check_batch
+from harma_ray.tune.folder import (
+    create_search,
+    drop_checkpoints,
+    open_search,
+    read_search,
+    write_best,
+    write_definition,
+)  # fmt: skip
+from harma_ray.tune.report.page import write_search_report
+from harma_ray.tune.results import SearchResults
+from harma_ray.tune.space.definition import COSTS, SearchDefinition
+from harma_ray.tune.space.file import load_search
+from harma_ray.tune.space.urls import absolute_url, show_url
+from harma_ray.tune.storage import open_study, storage_url
+from harma_ray.tune.study import DATA
+from harma_ray.vectors.features import with_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """What the command line says about how a search is run; None = as its file says."""
+
+    trials: int | None = None
+    hours: float | None = None
+    epochs: int | None = None
+    concurrent: int | None = None
+    confirm: int = 0
+    """Fresh seeds that the best and the published setting are trained with at the end."""
+    address: str | None = None
+    dashboard: bool = True
+    started: float = 0
+    """When the command started (``time.perf_counter``)."""
+
+
+def start_search(
+    file: str | Path, overrides: Mapping[str, Any], *, runs: str | Path, name: str | None, options: SearchOptions
+) -> Path:
+    """Starts a search, sees it through, and prints what it found; returns its folder."""
+    definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
+    _check_data(definition)
+    output_path(runs)
+    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+        plan = _plan(definition, cluster)
+        folder = create_search(runs, name, definition)
+        _require_same_data(folder, definition)
+        with Run(folder, definition.config).locked():
+            _search(folder, definition, cluster, plan, options)
+    return folder
+
+
+def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchOptions) -> Path:
+    """Goes on with a search: trials that were interrupted first; limits and the data set's place may change."""
+    folder, definition = open_search(path)
+    definition = _with_limits(dataclasses.replace(definition, config=build_config(definition.config, changes)), options)
+    _check_data(definition)
+    _require_same_data(folder, definition)
+    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+        plan = _plan(definition, cluster)
+        with Run(folder, definition.config).locked():
+            write_definition(folder, definition)
+            _search(folder, definition, cluster, plan, options)
+    return folder
+
+
+def report_search(path: str | Path, out: str | Path | None = None) -> SearchResults:
+    """Writes the report of a search as it stands, and prints the table.
+
+    Args:
+        path: The search's folder.
+        out: Where report and best setting go, made if missing; nothing else is written then. None = its folder.
+
+    Raises:
+        UserError: If the search's folder is read-only, and no other place is named.
+    """
+    folder, definition = open_search(path)
+    if out is None and not os.access(folder, os.W_OK):
+        raise UserError(f"a report goes into its search's folder, but {folder} is read-only; add --out FOLDER")
+    target = folder if out is None else output_path(out)
+    results = read_search(folder, definition, open_study(folder, definition, read_only=out is not None))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {target} ({error.strerror}); choose another --out") from error
+    _conclude(target, definition, results)
+    return results
+
+
+def _absolute(definition: SearchDefinition) -> SearchDefinition:
+    """Returns the search with paths that do not depend on the working folder."""
+    config, storage = absolute_paths(definition.config), definition.storage
+    searched = {parameter.name for parameter in definition.parameters}
+    if "model.pretrained" in searched:  # its choices stay as they are written, and so does the published one
+        config = build_config(config, {"model.pretrained": definition.configured["model.pretrained"]})
+    return dataclasses.replace(definition, config=config, storage=storage and absolute_url(storage))
+
+
+def _check_data(definition: SearchDefinition) -> None:
+    compared = [target.metric for target in definition.objectives if target.metric not in COSTS]
+    print_notices(check_data(definition.config, compared))
+
+
+def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
+    """Keeps with a search what its data set holds, and checks that it still does.
+
+    Raises:
+        UserError: If it does not: trials on other data cannot be compared with earlier ones.
+    """
+    study, config = open_study(folder, definition), definition.config
+    known = study.user_attrs.get(DATA)
+    if known is not None:
+        require_same_data(known, config.data.path, subject=f"search {folder}", way_out="start a new search")
+        return
+    if study.get_trials(deepcopy=False):
+        print("notice: this search was begun by an earlier version, which did not keep what its data set held: whether "
+              "it still holds that cannot be checked, but will be from now on")  # fmt: skip
+        if definition.scheduler.name == "hyperband":
+            print("notice: its trials drew their brackets of hyperband at random; now all have that of their number")
+    study.set_user_attr(DATA, data_identity(config.data.path, used_splits(config)))
+
+
+def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
+    given = {name: getattr(options, name) for name in ("trials", "hours", "epochs")}
+    limits = dataclasses.replace(definition.limits, **{k: v for k, v in given.items() if v is not None})
+    least = definition.config.train.epochs * definition.seeds
+    if limits.epochs and limits.epochs < least:
+        raise UserError(f"`--epochs` must be enough for one trial, {least} epochs, got {limits.epochs}")
+    concurrent = definition.concurrent if options.concurrent is None else options.concurrent
+    return dataclasses.replace(definition, limits=limits, concurrent=concurrent)
+
+
+def _plan(definition: SearchDefinition, cluster: Cluster) -> TrialPlan:
+    """Divides the cluster, and checks that the batches of all trials can be shared out.
+
+    Raises:
+        UserError: If something does not fit.
+    """
+    plan = plan_trials(definition.config, cluster, definition.concurrent)
+    num_workers = plan.workers.num_workers
+    if num_workers > 1 and not cluster.dashboard:
+        raise UserError(
+            "trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard, or start "
+            "the cluster with it"
+        )
+    ends = [{parameter.name: end} for parameter in definition.parameters for end in parameter.ends]
+    for point in [{}, *ends]:
+        config = build_config(definition.config, point)
+        check_batch(config, num_workers)
+        planned_order(config)
+    return plan
+
+
+def _search(
+    folder: Path, definition: SearchDefinition, cluster: Cluster, plan: TrialPlan, options: SearchOptions
+) -> None:
+    from harma_ray.tune.search import confirm, finish_best, prepare_trials, run_search
+
+    config, failures = definition.config, []
+    require_shared_folder(folder, cluster)
+    require_visible(read_paths(config), cluster)
+    _print_plan(folder, definition, cluster, plan.describe())
+    try:
+        ready = _with_features(definition, folder, cluster)
+        setting = prepare_trials(ready, plan)
+        with SearchProgress(read_search(folder, definition), definition, options.started) as progress:
+            results = run_search(folder, ready, plan, setting, progress)
+        drop_checkpoints(folder, definition, results)
+        best = results.best_trial
+        if best is None:
+            raise UserError(f"no trial has ended within the limits; go on with: {results.resume_command}")
+        try:
+            print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
+            finish_best(folder, results, setting, ready.settings(best.params))
+            if options.confirm:
+                print(f"training the best and the published setting with {options.confirm} fresh seeds", flush=True)
+                failures = confirm(
+                    folder, ready, results, plan, setting, cluster, options.confirm, _tell(options.started)
+                )
+        finally:
+            _conclude(folder, definition, read_search(folder, definition))
+    except KeyboardInterrupt as error:
+        error.add_note(f"continue with: {launch_command('tune', '--resume', folder)}")
+        raise
+    if failures:
+        raise UserError(f"{len(failures)} confirming run(s) failed: " + "; ".join(failures))
+
+
+def _with_features(definition: SearchDefinition, folder: Path, cluster: Cluster) -> SearchDefinition:
+    """Computes once what all trials share of their encoders' features, unless these are searched themselves."""
+    if any(parameter.name.split(".")[0] in ("model", "preparation", "features") for parameter in definition.parameters):
+        return definition
+    return dataclasses.replace(definition, config=with_features(definition.config, folder, cluster))
+
+
+def _tell(started: float) -> Any:
+    return lambda line: print(f"[{time.perf_counter() - started:7.1f} s] {line}", flush=True)
+
+
+def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, trials: str) -> None:
+    config, limits = definition.config, definition.limits
+    order = planned_order(config)
+    size = f", {definition.size:,} different settings" if definition.size else ""
+    ends = [
+        *([f"{limits.trials} trials"] if limits.trials else []),
+        *([f"{limits.hours:g} hours"] if limits.hours else []),
+        *([f"{limits.epochs} epochs in all"] if limits.epochs else []),
+    ]
+    print(f"\nsearch     {folder}")
+    print(f"recipe     {config.recipe}, {order.split.describe()}, {order.num_samples:,} samples and "
+          f"{order.steps_per_epoch:,} steps an epoch")  # fmt: skip
+    print(f"space      {', '.join(parameter.name for parameter in definition.parameters)}{size}")
+    print(f"published  {show_params(definition.published)} (trial 0)")
+    seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""
+    print(f"sampler    {definition.sampler.name}; scheduler {definition.scheduler.name}")
+    print(f"a trial    {config.train.epochs} epochs{seeds}")
+    if config.train.select_on != "val":
+        print("WARNING    trials are compared on TEST, as in the released code: the result flatters itself")
+    print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
+    print(f"trials     {trials}")
+    print(f"watch      {command_line('tensorboard', '--logdir', folder)}")
+    print(f"           {command_line('optuna-dashboard', show_url(storage_url(folder, definition)))}")
+    if cluster.dashboard:
+        token = os.environ.get("RAY_AUTH_TOKEN") if cluster.address == "local" else None
+        print(f"           http://{cluster.dashboard} (Ray's dashboard{f'; access token {token}' if token else ''})")
+    print(flush=True)
+
+
+def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults) -> None:
+    """Writes the best setting and the report into a folder, and prints what was found."""
+    best_file = write_best(folder, definition, results)
+    page = write_search_report(results, folder)
+    by_state = {state: sum(trial.state == state for trial in results.trials)
+                for state in ("complete", "stopped", "failed", "running")}  # fmt: skip
+    print(f"\n{len(results.trials)} trials: " + ", ".join(f"{n} {state}" for state, n in by_state.items() if n))
+    trained, planned = results.ended_epochs
+    if planned:
+        spent = sum(trial.epochs for trial in results.trials)
+        print(f"{spent:g} epochs trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' epochs")
+    rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
+    rows = [
+        [trial.number, trial.state, trial.epochs, *(trial.values or ()), show_params(trial.params)]
+        for trial in sorted(rated, key=lambda trial: -(trial.values or (-math.inf,))[0])[:5]
+    ]
+    headers = ["trial", "", "epochs", *(objective.metric for objective in results.objectives), "settings"]
+    print(tabulate(rows, headers=headers, floatfmt=".2f"))
+    for split, metrics in results.final.items():
+        print(f"\n{results.final_title} on {split}\n{results_table(metrics)}")
+    metric, best = results.objectives[0].metric, results.best_trial
+    if metric in results.untrained:
+        print(f"\nbefore any training: {metric} {results.untrained[metric]:.2f} on the same split as the trials")
+        if best is not None and best.values and best.values[0] <= results.untrained[metric]:
+            print("notice     no trial is better than the model before any training")
+    _print_confirmations(results)
+    print(f"\nreport     {page}")
+    if best_file is not None:
+        print(f"best       {launch_command('train', '--config', best_file)}")
+    if results.best == 0:
+        print("notice     the published setting is the best one found")
+    elif results.best is not None and not results.confirmations:
+        print("notice     one run of a setting proves little; compare over fresh seeds with:")
+        print(f"           {results.resume_command} --confirm 3")
+
+
+def _print_confirmations(results: SearchResults) -> None:
+    metric = results.objectives[0].metric
+    names = [name for c in results.confirmations[:1] for name in c.metrics if name.split(" ")[1] == metric]
+    rows = []
+    for confirmation in results.confirmations:
+        for name in names:
+            values = confirmation.metrics[name]
+            spread = statistics.stdev(values) if len(values) > 1 else math.nan
+            rows.append([confirmation.title, name, statistics.mean(values), spread, len(values)])
+    if rows:
+        print("\nwith fresh seeds")
+        print(tabulate(rows, headers=["", "", "mean", "std", "seeds"], floatfmt=".2f"))

@@ -1,0 +1,1 @@
+"""Everything that starts, divides and uses a Ray cluster."""

@@ -1,0 +1,146 @@
+"""How a cluster is divided: workers of a training, trials of a search, and what each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harma_ray.config import RunConfig
+from harma_ray.errors import UserError
+from harma_ray.on_ray.cluster import Cluster
+
+TRIAL_MEMORY = 2
+"""GiB that a trial's worker on CPUs is taken to need, when nobody says how many run at a time."""
+DRIVER_CPUS = 0.01
+"""CPUs that Ray reserves for a trial with workers of its own, beside these."""
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers a job gets, and what each is given."""
+
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether the workers use GPUs."""
+        return self.gpus_per_worker > 0
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return {"CPU": self.cpus_per_worker, **({"GPU": self.gpus_per_worker} if self.use_gpu else {})}
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        share = "a GPU" if self.gpus_per_worker == 1 else f"{self.gpus_per_worker:g} of a GPU"
+        device = share if self.use_gpu else "no GPU"
+        return f"{self.num_workers} worker(s), each {self.cpus_per_worker:g} CPU and {device}"
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """How many trials of a search run at a time, and what each is given."""
+
+    workers: WorkerPlan
+    """The workers of each trial."""
+    concurrent: int
+    reason: str
+    """Why not more, for the user."""
+
+    def describe(self) -> str:
+        """Returns one line for the user."""
+        return f"{self.concurrent} at a time, each with {self.workers.describe()}: {self.reason}"
+
+
+def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
+    """Divides the cluster: workers, their CPUs, and a share for the data tasks of each.
+
+    Raises:
+        UserError: If the workers and one data task each do not fit; Ray itself would wait for ever.
+    """
+    scaling, task_cpus = config.scaling, config.data.task_cpus
+    use_gpu = _use_gpu(config, cluster)
+    num_workers = scaling.num_workers
+    if not num_workers and scaling.gpus_per_worker < 1 and use_gpu:
+        num_workers = 1
+    if not num_workers:
+        num_workers = int(cluster.gpus) if use_gpu else max(1, min(2, int(cluster.cpus)))
+        while num_workers > 1 and config.train.global_batch_size % num_workers:
+            num_workers -= 1
+    if use_gpu and num_workers > cluster.gpus:
+        raise UserError(f"{num_workers} workers need a GPU each, but the cluster has {cluster.gpus:g}; use --workers")
+    cpus = scaling.cpus_per_worker
+    if not cpus:
+        share = cluster.cpus / num_workers
+        cpus = min(4.0, share / 2) if use_gpu else max(0.5, share - max(task_cpus, share / 2))
+    need = num_workers * (cpus + task_cpus)
+    if need > cluster.cpus + 1e-6:
+        raise UserError(
+            f"{num_workers} workers of {cpus:g} CPU and their data tasks of {task_cpus:g} CPU need {need:g} CPUs, but "
+            f"the cluster has {cluster.cpus:g}; use fewer --workers, or lower scaling.cpus_per_worker or data.task_cpus"
+        )
+    return WorkerPlan(num_workers, cpus, scaling.gpus_per_worker if use_gpu else 0)
+
+
+def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> TrialPlan:
+    """Fills the cluster with trials: as many as fit with all their workers and data tasks.
+
+    Args:
+        config: Settings of the trials.
+        cluster: Where.
+        concurrent: Trials at a time that are asked for; 0 = as many as fit.
+
+    Raises:
+        UserError: If not one trial, or not as many as asked for, fit; Ray itself would wait for ever.
+    """
+    scaling = config.scaling
+    gpus = scaling.gpus_per_worker if _use_gpu(config, cluster) else 0
+    num_workers = scaling.num_workers or 1
+    data_cpus = config.data.task_cpus if num_workers > 1 or config.data.decode == "tasks" else 0
+    shapes = cluster.shapes or ((cluster.cpus, cluster.gpus, 0),)
+    cpus = scaling.cpus_per_worker or _trial_cpus(shapes, num_workers, gpus, data_cpus, concurrent)
+    slots, scarce = 0, "CPUs"
+    for node_cpus, node_gpus, memory in shapes:
+        fits = {"CPUs": int((node_cpus - (DRIVER_CPUS if num_workers > 1 else 0)) / (cpus + data_cpus) + 1e-6)}
+        if gpus:
+            fits["GPUs"] = int(node_gpus) * int(1 / gpus + 1e-6)
+        elif not concurrent and memory:
+            fits["memory"] = max(1, int(memory / TRIAL_MEMORY))
+        least = min(fits, key=lambda name: fits[name])
+        slots += fits[least]
+        scarce = least if fits[least] < fits["CPUs"] else scarce
+    most = slots // num_workers
+    held = f"{cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
+    needs = f"{cpus + data_cpus:g} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
+    if most < max(1, concurrent):
+        raise UserError(
+            f"{max(1, concurrent)} trial(s) of {num_workers} worker(s) at a time, each worker with {needs}, need more "
+            f"than the cluster has ({held}: room for {most}); use fewer --workers or --concurrent, or lower "
+            "scaling.cpus_per_worker, scaling.gpus_per_worker or data.task_cpus"
+        )
+    reason = "as asked for" if concurrent else f"the {scarce} of the cluster ({held}) hold no more"
+    return TrialPlan(WorkerPlan(num_workers, cpus, gpus), concurrent or most, reason)
+
+
+def _trial_cpus(
+    shapes: Sequence[tuple[float, float, float]], num_workers: int, gpus: float, data_cpus: float, concurrent: int
+) -> float:
+    """Returns the CPUs of a trial's worker: with GPUs an equal share beside the data tasks, else one if it is there."""
+    reserve = DRIVER_CPUS if num_workers > 1 else 0
+    if gpus:
+        shares = [(cpus - reserve) / (int(held) * int(1 / gpus + 1e-6)) for cpus, held, _ in shapes if held]
+        share = min(shares, default=0) - data_cpus
+    else:
+        share = (sum(cpus for cpus, _, _ in shapes) - reserve) / (num_workers * max(1, concurrent)) - data_cpus
+        share = share if concurrent and len(shapes) == 1 else min(1, share)
+    return int(share) if share >= 1 else max(0.25, int(share * 100) / 100)
+
+
+def _use_gpu(config: RunConfig, cluster: Cluster) -> bool:
+    wanted = config.scaling.use_gpu
+    if wanted and cluster.gpus < 1:
+        raise UserError("`scaling.use_gpu` is true, but the cluster has no GPU; use --cpu, or join another cluster")
+    return cluster.gpus >= 1 if wanted is None else wanted

@@ -1,0 +1,275 @@
+"""Runs the loop on the workers of a Ray cluster, with Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harma_ray.config import RunConfig, build_config, disk_settings, to_dict
+from harma_ray.data.stream import Place
+from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
+from harma_ray.evaluation import Evaluation
+from harma_ray.exchange import load_model
+from harma_ray.on_ray.cluster import Cluster, node_cpus, require_shared_folder, require_visible
+from harma_ray.on_ray.deaths import drop_notes, leave_note, leave_trace, what_happened
+from harma_ray.on_ray.resources import WorkerPlan, plan_workers
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.runs import Run
+from harma_ray.training.loop import run_training
+from harma_ray.training.step import check_batch, evaluate_split
+from harma_ray.training.tracking import METRICS_NAME
+
+WORK_FOLDER = "ray"
+"""Ray Train's own files, inside the run's folder."""
+WORKERS_FOLDER = "workers"
+"""What the workers tell of themselves, inside the run's folder; see `harma_ray.on_ray.deaths`."""
+
+
+def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Trains a run to its end, from its last checkpoint if it has one.
+
+    Args:
+        run: The run.
+        cluster: Where; see `harma_ray.on_ray.cluster.ray_cluster`.
+        on_record: Hears of every new line of the run's record while the workers work, and of restarts.
+
+    Returns:
+        The final report.
+
+    Raises:
+        UserError: For what the user can mend, wherever it was found.
+        WorkerFailed: If workers failed or died, more often than ``scaling.max_failures`` allows.
+    """
+
+    def on_restart(text: str) -> None:
+        on_record({"kind": "restart", "text": text})
+
+    plan = plan_workers(run.config, cluster)
+    check_batch(run.config, plan.num_workers)
+    require_shared_folder(run.path, cluster)
+    require_visible(read_paths(run.config), cluster)
+    ready, done = threading.Event(), threading.Event()
+    follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, ready, done, on_record), daemon=True)
+    follower.start()
+    ready.wait()
+    try:
+        return on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path, on_restart=on_restart)
+    finally:
+        done.set()
+        follower.join()
+
+
+def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, cluster: Cluster) -> Evaluation:
+    """Evaluates on several workers; the figures are those of one worker.
+
+    Args:
+        config: Settings; ``data.path`` is the data set.
+        file: The weights; see `harma_ray.exchange.load_model`. Ray Train's own files lie beside them meanwhile, and
+            traces of workers that failed stay there.
+        split: Name of the split.
+        cluster: Where.
+
+    Raises:
+        UserError: For what the user can mend.
+        WorkerFailed: If workers failed or died.
+    """
+    plan = plan_workers(config, cluster)
+    weights = Path(file).expanduser().absolute() if file else None
+    beside = weights or Path.cwd()
+    beside = beside if beside.is_dir() else beside.parent
+    try:
+        work = Path(tempfile.mkdtemp(prefix=".evaluate-", dir=beside))
+    except OSError as error:
+        raise UserError(f"cannot write into {beside} ({error.strerror}); evaluate with --workers 1") from error
+    try:
+        require_shared_folder(work, cluster)
+        require_visible(read_paths(config), cluster)
+        return on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
+    finally:
+        shutil.rmtree(work / WORK_FOLDER, ignore_errors=True)
+        drop_notes(work / WORKERS_FOLDER)
+        with contextlib.suppress(OSError):
+            work.rmdir()
+
+
+def on_workers(
+    function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
+    *, make_callbacks: Callable[[], list[Any]] = list, max_deaths: int = 0,
+    on_restart: Callable[[str], None] = lambda text: None,
+) -> Any:  # fmt: skip
+    """Runs a function on every worker and returns what worker 0 returns; starts it anew after a failure.
+
+    Ray Train's own restarts would try again what a user has to mend, too.
+
+    Args:
+        function: Called with `settings` and, under ``config``, the run's settings; see `enter_worker`.
+        settings: What else the function needs.
+        config: Settings.
+        plan: The workers.
+        folder: Ray Train's own files go into a folder in it.
+        make_callbacks: Makes Ray Train's callbacks.
+        max_deaths: Restarts after the death of a process, if that is more than ``scaling.max_failures``.
+        on_restart: Hears a line about every restart.
+
+    Raises:
+        UserError: If a worker raised one.
+        WorkerFailed: If workers failed or died and no restart is left.
+    """
+    for restart in itertools.count(1):
+        try:
+            return _attempt(function, settings, config, plan, folder, make_callbacks())
+        except WorkerFailed as error:
+            limit = max(config.scaling.max_failures, max_deaths if isinstance(error, WorkerDied) else 0)
+            if restart > limit:
+                raise
+            on_restart(f"{error}; starting all workers again from the last checkpoint, restart {restart} of {limit}")
+    raise AssertionError("unreachable")
+
+
+def _attempt(
+    function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
+    callbacks: list[Any],
+) -> Any:  # fmt: skip
+    from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
+    notes = folder / WORKERS_FOLDER
+    drop_notes(notes)
+    trainer = TorchTrainer(
+        function,
+        train_loop_config={**settings, "config": to_dict(config), "notes": str(notes)},
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo", timeout_s=600),
+        run_config=RayRunConfig(
+            name=WORK_FOLDER,
+            storage_path=str(folder),
+            callbacks=callbacks,
+            failure_config=FailureConfig(controller_failure_limit=3),
+        ),
+    )
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit().return_value
+    except SystemExit as error:  # how Ray Train ends after Ctrl-C, once its workers are stopped
+        raise KeyboardInterrupt from error
+    except WorkerGroupError as error:
+        told = [find_user_error(failure) for _, failure in sorted(error.worker_failures.items())]
+        raise next(filter(None, told), None) or what_happened(error.worker_failures, notes) from error
+    except ControllerError as error:
+        reason = (str(error.controller_failure).splitlines() or [type(error.controller_failure).__name__])[0]
+        raise WorkerFailed(f"the workers could not be started: {reason}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own there
+
+
+def read_paths(config: RunConfig) -> list[Path]:
+    """Returns what every worker reads: the data set, and weights that lie on a disk."""
+    weights = [Path(value) for value, _ in disk_settings(config).values()]
+    return [Path(config.data.path), *(path for path in weights if path.is_file() or path.is_absolute())]
+
+
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+
+    from harma_ray.on_ray.stream import ray_batches
+
+    config, place = enter_worker(settings)
+    with plain_errors():
+        return run_training(
+            make_task(config),
+            config,
+            Path(settings["run"]),
+            place=place,
+            reader=ray_batches,
+            reporter=ray.train.report,
+        )
+
+
+def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
+    from harma_ray.on_ray.stream import ray_batches
+
+    config, place = enter_worker(settings)
+    with plain_errors():
+        model = load_model(settings["file"], config)
+        return evaluate_split(make_task(config), config, model, settings["split"], place=place, reader=ray_batches)
+
+
+def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
+    """Sets up a worker's process: its threads, its device; returns the run's settings and the worker's place."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    config = build_config(recipe_config(settings["config"]["recipe"]), settings["config"], origin="configuration")
+    context = ray.train.get_context()
+    leave_note(Path(settings["notes"]), context.get_world_rank())
+    device = get_device()
+    neighbours = context.get_local_world_size()
+    threads = max(1, node_cpus() // neighbours)
+    torch.set_num_threads(config.train.threads or threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    place = Place(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=str(device),
+        decode_threads=config.data.decode_threads or threads,
+    )
+    return config, place
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raises a user's error bare, so that the driver finds its message at the end of the trace that it is given."""
+    try:
+        yield
+    except Exception as raised:
+        error = find_user_error(raised)
+        if error is None:
+            leave_trace(raised)
+            raise
+        raise UserError(*error.args) from None
+
+
+def _follow(
+    path: Path, ready: threading.Event, done: threading.Event, on_record: Callable[[dict[str, Any]], None]
+) -> None:
+    """Reads new whole lines of the record as they are written, also when a run that goes on has rewritten it.
+
+    New is what comes after `ready` is set.
+    """
+    seen, inode, position = Counter[int](), None, 0
+    told, last, is_old = Counter[int](), False, True
+    while True:
+        if path.exists():
+            with path.open() as file:
+                if (now := os.fstat(file.fileno()).st_ino) != inode:
+                    inode, position, told = now, 0, Counter()
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position, key = file.tell(), hash(line)
+                    told[key] += 1
+                    if told[key] > seen[key]:
+                        seen[key] += 1
+                        if not is_old:
+                            on_record(json.loads(line))
+        if last:
+            return
+        ready.set()
+        last, is_old = done.wait(0.5), False

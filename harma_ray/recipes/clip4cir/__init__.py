@@ -1,0 +1,1 @@
+"""CLIP4Cir: composed image retrieval with CLIP."""

@@ -1,0 +1,147 @@
+"""CLIP4Cir's released files, in and out: a fine-tuned CLIP under ``CLIP``, a Combiner under ``Combiner``.
+
+A CLIP comes in as a backbone, like any other (`harma_ray.exchange`); a Combiner is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from harma_ray.config import RunConfig, build_config
+from harma_ray.errors import UserError
+from harma_ray.formats import ForeignFormat, Reading
+from harma_ray.models.backbones import has_quick_twin, knows_activation
+from harma_ray.models.composed import ComposedRetriever
+from harma_ray.models.containers import read_container
+from harma_ray.models.foreign import ForeignWeights
+from harma_ray.models.weights import backbone_fingerprint, check_fit
+from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
+from harma_ray.recipes.clip4cir.task import Clip4CirTask
+from harma_ray.shell import launch_command
+from harma_ray.task import StoredRun
+
+_TRAINED_ON = "trained_on"
+"""Where a Combiner's file names the CLIP that it was trained on, by its fingerprint."""
+
+
+class Clip4CirFile(ForeignFormat):
+    """A Combiner, which is one with the CLIP that it was trained on; written, a fine-tuned CLIP as well."""
+
+    settings, needs_clip = Clip4CirConfig, True
+
+    def recognise(self, weights: ForeignWeights) -> bool:
+        """Tells whether a file holds a Combiner."""
+        return weights.kind == "combiner"
+
+    def describe(self, weights: ForeignWeights) -> str:
+        """Says its sizes."""
+        return f"released CLIP4Cir Combiner {weights.path}: {_sizes(weights)}"
+
+    def load(self, weights: ForeignWeights, config: RunConfig) -> ComposedRetriever:
+        """Raises UserError: it has no CLIP."""
+        words = ("--recipe", "clip4cir-combiner", "--clip", "FILE", "--out", "FOLDER")
+        way_out = f"import both first: {launch_command('checkpoint', 'import', weights.path, *words)}"
+        raise UserError(f"{weights.path} is a Combiner without its CLIP; {way_out}")
+
+    def read(self, weights: ForeignWeights, config: RunConfig, kept: Path, clip: StoredRun | str | None) -> Reading:
+        """Builds the Combiner on the CLIP that is given; that of a tag is not kept, the tag is."""
+        path, state = weights.path, weights.tensors
+        if not isinstance(config, CombinerConfig):
+            raise UserError(f"{path} is a CLIP4Cir Combiner; import it with --recipe clip4cir-combiner")
+        if clip is None:
+            raise UserError(
+                f"{path} is a Combiner without its CLIP, and another CLIP's features mean nothing to it: give the one "
+                "that it was trained on with --clip FILE (published beside it: cirr_clip_RN50x4_fullft.pt, "
+                "fiq_clip_RN50x4_fullft.pt), --clip RUN (a first stage), or --clip openai if that CLIP was not "
+                "fine-tuned"
+            )
+        config, source = _paired(config, clip)
+        layers = {"combiner.projection_dim": "text_projection_layer.bias", "combiner.hidden_dim": "combiner_layer.bias"}
+        sizes = {name: len(state[layer]) for name, layer in layers.items() if layer in state and state[layer].ndim}
+        config = build_config(config, sizes, origin=str(path))
+        model, architecture = Clip4CirTask(config).new_model(), config.model.architecture
+        fingerprint, named = backbone_fingerprint(model), _trained_on(path)
+        _load_combiner(model, weights, named, fingerprint, source, architecture)
+        is_kept = not open_clip.is_pretrained_cfg(architecture, config.model.pretrained) or bool(config.model.tuned)
+        if is_kept:
+            config = build_config(config, {"model.pretrained": str(kept), "model.tuned": "", "model.tuned_seed": 0})
+        proof = "as the file says" if named else "the file does not say which CLIP it was trained on; their widths fit"
+        text = f"{_sizes(weights)}\npaired with {source} (`{architecture}`, fingerprint {fingerprint[:12]}): {proof}"
+        return Reading(model, config, fingerprint, text, is_kept, is_kept and _knows_activation(clip))
+
+    def check_export(self, run: StoredRun, format: str) -> None:
+        """Raises UserError for adapters."""
+        if format == "adapter":
+            raise UserError(f"run {run.path} has no adapters; export it as `released` or `open_clip`")
+
+    def write(self, model: ComposedRetriever, run: StoredRun, epoch: float, path: Path) -> None:
+        """Writes the ``.pt``: a CLIP, or the Combiner."""
+        assert isinstance(run.config, Clip4CirConfig)
+        architecture = run.config.model.architecture
+        if model.combiner is None and has_quick_twin(architecture):
+            raise UserError(
+                f"CLIP4Cir's own program takes every CLIP for one with quick GELU, but `{architecture}` computes plain "
+                "GELU; export it as `open_clip`"
+            )
+        name, module = ("CLIP", model.clip) if model.combiner is None else ("Combiner", model.combiner)
+        content: dict[str, Any] = {"epoch": epoch, name: {k: value.clone() for k, value in module.state_dict().items()}}
+        if model.combiner is not None:
+            content[_TRAINED_ON] = backbone_fingerprint(model)
+        torch.save(content, path)
+
+
+def _paired(config: CombinerConfig, clip: StoredRun | str) -> tuple[CombinerConfig, str]:
+    """Returns the settings with a CLIP, and what it is in words."""
+    if not isinstance(clip, str):
+        return build_config(config, Clip4CirTask(config).after(clip), origin="--clip"), f"run {clip.path}"
+    file = Path(clip).expanduser()
+    is_file = file.is_file()
+    changes = {"model.pretrained": str(file.absolute()) if is_file else clip, "model.tuned": ""}
+    return build_config(config, changes, origin="--clip"), f"{file if is_file else clip}"
+
+
+def _knows_activation(clip: StoredRun | str) -> bool:
+    """Tells whether it is known which activation a CLIP was trained with; of a file, if it says so."""
+    file = Path(clip).expanduser() if isinstance(clip, str) else None
+    return file is None or not file.is_file() or knows_activation(file)
+
+
+def _load_combiner(
+    model: ComposedRetriever, weights: ForeignWeights, named: str, fingerprint: str, source: str, architecture: str
+) -> None:
+    """Loads a Combiner's weights; UserError if they, or the CLIP that the file names, do not fit the model's CLIP."""
+    path, state = weights.path, weights.tensors
+    taken, given = len(state.get("output_layer.bias", ())), model.encoder.embedding_width
+    if taken and taken != given:
+        raise UserError(
+            f"{path} combines features of width {taken}, but {source} (`{architecture}`) gives {given}; give the CLIP "
+            "that it was trained on, and its name with --set model.architecture=NAME"
+        )
+    if named and named != fingerprint:
+        raise UserError(
+            f"{path} was trained on a CLIP with fingerprint {named[:12]}, but {source} has {fingerprint[:12]}; give "
+            "the one that it was trained on"
+        )
+    assert model.combiner is not None
+    check_fit(model.combiner.state_dict(), state, f"{path} (for `{architecture}`)")
+    model.combiner.load_state_dict(dict(state))
+
+
+def _trained_on(path: Path) -> str:
+    """Returns the fingerprint of the CLIP that a Combiner's file names; files of CLIP4Cir's own program name none."""
+    content = read_container(path, data=False).content
+    named = content.get(_TRAINED_ON) if isinstance(content, Mapping) else None
+    return named if isinstance(named, str) else ""
+
+
+def _sizes(weights: ForeignWeights) -> str:
+    """Returns the sizes of a Combiner."""
+    state = weights.tensors
+    features = state["output_layer.bias"].shape[0] if "output_layer.bias" in state else 0
+    projection, hidden = (len(state.get(f"{name}.bias", ())) for name in ("text_projection_layer", "combiner_layer"))
+    return f"Combiner of {features} features, projection {projection}, hidden {hidden}"

@@ -1,0 +1,304 @@
+"""CLIP4Cir: composed image retrieval with CLIP (Baldrati et al., CVPR Workshops 2022; ACM TOMM 2023).
+
+A query is a reference image and a text that changes it; the answer is a target image. Stage 1 fine-tunes CLIP so that
+the sum of both features finds it; stage 2 trains a Combiner of the features of the frozen CLIP.
+
+Shape letters: Q queries, G gallery, F features of CLIP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from harma_ray.data.queries import ComposedQueries
+from harma_ray.data.relative_captions import evaluation_text, training_texts
+from harma_ray.data.samples import Batch, RowTransform
+from harma_ray.data.schema import Split
+from harma_ray.data.stream import EvaluationStream
+from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation, Metrics
+from harma_ray.models.clip import ClipBackbone, DualEncoder, unit
+from harma_ray.models.combiner import Combiner
+from harma_ray.models.composed import ComposedRetriever, Encoders
+from harma_ray.models.losses import composed_loss
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
+from harma_ray.recipes.clip4cir.inputs import Inputs, ItemTransform, TripletTransform
+from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, QUERIES, compose
+from harma_ray.report.composed import ComposedEvaluation
+from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
+from harma_ray.retrieval.encoding import encode_texts
+from harma_ray.task import FeatureEncoder, StoredRun, Task
+from harma_ray.training.checkpoint import load_weights, read_meta
+
+
+@dataclass(frozen=True)
+class TunedClip(ClipBackbone):
+    """A CLIP, with the weights of a fine-tuning run if one is named."""
+
+    tuned: str = ""
+    """Folder of a checkpoint whose weights take the place of the pretrained ones; empty: none."""
+
+    @property
+    def name(self) -> str:
+        """The architecture and the weights."""
+        return super().name + (f", tuned by {self.tuned}" if self.tuned else "")
+
+    def build(self, *, writable: bool = True) -> nn.Module:
+        """Returns open_clip's model, all parameters trainable."""
+        clip = super().build(writable=writable)
+        if self.tuned:
+            model = ComposedRetriever(DualEncoder(clip))
+            names = read_meta(Path(self.tuned)).trainable
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in names)
+            load_weights(Path(self.tuned), model, backbone=backbone_fingerprint(model))
+        return clip.requires_grad_(True)
+
+    def check(self) -> None:
+        """Raises UserError as `check_pretrained` does, or if the checkpoint is none."""
+        super().check()
+        if self.tuned:
+            read_meta(Path(self.tuned))
+
+    def require_named(self, recipe: str, other_way: str = "--from RUN, or ") -> None:
+        """Raises UserError if nobody named weights or a run."""
+        if not self.tuned:
+            super().require_named(recipe, other_way)
+
+
+class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
+    """Composed retrieval with CLIP4Cir, either stage."""
+
+    def __init__(self, config: Clip4CirConfig):
+        """Takes the settings; nothing is loaded yet."""
+        super().__init__(config)
+        selection, model = config.selection, config.model
+        self.metrics = Metrics(get_args(Criterion), objective=selection.criterion, also_keep=selection.also_keep)
+        tuned = model.tuned if isinstance(model, TunedClipConfig) else ""
+        seed = model.tuned_seed if isinstance(model, TunedClipConfig) and tuned else config.seed
+        self.backbone = TunedClip(model.architecture, model.pretrained, seed, model.activation, tuned)
+        self._trusted: set[Path] = set()
+        self._frozen_gallery: dict[Path, Tensor] = {}
+        self._frozen_baselines: dict[Path, dict[str, ComposedEvaluation]] = {}
+
+    def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
+        """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
+        self.backbone.check()
+        training.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
+        if isinstance(self.config, FinetuneConfig):
+            training.require_kind(["triplets"], "fine-tuning")
+        for split in evaluated:
+            ComposedQueries.of(split).require_targets()
+        members = training.read(["members"]).column("members").combine_chunks().value_lengths().to_numpy()
+        known = _names_of_protocol(bool(members.any()))
+        wanted = [("selection", name) for name in self.metrics.kept]
+        for asker, name in (*wanted, *(("objective", name) for name in metrics)):
+            if name not in known:
+                raise UserError(
+                    f"`{asker}` names `{name}`, which is not measured on {training.path} (there are {', '.join(known)})"
+                )
+        self.require_backbone()
+
+    def require_backbone(self) -> None:
+        """Raises UserError if a part of CLIP stays frozen whose weights nobody named."""
+        whole = isinstance(self.config, FinetuneConfig) and self.config.tuning.encoder == "both"
+        if not whole:
+            self.backbone.require_named(self.config.recipe)
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether an encoder is trained: in the first stage."""
+        return isinstance(self.config, FinetuneConfig)
+
+    def build_model(self, backbone: nn.Module) -> ComposedRetriever:
+        """Returns CLIP with one or both encoders to train, or frozen under a new Combiner."""
+        combiner: Combiner | None = None
+        trained: Encoders = "none"
+        if isinstance(self.config, FinetuneConfig):
+            trained = self.config.tuning.encoder
+        encoder = DualEncoder(backbone, text_tokens="trim")
+        if isinstance(self.config, CombinerConfig):
+            sizes = self.config.combiner
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.config.seed)
+                combiner = Combiner(encoder.embedding_width, sizes.projection_dim, sizes.hidden_dim, sizes.dropout)
+        return ComposedRetriever(encoder, combiner, trained=trained, chunk_size=self.config.train.eval_batch_size)
+
+    def untrained_model(self) -> ComposedRetriever:
+        """Returns CLIP on CPU, whose outputs are added: a Combiner that nobody trained is random."""
+        model = self.new_model()
+        model.combiner = None
+        return model
+
+    def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
+        """Returns the settings by which the second stage builds on the first's CLIP."""
+        if not isinstance(self.config, CombinerConfig):
+            return super().after(run, metric)
+        first = run.config
+        if not isinstance(first, FinetuneConfig):
+            recipe = self.config.recipe
+            raise UserError(f"recipe {recipe} builds on a fine-tuned CLIP, but {run.path} is a run of {first.recipe}")
+        return {
+            "model.architecture": first.model.architecture,
+            "model.pretrained": first.model.pretrained,
+            "model.activation": first.model.activation,
+            "model.tuned": str(run.best_finished(metric)),
+            "model.tuned_seed": first.seed,
+            **{f"preparation.{name}": value for name, value in asdict(first.preparation).items()},
+        }
+
+    def queries(self, model: ComposedRetriever) -> Sequence[str]:
+        """Returns the names among `QUERIES` that a model can make: all, or without a Combiner all others."""
+        return [name for name in QUERIES if name != "combiner" or model.combiner is not None]
+
+    def transform(self, *, training: bool) -> RowTransform:
+        """Returns the transform of triplets, or of the gallery; the same padding and crop in both."""
+        inputs = self._inputs
+        return TripletTransform(inputs, self.config.preparation.random_captions) if training else ItemTransform(inputs)
+
+    @property
+    def _inputs(self) -> Inputs:
+        preparation, architecture = self.config.preparation, self.config.model.architecture
+        return Inputs(
+            architecture, self.backbone.image_size, self.config.data.max_pixels, preparation.padding,
+            preparation.target_ratio,
+        )  # fmt: skip
+
+    def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """Returns the cross-entropy of the global batch's queries over its targets."""
+        outputs = model(batch["reference"], batch["text"], batch["target"])
+        query, target = gather_with_gradient(outputs["query"]), gather_with_gradient(outputs["target"])
+        return {"contrastive": composed_loss(query, target)}
+
+    def losses_at_equal_scores(self) -> dict[str, float]:
+        """Returns the cross-entropy while all scores are equal."""
+        return {"contrastive": math.log(self.config.train.global_batch_size)}
+
+    def advice(self) -> list[str]:
+        """Returns what to try: a lower rate first, since the loss's fixed scale of 100 makes steep gradients."""
+        config, rate = self.config, self.config.optim.learning_rate
+        tuned = isinstance(config.model, TunedClipConfig) and config.model.tuned
+        advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
+        if config.optim.warmup_fraction < 0.1:
+            advice.append(f"a warm-up, optim.warmup_fraction=0.1 (now {config.optim.warmup_fraction:g})")
+        if config.model.pretrained == "random" and not tuned:
+            advice.append("pretrained weights, model.pretrained=FILE: nothing but this training knows the images yet")
+        elif isinstance(config, CombinerConfig) and not tuned:
+            advice.append("a fine-tuned CLIP (--from RUN): the Combiner starts from its features")
+        return advice
+
+    def evaluate(self, model: ComposedRetriever, data: EvaluationStream) -> Evaluation:
+        """Returns the recalls of the split's protocol, in percent, and `r_mean` of the baselines among `QUERIES`."""
+        queries = ComposedQueries.of(data.split)
+        queries.require_targets()
+        features, texts = self.encode(model, data, queries)
+        own, *baselines = self.queries(model)
+        found = None
+        if rank() == 0:
+            gallery = unit(features)
+
+            def measure(query: str) -> ComposedEvaluation:
+                vectors = compose(model, features, texts, queries, query, batch_size=self.config.train.eval_batch_size)
+                retrieval = ComposedRetrieval.of(gallery, vectors, queries)
+                note = f"queries: {QUERIES[query]}"
+                return ComposedEvaluation(retrieval.result.metrics, query, note, retrieval=retrieval)
+
+            others = self._frozen_baselines.get(data.split.path)
+            if others is None:
+                others = {query: measure(query) for query in baselines}
+                if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+                    self._frozen_baselines[data.split.path] = others
+            found = measure(own)
+            of_others = {BASELINE_METRICS[query]: other.metrics["r_mean"] for query, other in others.items()}
+            found = replace(found, metrics={**found.metrics, **of_others}, others=others)
+        metrics = broadcast_object(found.metrics if found else {})
+        return found or Evaluation(metrics)
+
+    def encode(
+        self, model: ComposedRetriever, data: EvaluationStream, queries: ComposedQueries
+    ) -> tuple[Tensor, Tensor]:
+        """Encodes a gallery and the texts of its queries, the work shared by all workers.
+
+        Returns:
+            Features fp32[G, F] and fp32[Q, F] on CPU, not normalised, the same on every worker.
+        """
+        self._require_same_encoders(model, data.split)
+        batch_size, path = self.config.train.eval_batch_size, data.split.path
+        gallery = self._frozen_gallery.get(path)
+        if gallery is None:
+            own = [
+                model.image_features(batch["image"]).float()
+                for batch in data.batches(self.transform(training=False), batch_size=batch_size)
+            ]
+            empty = torch.empty(0, model.encoder.embedding_width, device=model.device)
+            gallery = gather_rows(torch.cat(own) if own else empty).cpu()
+            if not any(parameter.requires_grad for parameter in model.image_parameters()):
+                self._frozen_gallery[path] = gallery
+        if queries.text_vectors is not None:
+            return gallery, queries.text_vectors
+        texts = [evaluation_text(captions) for captions in queries.captions]
+        return gallery, encode_texts(model.encoder, self.backbone.tokenizer(), texts, batch_size, normalize=False)
+
+    def _require_same_encoders(self, model: ComposedRetriever, split: Split) -> None:
+        """Raises UserError if a split's vectors are not what the model's encoders give."""
+        if split.manifest.kind != "image vectors" or split.path in self._trusted:
+            return
+        ours, theirs = self._identity(model), split.manifest.options.get("encoder", {})
+        wrong = [name for name in ours if ours[name] != theirs.get(name)]
+        if wrong:
+            raise UserError(
+                f"the features in {split.path} come from other encoders or settings than the model's "
+                f"({', '.join(wrong)} differ); compute them anew, or give the data set itself"
+            )
+        self._trusted.add(split.path)
+
+    def _identity(self, model: ComposedRetriever) -> dict[str, Any]:
+        preparation = self.config.preparation
+        return {
+            "backbone": backbone_fingerprint(model),
+            "padding": preparation.padding,
+            "target_ratio": preparation.target_ratio if preparation.padding == "target" else 0,
+            "random_captions": preparation.random_captions,
+        }
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether the encoders are frozen and their outputs wanted once."""
+        return isinstance(self.config, CombinerConfig) and self.config.features.cached
+
+    def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
+        """Returns the text of a query in evaluation, or those that training draws from."""
+        texts = training_texts(captions)
+        return texts if training and self.config.preparation.random_captions else texts[:1]
+
+    def feature_encoder(self, device: str) -> FeatureEncoder:
+        """Builds the frozen encoders on a device."""
+        model = ComposedRetriever(DualEncoder(self.backbone.build(writable=False), text_tokens="trim")).to(device)
+        inputs = self._inputs
+
+        def encode_images(files: Sequence[bytes], names: Sequence[str]) -> Tensor:
+            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+                images = torch.stack(list(pool.map(inputs.named_image, files, names)))
+            return model.image_features(images.to(device)).float().cpu()
+
+        def encode_texts(texts: list[str]) -> Tensor:
+            return model.text_features(inputs.tokens(texts)).float().cpu()
+
+        return FeatureEncoder(encode_images, encode_texts, self._identity(model))
+
+
+def _names_of_protocol(with_members: bool) -> list[str]:
+    """Returns the metrics that a search or the selection can rest on, of CIRR's protocol or of FashionIQ's."""
+    one = torch.zeros(1, dtype=torch.int64)
+    result = ComposedResult(one, subset_ranks=one) if with_members else ComposedResult(one, categories=["all"])
+    return [name for name in result.metrics if name in get_args(Criterion)]

@@ -1,0 +1,1 @@
+"""HarMA: image-text retrieval with adapters in a frozen CLIP."""

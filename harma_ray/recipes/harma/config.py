@@ -1,0 +1,159 @@
+"""Settings of HarMA runs: what can be set, the published values, and the demo's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
+
+from harma_ray.config import OnDisk, OptimConfig, RunConfig, TrainConfig, above_zero, at_least
+from harma_ray.data.transforms import Augmentation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone and what of it is trained."""
+
+    architecture: str = "ViT-B-32"
+    """open_clip's name, or one of this package's (``scenes-tiny``)."""
+    pretrained: Annotated[str, OnDisk("file")] = ""
+    """open_clip's tag, the path of a local file, or ``random``; to be named, unless all of the model is trained."""
+    activation: Literal["", "gelu", "quick_gelu"] = ""
+    """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
+    the architecture computes."""
+    tuning: Literal["adapters", "full", "none"] = "adapters"
+    """HarMA's adapters; everything; or nothing (zero-shot)."""
+    text_tokens: Literal["full", "trim"] = "full"
+    """All positions of a caption, as the released weights expect, or none beyond the longest caption of the batch."""
+    temperature: float = 0.07
+    """Start of the learned temperature that divides the logits."""
+    activation_checkpointing: bool = False
+    """Keep only block inputs for the backward pass: about a third more time, far less memory."""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """HarMA's adapters (see `harma_ray.models.adapters`)."""
+
+    width: int = 128
+    """Features inside an adapter."""
+    num_heads: int = 8
+    """Attention heads of an adapter; must divide both widths."""
+    shared_width: int = 64
+    """Features inside a shared adapter."""
+    share_across_modalities: bool = False
+    """Whether block i of both towers uses the same shared adapter (paper), or the text tower alone (released code)."""
+    gate_init: float = 0.6
+    """Start of every gate, before the sigmoid."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "shared_width"):
+            if self.num_heads < 1 or getattr(self, name) < 1 or getattr(self, name) % self.num_heads:
+                raise ValueError(
+                    f"`{name}` must be a positive multiple of `num_heads`, got {getattr(self, name)} and "
+                    f"{self.num_heads}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The terms of the loss; their sum is minimised."""
+
+    contrastive: bool = True
+    """The contrastive term."""
+    triplet: Literal["weighted", "plain", "hardest", "none"] = "weighted"
+    """HarMA's weighted triplet term, the plain one, the plain one on the hardest negatives, or none."""
+    margin: float = 0.2
+    """Margin of the triplet term, in cosine."""
+    gamma: float = 2.0
+    """Exponent of the triplet weights; 0 = no weights."""
+    same_image_negatives: bool = True
+    """Whether other captions of the same image count as negatives in the triplet term, as in the released code."""
+    center_factor: float = 0.0
+    """Weight of the affiliation term (class means); 0 = left out; needs labels."""
+
+    def __post_init__(self) -> None:
+        at_least(self, margin=0, gamma=0, center_factor=0)
+        if not self.contrastive and self.triplet == "none":
+            raise ValueError("`contrastive` or `triplet` must be on, got false and none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarmaConfig(RunConfig):
+    """Settings of a HarMA run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Backbone and tuning."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Adapters; used if ``model.tuning`` is ``adapters``."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss terms."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Random changes of training images."""
+
+
+def harma_rsitmd_vit() -> HarmaConfig:
+    """HarMA on RSITMD from LAION-2B's ViT-B/32; published r_mean 46.53 on test."""
+    return HarmaConfig(
+        recipe="harma-rsitmd-vit",
+        model=ModelConfig(architecture="ViT-B-32", pretrained="laion2b_s34b_b79k"),
+        optim=OptimConfig(learning_rate=4e-4),
+        train=TrainConfig(epochs=50, global_batch_size=428),
+    )
+
+
+def harma_rsicd_vit() -> HarmaConfig:
+    """HarMA on RSICD from LAION-2B's ViT-B/32; published r_mean 33.62 on test."""
+    base = harma_rsitmd_vit()
+    return replace(base, recipe="harma-rsicd-vit", train=replace(base.train, epochs=10))
+
+
+def harma_rsitmd_geo() -> HarmaConfig:
+    """HarMA on RSITMD from GeoRSCLIP; published r_mean 52.27 on test. The file is to be in the working folder."""
+    return HarmaConfig(
+        recipe="harma-rsitmd-geo",
+        model=ModelConfig(architecture="ViT-B-32-quickgelu", pretrained="RS5M_ViT-B-32_RET-2.pt"),
+        optim=OptimConfig(learning_rate=4e-6),
+        train=TrainConfig(epochs=80, global_batch_size=428),
+    )
+
+
+def harma_rsicd_geo() -> HarmaConfig:
+    """HarMA on RSICD from GeoRSCLIP; published r_mean 38.95 on test."""
+    return replace(harma_rsitmd_geo(), recipe="harma-rsicd-geo")
+
+
+def scenes_pretrain() -> HarmaConfig:
+    """The demo's first half: a tiny CLIP trained whole, from nothing, on one style of drawn scenes."""
+    return HarmaConfig(
+        recipe="scenes-pretrain",
+        model=ModelConfig(architecture="scenes-tiny", pretrained="random", tuning="full", text_tokens="trim"),
+        loss=LossConfig(triplet="none"),
+        optim=OptimConfig(learning_rate=1e-3),
+        train=TrainConfig(epochs=2, global_batch_size=128),
+        augmentation=Augmentation(min_scale=0.7, num_operations=0),
+    )
+
+
+def harma_scenes() -> HarmaConfig:
+    """The demo's second half: HarMA adapts the frozen tiny CLIP to another style of drawn scenes."""
+    return HarmaConfig(
+        recipe="harma-scenes",
+        model=ModelConfig(architecture="scenes-tiny", text_tokens="trim"),
+        optim=OptimConfig(learning_rate=4e-3),
+        train=TrainConfig(epochs=3, global_batch_size=128),
+        augmentation=Augmentation(min_scale=0.7, num_operations=0),
+    )
+
+
+RECIPES: Mapping[str, Callable[[], HarmaConfig]] = {
+    "harma-rsitmd-vit": harma_rsitmd_vit,
+    "harma-rsitmd-geo": harma_rsitmd_geo,
+    "harma-rsicd-vit": harma_rsicd_vit,
+    "harma-rsicd-geo": harma_rsicd_geo,
+    "scenes-pretrain": scenes_pretrain,
+    "harma-scenes": harma_scenes,
+}

@@ -1,0 +1,248 @@
+"""HarMA: image-text retrieval with adapters in a frozen CLIP (arXiv 2404.18253).
+
+Shape letters: B batch, N images, M texts, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harma_ray.data.samples import Array, Batch, RowTransform
+from harma_ray.data.schema import Split
+from harma_ray.data.stream import EvaluationStream
+from harma_ray.data.transforms import Augmentation, decode_stored, eval_transform, train_transform
+from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation, Metrics
+from harma_ray.models.adapters import GatedAdapter, set_tuning
+from harma_ray.models.clip import ClipBackbone, DualEncoder, tokenizer_of
+from harma_ray.models.losses import (
+    affiliation_loss,
+    class_means,
+    contrastive_loss,
+    equal_scores_triplet_loss,
+    triplet_loss,
+    weighted_triplet_loss,
+)
+from harma_ray.recipes.harma.config import HarmaConfig
+from harma_ray.report.image_text import ImageTextEvaluation
+from harma_ray.retrieval.encoding import encode_texts
+from harma_ray.retrieval.image_text import ImageTextRetrieval, RetrievalResult
+from harma_ray.task import Task
+
+
+class HarmaTask(Task[HarmaConfig, DualEncoder]):
+    """Image-text retrieval with HarMA."""
+
+    unseen_settings = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
+
+    def __init__(self, config: HarmaConfig):
+        """Takes the settings; nothing is loaded yet."""
+        super().__init__(config)
+        self.metrics = Metrics(RetrievalResult.METRICS, objective="r_mean")
+        model = config.model
+        self.backbone = ClipBackbone(model.architecture, model.pretrained, config.seed, model.activation)
+
+    def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
+        """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
+        self.backbone.check()
+        for split in (training, *evaluated):
+            split.require_kind(["images"], f"recipe {self.config.recipe}")
+        for split in evaluated:
+            _require_captions(split.read(["captions"]).column("captions").to_pylist(), split.path)
+        if self.config.loss.center_factor and training.read(["label"]).column("label").null_count:
+            raise UserError(
+                f"`loss.center_factor` needs a class label for every image, but {training.path} has images without; "
+                "convert it with labels, or set loss.center_factor=0"
+            )
+        self.require_backbone()
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether everything is trained."""
+        return self.config.model.tuning == "full"
+
+    def build_model(self, backbone: nn.Module) -> DualEncoder:
+        """Returns the dual encoder, tuned as configured; a loss that is off leaves its temperature frozen."""
+        settings, loss = self.config.model, self.config.loss
+        model = DualEncoder(
+            backbone,
+            temperature=settings.temperature,
+            affiliation_temperature=settings.temperature if loss.center_factor else None,
+            text_tokens=settings.text_tokens,
+        )
+        adapter = self.config.adapter
+        options: dict[str, Any] = {}
+        if settings.tuning == "adapters":
+            options = {
+                "width": adapter.width,
+                "num_heads": adapter.num_heads,
+                "shared_width": adapter.shared_width,
+                "share_across_modalities": adapter.share_across_modalities,
+                "gate_init": adapter.gate_init,
+                "seed": self.config.seed,
+            }
+        set_tuning(model, settings.tuning, **options)
+        if not loss.contrastive:
+            model.temperature.requires_grad_(False)
+        if settings.activation_checkpointing:
+            model.set_grad_checkpointing()
+        return model
+
+    def joint_encoder(self, model: DualEncoder) -> DualEncoder:
+        """Returns the model."""
+        return model
+
+    def transform(self, *, training: bool) -> RowTransform:
+        """Returns the published training transform, or the plain resize."""
+        size, max_pixels = self.backbone.image_size, self.config.data.max_pixels
+        if training:
+            return PairTransform(self.config.model.architecture, size, max_pixels, self.config.augmentation)
+        return ImageTransform(size, max_pixels)
+
+    def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """Returns the terms over the global batch."""
+        loss = self.config.loss
+        outputs = model(batch["image"], batch["text"])
+        image, text = gather_with_gradient(outputs["image"]), gather_with_gradient(outputs["text"])
+        ids = gather_with_gradient(batch["image_id"])
+        terms = {}
+        if loss.contrastive:
+            terms["contrastive"] = contrastive_loss(image, text, outputs["temperature"], ids)
+        negatives = {"image_ids": ids, "same_image_negatives": loss.same_image_negatives}
+        if loss.triplet == "weighted":
+            terms["triplet"] = weighted_triplet_loss(image, text, margin=loss.margin, gamma=loss.gamma, **negatives)
+        elif loss.triplet != "none":
+            hardest = loss.triplet == "hardest"
+            terms["triplet"] = triplet_loss(image, text, margin=loss.margin, hardest_only=hardest, **negatives)
+        if loss.center_factor:
+            image_means = gather_with_gradient(class_means(outputs["image"], batch["label"]))
+            text_means = gather_with_gradient(class_means(outputs["text"], batch["label"]))
+            affiliation = affiliation_loss(image, text, image_means, text_means, outputs["affiliation_temperature"])
+            terms["affiliation"] = loss.center_factor * affiliation
+        return terms
+
+    def losses_at_equal_scores(self) -> dict[str, float]:
+        """Returns the terms while all scores are equal; the triplet term only where every other row is a negative."""
+        loss, rows = self.config.loss, self.config.train.global_batch_size
+        terms = {}
+        if loss.contrastive:
+            terms["contrastive"] = math.log(rows)
+        if loss.same_image_negatives and loss.triplet != "none":
+            terms["triplet"] = {
+                "weighted": equal_scores_triplet_loss(rows, margin=loss.margin, gamma=loss.gamma),
+                "plain": 2 * equal_scores_triplet_loss(rows, margin=loss.margin),
+                "hardest": 2 * rows * loss.margin,
+            }[loss.triplet]
+        if loss.center_factor:
+            terms["affiliation"] = loss.center_factor * math.log(rows)
+        return terms
+
+    def advice(self) -> list[str]:
+        """Returns what to try: a lower rate first, since that is what collapses adapters."""
+        config = self.config
+        model, rate, rows = config.model, config.optim.learning_rate, config.train.global_batch_size
+        advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
+        if config.optim.warmup_fraction < 0.3:
+            advice.append(f"a longer warm-up, optim.warmup_fraction=0.3 (now {config.optim.warmup_fraction:g})")
+        if model.pretrained == "random" and model.tuning == "adapters":
+            advice.append("a pretrained backbone, model.pretrained=FILE: adapters in a random one have little to adapt")
+        if config.loss.contrastive and config.loss.triplet in ("weighted", "plain"):
+            advice.append(
+                f"loss.triplet=none: the triplet term is a sum over {rows} x {rows - 1} pairs and outweighs the "
+                "contrastive one, and while a model hardly ranks, equal scores lower it"
+            )
+        if model.temperature < 0.01 or model.temperature > 0.2:
+            advice.append(f"model.temperature=0.07 (now {model.temperature:g})")
+        return advice
+
+    def evaluate(self, model: DualEncoder, data: EvaluationStream) -> Evaluation:
+        """Returns the recalls of the split, index-based and duplicate-aware (``*_text``), in percent."""
+        batch_size = self.config.train.eval_batch_size
+        device = model.temperature.device
+        captions = data.table(["captions"]).column("captions").to_pylist()
+        _require_captions(captions, data.split.path)
+        images = [
+            model.encode_image(batch["image"]).float().cpu()
+            for batch in data.batches(self.transform(training=False), batch_size=batch_size)
+        ]
+        width = model.embedding_width
+        own_images = torch.cat(images) if images else torch.empty(0, width)
+        image_embeddings = gather_rows(own_images.to(device)).cpu()
+        texts = [text for row in captions for text in row]
+        text_embeddings = encode_texts(model, self.backbone.tokenizer(), texts, batch_size)
+        found = None
+        if rank() == 0:
+            counts = torch.tensor([len(row) for row in captions])
+            image_of_text = torch.repeat_interleave(torch.arange(len(captions)), counts)
+            retrieval = ImageTextRetrieval.of(image_embeddings, text_embeddings, texts, image_of_text)
+            found = ImageTextEvaluation.of(retrieval)
+        metrics = broadcast_object(found.metrics if found else {})
+        return found or Evaluation(metrics)
+
+    def monitor(self, model: DualEncoder) -> dict[str, float]:
+        """Returns the temperature and, for every adapter, the shares (sigmoid of the gates) it lets through."""
+        values = {"temperature": float(model.temperature.detach())}
+        for name, module in model.clip.named_modules():
+            if isinstance(module, GatedAdapter):
+                tower = "image" if name.startswith("visual") else "text"
+                block = name.split(".resblocks.")[1].split(".")[0]
+                values[f"gate/{tower}/{block}/block"] = float(module.gate.detach().sigmoid())
+                values[f"gate/{tower}/{block}/adapter"] = float(module.bottleneck.gate.detach().sigmoid())
+        return values
+
+
+@dataclass(frozen=True)
+class PairTransform:
+    """An augmented image and one of its captions."""
+
+    architecture: str
+    size: int
+    max_pixels: int
+    augmentation: Augmentation
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return tokenizer_of(self.architecture)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
+
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
+        """Returns ``image`` uint8[3, S, S], ``text`` int64[L], ``image_id`` and ``label`` (-1: none)."""
+        image = decode_stored(row["image"], max_pixels=self.max_pixels)
+        return {
+            "image": train_transform(image, rng, self.size, self.augmentation),
+            "text": self._tokenizer([row["captions"][row["caption"]]])[0],
+            "image_id": np.int64(row["image_id"]),
+            "label": np.int64(-1 if row["label"] is None else row["label"]),
+        }
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """An image as it is evaluated."""
+
+    size: int
+    max_pixels: int
+
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
+        """Returns ``image`` uint8[3, S, S]; nothing is random."""
+        return {"image": eval_transform(decode_stored(row["image"], max_pixels=self.max_pixels), self.size)}
+
+
+def _require_captions(captions: list[list[str]], path: Any) -> None:
+    without = [row for row, texts in enumerate(captions) if not texts]
+    if without:
+        raise UserError(
+            f"{path}: retrieval needs captions for every image, but rows {without[:5]} have none "
+            f"({len(without)} in all); convert with captions or a caption template"
+        )

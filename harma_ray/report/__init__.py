@@ -1,0 +1,1 @@
+"""How evaluations and runs are shown: pictures, figures, pages."""

@@ -1,0 +1,232 @@
+"""Pieces of a self-contained HTML page: style, tables, pictures as data, and lists of failed queries.
+
+Every function escapes the texts it is given and returns HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from PIL import Image
+
+from harma_ray.data.schema import Split
+from harma_ray.report.pictures import (
+    EQUAL,
+    RIGHT,
+    Colour,
+    ImageTextRetrieval,
+    read_images,
+    verdict_of_images,
+    verdict_of_texts,
+)
+from harma_ray.retrieval.ranking import top_k
+
+_THUMB = 112
+_NUM_FOUND = 5
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1e22; --faint: #656c75; --rule: #dcdfe3; --page: #fff; --card: #f5f6f8;
+  --right: #168c3c; --equal: #1e64dc; --wrong: #cd3c32; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6e9; --faint: #9aa1aa; --rule: #363b42; --page: #16181b;
+  --card: #202327; --right: #3fbf68; --equal: #6ea0ff; --wrong: #e8766d; } }
+body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 60px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 10px; }
+h3 { font-size: 15px; margin: 24px 0 8px; } p { margin: 6px 0; max-width: 76ch; } .faint { color: var(--faint); }
+nav a { color: inherit; margin-right: 14px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 12px; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; }
+th { font-weight: 600; color: var(--faint); } td { white-space: nowrap; }
+td.text, th.text { text-align: left; white-space: normal; }
+th.group { text-align: left; color: var(--ink); } .edge { padding-left: 32px; }
+tr.sum td { font-weight: 600; } code { font-size: 13px; }
+.picture { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--rule); border-radius: 6px; }
+.failure { display: flex; gap: 18px; padding: 12px 14px; margin: 10px 0; background: var(--card); border-radius: 8px; }
+.query { flex: 0 0 250px; overflow-wrap: anywhere; } .found { flex: 1; min-width: 0; display: flex; flex-wrap: wrap;
+  gap: 8px; align-content: flex-start; } .query p, .captions p { margin: 0 0 4px; }
+figure { margin: 0; font-size: 12px; text-align: center; color: var(--faint); }
+figure img, .query img { width: 96px; height: 96px; object-fit: contain; box-sizing: border-box; display: block; }
+figure img { border: 1px solid var(--wrong); } .right img { border: 4px solid var(--right); }
+.equal img { border: 4px solid var(--equal); } .own { padding-right: 12px; border-right: 1px solid var(--rule); }
+.captions { flex: 1; min-width: 0; overflow-wrap: anywhere; } .captions .right { color: var(--right); }
+.captions .equal { color: var(--equal); } .score { color: var(--faint); font-size: 12px; margin-right: 8px; }
+hr { border: 0; border-top: 1px solid var(--rule); margin: 4px 0; }
+summary { cursor: pointer; } @media (max-width: 700px) { .failure { flex-direction: column; } .query { flex: none; } }
+"""
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """Returns a whole page; `parts` are HTML."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def heading(title: str, subtitle: str, links: Sequence[tuple[str, str]]) -> str:
+    """Returns the top of a page with links to its sections (names and titles)."""
+    anchors = "".join(f'<a href="#{escape(name)}">{escape(text)}</a>' for name, text in links)
+    return f"<h1>{escape(title)}</h1>\n{paragraph(subtitle)}\n<nav>{anchors}</nav>"
+
+
+def folded(summary: str, content: str) -> str:
+    """Returns HTML that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
+
+
+def section(name: str, title: str, content: str) -> str:
+    """Returns a heading that links reach as ``#name``, and the HTML under it."""
+    return f'<h2 id="{escape(name)}">{escape(title)}</h2>\n{content}'
+
+
+def subsection(title: str) -> str:
+    """Returns a smaller heading."""
+    return f"<h3>{escape(title)}</h3>"
+
+
+def paragraph(text: str) -> str:
+    """Returns a paragraph in a faint colour."""
+    return f'<p class="faint">{escape(text)}</p>'
+
+
+def command(text: str) -> str:
+    """Returns a command to copy."""
+    return f"<p><code>{escape(text)}</code></p>"
+
+
+def table(
+    columns: Sequence[tuple[str, Sequence[str]]],
+    *,
+    num_text_columns: int,
+    groups: Sequence[tuple[str, int]] = (),
+    sum_row: bool = False,
+) -> str:
+    """Returns a table.
+
+    Args:
+        columns: Titles and cells; those after the first `num_text_columns` are aligned to the right.
+        num_text_columns: Columns of text.
+        groups: Titles over the columns that follow the text, and how many columns each has.
+        sum_row: Whether the last row is a sum.
+    """
+    edges = {num_text_columns + sum(size for _, size in groups[:i]) for i in range(len(groups))}
+    kinds = ["text" if i < num_text_columns else "edge" if i in edges else "" for i in range(len(columns))]
+    lines = ['<div class="scroll"><table>']
+    if groups:
+        cells = "".join(f'<th class="group edge" colspan="{size}">{escape(title)}</th>' for title, size in groups)
+        lines.append(f'<tr><th colspan="{num_text_columns}"></th>{cells}</tr>')
+    lines.append(_row("th", [title for title, _ in columns], kinds))
+    rows = list(zip(*[cells for _, cells in columns], strict=True))
+    for number, row in enumerate(rows):
+        is_sum = sum_row and number == len(rows) - 1
+        lines.append(_row("td", row, kinds, ' class="sum"' if is_sum else ""))
+    return "\n".join([*lines, "</table></div>"])
+
+
+def _row(tag: str, cells: Iterable[str], kinds: Sequence[str], attributes: str = "") -> str:
+    content = "".join(
+        f'<{tag} class="{kind}">{escape(cell)}</{tag}>' if kind else f"<{tag}>{escape(cell)}</{tag}>"
+        for cell, kind in zip(cells, kinds, strict=True)
+    )
+    return f"<tr{attributes}>{content}</tr>"
+
+
+def picture(png: bytes, description: str) -> str:
+    """Returns a PNG file as an image of the page."""
+    return f'<img class="picture" alt="{escape(description)}" src="{_data_uri(png, "png")}">'
+
+
+def failed_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[int]) -> str:
+    """Returns captions whose own image was not found: the caption, its image, and the images found first."""
+    if not texts:
+        return ""
+    owners = retrieval.image_of_text[list(texts)].tolist()
+    num_found = min(_NUM_FOUND, len(retrieval.image_embeddings))
+    top_scores, top_items = top_k(retrieval.text_embeddings[list(texts)], retrieval.image_embeddings, num_found)
+    thumbs = _read_thumbs(split, {*owners, *top_items.flatten().tolist()})
+    sources = split.read(["source"]).column("source").to_pylist()
+    result, cards = retrieval.result, []
+    for text, owner, scores, items in zip(texts, owners, top_scores.tolist(), top_items.tolist(), strict=True):
+        own_score = float(retrieval.text_embeddings[text] @ retrieval.image_embeddings[owner])
+        colours = verdict_of_images(retrieval, text, items)
+        found = "".join(
+            _figure(thumbs[row], colour, f"{score:.3f}", sources[row])
+            for row, score, colour in zip(items, scores, colours, strict=True)
+        )
+        note = _note(result.text_to_image_ranks[text], result.text_to_image_ranks_by_text[text], "own image")
+        own = _figure(thumbs[owner], RIGHT, f"{own_score:.3f}", sources[owner], "own ")
+        query = f"<p>{escape(retrieval.texts[text])}</p>{note}"
+        cards.append(_card(query, "found", own + found))
+    return "\n".join(cards)
+
+
+def failed_images(retrieval: ImageTextRetrieval, split: Split, rows: Sequence[int]) -> str:
+    """Returns images none of whose captions was found: the image, its best caption, and the captions found first."""
+    if not rows:
+        return ""
+    num_found = min(_NUM_FOUND, len(retrieval.texts))
+    top_scores, top_items = top_k(retrieval.image_embeddings[list(rows)], retrieval.text_embeddings, num_found)
+    thumbs = _read_thumbs(split, set(rows))
+    sources = split.read(["source"]).column("source").to_pylist()
+    result, cards = retrieval.result, []
+    for row, scores, items in zip(rows, top_scores.tolist(), top_items.tolist(), strict=True):
+        own = (retrieval.image_of_text == row).nonzero()[:, 0]
+        own_scores = retrieval.text_embeddings[own] @ retrieval.image_embeddings[row]
+        best = int(own[own_scores.argmax()])
+        lines = [_caption(retrieval.texts[best], RIGHT, float(own_scores.max())) + "<hr>"]
+        colours = verdict_of_texts(retrieval, row, items)
+        lines += [_caption(retrieval.texts[text], c, s) for text, c, s in zip(items, colours, scores, strict=True)]
+        note = _note(result.image_to_text_ranks[row], result.image_to_text_ranks_by_text[row], "best own caption")
+        query = f'<img alt="" src="{thumbs[row]}">{paragraph(sources[row])}{note}'
+        cards.append(_card(query, "captions", "".join(lines)))
+    return "\n".join(cards)
+
+
+def _card(query: str, kind: str, content: str) -> str:
+    return f'<div class="failure"><div class="query">{query}</div><div class="{kind}">{content}</div></div>'
+
+
+def _note(rank: object, rank_by_text: object, what: str) -> str:
+    """Tells 0-based ranks as people count."""
+    own, equal = int(rank) + 1, int(rank_by_text) + 1  # pyright: ignore[reportArgumentType]
+    more = f"; one with an equal caption at rank {equal:,}" if equal < own else ""
+    return paragraph(f"{what} at rank {own:,}{more}")
+
+
+def _figure(uri: str, colour: Colour, caption: str, description: str, kind: str = "") -> str:
+    return (
+        f'<figure class="{kind}{_verdict(colour)}"><img alt="{escape(description)}" title="{escape(description)}" '
+        f'src="{uri}">{escape(caption)}</figure>'
+    )
+
+
+def _caption(text: str, colour: Colour, score: float) -> str:
+    return f'<p class="{_verdict(colour)}"><span class="score">{score:.3f}</span>{escape(text)}</p>'
+
+
+def _verdict(colour: Colour) -> str:
+    return {RIGHT: "right", EQUAL: "equal"}.get(colour, "wrong")
+
+
+def _read_thumbs(split: Split, rows: set[int]) -> dict[int, str]:
+    """Returns small images as data URIs, by row."""
+    wanted = sorted(rows)
+    images = read_images(split, wanted, longest_side=_THUMB)
+    return {row: _data_uri(_jpeg(image), "jpeg") for row, image in zip(wanted, images, strict=True)}
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

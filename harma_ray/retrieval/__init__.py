@@ -1,0 +1,1 @@
+"""What embeddings find: exact ranking, and the protocols that measure it."""

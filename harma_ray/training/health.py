@@ -1,0 +1,229 @@
+"""Whether a training learns anything, as its record tells it.
+
+Three things are watched. The scores of a batch may all have become equal: then each term of the loss stands at a value
+that is known in closed form. The loss may be no better than such scores would make it. And no epoch may be better than
+the model before any training. All of it follows from the lines of the record alone, so a resumed run, a search and a
+page come to the same findings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from harma_ray.task import Task
+from harma_ray.training.optim import warmup_steps
+
+KIND = "health"
+"""Kind of the record's lines that `Finding.as_record` makes."""
+EQUAL_TOLERANCE = 0.005
+"""How near to its value at equal scores, relative to it, a term must be to count as equal."""
+BETTER_FRACTION = 0.01
+"""By how much a term must be below its value at equal scores to count as better than chance."""
+EQUAL_STEPS, CHANCE_STEPS, LEAST_VALUES = 20, 50, 3
+"""Steps after the warm-up, and recorded losses among them, that a finding rests on; half of a short training's."""
+
+Problem = Literal["equal scores", "no better than chance", "no better than untrained"]
+_SUBJECTS: Mapping[str, str] = {
+    "equal scores": "loss", "no better than chance": "loss", "no better than untrained": "epochs",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong with a training, or is not any more."""
+
+    problem: Problem
+    since: int
+    """Step that it began at."""
+    message: str
+    """What was found, in one sentence without a full stop."""
+    advice: tuple[str, ...] = ()
+    """What to try, the most promising first."""
+    over: bool = False
+    """Whether it has passed."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Returns the keys of a line of the record, or of an entry of the report."""
+        return {**asdict(self), "advice": list(self.advice)}
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> Finding:
+        """Returns the finding that a line of the record or an entry of the report tells."""
+        return Finding(record["problem"], record["since"], record["message"], tuple(record["advice"]), record["over"])
+
+
+class HealthWatch:
+    """Reads the record of a training line by line and tells what is wrong, once each time it begins or ends."""
+
+    def __init__(
+        self, equal_scores: Mapping[str, float], *, objective: str, total_steps: int, warmup_steps: int,
+        advice: Sequence[str] = (),
+    ):  # fmt: skip
+        """Starts at the beginning of a record.
+
+        Args:
+            equal_scores: Terms of the loss and what each is while all scores of a batch are equal; empty: the loss is
+                not watched.
+            objective: Metric that picks the best epoch; higher is better.
+            total_steps: Planned steps.
+            warmup_steps: Steps in which the learning rate climbs; a loss that does not fall yet is no finding there.
+            advice: What to try when nothing is learned.
+        """
+        self._advice = tuple(advice)
+        self._equal = {f"loss_{name}": value for name, value in equal_scores.items() if value > 0}
+        self._objective, self._total_steps, self._warmup_steps = objective, total_steps, warmup_steps
+        self._longest = max(1, (total_steps - warmup_steps) // 2)
+        self._recent: deque[tuple[int, dict[str, float]]] = deque()
+        self._equal_since: int | None = None
+        self._untrained: float | None = None
+        self._best: tuple[float, float] = (-math.inf, 0)
+        self._standing: dict[str, Finding] = {}
+
+    @property
+    def standing(self) -> list[Finding]:
+        """What is wrong now."""
+        return list(self._standing.values())
+
+    def read(self, record: Mapping[str, Any]) -> list[Finding]:
+        """Takes the next line of the record; returns what begins or ends with it."""
+        if record["kind"] == "step" and self._equal:
+            finding = self._read_step(record)
+        elif record["kind"] == "evaluation":
+            finding = self._read_evaluation(record)
+        else:
+            finding = None
+        if finding is None:
+            return []
+        subject = _SUBJECTS[finding.problem]
+        if finding.over:
+            del self._standing[subject]
+        else:
+            self._standing[subject] = finding
+        return [finding]
+
+    def _read_step(self, record: Mapping[str, Any]) -> Finding | None:
+        terms = {name: record.get(name) for name in self._equal}
+        known = {name: value for name, value in terms.items() if value is not None}
+        if len(known) < len(terms) or record["step"] <= self._warmup_steps:
+            return None
+        step, recent = record["step"], self._recent
+        recent.append((step, known))
+        while len(recent) > LEAST_VALUES and step - recent[1][0] >= self._span(CHANCE_STEPS):
+            recent.popleft()
+        ratios = {name: value / self._equal[name] for name, value in known.items()}
+        if any(abs(ratio - 1) > EQUAL_TOLERANCE for ratio in ratios.values()):
+            self._equal_since = None
+        elif self._equal_since is None:
+            self._equal_since = step
+        standing = self._standing.get("loss")
+        if standing is None or standing.problem != "equal scores":
+            equal = self._scores_are_equal(step)
+            if equal or standing is None:
+                return equal or self._loss_is_no_better(step)
+        if all(min(ratios.values()) < 1 - BETTER_FRACTION for ratios in self._ratios(self._span(EQUAL_STEPS))):
+            told = f"the loss is better than chance again ({self._told(known)})"
+            return Finding(standing.problem, standing.since, told, over=True)
+        return None
+
+    def _scores_are_equal(self, step: int) -> Finding | None:
+        since = self._equal_since
+        if since is None or step - since < self._span(EQUAL_STEPS):
+            return None
+        within = [values for at, values in self._recent if at >= since]
+        if len(within) < LEAST_VALUES:
+            return None
+        return Finding(
+            "equal scores", since,
+            f"all scores of a batch have been equal since step {since} ({self._told(within[-1])}): the embeddings have "
+            "collapsed into one, and nothing is learned from them", self._advice,
+        )  # fmt: skip
+
+    def _loss_is_no_better(self, step: int) -> Finding | None:
+        since = self._recent[0][0]
+        if len(self._recent) < LEAST_VALUES or step - since < self._span(CHANCE_STEPS):
+            return None
+        values = [terms for _, terms in self._recent]
+        means, half = _means(values), len(values) // 2
+        earlier, later = _means(values[:half]), _means(values[half:])
+        no_better = all(mean >= self._equal[name] * (1 - EQUAL_TOLERANCE) for name, mean in means.items())
+        falling = any(later[name] < earlier[name] * (1 - BETTER_FRACTION) for name in means)
+        if not no_better or falling:
+            return None
+        return Finding(
+            "no better than chance", since,
+            f"the loss has been no better than chance since step {since} (on average {self._told(means)})",
+            self._advice,
+        )  # fmt: skip
+
+    def _read_evaluation(self, record: Mapping[str, Any]) -> Finding | None:
+        value = record.get(self._objective)
+        if value is None:
+            return None
+        if record["step"] == 0:
+            self._untrained = value
+            return None
+        if value > self._best[0]:
+            self._best = (value, record["epoch"])
+        if self._untrained is None:
+            return None
+        standing, what = self._standing.get("epochs"), f"{record['split']} {self._objective}"
+        best, epoch = self._best
+        if best > self._untrained:
+            return standing and Finding(
+                standing.problem, standing.since,
+                f"epoch {epoch:g} is better than the untrained model ({what} {best:.2f} against {self._untrained:.2f})",
+                over=True,
+            )  # fmt: skip
+        if standing is None and record["step"] >= self._total_steps / 2:
+            return Finding(
+                "no better than untrained", 0,
+                f"no epoch is better than the untrained model ({what} {self._untrained:.2f}; the best since, in epoch "
+                f"{epoch:g}, {best:.2f})", self._advice,
+            )  # fmt: skip
+        return None
+
+    def _span(self, steps: int) -> int:
+        return min(steps, self._longest)
+
+    def _ratios(self, span: int) -> Iterator[dict[str, float]]:
+        """Yields the last recorded terms, over a span of steps, as parts of their values at equal scores."""
+        last = self._recent[-1][0]
+        for step, values in self._recent:
+            if last - step <= span:
+                yield {name: value / self._equal[name] for name, value in values.items()}
+
+    def _told(self, values: Mapping[str, float]) -> str:
+        return "; ".join(
+            f"{name} {value:.4g}, with equal scores {self._equal[name]:.4g}" for name, value in values.items()
+        )
+
+
+def _means(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: math.fsum(terms[name] for terms in values) / len(values) for name in values[0]}
+
+
+def standing_findings(records: Iterable[Mapping[str, Any]]) -> list[Finding]:
+    """Returns what is wrong at the end of a record, as its lines of kind ``health`` tell it."""
+    standing: dict[str, Finding] = {}
+    for record in records:
+        if record["kind"] == KIND:
+            finding = Finding.of(record)
+            standing.pop(_SUBJECTS[finding.problem], None)
+            if not finding.over:
+                standing[_SUBJECTS[finding.problem]] = finding
+    return list(standing.values())
+
+
+def health_watch(task: Task, total_steps: int) -> HealthWatch:
+    """Returns who watches a training of some steps from its first one on."""
+    return HealthWatch(
+        task.losses_at_equal_scores(),
+        objective=task.metrics.objective,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps(total_steps, task.config.optim),
+        advice=task.advice(),
+    )

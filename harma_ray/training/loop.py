@@ -1,0 +1,349 @@
+"""The training loop. It does not know who runs it.
+
+It is given its place among the workers, a reader for its streams, and a reporter that hears every evaluation: Ray
+Train, a Ray Tune trial, or nobody. What it finds in the run's folder decides where it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harma_ray.config import RunConfig, config_hash, flat_settings, to_dict
+from harma_ray.data.identity import data_identity, require_same_data, used_splits
+from harma_ray.data.order import planned_order
+from harma_ray.data.schema import list_splits, open_split
+from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
+from harma_ray.distributed import barrier, broadcast_object
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation
+from harma_ray.files import write_text
+from harma_ray.task import Task
+from harma_ray.training.checkpoint import (
+    CheckpointMeta,
+    checkpoint_path,
+    list_checkpoints,
+    load_state,
+    load_weights,
+    prune_checkpoints,
+    read_meta,
+    save_checkpoint,
+)
+from harma_ray.training.health import health_watch
+from harma_ray.training.state import Progress, TrainState
+from harma_ray.training.step import Meter, autocast_of, check_batch, evaluating, timed, train_step, wrap_model
+from harma_ray.training.tracking import REPORT_NAME, Tracker
+
+Reporter = Callable[[dict[str, float]], None]
+"""Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""
+
+
+class TrainingDiverged(UserError):
+    """The loss is not a finite number any more."""
+
+
+def run_training(
+    task: Task,
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    place: Place,
+    reader: Reader,
+    reporter: Reporter = lambda metrics: None,
+) -> dict[str, Any]:
+    """Trains from the run's last checkpoint, or from the start, to the end; evaluates test once, with the best weights.
+
+    Args:
+        task: What is trained.
+        config: All settings; the run's folder holds them too.
+        run_dir: The run's folder, the same for all workers.
+        place: This worker.
+        reader: Who reads the shards.
+        reporter: Hears of every evaluation.
+
+    Returns:
+        The final report, as written to ``report.json``.
+
+    Raises:
+        UserError: For what the user can mend.
+        TrainingDiverged: If the loss is not finite.
+    """
+    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter)) as training:
+        if not training.resume():
+            training.evaluate_and_save(0)
+        training.train()
+        return training.finish()
+
+
+def run_trial(
+    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader, reporter: Reporter
+) -> None:
+    """Trains as `run_training` does, but only what a search compares: the selecting split after each epoch.
+
+    Nothing is evaluated before the first step (adapters start as the identity, so all trials are equal there), nothing
+    is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are
+    those of `run_training`.
+    """
+    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, draw=False)) as training:
+        if not training.resume() and not training.can_train:
+            training.evaluate_and_save(0)
+        training.train()
+
+
+def finish_training(
+    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader,
+    hparams: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Ends a run where it stands: evaluates test once, with the best weights so far, and writes ``report.json``.
+
+    Arguments, result and errors are those of `run_training`; `hparams` are the settings that TensorBoard's HParams page
+    shows (None: all).
+    """
+    with contextlib.closing(_start(task, config, run_dir, place, reader)) as training:
+        training.resume()
+        return training.finish(hparams)
+
+
+def _start(
+    task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader,
+    reporter: Reporter = lambda metrics: None, *, draw: bool = True,
+) -> _Training:  # fmt: skip
+    check_batch(config, place.world_size)
+    torch.manual_seed(config.seed)  # the same model on every worker
+    return _Training(task, config, run_dir, place, reader, reporter, draw=draw)
+
+
+class _Training:
+    """One worker's part in a run."""
+
+    def __init__(
+        self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter,
+        *, draw: bool,
+    ):  # fmt: skip
+        """Builds everything as it is at step 0; nothing is written yet."""
+        started = time.perf_counter()
+        self._task, self._config, self._run_dir = task, config, run_dir
+        self._place, self._reader, self._reporter, self._draw = place, reader, reporter, draw
+        self._order = planned_order(config)
+        self._total_steps = self._order.steps_per_epoch * config.train.epochs
+        data = config.data
+        selected_on = data.val_split if config.train.select_on == "val" else data.test_split
+        self._selection = EvaluationStream(open_split(data.path, selected_on), data, place, reader)
+        self._device = torch.device(place.device)
+        self._model = task.new_model()
+        self._backbone = task.backbone.fingerprint(self._model)
+        self._model.to(self._device)
+        self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._state = TrainState(self._model, config, self._total_steps, place)
+        self._autocast = autocast_of(config.train, self._device)
+        self._identity = data_identity(data.path, used_splits(config))
+        self._tracker: Tracker | None = None  # worker 0 keeps the record
+        self._build_seconds = time.perf_counter() - started
+
+    def resume(self) -> bool:
+        """Goes to the last checkpoint if there is one, and opens the record; returns whether there was one."""
+        checkpoints = list_checkpoints(self._run_dir)
+        last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
+        notices = [] if last is None else self._restore(last)
+        if self._place.rank == 0:
+            watch = health_watch(self._task, self._total_steps)
+            last_step = None if last is None else self._progress.step
+            self._tracker = Tracker(self._run_dir, last_step=last_step, watch=watch)
+            self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
+            for notice in notices:
+                self._tracker.log("notice", self._progress.step, {}, text=notice)
+        return last is not None
+
+    def close(self) -> None:
+        """Closes the record."""
+        if self._tracker is not None:
+            self._tracker.close()
+
+    @property
+    def can_train(self) -> bool:
+        """Whether there are steps left to take."""
+        return bool(self._trainable) and not self._out_of_patience and self._progress.step < self._total_steps
+
+    def train(self) -> None:
+        """Takes the remaining steps, with evaluations and checkpoints, until the end or until patience runs out."""
+        train, progress, per_epoch = self._config.train, self._progress, self._order.steps_per_epoch
+        if not self.can_train:
+            return
+        forward = wrap_model(self._model, train, self._place)
+        stream = TrainingStream(
+            self._order, self._task.transform(training=True), self._config.data, self._place, self._reader
+        )
+        meter = Meter(train.global_batch_size)
+        with contextlib.closing(stream.steps(progress.step, train.epochs)) as batches:
+            for batch in timed(batches, meter):
+                self._model.train()
+                losses = train_step(self._task, forward, batch, train, self._autocast)
+                grad_norm, learning_rate = self._update(losses)
+                meter.count()
+                if progress.step % train.log_every_steps == 0 or progress.step == 1:
+                    self._log_step(
+                        {name: float(loss) for name, loss in losses.items()}, grad_norm, learning_rate, meter
+                    )
+                epoch, rest = divmod(progress.step, per_epoch)
+                if rest == 0 and (epoch % train.eval_every_epochs == 0 or epoch == train.epochs):
+                    progress.seconds += meter.lap()
+                    self.evaluate_and_save(epoch)
+                    if self._out_of_patience:
+                        return
+                    meter.reset()
+                elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
+                    progress.seconds += meter.lap()
+                    self._save(progress.step / per_epoch, {})
+
+    def evaluate_and_save(self, epoch: int) -> None:
+        """Evaluates on the split that selects the best epoch, writes a checkpoint, and reports."""
+        progress, selection = self._progress, self._selection
+        started = time.perf_counter()
+        evaluation = self._evaluate(selection)
+        metrics = self._task.metrics
+        value = evaluation.metrics[metrics.objective]
+        if progress.best is None or metrics.is_better(metrics.objective, value, progress.best):
+            progress.best, progress.best_step, progress.without_improvement = value, progress.step, 0
+        else:
+            progress.without_improvement += 1
+        if self._tracker is not None:
+            seconds, split = round(time.perf_counter() - started, 3), selection.split.name
+            self._tracker.log(
+                "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=epoch, split=split,
+                seconds=seconds,
+            )  # fmt: skip
+            picture = evaluation.picture(selection.split) if self._draw else None
+            if picture is not None:
+                self._tracker.log_image("retrievals", progress.step, picture)
+        self._save(epoch, evaluation.metrics)
+        self._reporter({"epoch": epoch, "step": progress.step, **evaluation.metrics})
+
+    def finish(self, hparams: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Loads the best weights, evaluates test once, and writes the final report; see `finish_training`."""
+        data, selected_on = self._config.data, self._selection.split.name
+        best = checkpoint_path(self._run_dir, self._progress.best_step)
+        load_weights(best, self._model, backbone=self._backbone)
+        selected = self._evaluate(self._selection)
+        results = {selected_on: selected.metrics}
+        if data.test_split != selected_on and data.test_split in list_splits(data.path):
+            test = EvaluationStream(open_split(data.path, data.test_split), data, self._place, self._reader)
+            results[data.test_split] = self._evaluate(test).metrics
+        report = self._report(best, results)
+        if self._tracker is not None:
+            for split, metrics in results.items():
+                self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
+            finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
+            self._tracker.log_hparams(flat_settings(to_dict(self._config)) if hparams is None else hparams, finals)
+            projection = selected.projection(self._selection.split)
+            if projection is not None:
+                self._tracker.log_embeddings(projection, self._progress.step)
+            write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
+        return report
+
+    @property
+    def _progress(self) -> Progress:
+        return self._state.progress
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self._config.train.early_stopping_patience <= self._progress.without_improvement
+
+    def _evaluate(self, stream: EvaluationStream) -> Evaluation:
+        self._model.eval()
+        with evaluating(self._config.train, self._device):
+            return self._task.evaluate(self._model, stream)
+
+    def _update(self, losses: dict[str, Tensor]) -> tuple[Tensor, float]:
+        """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate.
+
+        Raises:
+            TrainingDiverged: If a term of the loss or the norm is not finite; the weights are as they were.
+        """
+        limit = self._config.optim.clip_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self._trainable, limit)
+        if not torch.stack([*losses.values(), grad_norm.to(self._device)]).isfinite().all():
+            terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
+            raise TrainingDiverged(
+                f"the loss or its gradient is not finite at step {self._progress.step + 1} on worker "
+                f"{self._place.rank} ({terms}, grad_norm={float(grad_norm)}); start a new run with a lower "
+                "optim.learning_rate, with optim.clip_grad_norm, or with train.precision=fp32"
+            )
+        learning_rate = float(self._state.schedule.get_last_lr()[0])
+        self._state.optimizer.step()
+        self._state.schedule.step()
+        self._state.optimizer.zero_grad(set_to_none=True)
+        self._progress.step += 1
+        return grad_norm, learning_rate
+
+    def _log_step(self, losses: dict[str, float], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
+        if self._tracker is None:
+            return
+        values = {
+            "loss": sum(losses.values()),
+            **{f"loss_{name}": value for name, value in losses.items()},
+            "learning_rate": learning_rate,
+            "grad_norm": float(grad_norm),
+            **meter.read(self._device),
+        }
+        step = self._progress.step
+        self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)
+        self._tracker.log("monitor", step, self._task.monitor(self._model), prefix="model/")
+
+    def _save(self, epoch: float, metrics: dict[str, float]) -> None:
+        """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
+        state = self._state.state_dict()
+        if self._place.rank == 0:
+            config, step = self._config, self._progress.step
+            meta = CheckpointMeta(
+                step, epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe, self._backbone,
+                data=self._identity,
+            )  # fmt: skip
+            save_checkpoint(self._run_dir, meta, self._model, state)
+            prune_checkpoints(self._run_dir, self._task.metrics, config.train.keep_checkpoints)
+        barrier()
+
+    def _restore(self, path: Path) -> list[str]:
+        """Goes to a checkpoint; returns what the user should know of it, one line each."""
+        meta = load_weights(path, self._model, backbone=self._backbone)
+        if meta.config_hash != config_hash(self._config):
+            raise UserError(
+                f"{path} was written with other settings; resume with the run's own config.yaml, or start a new run"
+            )
+        require_same_data(meta.data, self._config.data.path, subject=f"run {self._run_dir}", way_out="start a new run")
+        state = load_state(path)
+        if not state:
+            raise UserError(f"{path} holds weights alone (an import), so there is no training to continue")
+        notices = self._state.load_state_dict(state, meta.progress)
+        if not meta.data:
+            notices.append("the checkpoint does not say which data it was trained on, so nobody can tell if it changed")
+        return notices
+
+    def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+        parameters = list(self._model.parameters())
+        return {
+            "recipe": self._config.recipe,
+            "objective": self._task.metrics.objective,
+            "selected_on": self._selection.split.name,
+            "eval_precision": self._config.train.eval_precision,
+            "best_step": self._progress.best_step,
+            "best_epoch": read_meta(best).epoch,
+            "steps": self._progress.step,
+            "planned_steps": self._total_steps,
+            "stopped_early": self._out_of_patience,
+            "training_seconds": round(self._progress.seconds, 1),
+            "trainable_parameters": sum(p.numel() for p in self._trainable),
+            "parameters": sum(p.numel() for p in parameters),
+            "checkpoint": str(best.relative_to(self._run_dir)),
+            "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
+            "metrics": results,
+            "data": self._identity,
+            "health": [finding.as_record() for finding in self._tracker.findings] if self._tracker else [],
+        }

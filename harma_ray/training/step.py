@@ -1,0 +1,211 @@
+"""The parts of the training loop that know about torch's machinery: one step, wrapping, autocast, rates."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harma_ray.config import RunConfig, TrainConfig
+from harma_ray.data.order import planned_order
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation
+from harma_ray.models.precision import full_precision
+from harma_ray.task import Task
+from harma_ray.training.accumulation import PartialForward
+
+Autocast = Callable[[], contextlib.AbstractContextManager]
+
+
+def check_batch(config: RunConfig, world_size: int) -> None:
+    """Checks that a global batch can be shared out.
+
+    Raises:
+        UserError: If it does not divide by the number of workers, or a worker's share into its parts.
+    """
+    size = config.train.global_batch_size
+    if size % world_size:
+        low = size - size % world_size
+        raise UserError(
+            f"`train.global_batch_size` must divide by the number of workers, got {size} and {world_size}; "
+            f"use {low or world_size} or {low + world_size}"
+        )
+    if config.train.accumulation > size // world_size:
+        raise UserError(
+            f"`train.accumulation` must not exceed a worker's share of the batch, got {config.train.accumulation} and "
+            f"{size // world_size}"
+        )
+
+
+def train_step(
+    task: Task, forward: nn.Module, batch: dict[str, Tensor], train: TrainConfig,
+    autocast: Autocast,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Runs one forward and backward pass; gradients are left on the parameters."""
+    if train.accumulation == 1:
+        with autocast():
+            terms = task.losses(forward, batch)
+        torch.stack(list(terms.values())).sum().backward()
+    else:
+        partial = PartialForward(forward, train.accumulation)
+        with autocast():
+            terms = task.losses(partial, batch)
+        torch.stack(list(terms.values())).sum().backward()
+        partial.backward(autocast)
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def wrap_model(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
+    """Returns what a step calls: the model, compiled if asked for, averaging gradients over the workers."""
+    forward: Any = torch.compile(model) if train.compile else model
+    if place.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
+        # Buffers are constants and frozen statistics, the same on every worker: nothing to send in each step.
+        forward = DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        if place.device == "cpu":
+            forward.register_comm_hook(None, _mean_in_rank_order)
+    return forward
+
+
+def _mean_in_rank_order(state, bucket):  # DDP does not know annotations that are strings
+    """Averages gradients over the workers, adding them by rank.
+
+    An all-reduce adds those of three or more workers in an order that depends on where a gradient lies in its bucket,
+    and DDP fills its buckets anew after its first step: a resumed run would differ in the last bit.
+    """
+    own = bucket.buffer()
+    parts = own.new_empty((dist.get_world_size(), len(own)))
+    dist.all_gather(list(parts.unbind()), own)
+    mean: torch.futures.Future[Tensor] = torch.futures.Future()
+    mean.set_result(functools.reduce(torch.add, parts.unbind()).div_(len(parts)))
+    return mean
+
+
+def trains_in_bf16(train: TrainConfig, device: torch.device) -> bool:
+    """Returns whether models are trained under bf16 autocast on a device that is here."""
+    if train.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return train.precision == "bf16"
+
+
+def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
+    """Returns a maker of the contexts that training runs in: bf16 if asked for or, by default, where a GPU has it."""
+    if not trains_in_bf16(train, device):
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def evaluating(train: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Computes as models are evaluated: without gradients, in `train.eval_precision`."""
+    bf16 = train.eval_precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if bf16 else full_precision(device):
+        yield
+
+
+def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
+    """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
+    model = task.new_model().to(place.device)
+    stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, place, reader)
+    batches = stream.steps(0, 1)
+    train_step(task, model.train(), next(batches), config.train, autocast_of(config.train, torch.device(place.device)))
+    batches.close()
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def evaluate_split(
+    task: Task, config: RunConfig, model: nn.Module, split: str, *, place: Place, reader: Reader
+) -> Evaluation:
+    """Evaluates a model on a split.
+
+    Args:
+        task: What is evaluated.
+        config: Settings; ``data.path`` is the data set.
+        model: The unwrapped model; it is moved to the worker's device.
+        split: Name of the split.
+        place: This worker.
+        reader: Who reads the shards.
+    """
+    device = torch.device(place.device)
+    model.to(device).eval()
+    stream = EvaluationStream(open_split(config.data.path, split), config.data, place, reader)
+    with evaluating(config.train, device):
+        return task.evaluate(model, stream)
+
+
+def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
+    """Yields batches and tells the meter how long each was waited for."""
+    while True:
+        with meter.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
+class Meter:
+    """Rates since the last reading."""
+
+    def __init__(self, pairs_per_step: int):
+        """Starts measuring."""
+        self._pairs_per_step = pairs_per_step
+        self._lap_started = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was measured, the lap too."""
+        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._lap_started = self._started
+
+    def count(self) -> None:
+        """Counts a step."""
+        self._steps += 1
+
+    def lap(self) -> float:
+        """Returns the seconds since the last lap or reset."""
+        now = time.perf_counter()
+        seconds, self._lap_started = now - self._lap_started, now
+        return seconds
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Measures a wait for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Returns the rates since the last reading, and memory peaks in MiB (of this process, and of its GPU)."""
+        elapsed = time.perf_counter() - self._started
+        values = {
+            "pairs_per_second": self._steps * self._pairs_per_step / elapsed,
+            "data_wait_fraction": self._waited / elapsed,
+            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        if device.type == "cuda":
+            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        return values
+
+
+def default_place(config: RunConfig) -> Place:
+    """Returns the place of a single worker in this process: a GPU if there is one and it is not refused.
+
+    Raises:
+        UserError: If a GPU is asked for and there is none.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    use_gpu = torch.cuda.is_available() if config.scaling.use_gpu is None else config.scaling.use_gpu
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("`scaling.use_gpu` is true, but torch finds no GPU here; use --cpu")
+    return Place(device="cuda" if use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)

@@ -1,0 +1,78 @@
+"""Whether the best setting holds: runs with fresh seeds, beside those of the published setting."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from harma_ray.report import page
+from harma_ray.tune.report.scale import measured
+from harma_ray.tune.results import Confirmation, Objective, SearchResults
+
+
+def confirmed_section(results: SearchResults) -> str:
+    """Returns tables and sentences of the page on settings that were trained anew with several seeds."""
+    if not results.confirmations:
+        command = f"{results.resume_command} --confirm 3"
+        text = (
+            f"One run a setting proves nothing: the best of {len(measured(results))} trials is in part the luckiest. "
+            "To train the best and the published setting with three fresh seeds:"
+        )
+        return page.paragraph(text) + page.command(command)
+    names = list(dict.fromkeys(name for confirmation in results.confirmations for name in confirmation.metrics))
+    columns, groups = [("metric", names)], []
+    for confirmation in results.confirmations:
+        seeds = [confirmation.metrics.get(name, ()) for name in names]
+        columns += [("mean ± s.d.", [_mean_and_deviation(values) for values in seeds])]
+        columns += [("each seed", [", ".join(f"{value:.2f}" for value in values) for values in seeds])]
+        groups.append((confirmation.title, 2))
+    parts = [page.table(columns, num_text_columns=1, groups=groups)]
+    published = next((c for c in results.confirmations if c.number == 0), None)
+    for other in results.confirmations:
+        if published is not None and other.number != 0:
+            parts += [page.paragraph(text) for text in _compare(other, published, results.objectives[0])]
+    parts.append(
+        page.paragraph(
+            "Seeds that the search had not seen. s.d.: sample standard deviation over them. Two equal settings of "
+            "three seeds each come out more than 2 standard errors apart in about one comparison of nine."
+        )
+    )
+    return "\n".join(parts)
+
+
+def _compare(other: Confirmation, published: Confirmation, objective: Objective) -> list[str]:
+    """Says for each split how far the means of the objective lie apart, in standard errors."""
+    shared = [name for name in other.metrics if published.metrics.get(name) and other.metrics[name]]
+    texts = []
+    for name in [name for name in shared if name.endswith(f" {objective.metric}")]:
+        first, second = other.metrics[name], published.metrics[name]
+        difference = statistics.fmean(first) - statistics.fmean(second)
+        text = f"{name}, {other.title} against {published.title}: the difference of {difference:+.2f} points is "
+        errors = standard_errors(first, second)
+        if errors is None:
+            text += "of unknown worth, because its spread is unknown; confirm with more seeds."
+        else:
+            size = "larger" if abs(errors) > 1 else "not larger"
+            text += f"{abs(errors):.1f} standard errors: {size} than the combined standard error."
+        texts.append(text)
+    return texts
+
+
+def standard_errors(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Returns the difference of two means in units of its standard error (Welch's t).
+
+    Returns:
+        The statistic; None if either has fewer than two values, or if none of them varies.
+    """
+    if min(len(first), len(second)) < 2:
+        return None
+    error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (first, second)))
+    return (statistics.fmean(first) - statistics.fmean(second)) / error if error else None
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"

@@ -1,0 +1,195 @@
+"""``tune`` as a user types it: mistakes are told at once and leave nothing behind; a small search says where all is."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+
+from harma_ray.cli import main, make_parser
+from harma_ray.cli.tune_run import _plan, _require_same_data
+from harma_ray.config import build_config
+from harma_ray.data.convert.commands import convert_scenes
+from harma_ray.data.convert.tasks import map_serially
+from harma_ray.errors import UserError
+from harma_ray.on_ray.cluster import Cluster
+from harma_ray.recipes import load_config
+from harma_ray.tune.folder import create_search, open_search, read_search
+from harma_ray.tune.space.file import load_search
+from harma_ray.tune.storage import cause_of, open_study
+from harma_ray.tune.study import Report, SearchStudy, trial_folder
+
+ROOT = Path(__file__).parents[2]
+SPACE = """
+recipe: harma-scenes
+fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8,
+        model.pretrained: random}
+space:
+  optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
+  adapter.width: {type: int, low: 16, high: 128, step: 16}
+limits: {trials: 3}
+"""
+
+
+def refused(capsys, *arguments):
+    status = main(["tune", *map(str, arguments)])
+    error = capsys.readouterr().err.strip()
+    assert status == 2, error
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.fixture
+def space(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+def test_all_mistakes_of_a_space_are_told_at_once(capsys, tmp_path, scenes):
+    (tmp_path / "bad.yaml").write_text("recipe: harma-scene\nspcae: {}\n")
+    error = refused(capsys, tmp_path / "bad.yaml", "--data", scenes, "--runs", tmp_path / "runs")
+    assert len(re.findall(r"line \d+, column \d+", error)) == 3  # `space` is missing too
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such.yaml"], "no-such.yaml"),
+        ([], "give a search space"),
+        (["report"], "report"),
+        (["report", "nowhere"], "not the folder of a search"),
+        (["--resume", "nowhere"], "not the folder of a search"),
+        (["--resume", "nowhere", "--set", "seed=1"], "its own settings"),
+        (["report", "nowhere", "--confirm", "3"], "only reads"),
+        (["a.yaml", "--trials", "-1"], "`--trials` must be above 0"),
+        (["--resume", "x" * 300], "(File name too long)"),
+        (["a.yaml", "--out", "there"], "`--out` is the place of a `report`"),
+    ],
+)
+def test_a_wrong_command_is_one_clear_line(capsys, arguments, message):
+    error = refused(capsys, *arguments)
+    assert message in error
+    assert "\n" not in error
+
+
+def test_missing_data_is_told_before_ray_starts(capsys, space, tmp_path):
+    assert "does not exist" in refused(capsys, space, "--data", tmp_path / "no", "--runs", tmp_path / "runs")
+    assert "no data set is given" in refused(capsys, space, "--runs", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_setting_that_is_searched_cannot_be_set(capsys, space, scenes):
+    assert "--set" in refused(capsys, space, "--data", scenes, "--set", "adapter.width=16")
+
+
+@pytest.fixture
+def begun(space, scenes_copy, tmp_path):
+    """A search of two trials that have ended, as its first session left it; its folder."""
+    definition = load_search(space, overrides={"data.path": str(scenes_copy)})
+    folder = create_search(tmp_path / "runs", "one?", definition)
+    _require_same_data(folder, definition)
+    study = SearchStudy(folder, definition)
+    for value in (10.0, 20.0):
+        number = study.next().number
+        trial_folder(folder, number).mkdir(parents=True)
+        study.close(number, Report(epoch=2, value=value, values=(value,), trained=2, finished=True))
+    return folder
+
+
+def test_a_search_does_not_go_on_with_other_data(capsys, begun, scenes_copy, scenes, tmp_path):
+    """The val split was converted anew from other scenes; with the same content elsewhere, all is well."""
+    convert_scenes(tmp_path / "new", {"val": 12}, style="winter", size=64, map_tasks=map_serially)
+    shutil.rmtree(scenes_copy / "val")
+    shutil.copytree(tmp_path / "new" / "val", scenes_copy / "val")
+    error = refused(capsys, "--resume", begun)
+    assert re.search(r"`val` held 13 rows \(fingerprint \w{12}\) and holds 12 rows \(fingerprint \w{12}\)", error)
+    assert "`train`" not in error
+    assert "start a new search" in error
+    assert "holds 12 rows" in refused(capsys, "--resume", begun, "--data", scenes_copy)
+    folder, definition = open_search(begun)
+    _require_same_data(folder, replace(definition, config=build_config(definition.config, {"data.path": str(scenes)})))
+
+
+def test_a_search_by_an_earlier_version_says_that_its_data_cannot_be_checked(capsys, begun):
+    study = open_study(*open_search(begun))
+    study._storage.set_study_user_attr(study._study_id, "data", None)  # as if it had never been kept
+    _require_same_data(*open_search(begun))
+    assert "cannot be checked" in capsys.readouterr().out
+    _require_same_data(*open_search(begun))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_report_elsewhere_leaves_the_search_as_it_is(capsys, begun, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in [begun, *begun.rglob("*")]}
+    assert main(["tune", "report", str(begun), "--out", str(tmp_path / "out")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in [begun, *begun.rglob("*")]} == before
+    assert "20.00" in capsys.readouterr().out
+    assert {"best.yaml", "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    study = open_study(*open_search(begun), read_only=True)
+    with pytest.raises(optuna.exceptions.StorageInternalError) as error:
+        study.set_user_attr("a", 1)
+    assert cause_of(error.value) == "attempt to write a readonly database"
+
+
+def test_a_report_of_a_read_only_search_names_the_way_out(capsys, begun, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    assert f"{begun} is read-only; add --out FOLDER" in refused(capsys, "report", begun)
+
+
+def launch(*arguments, timeout=500):
+    command = [sys.executable, str(ROOT / "launch.py"), "tune", *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "message"),
+    [
+        (Cluster(2, 0, 1, "local", "", ((2, 0, 8),)), {"concurrent": 500}, "room for"),
+        (Cluster(8, 0, 1, "local", "", ((8, 0, 8),)), {"workers": 2}, "need Ray's dashboard"),
+        (Cluster(8, 0, 1, "local", "here", ((8, 0, 8),)), {"workers": 3}, "use 18 or 21"),
+    ],
+)
+def test_what_a_cluster_cannot_do_is_refused(space, scenes, cluster, options, message):
+    """Each before a folder is made."""
+    overrides = {"data.path": str(scenes), "scaling.num_workers": options.get("workers", 1)}
+    definition = replace(load_search(space, overrides=overrides), concurrent=options.get("concurrent", 0))
+    with pytest.raises(UserError, match=message):
+        _plan(definition, cluster)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
+    """In a folder of an odd name, whose commands can be pasted."""
+    runs, name = tmp_path / "a b?c#d%20{e} it's $HOME é", "one?1"
+    result = launch(space, "--data", scenes, "--runs", runs, "--name", name, "--confirm", 1)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.strip() == ""
+    folder = runs / name
+    for part in ("trial 0", "at a time", "tensorboard --logdir", "optuna-dashboard ", "Ray's dashboard",
+                 "epochs trained", "with fresh seeds", str(folder / "report.html")):  # fmt: skip
+        assert part in result.stdout, part
+    results = read_search(*open_search(folder))
+    assert len(results.trials) == 3
+    best = results.trials[results.best]
+    trained = load_config(folder / "best.yaml")
+    assert trained.adapter.width == best.params["adapter.width"]
+    assert trained.optim.learning_rate == best.params["optim.learning_rate"]
+    assert f"{results.final['test']['r_mean']:.1f}" in result.stdout
+    command = re.search(r"launch\.py (train --config .+)", result.stdout)[1]
+    assert make_parser().parse_args(shlex.split(command)).config == str(folder / "best.yaml")
+    url = shlex.split(re.search(r"optuna-dashboard .+", result.stdout)[0])[1]
+    assert len(optuna.load_study(study_name="search", storage=url).trials) == 3
+    assert yaml.safe_load((folder / "search.yaml").read_text())["limits"] == {"trials": 3}
+    assert not list(folder.glob("ray"))
+    assert main(["tune", "report", str(folder)]) == 0

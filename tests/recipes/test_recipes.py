@@ -1,0 +1,161 @@
+"""What every recipe must keep, shown on each with a tiny backbone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from harma_ray.config import build_config, config_hash
+from harma_ray.data.order import planned_order
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.recipes import RECIPES, make_task, recipe_config
+from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
+from harma_ray.training.checkpoint import list_checkpoints, load_weights
+from harma_ray.training.loop import run_training
+from harma_ray.training.step import parameters_without_gradient
+
+TINY = {
+    "model.architecture": "scenes-tiny", "model.pretrained": "random", "train.global_batch_size": 40, "train.epochs": 2,
+    "optim.learning_rate": 1e-3, "train.log_every_steps": 1,
+}  # fmt: skip
+SMALL_COMBINER = {"combiner.projection_dim": 64, "combiner.hidden_dim": 32}
+
+
+class Stop(Exception):
+    pass
+
+
+def tiny_config(name, **changes):
+    base = recipe_config(name)
+    small = SMALL_COMBINER if isinstance(base, CombinerConfig) else {}
+    return build_config(base, {**TINY, **small, **changes})
+
+
+def distinct_recipes():
+    """One recipe of those that differ in nothing but what is made tiny here."""
+    tiny = {name: replace(tiny_config(name), recipe="any") for name in RECIPES}
+    return {config_hash(config): name for name, config in reversed(tiny.items())}.values()
+
+
+@pytest.fixture(scope="module", params=distinct_recipes())
+def config(request, scenes, composed):
+    is_composed = isinstance(recipe_config(request.param), Clip4CirConfig)
+    return tiny_config(request.param, **{"data.path": str(composed if is_composed else scenes)})
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    return path, train(config, path)
+
+
+def train(config, path, reporter=lambda metrics: None):
+    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, reporter=reporter)
+
+
+def last_model(config, path):
+    model = make_task(config).new_model()
+    load_weights(list_checkpoints(path)[-1], model, backbone=backbone_fingerprint(model))
+    return model.eval()
+
+
+def first_batch(config):
+    transform = make_task(config).transform(training=True)
+    stream = TrainingStream(planned_order(config), transform, config.data, Place(), local_batches)
+    return next(stream.steps(0, 1))
+
+
+def outputs_of(config, model, batch):
+    """What the task asks of the model, and the inputs it gives."""
+    asked = []
+
+    def forward(*inputs):
+        asked.append(inputs)
+        return model(*inputs)
+
+    with torch.no_grad():
+        make_task(config).losses(forward, batch)
+        (inputs,) = asked
+        return model(*inputs), inputs
+
+
+def test_training_moves_what_is_declared_and_nothing_else(config, finished):
+    declared = make_task(config).new_model()
+    trained = dict(last_model(config, finished[0]).named_parameters())
+    assert any(parameter.requires_grad for parameter in declared.parameters())
+    for name, parameter in declared.named_parameters():
+        assert torch.equal(parameter, trained[name]) != parameter.requires_grad, name
+
+
+def test_every_declared_parameter_gets_a_gradient(config):
+    assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+
+
+def test_the_same_seed_builds_the_same_model(config):
+    first, second = (make_task(config).new_model().state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_is_saved_computes_the_same_when_loaded(config, finished):
+    path, report = finished
+    model, batch = last_model(config, path), first_batch(config)
+    again = last_model(config, path)
+    (outputs, _), (repeated, _) = outputs_of(config, model, batch), outputs_of(config, again, batch)
+    assert all(torch.equal(outputs[name], repeated[name]) for name in outputs)
+    assert report["metrics"].keys() == {"val", "test"}
+
+
+def test_items_of_a_batch_do_not_touch_each_other(config, finished):
+    model, batch = last_model(config, finished[0]), first_batch(config)
+    whole, inputs = outputs_of(config, model, batch)
+    names = [name for name, output in whole.items() if output.ndim]
+    assert len(names) == 2
+    with torch.no_grad():
+        for item in (0, 7):
+            alone = model(*(tensor[item : item + 1] for tensor in inputs))
+            for name in names:
+                torch.testing.assert_close(alone[name], whole[name][item : item + 1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stopped_run_resumes_to_the_bit(config, finished, tmp_path):
+    def stop(metrics):
+        if metrics["epoch"] == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, tmp_path, stop)
+    assert train(config, tmp_path)["metrics"] == finished[1]["metrics"]
+    expected = last_model(config, finished[0]).state_dict()
+    resumed = last_model(config, tmp_path).state_dict()
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "changes"),
+    [
+        ("harma-scenes", "scenes", {}),
+        ("harma-scenes", "scenes", {"model.tuning": "none"}),
+        ("scenes-cir-combiner", "composed", {}),
+        ("scenes-cir-finetune", "composed", {"model.pretrained": "", "tuning.encoder": "text"}),
+    ],
+)
+def test_a_frozen_backbone_is_random_only_by_name(request, recipe, kind, changes):
+    folder = request.getfixturevalue(kind)
+    config = build_config(recipe_config(recipe), {"data.path": str(folder), **changes})
+    training = open_split(folder, "train")
+    with pytest.raises(UserError, match=r"must be named; give .*--set model\.pretrained=random"):
+        make_task(config).check(training)
+    with pytest.raises(UserError, match="must be named"):
+        load_model(None, config)
+    make_task(build_config(config, {"model.pretrained": "random"})).check(training)
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.pretrained": ""}])
+def test_a_model_that_is_trained_whole_may_start_from_nothing(scenes, changes):
+    config = build_config(recipe_config("scenes-pretrain"), changes)
+    make_task(config).check(open_split(scenes, "train"))
+    assert make_task(config).backbone.name == "scenes-tiny, random of seed 0"

@@ -1,0 +1,367 @@
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from harma_ray.config import OptimConfig, build_config
+from harma_ray.data.stream import Place, local_batches
+from harma_ray.errors import UserError
+from harma_ray.exchange import load_model
+from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.runs import Run
+from harma_ray.training.checkpoint import list_checkpoints, load_state, load_weights, read_meta
+from harma_ray.training.loop import TrainingDiverged, run_training
+from harma_ray.training.optim import build_optimizer, build_schedule, learning_rate_factor
+from harma_ray.training.step import evaluate_split, parameters_without_gradient
+from harma_ray.training.tracking import read_records
+
+SMALL = {
+    "train.global_batch_size": 20, "train.epochs": 2, "train.log_every_steps": 1, "adapter.width": 16,
+    "adapter.shared_width": 8, "adapter.num_heads": 4, "optim.learning_rate": 1e-3,
+}  # fmt: skip
+
+
+def settings(scenes, **changes):
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return build_config(recipe_config("harma-scenes"), {**SMALL, "data.path": str(scenes), **dotted})
+
+
+def run(config, path, reporter=lambda metrics: None, reader=local_batches):
+    return run_training(make_task(config), config, Path(path), place=Place(), reader=reader, reporter=reporter)
+
+
+def weights(config, path):
+    return dict(Run(Path(path), config).load_model().named_parameters())
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(epoch):
+    def reporter(metrics):
+        if metrics["epoch"] == epoch:
+            raise Stop
+
+    return reporter
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    config, path = settings(scenes), tmp_path_factory.mktemp("run")
+    return config, path, run(config, path)
+
+
+def test_a_run_leaves_its_record_report_and_checkpoints(finished):
+    _, path, report = finished
+    assert json.loads((path / "report.json").read_text()) == report
+    assert report["steps"] == report["planned_steps"] == 20
+    assert set(report["metrics"]) == {"val", "test"}
+    records = list(read_records(path))
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert [record["epoch"] for record in evaluations] == [0, 1, 2]
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, 21))
+    best = max(evaluations, key=lambda record: record["r_mean"])
+    assert report["best_step"] == best["step"]
+    assert report["metrics"]["val"]["r_mean"] == pytest.approx(best["r_mean"])
+    assert 1 <= len(list_checkpoints(path)) <= 2
+    assert list((path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def read_events(path):
+    accumulator = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def test_tensorboard_shows_what_the_record_tells(finished):
+    _, path, report = finished
+    events, records = read_events(path), list(read_records(path))
+    steps = [record for record in records if record["kind"] == "step"]
+    for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("train/grad_norm", "grad_norm"),
+                     ("train/loss_contrastive", "loss_contrastive"), ("train/loss_triplet", "loss_triplet"),
+                     ("train/pairs_per_second", "pairs_per_second"), ("train/memory_mb", "memory_mb"),
+                     ("train/data_wait_fraction", "data_wait_fraction")):  # fmt: skip
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [(record["step"], pytest.approx(record[key], rel=1e-6)) for record in steps], tag
+    recalls = {event.step: event.value for event in events.Scalars("val/r_mean")}
+    assert recalls == {r["step"]: pytest.approx(r["r_mean"]) for r in records if r["kind"] == "evaluation"}
+    assert len(events.Scalars("model/temperature")) == len(steps)
+    gates = [tag for tag in events.Tags()["scalars"] if tag.startswith("model/gate/")]
+    assert len(gates) == 2 * len({tag.rpartition("/")[0] for tag in gates}) > 0
+    assert [event.step for event in events.Images("retrievals")] == [0, 10, 20]
+    assert events.Scalars("final_test/r_mean")[0].value == pytest.approx(report["metrics"]["test"]["r_mean"])
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert list((path / "tensorboard").rglob("metadata.tsv"))
+
+
+def test_the_backbone_is_not_copied_into_checkpoints(finished):
+    config, path, report = finished
+    model = make_task(config).new_model()
+    trainable = {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert read_meta(list_checkpoints(path)[-1]).trainable == trainable
+    backbone_bytes = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
+    assert report["checkpoint_bytes"] < backbone_bytes / 20
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(finished, scenes, tmp_path):
+    config, path, report = finished
+    with pytest.raises(Stop):
+        run(config, tmp_path, stop_after(1))
+    resumed = run(config, tmp_path)
+    assert resumed["metrics"] == report["metrics"]
+    last, expected = list_checkpoints(tmp_path)[-1], list_checkpoints(path)[-1]
+    assert (last / "trainable.safetensors").read_bytes() == (expected / "trainable.safetensors").read_bytes()
+    moments, others = load_state(last)["optimizer"]["state"], load_state(expected)["optimizer"]["state"]
+    assert all(torch.equal(moments[key]["exp_avg_sq"], others[key]["exp_avg_sq"]) for key in others)
+    steps = [record["step"] for record in read_records(tmp_path) if record["kind"] == "step"]
+    assert steps == list(range(1, 21))
+    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == steps
+
+
+def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, tmp_path):
+    config, path, _ = finished
+    with pytest.raises(Stop):
+        run(config, tmp_path, stop_after(1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(config, tmp_path)
+    kinds = [[record["kind"] for record in read_records(folder)] for folder in (path, tmp_path)]
+    assert kinds[0] == kinds[1]
+    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == list(range(1, 21))
+
+
+def last_seconds(path):
+    """What the last checkpoint knows of the time spent in training."""
+    return read_meta(list_checkpoints(path)[-1]).progress["seconds"]
+
+
+def test_a_run_resumes_inside_an_epoch_bit_for_bit(finished, scenes, tmp_path):
+    config, path, _ = finished
+    often = replace(config, train=replace(config.train, checkpoint_every_steps=3))
+
+    def ends_after_13_steps(source, chunks, how):
+        for step, batch in enumerate(local_batches(source, chunks, how)):
+            if how.batch_size == 20 and step == 13:
+                raise Stop
+            yield batch
+
+    told = []
+    with pytest.raises(Stop):
+        run(often, tmp_path, lambda _: told.append(last_seconds(tmp_path)), reader=ends_after_13_steps)
+    assert read_meta(list_checkpoints(tmp_path)[-1]).step == 12
+    assert last_seconds(tmp_path) > told[-1] > told[0] == 0  # those of steps 11 and 12 too
+    run(often, tmp_path)
+    last, expected = list_checkpoints(tmp_path)[-1], list_checkpoints(path)[-1]
+    assert (last / "trainable.safetensors").read_bytes() == (expected / "trainable.safetensors").read_bytes()
+
+
+def test_training_moves_the_trainable_parameters_and_nothing_else(scenes, tmp_path):
+    config = settings(scenes, train__epochs=1)
+    before = {name: p.detach().clone() for name, p in make_task(config).new_model().named_parameters()}
+    run(config, tmp_path, lambda metrics: None)
+    task = make_task(config)
+    model = task.new_model()
+    load_weights(list_checkpoints(tmp_path)[-1], model, backbone=backbone_fingerprint(model))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
+    from harma_ray.data.order import training_order
+    from harma_ray.data.schema import open_split
+    from harma_ray.data.stream import TrainingStream
+    from harma_ray.training.step import autocast_of, train_step
+
+    config = settings(scenes, loss__center_factor=0.1)
+    task = make_task(config)
+    order = training_order(open_split(scenes, "train"), seed=0, global_batch_size=20, shuffle_window_mb=256)
+    batch = next(TrainingStream(order, task.transform(training=True), config.data, Place(), local_batches).steps(0, 1))
+    gradients = []
+    for parts in (1, 3):
+        model = task.new_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.sin(torch.arange(parameter.numel()).view(parameter.shape)))
+        train = replace(config.train, accumulation=parts)
+        train_step(task, model, batch, train, autocast_of(train, torch.device("cpu")))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=float(1e-4 * scale))
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(scenes, tmp_path):
+    config = settings(scenes, optim__learning_rate=1e30, optim__warmup_fraction=0)
+    with pytest.raises(TrainingDiverged, match=r"step \d+ on worker 0 \(contrastive=.*triplet="):
+        run(config, tmp_path)
+    assert read_meta(list_checkpoints(tmp_path)[-1]).step == 0
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(scenes, tmp_path):
+    config = settings(scenes)
+    task = make_task(config)
+
+    class Spoiled:
+        def __getattr__(self, name):
+            return getattr(task, name)
+
+        def losses(self, model, batch):
+            terms = task.losses(model, batch)
+            return {**terms, "spoiled": terms["contrastive"].sub(terms["contrastive"].detach()).sqrt()}  # 0, slope inf
+
+    with pytest.raises(TrainingDiverged, match=r"step 1 on worker 0 \(.*spoiled=0\.0, grad_norm=(nan|inf)"):
+        run_training(Spoiled(), config, tmp_path, place=Place(), reader=local_batches)
+
+
+def test_an_import_cannot_be_trained_on(random_run):
+    with pytest.raises(UserError, match="weights alone"):
+        run(random_run.config, random_run.path)
+
+
+def test_the_released_way_of_picking_on_test_touches_no_val(scenes, tmp_path):
+    config = settings(scenes, train__select_on="test-as-in-released-code", train__epochs=1)
+    report = run(config, tmp_path)
+    assert report["selected_on"] == "test"
+    assert set(report["metrics"]) == {"test"}
+    assert {r["split"] for r in read_records(tmp_path) if r["kind"] == "evaluation"} == {"test"}
+
+
+def test_bf16_follows_fp32(finished, scenes, tmp_path):
+    _, path, _ = finished
+    run(settings(scenes, train__precision="bf16", train__epochs=1), tmp_path)
+    exact, rounded = ([r["loss"] for r in read_records(p) if r["kind"] == "step"][:3] for p in (path, tmp_path))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_patience_stops_a_run_early(scenes, tmp_path):
+    config = settings(scenes, optim__learning_rate=1e-12, train__epochs=9, train__early_stopping_patience=2)
+    report = run(config, tmp_path)
+    assert report["stopped_early"]
+    assert report["steps"] == 20
+    assert run(config, tmp_path)["steps"] == 20
+
+
+def test_zero_shot_trains_nothing_and_reports_the_backbone(scenes, tmp_path):
+    report = run(settings(scenes, model__tuning="none"), tmp_path)
+    assert (report["steps"], report["trainable_parameters"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__tuning": "full"},
+        {"loss__triplet": "hardest"},
+        {"loss__triplet": "plain", "loss__contrastive": False},
+        {"loss__center_factor": 0.5},
+        {"model__text_tokens": "full"},
+        {"adapter__share_across_modalities": True},
+        {"model__activation_checkpointing": True},
+        {"loss__same_image_negatives": False},
+    ],
+)
+def test_every_trainable_parameter_gets_a_gradient(scenes, changes):
+    config = settings(scenes, **changes)
+    assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+
+
+def test_a_parameter_without_a_gradient_is_found(scenes):
+    config = settings(scenes)
+    task = make_task(config)
+
+    class Careless:
+        def __getattr__(self, name):
+            return getattr(task, name)
+
+        def new_model(self):
+            model = task.new_model()
+            model.forgotten = torch.nn.Parameter(torch.zeros(1))
+            return model
+
+    assert parameters_without_gradient(Careless(), config, Place(), local_batches) == ["forgotten"]
+
+
+def test_resuming_with_other_settings_is_refused(scenes, tmp_path):
+    config = settings(scenes)
+    with pytest.raises(Stop):
+        run(config, tmp_path, stop_after(1))
+    with pytest.raises(UserError, match="other settings"):
+        run(settings(scenes, loss__gamma=1.0), tmp_path)
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(finished):
+    config, path, _ = finished
+    other = replace(config, seed=1)
+    with pytest.raises(UserError, match=r"fingerprint"):
+        load_model(list_checkpoints(path)[-1], other)
+
+
+def test_recall_does_not_depend_on_the_batch_size(finished):
+    config, path, report = finished
+    for size in (1, 5):
+        sized = replace(config, train=replace(config.train, eval_batch_size=size))
+        model = load_model(path / report["checkpoint"], sized)
+        evaluation = evaluate_split(make_task(sized), sized, model, "test", place=Place(), reader=local_batches)
+        assert evaluation.metrics == report["metrics"]["test"]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(scenes, tmp_path):
+    code = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_loop import run, settings
+from pathlib import Path
+from harma_ray.errors import UserError
+config = settings({str(scenes)!r})
+def reporter(metrics):
+    if metrics["epoch"] == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+try:
+    run(config, Path({str(tmp_path)!r}), reporter)
+except UserError as error:
+    print("REFUSED", error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "REFUSED cannot write" in result.stdout, result.stderr[-2000:]
+    assert [read_meta(path).step for path in list_checkpoints(tmp_path)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "factor"),
+    [
+        ("linear", 0, 0.0), ("linear", 5, 0.5), ("linear", 10, 1.0), ("linear", 55, 0.5), ("linear", 100, 0.0),
+        ("cosine", 10, 1.0), ("cosine", 55, 0.5), ("cosine", 100, 0.0), ("constant", 99, 1.0), ("constant", 1, 0.1),
+    ],
+)  # fmt: skip
+def test_schedule_values(schedule, step, factor):
+    config = OptimConfig(schedule=schedule, warmup_fraction=0.1)
+    assert math.isclose(learning_rate_factor(step, 100, config), factor, abs_tol=1e-12)
+
+
+def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
+    model = make_task(settings(scenes)).new_model()
+    config = OptimConfig(learning_rate=0.5, warmup_fraction=0.1, schedule="linear")
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    rise, fall = [0.05 * step for step in range(10)], [(100 - step) / 180 for step in range(10, 100)]
+    assert rates == pytest.approx([*rise, *fall], abs=1e-12)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (id(parameter) in decayed) == ("bias" not in name)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.04, 0.0]

@@ -1,0 +1,116 @@
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from harma_ray.api import load_run
+from harma_ray.config import build_config
+from harma_ray.data.schema import open_split
+from harma_ray.data.stream import Place, local_batches
+from harma_ray.errors import UserError
+from harma_ray.runs import Run
+from harma_ray.training.step import evaluate_split
+from harma_ray.vectors.embed import embed
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore:.*use_(polars|push_based_shuffle|arrow_tensor_v2):DeprecationWarning"),
+]
+
+
+def images_of(scenes):
+    return [
+        row for path in open_split(scenes, "test").shard_paths() for row in pq.read_table(path)["image"].to_pylist()
+    ]
+
+
+def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_path, ray_cluster):
+    evaluation = evaluate_split(
+        random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
+    )
+    details, retriever = evaluation.retrieval, load_run(random_run.path, "cpu")
+    summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4, num_actors=2)
+    assert "11 image and 55 text vectors of width 128" in summary
+    table = pq.read_table(tmp_path / "vectors" / "vectors.parquet")
+    assert table.schema.field("vector").type == pa.list_(pa.float32(), 128)
+    rows = table.to_pylist()
+    images = torch.tensor([row["vector"] for row in rows if row["kind"] == "image"])
+    texts = torch.tensor([row["vector"] for row in rows if row["kind"] == "text"])
+    torch.testing.assert_close(images, details.image_embeddings)
+    torch.testing.assert_close(texts, details.text_embeddings)
+    torch.testing.assert_close(images, retriever.encode_images(images_of(scenes)))
+    assert [row["text"] for row in rows if row["kind"] == "text"] == details.texts
+    assert len({row["id"] for row in rows}) == 66
+    manifest = json.loads((tmp_path / "vectors" / "manifest.json").read_text())
+    assert manifest["counts"] == {"image": 11, "text": 55}
+    assert manifest["width"] == 128
+    assert manifest["precision"] == "fp32"
+    with pytest.raises(UserError, match="exists"):
+        embed(random_run, scenes, tmp_path / "vectors")
+
+
+def test_bf16_vectors_are_made_where_they_are_asked_for_and_said(random_run, scenes, tmp_path, ray_cluster):
+    rough = Run(random_run.path, build_config(random_run.config, {"train.eval_precision": "bf16"}))
+    assert "of width 128, in bf16, to" in embed(rough, scenes, tmp_path / "vectors", split="test")
+    rows = pq.read_table(tmp_path / "vectors" / "vectors.parquet").to_pylist()
+    found = torch.tensor([row["vector"] for row in rows if row["kind"] == "image"])
+    exact = load_run(random_run.path, "cpu").encode_images(images_of(scenes))
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
+    assert not torch.allclose(found, exact, atol=1e-5)
+
+
+def test_bad_images_of_a_folder_are_listed_and_limited(random_run, scenes, tmp_path, ray_cluster):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "good.png").write_bytes(images_of(scenes)[0])
+    (folder / "bad.png").write_bytes(b"nothing")
+    (folder / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"bad\.png"):
+        embed(random_run, folder, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+    assert "left out: bad.png" in embed(random_run, folder, tmp_path / "out", max_bad=1)
+    (row,) = pq.read_table(tmp_path / "out" / "vectors.parquet").to_pylist()
+    assert (row["id"], row["kind"], row["text"]) == ("deep/good.png", "image", None)
+
+
+def test_folders_are_walked_as_in_conversion(random_run, scenes, tmp_path, ray_cluster):
+    image = images_of(scenes)[0]
+    folder, disk = tmp_path / os.fsdecode(b"images \xff"), tmp_path / "disk"
+    names = [
+        os.fsdecode(b"farm/\xc5\xa91\xff.png"),
+        "farm/2.GIF",
+        "farm/.ipynb_checkpoints/2-checkpoint.png",
+        "farm/_.txt",
+    ]
+    for path in [*(folder / name for name in names), disk / "3.png"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    (folder / "lake").symlink_to(disk)
+    embed(random_run, folder, tmp_path / "out", batch_size=2)
+    table = pq.read_table(tmp_path / "out" / "vectors.parquet")
+    assert table["id"].to_pylist() == ["farm/2.GIF", "farm/ũ1\\xff.png", "lake/3.png"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["left_out"] == {"hidden": 1, "no images": 1}
+    (folder / names[0]).write_bytes(b"")
+    with pytest.raises(UserError, match=r"farm/ũ1\\xff\.png: .*the file is empty"):
+        embed(random_run, folder, tmp_path / "out2")
+
+
+def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):
+    shard = open_split(scenes_copy, "test").shard_paths()[0]
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="cannot read"):
+        embed(random_run, scenes_copy, tmp_path / "out", split="test")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_gpu": True}, "has 0"), ({"num_actors": 0}, "`num_actors`"), ({"batch_size": 0}, "`batch_size`")],
+)
+def test_what_could_never_run_is_refused_at_once(random_run, scenes, tmp_path, ray_cluster, options, message):
+    with pytest.raises(UserError, match=message):
+        embed(random_run, scenes, tmp_path / "out", **options)
