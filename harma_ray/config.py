@@ -249,7 +249,8 @@ def config_hash(config: RunConfig) -> str:
     """Returns a SHA-256 over every setting that changes what the run computes."""
     raw = json.loads(json.dumps(to_dict(config)), parse_int=float)  # 256 and 256.0 are the same setting
     for section, keys in _NOT_IDENTITY.items():
-        raw[section] = {} if keys is None else {k: v for k, v in raw[section].items() if k not in keys}
+        if section in raw:
+            raw[section] = {} if keys is None else {k: v for k, v in raw[section].items() if k not in keys}
     for section, settings in _LATER.items():
         raw[section] = {k: v for k, v in raw[section].items() if k not in settings or v != settings[k]}
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()

@@ -32,6 +32,10 @@ class Metrics:
         """The metrics whose best checkpoints are kept."""
         return (self.objective, *self.also_keep)
 
+    def title(self, metric: str) -> str:
+        """Returns a metric's name with its unit: losses have none, all others are percentages."""
+        return metric if metric in self.lower_is_better else f"{metric} (%)"
+
     def is_better(self, metric: str, value: float, other: float) -> bool:
         """Tells whether a value of a metric is better than another."""
         return value < other if metric in self.lower_is_better else value > other

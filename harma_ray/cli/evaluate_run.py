@@ -104,7 +104,8 @@ def evaluate_and_print(
                 f"{data.path.parent.name}/{split}: {data.describe()}", evaluation.note, f"measured in {precision}"
             ])),
             metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
-            settings=dataclasses.asdict(config), records=list(read_records(Path(file))) if file else [],
+            settings=dataclasses.asdict(config), compared=task.metrics,
+            records=list(read_records(Path(file))) if file else [],
         )  # fmt: skip
         print(f"report     {page}")
     return outcome

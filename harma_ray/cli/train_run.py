@@ -102,7 +102,7 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
     try:
         with run.locked():
             ready = Run(run.path, with_features(config, run.path, cluster))
-            train(ready, cluster, on_record=_Progress(steps, started))
+            train(ready, cluster, on_record=_Progress(steps, started, run.task.metrics.objective))
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: {_resume_command(run)}")
         raise
@@ -202,8 +202,9 @@ def check_gradients(config: RunConfig) -> None:
 class _Progress:
     """Prints the run's record as it grows."""
 
-    def __init__(self, total_steps: int, started: float):
+    def __init__(self, total_steps: int, started: float, objective: str):
         self._total, self._started, self._first = total_steps, started, None
+        self._shown = dict.fromkeys((objective, "r_mean", "r_mean_text"))
         self._printed = -math.inf
 
     def __call__(self, record: dict[str, Any]) -> None:
@@ -230,5 +231,5 @@ class _Progress:
             lines = [f"better     {finding.message}"] if finding.over else _finding_lines([finding])
             print("\n".join([f"{clock} step {record['step']}/{self._total}", *lines]), flush=True)
         elif record["kind"] == "evaluation":
-            figures = "  ".join(f"{k} {record[k]:.2f}" for k in ("r_mean", "r_mean_text") if k in record)
+            figures = "  ".join(f"{k} {record[k]:.2f}" for k in self._shown if k in record)
             print(f"{clock} epoch {record['epoch']}  {record['split']}  {figures}", flush=True)

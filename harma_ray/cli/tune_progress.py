@@ -33,7 +33,7 @@ class SearchProgress:
             started: When the command started (``time.perf_counter``).
         """
         self._definition, self._started = definition, started
-        self._metric = definition.objectives[0].metric
+        self._objective = definition.objectives[0]
         self._events: dict[int, Event] = {}
         self._num_past = len([trial for trial in past.trials if trial.state != "running"])
         self._past_epochs = {trial.number: trial.epochs for trial in past.trials}
@@ -57,13 +57,19 @@ class SearchProgress:
     def __call__(self, event: Event) -> None:
         """Hears of an event."""
         self._events[event.number] = event
-        if event.state in ("complete", "stopped") and _rank(event) > _rank(self._best):
+        if event.state in ("complete", "stopped") and self._rank(event) > self._rank(self._best):
             self._best = event
         if event.state != "running":
             self._print(self._ended_line(event))
         elif not self._console.is_terminal and time.perf_counter() - self._told > _LINE_SECONDS:
             self._print(self._summary())
             self._told = time.perf_counter()
+
+    def _rank(self, event: Event | None) -> tuple[bool, float]:
+        """Returns what the better of two ended trials has more of; a complete trial is better than a stopped one."""
+        if event is None or event.report is None or not event.report.values:
+            return False, -math.inf
+        return event.state == "complete", self._objective.merit(event.report.value)
 
     def _print(self, line: str) -> None:
         clock = f"[{time.perf_counter() - self._started:7.1f} s] "
@@ -76,7 +82,7 @@ class SearchProgress:
         where = "" if event.state == "complete" else f" at epoch {event.report.epoch:g}"
         best = f"best: trial {self._best.number}" if self._best else ""
         return (
-            f"trial {event.number} {event.state}{where}: {self._metric} {event.report.value:.2f} ({best})  "
+            f"trial {event.number} {event.state}{where}: {self._objective.metric} {event.report.value:.2f} ({best})  "
             f"{show_params(event.params)}"
         )
 
@@ -85,7 +91,7 @@ class SearchProgress:
         running = len(self._events) - len(ended)
         parts = [f"{len(ended)} trials ended, {running} running"]
         if self._best and self._best.report:
-            parts.append(f"best {self._metric} {self._best.report.value:.2f} (trial {self._best.number})")
+            parts.append(f"best {self._objective.metric} {self._best.report.value:.2f} (trial {self._best.number})")
         left = self._seconds_left()
         if left is not None:
             parts.append(f"about {_duration(left)} left")
@@ -111,7 +117,7 @@ class SearchProgress:
 
     def _table(self) -> Table:
         table = Table(title=self._summary(), title_justify="left", title_style="", expand=True)
-        for name in ("trial", "state", "epoch", self._metric):
+        for name in ("trial", "state", "epoch", self._objective.metric):
             table.add_column(name, justify="right" if name != "state" else "left", no_wrap=True)
         table.add_column("settings", ratio=1)
         running = [event for event in self._events.values() if event.state == "running"]
@@ -130,13 +136,6 @@ class SearchProgress:
                 style="bold" if is_best else "dim" if event.state in ("stopped", "failed") else "",
             )
         return table
-
-
-def _rank(event: Event | None) -> tuple[bool, float]:
-    """Returns what the better of two ended trials has more of; a complete trial is better than a stopped one."""
-    if event is None or event.report is None or not event.report.values:
-        return False, -math.inf
-    return event.state == "complete", event.report.value
 
 
 def _event_of(trial: TrialResult | None) -> Event | None:

@@ -266,19 +266,20 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
     if planned:
         spent = sum(trial.epochs for trial in results.trials)
         print(f"{spent:g} epochs trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' epochs")
+    objective = results.objectives[0]
     rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
     rows = [
         [trial.number, trial.state, trial.epochs, *(trial.values or ()), show_params(trial.params)]
-        for trial in sorted(rated, key=lambda trial: -(trial.values or (-math.inf,))[0])[:5]
+        for trial in sorted(rated, key=lambda trial: -objective.merit((trial.values or (math.nan,))[0]))[:5]
     ]
-    headers = ["trial", "", "epochs", *(objective.metric for objective in results.objectives), "settings"]
+    headers = ["trial", "", "epochs", *(target.metric for target in results.objectives), "settings"]
     print(tabulate(rows, headers=headers, floatfmt=".2f"))
     for split, metrics in results.final.items():
         print(f"\n{results.final_title} on {split}\n{results_table(metrics)}")
-    metric, best = results.objectives[0].metric, results.best_trial
+    metric, best = objective.metric, results.best_trial
     if metric in results.untrained:
         print(f"\nbefore any training: {metric} {results.untrained[metric]:.2f} on the same split as the trials")
-        if best is not None and best.values and best.values[0] <= results.untrained[metric]:
+        if best is not None and best.values and objective.merit(best.values[0] - results.untrained[metric]) <= 0:
             print("notice     no trial is better than the model before any training")
     _print_confirmations(results)
     print(f"\nreport     {page}")

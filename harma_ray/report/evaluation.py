@@ -12,7 +12,7 @@ from torch import nn
 
 from harma_ray.config import flat_settings
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Section
+from harma_ray.evaluation import Metrics, Section
 from harma_ray.report import page
 from harma_ray.report.figures import draw_curves
 from harma_ray.training.health import Finding, standing_findings
@@ -193,6 +193,7 @@ def write_report(
     chance: Mapping[str, float] | None,
     model: nn.Module,
     settings: Mapping[str, Any],
+    compared: Metrics,
     records: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes a page of results, of what the task shows, of parameters, training curves and settings.
@@ -209,6 +210,7 @@ def write_report(
         chance: Expected values of rankings drawn at random, if known.
         model: The evaluated model, for its parameters alone.
         settings: Settings of the run, nested.
+        compared: The task's metrics; their objective is drawn over the epochs.
         records: Lines of the run's ``metrics.jsonl``, if it has any.
 
     Returns:
@@ -221,7 +223,7 @@ def write_report(
         _results_section(_Results.of(metrics, intervals, chance)),
         *sections,
         _parameters_section(parameter_table(model)),
-        _curves_section(draw_curves(records), standing_findings(records)),
+        _curves_section(draw_curves(records, compared), standing_findings(records)),
         _settings_section(settings),
     ]
     top = page.heading(title, subtitle, [(section.name, section.title) for section in sections])

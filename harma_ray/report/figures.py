@@ -17,6 +17,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from harma_ray.evaluation import Metrics
+
 MAX_POINTS = 2000
 _MAX_CLASSES = 40
 _MARKERS = "os^Dv"
@@ -105,11 +107,12 @@ def _draw_classes(images: tuple[np.ndarray, list], texts: tuple[np.ndarray, list
     return figure
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """Draws loss, recall and learning rate over the epochs of a run.
+def draw_curves(records: Sequence[Mapping[str, Any]], metrics: Metrics) -> bytes | None:
+    """Draws loss, objective and learning rate over the epochs of a run.
 
     Args:
         records: Lines of the run's ``metrics.jsonl``.
+        metrics: Their objective is drawn.
 
     Returns:
         A PNG file, or None if the records hold no steps.
@@ -118,7 +121,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> bytes | None:
     if not steps:
         return None
     figure = new_figure(11.5, 3.4)
-    loss, recall, rate = figure.subplots(1, 3)
+    loss, found, rate = figure.subplots(1, 3)
     terms = sorted({key for record in steps for key in record if key.startswith("loss_")})
     for key in ("loss", *(terms if len(terms) > 1 else ())):
         axes_style = {"color": _IMAGE, "linewidth": 1.6} if key == "loss" else {"linewidth": 0.9, "alpha": 0.8}
@@ -127,12 +130,12 @@ def draw_curves(records: Sequence[Mapping[str, Any]]) -> bytes | None:
         loss.legend(fontsize=8)
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     for split in dict.fromkeys(record.get("split") for record in evaluations):
-        x, y = _series([record for record in evaluations if record.get("split") == split], "r_mean")
-        recall.plot(x, y, marker="o", markersize=3, label=split or "evaluation")
+        x, y = _series([record for record in evaluations if record.get("split") == split], metrics.objective)
+        found.plot(x, y, marker="o", markersize=3, label=split or "evaluation")
     if evaluations:
-        recall.legend(fontsize=8)
+        found.legend(fontsize=8)
     rate.plot(*_series(steps, "learning_rate"), color=_TEXT)
-    for axes, title in ((loss, "loss"), (recall, "r_mean (%)"), (rate, "learning rate")):
+    for axes, title in ((loss, "loss"), (found, metrics.title(metrics.objective)), (rate, "learning rate")):
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("epoch", fontsize=9)
         axes.tick_params(labelsize=8)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from harma_ray.evaluation import Metrics
 from harma_ray.task import Task
 from harma_ray.training.optim import warmup_steps
 
@@ -60,7 +61,7 @@ class HealthWatch:
     """Reads the record of a training line by line and tells what is wrong, once each time it begins or ends."""
 
     def __init__(
-        self, equal_scores: Mapping[str, float], *, objective: str, total_steps: int, warmup_steps: int,
+        self, equal_scores: Mapping[str, float], *, metrics: Metrics, total_steps: int, warmup_steps: int,
         advice: Sequence[str] = (),
     ):  # fmt: skip
         """Starts at the beginning of a record.
@@ -68,19 +69,19 @@ class HealthWatch:
         Args:
             equal_scores: Terms of the loss and what each is while all scores of a batch are equal; empty: the loss is
                 not watched.
-            objective: Metric that picks the best epoch; higher is better.
+            metrics: Their objective picks the best epoch.
             total_steps: Planned steps.
             warmup_steps: Steps in which the learning rate climbs; a loss that does not fall yet is no finding there.
             advice: What to try when nothing is learned.
         """
         self._advice = tuple(advice)
         self._equal = {f"loss_{name}": value for name, value in equal_scores.items() if value > 0}
-        self._objective, self._total_steps, self._warmup_steps = objective, total_steps, warmup_steps
+        self._metrics, self._total_steps, self._warmup_steps = metrics, total_steps, warmup_steps
         self._longest = max(1, (total_steps - warmup_steps) // 2)
         self._recent: deque[tuple[int, dict[str, float]]] = deque()
         self._equal_since: int | None = None
         self._untrained: float | None = None
-        self._best: tuple[float, float] = (-math.inf, 0)
+        self._best: tuple[float, float] | None = None
         self._standing: dict[str, Finding] = {}
 
     @property
@@ -160,19 +161,20 @@ class HealthWatch:
         )  # fmt: skip
 
     def _read_evaluation(self, record: Mapping[str, Any]) -> Finding | None:
-        value = record.get(self._objective)
+        objective, is_better = self._metrics.objective, self._metrics.is_better
+        value = record.get(objective)
         if value is None:
             return None
         if record["step"] == 0:
             self._untrained = value
             return None
-        if value > self._best[0]:
+        if self._best is None or is_better(objective, value, self._best[0]):
             self._best = (value, record["epoch"])
         if self._untrained is None:
             return None
-        standing, what = self._standing.get("epochs"), f"{record['split']} {self._objective}"
+        standing, what = self._standing.get("epochs"), f"{record['split']} {objective}"
         best, epoch = self._best
-        if best > self._untrained:
+        if is_better(objective, best, self._untrained):
             return standing and Finding(
                 standing.problem, standing.since,
                 f"epoch {epoch:g} is better than the untrained model ({what} {best:.2f} against {self._untrained:.2f})",
@@ -222,7 +224,7 @@ def health_watch(task: Task, total_steps: int) -> HealthWatch:
     """Returns who watches a training of some steps from its first one on."""
     return HealthWatch(
         task.losses_at_equal_scores(),
-        objective=task.metrics.objective,
+        metrics=task.metrics,
         total_steps=total_steps,
         warmup_steps=warmup_steps(total_steps, task.config.optim),
         advice=task.advice(),

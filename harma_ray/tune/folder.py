@@ -20,8 +20,8 @@ from harma_ray.files import kept_path, write_text
 from harma_ray.runs import ENVIRONMENT_NAME, describe_environment, make_folder
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.training.tracking import REPORT_NAME, read_records
-from harma_ray.tune.results import Axis, Confirmation, Objective, SearchResults, State, TrialResult
-from harma_ray.tune.space.definition import SearchDefinition
+from harma_ray.tune.results import Axis, Confirmation, SearchResults, State, TrialResult
+from harma_ray.tune.space.definition import SearchDefinition, Target
 from harma_ray.tune.space.file import load_search, to_yaml
 from harma_ray.tune.space.parameters import Choices
 from harma_ray.tune.storage import open_study, require_file, require_new_study
@@ -95,8 +95,8 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
         for trial in study.get_trials(deepcopy=False)
         if trial.state in _STATES and DUPLICATE not in trial.user_attrs
     )
-    best = best_of(trials)
-    objectives = tuple(Objective(t.metric, t.direction == "maximize") for t in definition.objectives)
+    objectives = definition.objectives
+    best = best_of(trials, objectives[0])
     scheduler = definition.scheduler
     details = {
         "asha": f"grace {scheduler.grace_epochs}, reduction {scheduler.reduction_factor:g}",
@@ -123,12 +123,12 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
     )
 
 
-def best_of(trials: tuple[TrialResult, ...]) -> int | None:
+def best_of(trials: tuple[TrialResult, ...], objective: Target) -> int | None:
     """Returns the trial with the best first objective among the complete ones, or, without any, the stopped ones."""
     for state in ("complete", "stopped"):
         rated = [trial for trial in trials if trial.state == state and trial.values]
         if rated:
-            return max(rated, key=lambda trial: trial.values[0] if trial.values else 0.0).number
+            return max(rated, key=lambda trial: objective.merit(trial.values[0] if trial.values else 0.0)).number
     return None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harma_ray.shell import launch_command
+from harma_ray.tune.space.definition import Target
 
 State = Literal["complete", "stopped", "failed", "running"]
 """A trial ran all its epochs; the scheduler stopped it; it failed; it runs, or the search was interrupted meanwhile."""
@@ -55,15 +56,6 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is searched for."""
-
-    metric: str
-    """Name of a metric of the val split, or ``trainable_parameters``, or ``seconds``."""
-    maximize: bool
-
-
-@dataclass(frozen=True)
 class Confirmation:
     """A setting trained anew with seeds that the search had not seen."""
 
@@ -86,7 +78,7 @@ class SearchResults:
     """Folder of the data set."""
     axes: tuple[Axis, ...]
     """The searched parameters, in the order of the file."""
-    objectives: tuple[Objective, ...]
+    objectives: tuple[Target, ...]
     """One or two; the first decides about stopping."""
     sampler: str
     """Such as ``tpe-multivariate``."""

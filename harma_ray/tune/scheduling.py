@@ -112,14 +112,15 @@ class EarlyStopping(FIFOScheduler):
         """Takes the search, and its trials of earlier sessions in the order of their numbers."""
         super().__init__()
         self._epochs = definition.config.train.epochs
+        objective = definition.objectives[0]
         self._judged = optuna.create_study(
-            study_name="search", direction="maximize", pruner=make_pruner(definition.scheduler),
+            study_name="search", direction=objective.direction, pruner=make_pruner(definition.scheduler),
             sampler=optuna.samplers.RandomSampler(),
         )  # fmt: skip
         self._trials: list[optuna.trial.Trial] = []
         self._heard: set[tuple[int, int]] = set()
         for trial in past:
-            best = accumulate((value for _, value in trial.curve), max)
+            best = accumulate((value for _, value in trial.curve), max if objective.maximize else min)
             for (epoch, _), value in zip(trial.curve, best, strict=True):
                 if epoch <= trial.epochs:  # what was evaluated later was not heard before the interruption
                     self._falls_behind(trial.number, epoch, value)

@@ -60,8 +60,7 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
     task = make_task(definition.config)
     backbone = (task.backbone.name, ray.put(SharedModule.of(task.backbone.build())))
     environment = json.dumps(describe_environment(sys.argv), indent=1)
-    metrics = tuple(target.metric for target in definition.objectives)
-    return TrialSetting(metrics, plan.workers, backbone, environment)
+    return TrialSetting(definition.objectives, plan.workers, backbone, environment)
 
 
 def run_search(

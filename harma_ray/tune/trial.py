@@ -35,6 +35,7 @@ from harma_ray.training.loop import finish_training, run_training, run_trial
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.sharing import SharedBackbone
+from harma_ray.tune.space.definition import Target
 from harma_ray.tune.study import Report
 
 ERROR_NAME = "error.txt"
@@ -48,8 +49,8 @@ _LOCK_SECONDS = 60
 class TrialSetting:
     """What all trials of a search have in common."""
 
-    metrics: tuple[str, ...]
-    """The objectives."""
+    objectives: tuple[Target, ...]
+    """What the search compares."""
     plan: WorkerPlan
     """The workers of a trial."""
     backbone: tuple[str, Any] | None
@@ -69,7 +70,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
         report: `ray.tune.report`.
     """
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # for a stopped trial to leave the process to the next one
-    tally = _Tally(setting.metrics)
+    tally = _Tally(setting.objectives)
     folder = Path(assignment["runs"][0]["folder"])
 
     def reporter(metrics: Mapping[str, Any]) -> None:
@@ -165,8 +166,8 @@ def single_place(config: RunConfig, plan: WorkerPlan) -> Place:
 class _Tally:
     """Sums up a trial: the best of each training so far, the mean over its seeds."""
 
-    def __init__(self, metrics: tuple[str, ...]):
-        self._metrics = metrics
+    def __init__(self, objectives: tuple[Target, ...]):
+        self._first, self._metrics = objectives[0], tuple(target.metric for target in objectives)
         self._folder = Path()
         self._best: list[dict[str, float]] = []
         self._epochs: list[float] = []
@@ -191,8 +192,8 @@ class _Tally:
         self._epochs[-1] = metrics["epoch"]
         parameters = sum(math.prod(shape) for shape in meta.trainable.values())
         self._costs[-1] = {"seconds": meta.progress["seconds"], "trainable_parameters": parameters}
-        first = self._metrics[0]
-        if not self._best[-1] or metrics[first] > self._best[-1][first]:
+        first, merit = self._first.metric, self._first.merit
+        if not self._best[-1] or merit(metrics[first]) > merit(self._best[-1][first]):
             self._best[-1] = {name: metrics[name] for name in self._metrics if name in metrics}
         return self.report()
 

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.recipes import recipe_config
-from harma_ray.tune.results import Objective, SearchResults, TrialResult
-from harma_ray.tune.space.definition import Limits, SearchDefinition
+from harma_ray.tune.results import SearchResults, TrialResult
+from harma_ray.tune.space.definition import Limits, SearchDefinition, Target
 from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import Event, Report
 
@@ -27,7 +27,7 @@ def event(number, state, value=None, epoch=1.0, reason=None):
 @pytest.fixture
 def past(tmp_path):
     return SearchResults(
-        folder=tmp_path, recipe="harma-scenes", data="data", axes=(), objectives=(Objective("r_mean", True),),
+        folder=tmp_path, recipe="harma-scenes", data="data", axes=(), objectives=(Target(metric="r_mean"),),
         sampler="tpe", scheduler="asha", trials=(), best=None, front=(), untrained={}, final={}, confirmations=(),
     )  # fmt: skip
 

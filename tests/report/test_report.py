@@ -11,11 +11,13 @@ from PIL import Image
 from torch import nn
 
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Metrics
 from harma_ray.report.evaluation import parameter_table, results_table, write_report
 from harma_ray.report.figures import draw_curves, draw_embeddings, project
 from harma_ray.report.image_text import ImageTextEvaluation, find_failures
 from harma_ray.retrieval.image_text import bootstrap_interval, chance_recalls
 
+METRICS = Metrics(("r_mean",), objective="r_mean")
 CAPTIONS = [[f"caption {i}", f"a second one of {i}"] for i in range(24)]
 RECORDS = [
     *({"kind": "step", "step": i, "epoch": i / 5, "loss": 2 / i, "loss_triplet": 1 / i, "loss_contrastive": None,
@@ -38,6 +40,7 @@ def write(folder, split, retrieval, **changes):
         "title": "a title", "metrics": retrieval.result.metrics, "intervals": bootstrap_interval(retrieval.result, 50),
         "chance": chance_recalls(retrieval.image_of_text, retrieval.texts, num_images=len(retrieval.image_embeddings)),
         "model": nn.Linear(2, 3), "settings": {"optim": {"learning_rate": 0.001}, "seed": 7}, "records": RECORDS,
+        "compared": METRICS,
     }  # fmt: skip
     subtitle = f"{split.path.parent.name}/{split.name}: {split.describe()}"
     sections = ImageTextEvaluation.of(retrieval).sections(split)
@@ -190,9 +193,9 @@ def test_map_draws_more_classes_than_colours():
 
 
 def test_curves_need_steps():
-    assert draw_curves([]) is None
-    assert draw_curves([{"kind": "evaluation", "epoch": 1, "r_mean": 3.0}]) is None
-    assert draw_curves([{"kind": "step", "epoch": 1, "loss": None, "learning_rate": 0.1}]) is not None
+    assert draw_curves([], METRICS) is None
+    assert draw_curves([{"kind": "evaluation", "epoch": 1, "r_mean": 3.0}], METRICS) is None
+    assert draw_curves([{"kind": "step", "epoch": 1, "loss": None, "learning_rate": 0.1}], METRICS) is not None
 
 
 def test_parameter_table_adds_up():

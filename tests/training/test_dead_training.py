@@ -76,6 +76,7 @@ def test_a_page_shows_what_is_wrong_and_what_to_try(dead, tmp_path):
     page = write_report(
         tmp_path / "page", title="t", subtitle="s", sections=[], metrics=report["metrics"]["val"], intervals=None,
         chance=None, model=make_task(config).new_model(), settings={}, records=list(read_records(path)),
+        compared=make_task(config).metrics,
     )  # fmt: skip
     assert "Warning: all scores of a batch have been equal since step 4" in page.read_text()
     assert "Try a lower optim.learning_rate" in page.read_text()

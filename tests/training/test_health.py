@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harma_ray.config import build_config
+from harma_ray.evaluation import Metrics
 from harma_ray.models.losses import contrastive_loss, equal_scores_triplet_loss, triplet_loss, weighted_triplet_loss
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.training.health import Finding, HealthWatch, standing_findings
@@ -15,7 +16,9 @@ ADVICE = ("a lower rate",)
 
 def watch(equal=None, total=400, warmup=40):
     equal = {"contrastive": math.log(128)} if equal is None else equal
-    return HealthWatch(equal, objective="r_mean", total_steps=total, warmup_steps=warmup, advice=ADVICE)
+    return HealthWatch(
+        equal, metrics=Metrics(("r_mean",), "r_mean"), total_steps=total, warmup_steps=warmup, advice=ADVICE
+    )
 
 
 def step(at, **terms):

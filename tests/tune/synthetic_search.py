@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from harma_ray.tune.report.scale import position
-from harma_ray.tune.results import Axis, Objective, SearchResults, TrialResult
+from harma_ray.tune.results import Axis, SearchResults, TrialResult
+from harma_ray.tune.space.definition import Target
 
 RATE = Axis("optim.learning_rate", log=True, choices=None, low=1e-5, high=1e-2)
 MARGIN = Axis("losses.margin", log=False, choices=None, low=0.0, high=1.0)
 KIND = Axis("model.kind", log=False, choices=("plain", True, None, 1, "a very long choice of thirty letters"))
 RANK = Axis("model.rank", log=True, choices=None, low=2, high=64)
-R_MEAN, SIZE = Objective("r_mean", maximize=True), Objective("trainable_parameters", maximize=False)
+R_MEAN, SIZE = Target(metric="r_mean"), Target(metric="trainable_parameters", direction="minimize")
 
 
 def make_trial(number, state="complete", value=30.0, params=None, epochs=4.0, **changes):

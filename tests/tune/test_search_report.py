@@ -116,7 +116,7 @@ EDGES = {
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "lowest is best": (
-        make_results(make_trials(9), objectives=(replace(R_MEAN, maximize=False),), best=0),
+        make_results(make_trials(9), objectives=(replace(R_MEAN, direction="minimize"),), best=0),
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "best published": (

@@ -347,7 +347,7 @@ def test_the_best_is_a_complete_trial_if_there_is_one(tmp_path):
     study.close(0, reached(30.0))
     assert read_search(tmp_path, space, study.study).best == 0
     study.close(1, reached(20.0, 3.0, finished=True))
-    assert best_of(read_search(tmp_path, space, study.study).trials) == 1
+    assert best_of(read_search(tmp_path, space, study.study).trials, space.objectives[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from harma_ray.report import page
 from harma_ray.tune.report.scale import measured
-from harma_ray.tune.results import Confirmation, Objective, SearchResults
+from harma_ray.tune.results import Confirmation, SearchResults
+from harma_ray.tune.space.definition import Target
 
 
 def confirmed_section(results: SearchResults) -> str:
@@ -41,7 +42,7 @@ def confirmed_section(results: SearchResults) -> str:
     return "\n".join(parts)
 
 
-def _compare(other: Confirmation, published: Confirmation, objective: Objective) -> list[str]:
+def _compare(other: Confirmation, published: Confirmation, objective: Target) -> list[str]:
     """Says for each split how far the means of the objective lie apart, in standard errors."""
     shared = [name for name in other.metrics if published.metrics.get(name) and other.metrics[name]]
     texts = []

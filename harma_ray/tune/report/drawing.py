@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from harma_ray.tune.results import Objective
+from harma_ray.tune.space.definition import Target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,10 +19,11 @@ WIDTH = 11.5
 _CUT = "\N{HORIZONTAL ELLIPSIS}"
 
 
-def label(objective: Objective) -> str:
+def label(objective: Target) -> str:
     """Returns the title of an objective, with its unit."""
     known = {"trainable_parameters": "trainable parameters", "seconds": "seconds of training"}
-    return known.get(objective.metric, f"val {objective.metric} (%)")
+    unit = " (%)" if objective.maximize else ""  # what is minimised is a loss
+    return known.get(objective.metric, f"val {objective.metric}{unit}")
 
 
 def strength(num_lines: int) -> float:

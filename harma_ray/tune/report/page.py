@@ -16,7 +16,8 @@ from harma_ray.tune.report.figures import draw_curves, draw_history, draw_pareto
 from harma_ray.tune.report.importance import MIN_TRIALS, importance, partial_parameters
 from harma_ray.tune.report.parameter_figures import draw_importance, draw_parallel, draw_slices
 from harma_ray.tune.report.scale import end_of_range, short_names, show, value_of
-from harma_ray.tune.results import Axis, Objective, SearchResults, TrialResult
+from harma_ray.tune.results import Axis, SearchResults, TrialResult
+from harma_ray.tune.space.definition import Target
 
 PAGE_NAME = "report.html"
 FIGURES_FOLDER = "figures"
@@ -221,11 +222,11 @@ def _trials_section(results: SearchResults) -> str:
 
 def _best_first(results: SearchResults) -> list[TrialResult]:
     """Sorts the trials that count by value, then those that run, then those that failed."""
-    sign = -1 if results.objectives[0].maximize else 1
+    merit = results.objectives[0].merit
     order = {"complete": 0, "stopped": 0, "running": 1, "failed": 2}
     return sorted(
         results.trials,
-        key=lambda trial: (order[trial.state], sign * value_of(trial) if trial.values else math.inf, trial.number),
+        key=lambda trial: (order[trial.state], -merit(value_of(trial)) if trial.values else math.inf, trial.number),
     )
 
 
@@ -234,7 +235,7 @@ def _show_number(trial: TrialResult, results: SearchResults) -> str:
     return f"{trial.number}\N{NO-BREAK SPACE}({', '.join(names)})" if names else str(trial.number)
 
 
-def _show_value(value: float, objective: Objective, *, sign: bool = False) -> str:
+def _show_value(value: float, objective: Target, *, sign: bool = False) -> str:
     digits = 0 if objective.metric in ("trainable_parameters", "seconds") else 2
     return f"{value:{'+' if sign else ''},.{digits}f}"
 

@@ -64,8 +64,8 @@ def draw_importance(shares: Mapping[str, float] | None) -> bytes | None:
 
 def draw_parallel(results: SearchResults) -> bytes | None:
     """Draws every trial as a line over the searched parameters, darker the better; the best ones lie on top."""
-    sign = 1 if results.objectives[0].maximize else -1
-    trials = sorted(measured(results), key=lambda trial: (sign * value_of(trial), -trial.number))
+    first = results.objectives[0]
+    trials = sorted(measured(results), key=lambda trial: (first.merit(value_of(trial)), -trial.number))
     values = [value_of(trial) for trial in trials]
     if not results.axes or len(set(values)) < 2:
         return None
@@ -75,7 +75,7 @@ def draw_parallel(results: SearchResults) -> bytes | None:
     objective = Axis("", log=False, choices=None, low=min(values), high=max(values))
     low, high = sorted((values[int(_WORST_SHARE * len(values))], values[-1]))
     norm = Normalize(low, high, clip=True)
-    colours = matplotlib.colormaps["viridis_r" if sign > 0 else "viridis"]
+    colours = matplotlib.colormaps["viridis_r" if first.maximize else "viridis"]
     figure = new_figure(min(WIDTH, 4 + 1.6 * len(results.axes)), 4.6)
     axes = figure.add_subplot()
     num_best = max(1, min(5, len(trials) // 5))
@@ -95,7 +95,7 @@ def draw_parallel(results: SearchResults) -> bytes | None:
     axes.tick_params(length=0)
     axes.set(yticks=[], xlim=(-0.06 * len(titles), 1.04 * len(titles) - 1))
     axes.spines[:].set_visible(False)
-    extend = "neither" if low == min(values) and high == max(values) else "min" if sign > 0 else "max"
+    extend = "neither" if low == min(values) and high == max(values) else "min" if first.maximize else "max"
     _draw_colours(figure, axes, norm, colours, label(results.objectives[0]), extend=extend)
     return to_png(figure)
 

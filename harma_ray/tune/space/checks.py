@@ -9,7 +9,7 @@ from typing import Any
 
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task
-from harma_ray.tune.space.definition import COSTS, ORIGIN, SearchDefinition
+from harma_ray.tune.space.definition import COSTS, ORIGIN, SearchDefinition, Target
 from harma_ray.tune.space.lines import Place, explain_unknown
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first, quiet_optuna
 
@@ -107,6 +107,7 @@ def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
 def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
     task = make_task(definition.config)
     metrics, best_epoch = tuple(task.metrics.names), task.metrics.objective
+    direction = "minimize" if best_epoch in task.metrics.lower_is_better else "maximize"
     names = [target.metric for target in definition.objectives]
     for index, target in enumerate(definition.objectives):
         place = ("objective", index, "metric")
@@ -115,8 +116,9 @@ def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
             yield place, text
         elif target.metric in names[:index]:
             yield place, f"the objectives must differ, got `{target.metric}` twice"
-        elif index == 0 and (target.metric != best_epoch or target.direction == "minimize"):
-            rule = f"the first objective must be to maximize {best_epoch}, which picks the best epoch of every training"
+        elif index == 0 and target != Target(metric=best_epoch, direction=direction):
+            must = f"the first objective must be to {direction} {best_epoch}"
+            rule = f"{must}, which picks the best epoch of every training"
             yield place, f"{rule}, got {target.direction} {target.metric}; put it second"
 
 

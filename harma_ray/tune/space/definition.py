@@ -69,6 +69,15 @@ class Target:
     direction: Literal["maximize", "minimize"] = "maximize"
     """Which way is better."""
 
+    @property
+    def maximize(self) -> bool:
+        """Whether more is better."""
+        return self.direction == "maximize"
+
+    def merit(self, value: float) -> float:
+        """Returns what is higher the better a value is."""
+        return value if self.maximize else -value
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from harma_ray.config import RunConfig, build_config, flat_settings, load_yaml, to_dict
 from harma_ray.errors import UserError
-from harma_ray.recipes import RECIPES, recipe_config
+from harma_ray.evaluation import Metrics
+from harma_ray.recipes import RECIPES, make_task, recipe_config
 from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.lines import LocatedYaml, Place, dump_yaml, explain_unknown
@@ -105,8 +106,8 @@ class _SearchReader:
         for key in self._raw:
             if key not in _KEYS:
                 self._file.add_mistake((key,), f"unknown key `{key}`; {explain_unknown(key, _KEYS)}")
-        plan = self._read_plan()
         config = self._read_config()
+        plan = self._read_plan(config)
         parameters = self._read_parameters(config)
         starts = self._read_starts()
         if config is None:
@@ -119,7 +120,7 @@ class _SearchReader:
 
     # --- Everything but settings ---
 
-    def _read_plan(self) -> dict[str, Any]:
+    def _read_plan(self, config: RunConfig | None) -> dict[str, Any]:
         """Returns the parts that were given without mistakes."""
         sampler = self._parse_named(Sampler, "sampler")
         limits = self._file.parse(Limits, ("limits",), self._raw.get("limits", {}))
@@ -128,7 +129,7 @@ class _SearchReader:
         plan = {
             "sampler": sampler,
             "scheduler": self._read_scheduler(),
-            "objectives": self._read_objectives(),
+            "objectives": self._read_objectives(make_task(config).metrics if config else None),
             "limits": limits,
             "seeds": self._file.parse(Annotated[int, Field(strict=True, ge=1)], ("seeds",), self._raw.get("seeds", 1)),
             "concurrent": self._file.parse(
@@ -150,8 +151,8 @@ class _SearchReader:
             return Scheduler(name="none")
         return self._parse_named(Scheduler, "scheduler")
 
-    def _read_objectives(self) -> tuple[Target, ...] | None:
-        raw = self._raw.get("objective", "r_mean")
+    def _read_objectives(self, metrics: Metrics | None) -> tuple[Target, ...] | None:
+        raw = self._raw.get("objective", metrics.objective if metrics else "")
         items = raw if isinstance(raw, list) else [raw]
         if not 1 <= len(items) <= 2:
             self._file.add_mistake(("objective",), f"`objective` must be one metric or two, got {len(items)}")
@@ -160,7 +161,8 @@ class _SearchReader:
         for index, item in enumerate(items):
             entry = {"metric": item} if isinstance(item, str) else item
             if isinstance(entry, dict):
-                entry = {"direction": "minimize" if entry.get("metric") in COSTS else "maximize"} | entry
+                minimized = (*COSTS, *(metrics.lower_is_better if metrics else ()))
+                entry = {"direction": "minimize" if entry.get("metric") in minimized else "maximize"} | entry
             place = ("objective", index) if isinstance(raw, list) else ("objective",)
             targets.append(self._file.parse(Target, place, entry))
         return None if None in targets else tuple(targets)
