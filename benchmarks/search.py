@@ -22,8 +22,8 @@ from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.stream import local_batches
 from harma_ray.exchange import export_checkpoint
 from harma_ray.on_ray.cluster import ray_cluster
-from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.resources import plan_trials
 from harma_ray.runs import create_run
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import default_place

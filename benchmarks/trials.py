@@ -20,8 +20,8 @@ from memory import MIB, Watch
 from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.on_ray.cluster import ray_cluster
-from harma_ray.on_ray.resources import plan_trials
 from harma_ray.recipes import recipe_config
+from harma_ray.resources import plan_trials
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
 from harma_ray.tune.space.parameters import Range

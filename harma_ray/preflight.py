@@ -1,28 +1,59 @@
-"""What is checked before anything starts."""
+"""What is checked and planned before anything starts, once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harma_ray.config import RunConfig, build_config, disk_settings
-from harma_ray.data.order import planned_order
+from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path
 from harma_ray.recipes import make_task
+from harma_ray.resources import Cluster, WorkerPlan, plan_workers
+from harma_ray.task import Task
+from harma_ray.training.step import check_batch
 
 
-def check_data(config: RunConfig, metrics: Sequence[str] = ()) -> list[str]:
-    """Checks, before any worker starts, that the splits are there and the model can be described.
+@dataclass(frozen=True)
+class Prepared:
+    """A training that was checked and planned: what the terminal announces and the workers do."""
+
+    config: RunConfig
+    """Its settings."""
+    task: Task
+    order: TrainingOrder
+    """Of the samples."""
+    notices: tuple[str, ...]
+    """What the user should know."""
+    workers: WorkerPlan | None = None
+    """None until it is known where it runs."""
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.order.steps_per_epoch * self.config.train.epochs
+
+    def on(self, cluster: Cluster) -> Prepared:
+        """Divides a cluster among its workers.
+
+        Raises:
+            UserError: If they do not fit, or cannot share a batch.
+        """
+        workers = plan_workers(self.config, cluster)
+        check_batch(self.config, workers.num_workers)
+        return replace(self, workers=workers)
+
+
+def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
+    """Checks that the splits are there and the model can be described, and plans the order of the samples.
 
     Args:
-        config: Settings.
+        config: Settings; their paths must not depend on the working folder, see `absolute_paths`.
         metrics: Metrics that a search compares, beside the recipe's objective.
-
-    Returns:
-        What the user should know, a line each.
 
     Raises:
         UserError: If they are not, or the splits have other metrics.
@@ -32,13 +63,14 @@ def check_data(config: RunConfig, metrics: Sequence[str] = ()) -> list[str]:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
     order = planned_order(config)
     evaluated = [open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)]
-    notices: list[str] = []
+    notices = []
     if data.test_split not in list_splits(data.path):
         notices.append(f"{data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")
     elif data.test_split != evaluated[0].name:
         evaluated.append(open_split(data.path, data.test_split))
-    make_task(config).check(order.split, evaluated, metrics)
-    return notices
+    task = make_task(config)
+    task.check(order.split, evaluated, metrics)
+    return Prepared(config, task, order, tuple(notices))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

@@ -108,7 +108,7 @@ def test_submissions_and_features_of_a_composed_run_are_fp32_on_a_gpu(composed):
 @pytest.mark.ray
 def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
     from harma_ray.on_ray.cluster import ray_cluster
-    from harma_ray.on_ray.resources import plan_trials
+    from harma_ray.resources import plan_trials
     from harma_ray.tune.folder import read_search
     from harma_ray.tune.search import finish_best, prepare_trials, run_search
     from harma_ray.tune.space.definition import Limits, SearchDefinition

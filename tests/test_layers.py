@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors", "shell", "distributed"],
     ["files", "config"],
-    ["models", "data.scenes"],
+    ["resources", "models", "data.scenes"],
     ["data"],
     ["data.convert", "evaluation", "retrieval"],
     ["task"],

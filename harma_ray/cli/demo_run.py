@@ -20,6 +20,7 @@ from harma_ray.exchange import export_checkpoint
 from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
+from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.shell import command_line
@@ -60,12 +61,12 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dic
             out / "runs", f"pretrain-{stamp}",
             build_config(recipe_config("scenes-pretrain"), {**scaling, "data.path": str(folders[SOURCE_STYLE])}),
         )  # fmt: skip
-        train_and_print(source, cluster, started)
+        train_and_print(source, prepare(source.config).on(cluster), cluster, started)
         backbone = export_checkpoint(source, "open_clip", out / "backbone.safetensors", overwrite=True)
         print(f"\n[{time.perf_counter() - started:5.0f} s] adapting the frozen CLIP to {TARGET_STYLE} with HarMA")
         changes = {**scaling, "data.path": str(folders[TARGET_STYLE]), "model.pretrained": str(backbone)}
         adapted = create_run(out / "runs", f"harma-{stamp}", build_config(recipe_config("harma-scenes"), changes))
-        train_and_print(adapted, cluster, started)
+        train_and_print(adapted, prepare(adapted.config).on(cluster), cluster, started)
     return _show(adapted, out, started)
 
 

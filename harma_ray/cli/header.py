@@ -5,23 +5,21 @@ from __future__ import annotations
 import torch
 
 from harma_ray.config import RunConfig, TrainConfig
-from harma_ray.data.order import planned_order
-from harma_ray.on_ray.resources import WorkerPlan
-from harma_ray.recipes import make_task
+from harma_ray.preflight import Prepared
 from harma_ray.task import Task
 from harma_ray.training.optim import warmup_steps
 from harma_ray.training.step import trains_in_bf16
 
 
-def header_lines(config: RunConfig, plan: WorkerPlan) -> list[str]:
+def header_lines(prepared: Prepared) -> list[str]:
     """Returns what a training is, a line each, known without loading weights.
 
     Args:
-        config: Settings; ``data.path`` is the data set.
-        plan: The workers.
+        prepared: The training, divided among workers.
     """
-    order, train = planned_order(config), config.train
-    task, batch = make_task(config), train.global_batch_size
+    config, order, task, plan = prepared.config, prepared.order, prepared.task, prepared.workers
+    assert plan is not None
+    train, batch = config.train, config.train.global_batch_size
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
     return [
@@ -30,7 +28,7 @@ def header_lines(config: RunConfig, plan: WorkerPlan) -> list[str]:
         f"trains     {count_told(task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
         f"steps      {train.epochs} epochs x {order.steps_per_epoch} steps of {batch} samples{share}{parts}",
-        f"optimiser  {rate_told(config, order.steps_per_epoch * train.epochs)}",
+        f"optimiser  {rate_told(config, prepared.total_steps)}",
         f"precision  {precision_told(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
         f"workers    {plan.describe()}",
     ]

@@ -15,21 +15,19 @@ from tabulate import tabulate
 from harma_ray.cli.header import header_lines
 from harma_ray.config import RunConfig, build_config, to_yaml
 from harma_ray.data.identity import require_same_data
-from harma_ray.data.order import planned_order
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError, WorkerFailed
 from harma_ray.files import output_path, write_text
-from harma_ray.on_ray.cluster import Cluster, ray_cluster
-from harma_ray.on_ray.resources import WorkerPlan, plan_workers
+from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
-from harma_ray.preflight import absolute_paths, check_data
-from harma_ray.recipes import make_task
+from harma_ray.preflight import Prepared, absolute_paths, prepare
 from harma_ray.report.evaluation import results_table
+from harma_ray.resources import Cluster, WorkerPlan
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import KIND, Finding, standing_findings
-from harma_ray.training.step import check_batch, default_place, parameters_without_gradient
+from harma_ray.training.step import default_place, parameters_without_gradient
 from harma_ray.training.tracking import read_records
 from harma_ray.vectors.features import with_features
 
@@ -49,20 +47,20 @@ def train_seeds(
     """
     made = []
     output_path(runs)
-    configs = [absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds]
-    print_notices(check_data(configs[0]))
+    trainings = [prepare(absolute_paths(dataclasses.replace(config, seed=seed))) for seed in seeds]
+    print_notices(trainings[0].notices)
     print(f"[{time.perf_counter() - started:6.1f} s] settings and data are checked; starting Ray", flush=True)
     with ray_cluster(address) as cluster:
         dashboard = f", {cluster.dashboard}" if cluster.dashboard else ""
         print(f"[{time.perf_counter() - started:6.1f} s] Ray is up{dashboard}", flush=True)
-        check_batch(config, plan_workers(config, cluster).num_workers)
-        for seeded in configs:
+        for prepared in [training.on(cluster) for training in trainings]:
+            seeded = prepared.config
             own_name = name and (f"{name}-seed{seeded.seed}" if len(seeds) > 1 else name)
             if not name and len(seeds) > 1:
                 own_name = f"{seeded.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seeded.seed}"
             run = create_run(runs, own_name, seeded)
             made.append(run)
-            train_and_print(run, cluster, started)
+            train_and_print(run, prepared, cluster, started)
     if len(made) > 1:
         print_spread(made)
     return made
@@ -78,22 +76,21 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
     if changes:
         run = Run(run.path, build_config(run.config, changes))
     _check_same_data(run)
-    print_notices(check_data(run.config))
+    prepared = prepare(run.config)
+    print_notices(prepared.notices)
     with ray_cluster(address) as cluster:
-        check_batch(run.config, plan_workers(run.config, cluster).num_workers)
+        prepared = prepared.on(cluster)
         if changes:
             write_text(run.path / CONFIG_NAME, to_yaml(run.config))
-        train_and_print(run, cluster, started)
+        train_and_print(run, prepared, cluster, started)
     return run
 
 
-def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any]:
+def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: float) -> dict[str, Any]:
     """Trains a run on a cluster that is there, with progress, and prints the results."""
     config = run.config
-    order = planned_order(config)
-    steps = order.steps_per_epoch * config.train.epochs
     print(f"\nrun        {run.path}")
-    print("\n".join(header_lines(config, plan_workers(config, cluster))))
+    print("\n".join(header_lines(prepared)))
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
     for line in _finding_lines(standing_findings(read_records(run.path))):  # of a run that goes on
@@ -101,8 +98,11 @@ def train_and_print(run: Run, cluster: Cluster, started: float) -> dict[str, Any
     print(f"watch      {command_line('tensorboard', '--logdir', run.path.parent)}", flush=True)
     try:
         with run.locked():
-            ready = Run(run.path, with_features(config, run.path, cluster))
-            train(ready, cluster, on_record=_Progress(steps, started, run.task.metrics.objective))
+            ready = with_features(config, run.path, cluster)
+            if ready is not config:  # the training reads vectors in place of images
+                prepared = prepare(ready).on(cluster)
+            progress = _Progress(prepared.total_steps, started, prepared.task.metrics.objective)
+            train(run, prepared, cluster, on_record=progress)
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: {_resume_command(run)}")
         raise
@@ -187,13 +187,11 @@ def check_gradients(config: RunConfig) -> None:
         UserError: If there are some.
     """
     config = absolute_paths(config)
-    print_notices(check_data(config))
-    task = make_task(config)
-    place = default_place(config)
-    print(
-        "\n".join(header_lines(config, WorkerPlan(1, place.decode_threads, float(place.device != "cpu")))), flush=True
-    )
-    without = parameters_without_gradient(task, config, place, local_batches)
+    prepared, place = prepare(config), default_place(config)
+    print_notices(prepared.notices)
+    alone = WorkerPlan(1, place.decode_threads, float(place.device != "cpu"))
+    print("\n".join(header_lines(dataclasses.replace(prepared, workers=alone))), flush=True)
+    without = parameters_without_gradient(prepared.task, prepared.order, config, place, local_batches)
     if without:
         raise UserError(f"{len(without)} trainable parameters got no gradient: {', '.join(without)}")
     print("one step done: every trainable parameter got a gradient")

@@ -21,11 +21,11 @@ from harma_ray.data.identity import data_identity, require_same_data, used_split
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
-from harma_ray.on_ray.cluster import Cluster, ray_cluster, require_shared_folder, require_visible
-from harma_ray.on_ray.resources import TrialPlan, plan_trials
+from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.on_ray.workers import read_paths
-from harma_ray.preflight import absolute_paths, check_data
+from harma_ray.preflight import absolute_paths, prepare
 from harma_ray.report.evaluation import results_table
+from harma_ray.resources import Cluster, TrialPlan, plan_trials
 from harma_ray.runs import Run
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.step import check_batch
@@ -127,7 +127,7 @@ def _absolute(definition: SearchDefinition) -> SearchDefinition:
 
 def _check_data(definition: SearchDefinition) -> None:
     compared = [target.metric for target in definition.objectives if target.metric not in COSTS]
-    print_notices(check_data(definition.config, compared))
+    print_notices(prepare(definition.config, compared).notices)
 
 
 def _require_same_data(folder: Path, definition: SearchDefinition) -> None:

@@ -12,7 +12,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,12 @@ from harma_ray.errors import UserError
 from harma_ray.on_ray.address import find_address
 from harma_ray.on_ray.folder import choose_folder
 from harma_ray.on_ray.start import start_ray
+from harma_ray.resources import Cluster
 
 OBJECT_STORE_LIMIT = 2 * 2**30
 LOOPBACK = "127.0.0.1"
 _logger = logging.getLogger(__name__)
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What the cluster offers."""
-
-    cpus: float
-    """CPUs that Ray may give out."""
-    gpus: float
-    """GPUs that Ray may give out."""
-    nodes: int
-    """Machines."""
-    address: str
-    """``local``, or the address that was joined."""
-    dashboard: str
-    """Address of Ray's dashboard, or nothing."""
-    shapes: tuple[tuple[float, float, float], ...] = ()
-    """CPUs, GPUs and GiB of memory of every machine."""
 
 
 @contextlib.contextmanager

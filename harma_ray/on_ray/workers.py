@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 
-from harma_ray.config import RunConfig, build_config, disk_settings, to_dict
+from harma_ray.config import RunConfig, disk_settings
 from harma_ray.data.stream import Place
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.evaluation import Evaluation
 from harma_ray.exchange import load_model
-from harma_ray.on_ray.cluster import Cluster, node_cpus, require_shared_folder, require_visible
+from harma_ray.on_ray.cluster import node_cpus, require_shared_folder, require_visible
 from harma_ray.on_ray.deaths import drop_notes, leave_note, leave_trace, what_happened
-from harma_ray.on_ray.resources import WorkerPlan, plan_workers
-from harma_ray.recipes import make_task, recipe_config
+from harma_ray.preflight import Prepared
+from harma_ray.recipes import make_task
+from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run
 from harma_ray.training.loop import run_training
-from harma_ray.training.step import check_batch, evaluate_split
+from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import METRICS_NAME
 
 WORK_FOLDER = "ray"
@@ -37,11 +38,14 @@ WORKERS_FOLDER = "workers"
 """What the workers tell of themselves, inside the run's folder; see `harma_ray.on_ray.deaths`."""
 
 
-def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def train(
+    run: Run, prepared: Prepared, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Trains a run to its end, from its last checkpoint if it has one.
 
     Args:
         run: The run.
+        prepared: What is trained; its settings may name features where the run's name the data set.
         cluster: Where; see `harma_ray.on_ray.cluster.ray_cluster`.
         on_record: Hears of every new line of the run's record while the workers work, and of restarts.
 
@@ -56,16 +60,17 @@ def train(run: Run, cluster: Cluster, *, on_record: Callable[[dict[str, Any]], N
     def on_restart(text: str) -> None:
         on_record({"kind": "restart", "text": text})
 
-    plan = plan_workers(run.config, cluster)
-    check_batch(run.config, plan.num_workers)
+    config, plan = prepared.config, prepared.workers
+    assert plan is not None
     require_shared_folder(run.path, cluster)
-    require_visible(read_paths(run.config), cluster)
+    require_visible(read_paths(config), cluster)
     ready, done = threading.Event(), threading.Event()
     follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, ready, done, on_record), daemon=True)
     follower.start()
     ready.wait()
     try:
-        return on_workers(_train_worker, {"run": str(run.path)}, run.config, plan, run.path, on_restart=on_restart)
+        settings = {"run": str(run.path), "prepared": prepared}
+        return on_workers(_train_worker, settings, config, plan, run.path, on_restart=on_restart)
     finally:
         done.set()
         follower.join()
@@ -151,7 +156,7 @@ def _attempt(
     drop_notes(notes)
     trainer = TorchTrainer(
         function,
-        train_loop_config={**settings, "config": to_dict(config), "notes": str(notes)},
+        train_loop_config={**settings, "config": config, "notes": str(notes)},
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
         ),
@@ -192,10 +197,12 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     config, place = enter_worker(settings)
     with plain_errors():
+        prepared: Prepared = settings["prepared"]
         return run_training(
-            make_task(config),
+            prepared.task,
             config,
             Path(settings["run"]),
+            order=prepared.order,
             place=place,
             reader=ray_batches,
             reporter=ray.train.report,
@@ -216,7 +223,7 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
     import ray.train
     from ray.train.torch import get_device
 
-    config = build_config(recipe_config(settings["config"]["recipe"]), settings["config"], origin="configuration")
+    config: RunConfig = settings["config"]
     context = ray.train.get_context()
     leave_note(Path(settings["notes"]), context.get_world_rank())
     device = get_device()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harma_ray.config import RunConfig, config_hash, flat_settings, to_dict
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
-from harma_ray.data.order import planned_order
+from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.distributed import barrier, broadcast_object
@@ -58,6 +58,7 @@ def run_training(
     place: Place,
     reader: Reader,
     reporter: Reporter = lambda metrics: None,
+    order: TrainingOrder | None = None,
 ) -> dict[str, Any]:
     """Trains from the run's last checkpoint, or from the start, to the end; evaluates test once, with the best weights.
 
@@ -68,6 +69,7 @@ def run_training(
         place: This worker.
         reader: Who reads the shards.
         reporter: Hears of every evaluation.
+        order: Of the samples, if it is planned already.
 
     Returns:
         The final report, as written to ``report.json``.
@@ -76,7 +78,7 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
-    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter)) as training:
+    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, order=order)) as training:
         if not training.resume():
             training.evaluate_and_save(0)
         training.train()
@@ -114,11 +116,11 @@ def finish_training(
 
 def _start(
     task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader,
-    reporter: Reporter = lambda metrics: None, *, draw: bool = True,
+    reporter: Reporter = lambda metrics: None, *, draw: bool = True, order: TrainingOrder | None = None,
 ) -> _Training:  # fmt: skip
     check_batch(config, place.world_size)
     torch.manual_seed(config.seed)  # the same model on every worker
-    return _Training(task, config, run_dir, place, reader, reporter, draw=draw)
+    return _Training(task, config, run_dir, place, reader, reporter, order or planned_order(config), draw=draw)
 
 
 class _Training:
@@ -126,13 +128,13 @@ class _Training:
 
     def __init__(
         self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter,
-        *, draw: bool,
+        order: TrainingOrder, *, draw: bool,
     ):  # fmt: skip
         """Builds everything as it is at step 0; nothing is written yet."""
         started = time.perf_counter()
         self._task, self._config, self._run_dir = task, config, run_dir
         self._place, self._reader, self._reporter, self._draw = place, reader, reporter, draw
-        self._order = planned_order(config)
+        self._order = order
         self._total_steps = self._order.steps_per_epoch * config.train.epochs
         data = config.data
         selected_on = data.val_split if config.train.select_on == "val" else data.test_split

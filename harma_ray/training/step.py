@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.config import RunConfig, TrainConfig
-from harma_ray.data.order import planned_order
+from harma_ray.data.order import TrainingOrder
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.errors import UserError
@@ -113,10 +113,12 @@ def evaluating(train: TrainConfig, device: torch.device) -> Iterator[None]:
         yield
 
 
-def parameters_without_gradient(task: Task, config: RunConfig, place: Place, reader: Reader) -> list[str]:
+def parameters_without_gradient(
+    task: Task, order: TrainingOrder, config: RunConfig, place: Place, reader: Reader
+) -> list[str]:
     """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
     model = task.new_model().to(place.device)
-    stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, place, reader)
+    stream = TrainingStream(order, task.transform(training=True), config.data, place, reader)
     batches = stream.steps(0, 1)
     train_step(task, model.train(), next(batches), config.train, autocast_of(config.train, torch.device(place.device)))
     batches.close()

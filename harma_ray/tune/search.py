@@ -22,10 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 from harma_ray.config import RunConfig, build_config
 from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
-from harma_ray.on_ray.cluster import Cluster
-from harma_ray.on_ray.resources import DRIVER_CPUS, TrialPlan, WorkerPlan
 from harma_ray.on_ray.workers import train
+from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task
+from harma_ray.resources import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
 from harma_ray.runs import Run, describe_environment
 from harma_ray.shell import launch_command
 from harma_ray.training.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
@@ -221,7 +221,8 @@ def confirm(
     failures = []
     for made in runs:
         prepare_folder(made.path, made.config, setting)
-        failures += _attempt(made, lambda made=made: train(made, cluster, on_record=lambda record: None), tell)
+        training = prepare(made.config).on(cluster)
+        failures += _attempt(made, partial(train, made, training, cluster, on_record=lambda record: None), tell)
     return failures
 
 

@@ -43,8 +43,9 @@ from harma_ray.data.schema import (
 )
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import atomic_file, output_path
-from harma_ray.on_ray.cluster import Cluster, node_cpus
+from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.resources import Cluster
 from harma_ray.task import FeatureEncoder, Task
 
 FOLDER = "features"

@@ -5,9 +5,11 @@ import torch
 
 from harma_ray.cli.header import count_told, header_lines, precision_told, rate_told
 from harma_ray.config import build_config
+from harma_ray.data.order import planned_order
 from harma_ray.models.backbones import build_clip
-from harma_ray.on_ray.resources import WorkerPlan
+from harma_ray.preflight import Prepared
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.resources import WorkerPlan
 
 
 @pytest.mark.parametrize(
@@ -59,9 +61,13 @@ def test_precision_is_told_as_it_will_be(precision, told):
     assert precision_told(train, use_gpu=False) == told
 
 
+def announced(config, workers):
+    return header_lines(Prepared(config, make_task(config), planned_order(config), (), workers))
+
+
 def test_backbone_batch_and_device_are_told(scenes):
     changes = {"data.path": str(scenes), "train.global_batch_size": 20, "train.epochs": 2}
-    lines = header_lines(build_config(recipe_config("harma-scenes"), changes), WorkerPlan(2, 0.5, 0))
+    lines = announced(build_config(recipe_config("harma-scenes"), changes), WorkerPlan(2, 0.5, 0))
     told = dict(line.split(maxsplit=1) for line in lines)
     assert told["backbone"].startswith("scenes-tiny, random of seed 0")
     assert told["steps"] == "2 epochs x 10 steps of 20 samples, 10 a worker"
@@ -72,6 +78,6 @@ def test_what_was_taken_out_of_a_weights_file_is_told(scenes, tmp_path):
     state = build_clip("scenes-tiny", "random").state_dict()
     torch.save({"epoch": 3, "ema": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "w.pt")
     changes = {"data.path": str(scenes), "model.pretrained": str(tmp_path / "w.pt")}
-    lines = header_lines(build_config(recipe_config("harma-scenes"), changes), WorkerPlan(1, 1, 0))
+    lines = announced(build_config(recipe_config("harma-scenes"), changes), WorkerPlan(1, 1, 0))
     backbone = next(line for line in lines if line.startswith("backbone"))
     assert backbone.endswith("w.pt; section `ema`; left out beside it: epoch; prefix `module.` taken off the names")

@@ -65,7 +65,7 @@ def test_fine_tuning_trains_the_encoders_asked_for_and_no_scale(composed, encode
     every = {name for name, _ in model.clip.named_parameters() if name != "logit_scale"}
     image = {name for name in every if name.startswith("visual.")}
     assert trained == {"both": every, "text": every - image, "image": image}[encoder]
-    assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+    assert parameters_without_gradient(make_task(config), planned_order(config), config, Place(), local_batches) == []
 
 
 def test_batch_normalisation_stays_as_it_was_and_its_weights_are_trained():

@@ -92,7 +92,7 @@ def test_training_moves_what_is_declared_and_nothing_else(config, finished):
 
 
 def test_every_declared_parameter_gets_a_gradient(config):
-    assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+    assert parameters_without_gradient(make_task(config), planned_order(config), config, Place(), local_batches) == []
 
 
 def test_the_same_seed_builds_the_same_model(config):

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harma_ray.config import OptimConfig, build_config
+from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model
@@ -271,7 +272,7 @@ def test_zero_shot_trains_nothing_and_reports_the_backbone(scenes, tmp_path):
 )
 def test_every_trainable_parameter_gets_a_gradient(scenes, changes):
     config = settings(scenes, **changes)
-    assert parameters_without_gradient(make_task(config), config, Place(), local_batches) == []
+    assert parameters_without_gradient(make_task(config), planned_order(config), config, Place(), local_batches) == []
 
 
 def test_a_parameter_without_a_gradient_is_found(scenes):
@@ -287,7 +288,9 @@ def test_a_parameter_without_a_gradient_is_found(scenes):
             model.forgotten = torch.nn.Parameter(torch.zeros(1))
             return model
 
-    assert parameters_without_gradient(Careless(), config, Place(), local_batches) == ["forgotten"]
+    assert parameters_without_gradient(Careless(), planned_order(config), config, Place(), local_batches) == [
+        "forgotten"
+    ]
 
 
 def test_resuming_with_other_settings_is_refused(scenes, tmp_path):

@@ -7,12 +7,29 @@ from dataclasses import dataclass
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
-from harma_ray.on_ray.cluster import Cluster
 
 TRIAL_MEMORY = 2
 """GiB that a trial's worker on CPUs is taken to need, when nobody says how many run at a time."""
 DRIVER_CPUS = 0.01
 """CPUs that Ray reserves for a trial with workers of its own, beside these."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster offers."""
+
+    cpus: float
+    """CPUs that Ray may give out."""
+    gpus: float
+    """GPUs that Ray may give out."""
+    nodes: int
+    """Machines."""
+    address: str
+    """``local``, or the address that was joined."""
+    dashboard: str
+    """Address of Ray's dashboard, or nothing."""
+    shapes: tuple[tuple[float, float, float], ...] = ()
+    """CPUs, GPUs and GiB of memory of every machine."""
 
 
 @dataclass(frozen=True)
