@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, TrainingStream, local_batches
@@ -19,6 +18,7 @@ from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
+from harma_ray.settings import build_config
 from harma_ray.training.optim import build_optimizer
 from harma_ray.training.step import autocast_of, default_place, train_step
 from harma_ray.training.tracking import read_records

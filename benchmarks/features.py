@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, TrainingStream, prefetched_batches
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.settings import build_config
 from harma_ray.training.optim import build_optimizer
 from harma_ray.training.step import autocast_of, default_place, train_step
 from harma_ray.vectors.features import with_features

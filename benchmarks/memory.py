@@ -12,12 +12,12 @@ import tempfile
 import threading
 from pathlib import Path
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
 from harma_ray.recipes import recipe_config
 from harma_ray.runs import create_run
+from harma_ray.settings import build_config
 
 MIB = 2**20
 

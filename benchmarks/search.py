@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.stream import local_batches
@@ -25,6 +24,7 @@ from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
 from harma_ray.runs import create_run
+from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import default_place
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition

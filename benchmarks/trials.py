@@ -17,11 +17,11 @@ from pathlib import Path
 
 from memory import MIB, Watch
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes import recipe_config
 from harma_ray.resources import plan_trials
+from harma_ray.settings import build_config
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
 from harma_ray.tune.space.parameters import Range

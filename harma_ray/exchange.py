@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from harma_ray.config import config_hash, flat_settings, show_override, to_dict
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing
 from harma_ray.formats import ForeignFormat, Reading, as_lines
@@ -22,6 +21,7 @@ from harma_ray.models.shapes import describe_tensors, guess_architecture
 from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
 from harma_ray.recipes import FORMATS, make_task
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.settings import config_hash, flat_settings, show_override, to_dict
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.checkpoint import (
     META_NAME,

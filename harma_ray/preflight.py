@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harma_ray.config import RunConfig, build_config, disk_settings
+from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.schema import list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
+from harma_ray.settings import build_config, marked_settings
 from harma_ray.task import Task
 from harma_ray.training.step import check_batch
 
@@ -82,8 +83,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {}
     if config.data.path:
         changes["data.path"] = str(kept_path(config.data.path, "the data set"))
-    for name, (value, mark) in disk_settings(config).items():
-        if Path(value).suffix or mark.is_there(Path(value).expanduser()):  # no tag of open_clip's has a suffix
+    for name, (value, mark) in marked_settings(config, OnDisk).items():
+        has_suffix = bool(Path(value).suffix)  # no tag of open_clip's has one
+        if value and (has_suffix or mark.is_there(Path(value).expanduser())):
             path = kept_path(value, f"`{name}`")
             if mark.is_there(path):
                 changes[name] = str(path)

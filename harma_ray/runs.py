@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 import harma_ray
-from harma_ray.config import RunConfig, to_yaml
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
+from harma_ray.settings import to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import CheckpointMeta, list_checkpoints, load_weights, read_meta

@@ -16,10 +16,10 @@ prepare_environment(own_cluster=True)  # before anything imports Ray
 
 from random_runs import make_random_run  # noqa: E402
 
-from harma_ray.config import build_config  # noqa: E402
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_cir  # noqa: E402
 from harma_ray.data.convert.tasks import map_serially  # noqa: E402
 from harma_ray.recipes import recipe_config  # noqa: E402
+from harma_ray.settings import build_config  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

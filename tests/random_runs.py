@@ -2,10 +2,10 @@
 
 import torch
 
-from harma_ray.config import config_hash
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import make_task
 from harma_ray.runs import create_run
+from harma_ray.settings import config_hash
 from harma_ray.training.checkpoint import CheckpointMeta, save_checkpoint
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 from random_runs import make_random_run
 
 from harma_ray.api import find_rendering, load_run
-from harma_ray.config import build_config
 from harma_ray.data.identity import data_identity
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.schema import MANIFEST_NAME, open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import META_NAME
 from harma_ray.training.step import evaluate_split
 

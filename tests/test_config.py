@@ -1,8 +1,10 @@
+import math
+
 import pytest
 
-from harma_ray.config import build_config, config_hash, load_yaml, parse_overrides, to_yaml
 from harma_ray.errors import UserError
 from harma_ray.recipes import RECIPES, load_config, recipe_config
+from harma_ray.settings import build_config, config_hash, load_yaml, parse_overrides, to_yaml
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,12 +44,105 @@ def test_all_unknown_keys_are_listed_with_the_nearest_valid_one():
         build_config(recipe_config("harma-scenes"), {"optim.learnig_rate": 1, "sed": 3})
 
 
-def test_all_wrong_values_are_listed_with_their_paths():
-    changes = {"train.epochs": "many", "train.precision": "fp8", "optim.learning_rate": -1, "loss.gamma": float("nan")}
+def test_all_wrong_values_are_listed_with_path_rule_and_value():
+    changes = {
+        "train.epochs": -1,
+        "train.precision": "fp8",
+        "train.accumulation": 1.5,
+        "optim.learning_rate": -1,
+        "optim.betas": [0.9, 1],
+        "scaling.gpus_per_worker": 2,
+        "loss.gamma": float("nan"),
+        "data.chunk_mb": float("inf"),
+        "seed": "many",
+    }
     with pytest.raises(UserError) as caught:
         build_config(recipe_config("harma-scenes"), changes)
-    for part in ("train.epochs", "train.precision", "learning_rate", "gamma"):
-        assert part in str(caught.value)
+    origin, _, told = str(caught.value).partition(": ")
+    assert origin == "--set"
+    assert sorted(told.split("; ")) == [
+        "`data.chunk_mb` must be a finite number, got inf",
+        "`loss.gamma` must be a finite number, got nan",
+        "`optim.betas.1` must be below 1, got 1",
+        "`optim.learning_rate` must be above 0, got -1",
+        "`scaling.gpus_per_worker` must be at most 1, got 2",
+        "`seed` must be a valid integer, unable to parse string as an integer, got 'many'",
+        "`train.accumulation` must be a valid integer, got a number with a fractional part, got 1.5",
+        "`train.epochs` must be at least 0, got -1",
+        "`train.precision` must be 'auto', 'fp32' or 'bf16', got 'fp8'",
+    ]
+
+
+LIMITS = {
+    "seed": (0, None), "data.shuffle_window_mb": (0.01, None), "data.chunk_mb": (0.01, None),
+    "data.decode_threads": (0, None), "data.prefetch_batches": (1, None), "data.max_pixels": (0, None),
+    "optim.weight_decay": (0, None), "optim.clip_grad_norm": (0, None), "optim.warmup_fraction": (0, 1),
+    "train.epochs": (0, None), "train.global_batch_size": (2, None), "train.accumulation": (1, None),
+    "train.eval_every_epochs": (1, None), "train.early_stopping_patience": (0, None),
+    "train.keep_checkpoints": (1, None), "train.eval_batch_size": (1, None), "train.checkpoint_every_steps": (0, None),
+    "train.log_every_steps": (1, None), "train.threads": (0, None), "scaling.num_workers": (0, None),
+    "scaling.cpus_per_worker": (0, None), "scaling.max_failures": (0, None), "scaling.start_timeout_seconds": (1, None),
+    "loss.margin": (0, None), "loss.gamma": (0, None), "loss.center_factor": (0, None),
+    "augmentation.max_aspect_ratio": (1, None), "augmentation.flip_probability": (0, 1),
+    "augmentation.operation_probability": (0, 1), "augmentation.num_operations": (0, None),
+    "augmentation.level": (0, 10),
+}  # fmt: skip
+"""Smallest and largest values of HarMA's settings that have a range whose ends belong to it."""
+ABOVE_ZERO = [
+    "data.task_cpus", "optim.learning_rate", "optim.epsilon", "scaling.gpus_per_worker", "model.temperature",
+    "adapter.width", "adapter.shared_width", "adapter.num_heads", "augmentation.max_scale", "augmentation.min_scale",
+]  # fmt: skip
+CLIP4CIR_LIMITS = {
+    "preparation.target_ratio": (1, None), "combiner.projection_dim": (1, None), "combiner.hidden_dim": (1, None),
+    "combiner.dropout": (0, 0.99),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "low", "high"),
+    [
+        *(("harma-scenes", name, *ends) for name, ends in LIMITS.items()),
+        *(("scenes-cir-combiner", name, *ends) for name, ends in CLIP4CIR_LIMITS.items()),
+    ],
+)
+def test_a_range_holds_its_ends_and_nothing_beyond_them(recipe, name, low, high):
+    base = recipe_config(recipe)
+    build_config(base, {name: low})
+    finite = "a finite number"
+    beyond = [(low - 1, f"at least {low:g}"), (-math.inf, f"at least {low:g}|{finite}")]
+    if high is None:
+        beyond.append((math.inf, finite))
+    else:
+        build_config(base, {name: high})
+        beyond += [(high + 1, f"at most {high:g}"), (math.inf, f"at most {high:g}|{finite}")]
+    beyond.append((math.nan, f"{finite}|at most {high}"))
+    for value, rule in beyond:
+        with pytest.raises(UserError, match=f"^--set: `{name}` must be ({rule}), got {value}$"):
+            build_config(base, {name: value})
+
+
+@pytest.mark.parametrize("name", ABOVE_ZERO)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, -math.inf])
+def test_zero_less_and_no_number_are_refused_where_more_is_needed(name, value):
+    with pytest.raises(UserError, match=f"^--set: `{name}` must be .*, got {value}$"):
+        build_config(recipe_config("harma-scenes"), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"augmentation.min_scale": 0.9, "augmentation.max_scale": 0.8},
+            "`augmentation`: `min_scale` must not be above `max_scale`, got 0.9 and 0.8",
+        ),
+        ({"adapter.width": 100}, "`adapter`: `width` must be a multiple of `num_heads`, got 100 and 8"),
+        ({"scaling.gpus_per_worker": 0.5, "scaling.num_workers": 2}, "`scaling`: `gpus_per_worker` below 1 needs"),
+    ],
+)
+def test_what_relates_two_settings_is_checked_too(changes, message):
+    with pytest.raises(UserError) as caught:
+        build_config(recipe_config("harma-scenes"), changes)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("changes", [{"train": 3}, {"train.epochs.x": 3}, {"adapter.width": 100}, {"seed": 1.5}])
@@ -72,6 +167,9 @@ def test_the_hash_changes_with_what_is_computed_and_not_with_where():
     base = recipe_config("harma-scenes")
     same = build_config(base, {"scaling.num_workers": 3, "data.path": "/elsewhere", "data.decode": "tasks"})
     assert config_hash(same) == config_hash(base)
+    for name in RECIPES:
+        named = build_config(recipe_config(name), {"model.activation": "quick_gelu", "train.keep_checkpoints": 3})
+        assert config_hash(named) == config_hash(recipe_config(name))
     for changes in ({"seed": 1}, {"loss.gamma": 1.0}, {"data.shuffle_window_mb": 1.0}, {"train.epochs": 7}):
         assert config_hash(build_config(base, changes)) != config_hash(base)
 
@@ -85,9 +183,16 @@ def test_runs_made_before_later_settings_came_go_on():
     """Hashes as checkpoints of version 0.1 hold them; other values of the later settings make another run."""
     told = {
         "harma-rsitmd-vit": "dcf56efdc1491abb4cd03a5059158b9bf11ebdcb6b3d8dcc94f03d252bc0698b",
+        "harma-rsitmd-geo": "b32d2471803bdea65eba9abb70a79a8bbd9aeb238ed29c896105db7c7b5f6bc4",
+        "harma-rsicd-vit": "540caf8ad6b0594dfa819fef9e5a01ec04a6c16ba3ac987e85d8784b202d289b",
+        "harma-rsicd-geo": "674f2db6fcd6849d87762016211f058a4b3acdffd35ed25b609540a1b328c048",
+        "scenes-pretrain": "1d9152762cebf1e2e803de691bc02e0aa5da6d21b0544cbe6f425a1fe8f8e469",
+        "harma-scenes": "661a97bf55984435f57a587c4b4c96ce48a9fb89c853b1ff763662a389c46c28",
         "clip4cir-finetune": "55d0a50802874bb3a7bc724de3f896666f8a0c1287c9fa7941a77c1bc1ab07ee",
         "clip4cir-combiner": "5c97e833fd560ebbe5fe025984008769d08efcf403c2321db4752a0fa33d7efa",
+        "scenes-cir-finetune": "1cf688b5069e22381bc096c428eb915909d0ffc360a7e4f5936ca1c46cd65b4a",
+        "scenes-cir-combiner": "716cdcdce81f99b7164fee551a67eec6cf5728e975ee4c657f33d45afb95b92d",
     }
-    assert {name: config_hash(recipe_config(name)) for name in told} == told
+    assert {name: config_hash(recipe_config(name)) for name in RECIPES} == told
     later = build_config(recipe_config("harma-rsitmd-vit"), {"train.eval_precision": "bf16"})
     assert config_hash(later) not in told.values()

@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harma_ray import exchange
-from harma_ray.config import build_config, config_hash
 from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
 from harma_ray.models import weights
@@ -17,6 +16,7 @@ from harma_ray.models.foreign import read_foreign
 from harma_ray.models.weights import backbone_fingerprint, save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
+from harma_ray.settings import build_config, config_hash
 from harma_ray.training.checkpoint import WEIGHTS_NAME, CheckpointMeta, list_checkpoints, save_checkpoint
 
 IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

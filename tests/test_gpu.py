@@ -6,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from harma_ray.config import TrainConfig, build_config
+from harma_ray.config import TrainConfig
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.exchange import load_model
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import evaluate_split, evaluating

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["errors", "shell", "distributed"],
-    ["files", "config"],
+    ["errors", "shell", "distributed", "config"],
+    ["files", "settings"],
     ["resources", "models", "data.scenes"],
     ["data"],
     ["data.convert", "evaluation", "retrieval"],

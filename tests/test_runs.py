@@ -3,11 +3,11 @@
 import pytest
 
 from harma_ray.cli.train_run import print_spread
-from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
 from harma_ray.recipes import load_config, recipe_config
 from harma_ray.runs import create_run
+from harma_ray.settings import build_config
 
 
 @pytest.fixture

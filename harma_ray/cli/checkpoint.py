@@ -32,10 +32,10 @@ def add_checkpoint(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from harma_ray.config import build_config, parse_overrides
     from harma_ray.exchange import import_checkpoint
     from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import recipe_config
+    from harma_ray.settings import build_config, parse_overrides
 
     config = absolute_paths(build_config(recipe_config(options.recipe), parse_overrides(options.overrides)))
     print(import_checkpoint(options.file, config, options.out, options.clip, section=options.section).describe())

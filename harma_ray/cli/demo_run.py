@@ -10,7 +10,6 @@ import torch
 from tabulate import tabulate
 
 from harma_ray.cli.train_run import train_and_print
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.schema import open_split
@@ -23,6 +22,7 @@ from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
+from harma_ray.settings import build_config
 from harma_ray.shell import command_line
 from harma_ray.training.step import default_place, evaluate_split
 

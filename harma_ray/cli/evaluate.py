@@ -72,8 +72,9 @@ def _add_query(parser: argparse.ArgumentParser, *more: str) -> None:
 
 def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
     """Returns the settings and the weights (None: none but the backbone's) of the model that is meant."""
-    from harma_ray.config import ScalingConfig, build_config
+    from harma_ray.config import ScalingConfig
     from harma_ray.runs import open_run
+    from harma_ray.settings import build_config
 
     weights = options.run or options.checkpoint
     if options.metric and not options.run:
@@ -165,9 +166,9 @@ def add_embed(commands: Any) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from harma_ray.config import build_config
     from harma_ray.on_ray.cluster import ray_cluster, require_visible
     from harma_ray.runs import Run, open_run
+    from harma_ray.settings import build_config
     from harma_ray.vectors.embed import embed
 
     found = open_run(options.run)

@@ -96,8 +96,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def config_from(options: argparse.Namespace) -> Any:
     """Returns the configuration of ``--config`` or ``--recipe`` with the changes asked for."""
-    from harma_ray.config import build_config
     from harma_ray.recipes import load_config, recipe_config
+    from harma_ray.settings import build_config
 
     base = load_config(options.config) if options.config else recipe_config(options.recipe)
     if getattr(options, "source", None):
@@ -124,7 +124,7 @@ def stage_changes(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the settings that options change, by dotted name."""
-    from harma_ray.config import parse_overrides
+    from harma_ray.settings import parse_overrides
 
     overrides = parse_overrides(options.overrides)
     return {**overrides, **scaling_changes(options), **precision_changes(options), **data_change(options)}

@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from harma_ray.cli.header import header_lines
-from harma_ray.config import RunConfig, build_config, to_yaml
+from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError, WorkerFailed
@@ -24,6 +24,7 @@ from harma_ray.preflight import Prepared, absolute_paths, prepare
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, WorkerPlan
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import KIND, Finding, standing_findings

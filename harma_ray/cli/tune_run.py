@@ -16,7 +16,6 @@ from tabulate import tabulate
 
 from harma_ray.cli.train_run import print_notices
 from harma_ray.cli.tune_progress import SearchProgress, show_params
-from harma_ray.config import build_config
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
@@ -27,6 +26,7 @@ from harma_ray.preflight import absolute_paths, prepare
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, TrialPlan, plan_trials
 from harma_ray.runs import Run
+from harma_ray.settings import build_config
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.step import check_batch
 from harma_ray.tune.folder import (

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from harma_ray.config import Count, Fraction
 from harma_ray.data.images import MAX_PIXELS as MAX_PIXELS
 from harma_ray.data.images import BadImage as BadImage
 from harma_ray.data.images import crop
 from harma_ray.data.images import decode_stored as decode_stored
-from harma_ray.errors import UserError
 
 OPERATIONS = (
     "identity",
@@ -39,6 +41,7 @@ OPERATIONS = (
 """What the augmentation draws from."""
 
 _MAX_LEVEL = 10
+_Part = Annotated[float, Field(gt=0, le=1)]
 _FILL = [128.0, 128.0, 128.0]
 _CROP_ATTEMPTS = 10
 _REFERENCE_SIZE = 224
@@ -48,36 +51,24 @@ _REFERENCE_SIZE = 224
 class Augmentation:
     """The random changes of a training image; the defaults are the published ones (HarMA's code)."""
 
-    min_scale: float = 0.5
-    """Smallest part of the image's area that a crop keeps, in (0, 1]; 1 = no crop, the whole image is resized."""
-    max_scale: float = 1.0
-    """Largest part of the area that a crop keeps, from min_scale to 1."""
-    max_aspect_ratio: float = 4 / 3
-    """A crop's width over height lies between 1 / this and this, log-uniformly; at least 1."""
-    flip_probability: float = 0.5
-    """How often the image is mirrored left to right, 0 to 1."""
-    num_operations: int = 2
+    min_scale: _Part = 0.5
+    """Smallest part of the image's area that a crop keeps; 1 = no crop, the whole image is resized."""
+    max_scale: _Part = 1.0
+    """Largest part of the area that a crop keeps."""
+    max_aspect_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4 / 3
+    """A crop's width over height lies between 1 / this and this, log-uniformly."""
+    flip_probability: Fraction = 0.5
+    """How often the image is mirrored left to right."""
+    num_operations: Count = 2
     """Operations drawn for an image, with replacement, from ``OPERATIONS``; 0 = none."""
-    operation_probability: float = 0.5
-    """How often a drawn operation is really applied, 0 to 1."""
-    level: float = 7.0
-    """Strength of the operations, 0 to 10: at 7, brightness and sharpness 1.36, shear 0.21, shift 7/224, 21 degrees."""
+    operation_probability: Fraction = 0.5
+    """How often a drawn operation is really applied."""
+    level: Annotated[float, Field(ge=0, le=_MAX_LEVEL)] = 7.0
+    """Strength of the operations: at 7, brightness and sharpness 1.36, shear 0.21, shift 7/224, 21 degrees."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= self.max_scale <= 1:
-            raise UserError(
-                "augmentation: 0 < min_scale <= max_scale <= 1 must hold, "
-                f"got min_scale={self.min_scale}, max_scale={self.max_scale}"
-            )
-        if not self.max_aspect_ratio >= 1:
-            raise UserError(f"augmentation: max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
-        for name in ("flip_probability", "operation_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augmentation: {name} must lie in 0..1, got {getattr(self, name)}")
-        if self.num_operations < 0:
-            raise UserError(f"augmentation: num_operations must not be negative, got {self.num_operations}")
-        if not 0 <= self.level <= _MAX_LEVEL:
-            raise UserError(f"augmentation: level must lie in 0..{_MAX_LEVEL}, got {self.level}")
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"`min_scale` must not be above `max_scale`, got {self.min_scale} and {self.max_scale}")
 
     @classmethod
     def none(cls) -> Augmentation:

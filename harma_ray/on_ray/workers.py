@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harma_ray.config import RunConfig, disk_settings
+from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.stream import Place
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.evaluation import Evaluation
@@ -28,6 +28,7 @@ from harma_ray.preflight import Prepared
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run
+from harma_ray.settings import marked_settings
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import METRICS_NAME
@@ -186,7 +187,7 @@ def _attempt(
 
 def read_paths(config: RunConfig) -> list[Path]:
     """Returns what every worker reads: the data set, and weights that lie on a disk."""
-    weights = [Path(value) for value, _ in disk_settings(config).values()]
+    weights = [Path(value) for value, _ in marked_settings(config, OnDisk).values() if value]
     return [Path(config.data.path), *(path for path in weights if path.is_file() or path.is_absolute())]
 
 

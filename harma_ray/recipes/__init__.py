@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.config import RunConfig, build_config, load_yaml
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat
 from harma_ray.recipes.clip4cir import config as clip4cir_config
@@ -16,6 +16,7 @@ from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.recipes.harma import config as harma_config
 from harma_ray.recipes.harma.released import HarmaFile
 from harma_ray.recipes.harma.task import HarmaTask
+from harma_ray.settings import build_config, load_yaml
 from harma_ray.task import Task
 
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES, **clip4cir_config.RECIPES}

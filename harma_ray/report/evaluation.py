@@ -10,11 +10,11 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from harma_ray.config import flat_settings
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics, Section
 from harma_ray.report import page
 from harma_ray.report.figures import draw_curves
+from harma_ray.settings import flat_settings
 from harma_ray.training.health import Finding, standing_findings
 
 PAGE_NAME = "index.html"

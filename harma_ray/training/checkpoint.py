@@ -45,7 +45,7 @@ class CheckpointMeta:
     progress: dict[str, Any]
     """The loop's own state: best value, its step, evaluations without improvement."""
     config_hash: str
-    """`harma_ray.config.config_hash` of the run."""
+    """`harma_ray.settings.config_hash` of the run."""
     recipe: str
     """Name of the recipe."""
     backbone: str

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harma_ray.config import RunConfig, config_hash, flat_settings, to_dict
+from harma_ray.config import RunConfig
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.schema import list_splits, open_split
@@ -26,6 +26,7 @@ from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.files import write_text
+from harma_ray.settings import config_hash, flat_settings, to_dict
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import (
     CheckpointMeta,

@@ -14,10 +14,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from harma_ray.config import to_yaml as config_yaml
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, write_text
 from harma_ray.runs import ENVIRONMENT_NAME, describe_environment, make_folder
+from harma_ray.settings import to_yaml as config_yaml
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.training.tracking import REPORT_NAME, read_records
 from harma_ray.tune.results import Axis, Confirmation, SearchResults, State, TrialResult

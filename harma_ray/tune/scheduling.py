@@ -12,7 +12,7 @@ import optuna
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from harma_ray.config import to_dict
+from harma_ray.settings import to_dict
 from harma_ray.tune.results import TrialResult
 from harma_ray.tune.space.definition import Scheduler, SearchDefinition
 from harma_ray.tune.study import Report, SearchStudy

@@ -19,7 +19,7 @@ import ray.tune
 from optuna.exceptions import StorageInternalError
 from torch.utils.tensorboard import SummaryWriter
 
-from harma_ray.config import RunConfig, build_config
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
 from harma_ray.on_ray.workers import train
@@ -27,6 +27,7 @@ from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task
 from harma_ray.resources import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
 from harma_ray.runs import Run, describe_environment
+from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
 from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search

@@ -18,8 +18,9 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from harma_ray.config import RunConfig, build_config, config_hash
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
+from harma_ray.settings import build_config, config_hash
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import open_study
 

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 import torch
 
-from harma_ray.config import RunConfig, build_config, to_yaml
+from harma_ray.config import RunConfig
 from harma_ray.data.stream import Place, Reader, prefetched_batches
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
@@ -29,6 +29,7 @@ from harma_ray.on_ray.workers import enter_worker, on_workers, plain_errors
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import WorkerPlan
 from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
+from harma_ray.settings import build_config, to_yaml
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.loop import finish_training, run_training, run_trial

@@ -21,7 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from harma_ray import __version__
-from harma_ray.config import RunConfig, build_config, to_dict
+from harma_ray.config import RunConfig
 from harma_ray.data.convert.shards import disk_error, write_table
 from harma_ray.data.convert.staging import lock, swap, work_folder
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
@@ -46,6 +46,7 @@ from harma_ray.files import atomic_file, output_path
 from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import Cluster
+from harma_ray.settings import build_config, to_dict
 from harma_ray.task import FeatureEncoder, Task
 
 FOLDER = "features"

@@ -12,7 +12,6 @@ from random_runs import make_random_run
 from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.schema import MANIFEST_NAME, BadRow, list_splits, open_split
@@ -22,6 +21,7 @@ from harma_ray.models.combiner import Combiner
 from harma_ray.models.weights import backbone_fingerprint, save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import read_meta, save_checkpoint
 from harma_ray.training.tracking import read_records
 

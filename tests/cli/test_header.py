@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from harma_ray.cli.header import count_told, header_lines, precision_told, rate_told
-from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.models.backbones import build_clip
 from harma_ray.preflight import Prepared
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import WorkerPlan
+from harma_ray.settings import build_config
 
 
 @pytest.mark.parametrize(

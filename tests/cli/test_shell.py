@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from harma_ray.config import parse_overrides, show_override
+from harma_ray.settings import parse_overrides, show_override
 from harma_ray.shell import command_line, launch_command
 
 ODD = ("a b", "?", "#x", "100%20", "it's", '"quoted"', "$HOME", "`ls`", "~/x", "[x]{y}*", "é\u4e2d", "a\nb", "-x", "")

@@ -15,12 +15,12 @@ import yaml
 
 from harma_ray.cli import main, make_parser
 from harma_ray.cli.tune_run import _plan, _require_same_data
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.errors import UserError
 from harma_ray.recipes import load_config
 from harma_ray.resources import Cluster
+from harma_ray.settings import build_config
 from harma_ray.tune.folder import create_search, open_search, read_search
 from harma_ray.tune.space.file import load_search
 from harma_ray.tune.storage import cause_of, open_study

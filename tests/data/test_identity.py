@@ -2,10 +2,10 @@ import shutil
 
 import pytest
 
-from harma_ray.config import build_config
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
 
 
 def check(known, data):

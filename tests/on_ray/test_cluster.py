@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from harma_ray.cli import make_parser
-from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.recipes import recipe_config
 from harma_ray.resources import DRIVER_CPUS, Cluster, plan_trials, plan_workers
+from harma_ray.settings import build_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.relative_captions import evaluation_text, training_texts
@@ -22,6 +21,7 @@ from harma_ray.models.composed import ComposedRetriever
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.clip4cir.inputs import Inputs, TripletTransform
 from harma_ray.retrieval.composed import composed_recalls
+from harma_ray.settings import build_config
 from harma_ray.training import loop
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.loop import run_training

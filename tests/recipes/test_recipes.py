@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harma_ray.config import build_config, config_hash
 from harma_ray.data.order import planned_order
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, TrainingStream, local_batches
@@ -14,6 +13,7 @@ from harma_ray.exchange import load_model
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import RECIPES, make_task, recipe_config
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
+from harma_ray.settings import build_config, config_hash
 from harma_ray.training.checkpoint import list_checkpoints, load_weights
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import parameters_without_gradient

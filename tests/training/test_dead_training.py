@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harma_ray.cli.train_run import print_report
-from harma_ray.config import build_config
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.models.backbones import build_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.report.evaluation import write_report
 from harma_ray.runs import Run
+from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
 from harma_ray.training.tracking import METRICS_NAME, read_records
 

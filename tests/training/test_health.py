@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from harma_ray.config import build_config
 from harma_ray.evaluation import Metrics
 from harma_ray.models.losses import contrastive_loss, equal_scores_triplet_loss, triplet_loss, weighted_triplet_loss
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.settings import build_config
 from harma_ray.training.health import Finding, HealthWatch, standing_findings
 
 ADVICE = ("a lower rate",)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harma_ray.config import OptimConfig, build_config
+from harma_ray.config import OptimConfig
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
@@ -18,6 +18,7 @@ from harma_ray.exchange import load_model
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, load_state, load_weights, read_meta
 from harma_ray.training.loop import TrainingDiverged, run_training
 from harma_ray.training.optim import build_optimizer, build_schedule, learning_rate_factor

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from toy_language import ToyTask, register, toy_config
 
-from harma_ray.config import build_config
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.runs import Run
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import HealthWatch
 from harma_ray.training.loop import run_training

@@ -9,12 +9,13 @@ from command_line import done
 from random_runs import make_random_run
 
 from harma_ray.api import load_run
-from harma_ray.config import TrainConfig, build_config
+from harma_ray.config import TrainConfig
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
+from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import autocast_of, evaluate_split
 from harma_ray.training.tracking import read_records

@@ -6,7 +6,6 @@ import shutil
 import pytest
 from command_line import done, refused
 
-from harma_ray.config import build_config
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.schema import open_split
@@ -14,6 +13,7 @@ from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run, create_run
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import META_NAME, list_checkpoints, read_meta
 from harma_ray.training.loop import run_training
 from harma_ray.training.tracking import read_records

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from harma_ray.config import build_config
 from harma_ray.data.stream import Place
 from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
 from harma_ray.training.state import TrainState
 
 

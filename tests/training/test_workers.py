@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harma_ray.config import build_config
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, read_meta
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import autocast_of, evaluate_split, train_step, wrap_model

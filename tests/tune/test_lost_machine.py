@@ -4,9 +4,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as LocalNodes
 
-from harma_ray.config import build_config
 from harma_ray.recipes import recipe_config
 from harma_ray.resources import Cluster, plan_trials
+from harma_ray.settings import build_config
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.search import prepare_trials, run_search
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition

@@ -10,8 +10,8 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from harma_ray.config import build_config
 from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
 from harma_ray.training.tracking import METRICS_NAME
 from harma_ray.tune.folder import read_search
 from harma_ray.tune.results import TrialResult

@@ -13,12 +13,12 @@ import pytest
 from ray import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harma_ray.config import build_config, to_dict
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
 from harma_ray.runs import open_run
+from harma_ray.settings import build_config, to_dict
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import EVENTS_FOLDER, METRICS_NAME, read_records

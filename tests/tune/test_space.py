@@ -336,7 +336,7 @@ def test_what_is_no_search_is_refused_with_its_place(text, start, rest, mistakes
         ("fixed: {train: 3}", 9, "`train` is a section; name one of its settings: train.epochs"),
         ("fixed: {train.epochs: 3, train: {epochs: 3}}", 34, "a setting stands once, got `train.epochs` again"),
         ("fixed: {loss.margin: 1, loss.margin: 2}", 25, "a key stands once, got `loss.margin` again (first on line 4)"),
-        ("fixed: {loss.margin: -1}", 9, "`loss`: `margin` must be at least 0, got -1"),
+        ("fixed: {loss.margin: -1}", 9, "`loss.margin` must be at least 0, got -1"),
         ("fixed: {recipe: harma-scenes}", 9, "the recipe is named at the top"),
         ("fixed: {train.eval_every_epochs: 2}", 9, "`train.eval_every_epochs` must be 1, because"),
         ("start: {loss.gamma: 3}", 1, "`start` must be a list"),
@@ -406,7 +406,7 @@ def test_mistakes_beside_the_space_stand_at_their_place(line, column, rest, mist
         ("loss.margin: {type: float, low: 0, high: 1, step: 0}", 3, "`step` must be above 0, got 0"),
         ("loss.margin: {type: float, low: 0, high: 0.5, step: 0.2}", 3, "must lead from `low` to `high`, got 0.2 from"),
         ("loss.margin: {type: float, low: 0, high: .inf}", 38, "must be a finite number"),
-        ("loss.margin: {type: float, low: -0.1, high: 1}", 3, "loss.margin -0.1: `loss`: `margin` must be at least 0"),
+        ("loss.margin: {type: float, low: -0.1, high: 1}", 3, "loss.margin -0.1: `loss.margin` must be at least 0"),
         (
             "loss.margin: {type: float, low: 0.3, high: 1}",
             3,
@@ -414,7 +414,7 @@ def test_mistakes_beside_the_space_stand_at_their_place(line, column, rest, mist
         ),
         ("loss.margin: {type: float, low: 0.15, high: 0.35, step: 0.1}", 3, "got 0.2 and 0.15 to 0.35 in steps of 0.1"),
         ("adapter.width: {type: int, low: 64.5, high: 128}", 3, "`low` of a range of type int must be an integer"),
-        ("adapter.width: {type: int, low: 64, high: 128}", 3, "`width` must be a positive multiple of `num_heads`"),
+        ("adapter.width: {type: int, low: 64, high: 128}", 3, "`width` must be a multiple of `num_heads`"),
         ("loss.triplet: {choices: []}", 3, "`choices` must hold at least one value"),
         (
             "loss.triplet: {choices: [weighted, weighted]}",
@@ -425,7 +425,7 @@ def test_mistakes_beside_the_space_stand_at_their_place(line, column, rest, mist
         ("loss.triplet: {choices: [weighted, null]}", 3, "`choices` must be text, numbers, true or false, got None"),
         ("loss.triplet: {choices: weighted}", 18, "`loss.triplet.choices` must be a list, got 'weighted'"),
         ("loss.triplet: {choices: [weighted], low: 3}", 39, "unknown key `low`"),
-        ("loss.triplet: {choices: [weighted, plane]}", 3, "got loss.triplet plane: `loss.triplet`: input should be"),
+        ("loss.triplet: {choices: [weighted, plane]}", 3, "got loss.triplet plane: `loss.triplet` must be"),
         ("loss.triplet: {choices: [plain]}", 3, "got weighted and plain; add it"),
         ("loss.margin: {type: float, low: 0, high: 1, when: weighted}", 47, "`when` must be a mapping"),
         ("loss.margin: {type: float, low: 0, high: 1, when: {loss.gama: 2}}", 54, "did you mean `loss.gamma`?"),
@@ -507,7 +507,7 @@ def test_pairs_of_ends_that_do_not_fit_are_told(mistakes):
     text = "recipe: harma-scenes\nspace:\n  adapter.width: {type: int, low: 8, high: 128, step: 8}\n"
     (line,) = mistakes(text + "  adapter.num_heads: {choices: [8, 16]}\n")
     assert line.startswith("line 3, column 3: every setting of the space must be valid, got adapter.width 8, ")
-    assert "adapter.num_heads 16: `adapter`: `width` must be a positive multiple" in line
+    assert "adapter.num_heads 16: `adapter`: `width` must be a multiple of `num_heads`" in line
 
 
 def test_pairs_that_never_meet_are_not_tried(load):

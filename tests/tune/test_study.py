@@ -8,9 +8,9 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from harma_ray.config import build_config
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
 from harma_ray.tune.folder import best_of, create_search, open_search, read_search
 from harma_ray.tune.space.definition import Limits, Sampler, SearchDefinition, Target
 from harma_ray.tune.space.parameters import Choices, Range

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from harma_ray.config import build_config
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.on_ray.cluster import ray_cluster as start_cluster
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.loop import run_trial
 from harma_ray.training.tracking import read_records

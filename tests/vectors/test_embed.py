@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from harma_ray.api import load_run
-from harma_ray.config import build_config
 from harma_ray.data.schema import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.runs import Run
+from harma_ray.settings import build_config
 from harma_ray.training.step import evaluate_split
 from harma_ray.vectors.embed import embed
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from harma_ray.config import OnDisk, OptimConfig, RunConfig, TrainConfig, at_least, within
+from pydantic import Field
+
+from harma_ray.config import Incidental, OnDisk, OptimConfig, PositiveCount, RunConfig, TrainConfig
 
 Criterion = Literal[
     "r_mean", "average_recall", "average_recall_at10", "average_recall_at50", "recall_at1", "recall_at5", "recall_at10",
@@ -23,7 +25,7 @@ class ClipConfig:
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
     pretrained: Annotated[str, OnDisk("file")] = "openai"
     """open_clip's tag, the path of a local file (the published ``.pt`` of a fine-tuned CLIP too), or ``random``."""
-    activation: Literal["", "gelu", "quick_gelu"] = ""
+    activation: Annotated[Literal["", "gelu", "quick_gelu"], Incidental()] = ""
     """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
     the architecture computes."""
 
@@ -44,13 +46,10 @@ class PreparationConfig:
 
     padding: Literal["target", "square", "none"] = "target"
     """Pad the shorter side to a ratio of `target_ratio`, to a square, or not; then resize and crop the centre."""
-    target_ratio: float = 1.25
+    target_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.25
     """Largest ratio of the sides after target padding."""
     random_captions: bool = True
     """Whether training draws one of four texts made of a query's two captions (FashionIQ), or always joins them."""
-
-    def __post_init__(self) -> None:
-        at_least(self, target_ratio=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +95,12 @@ class FinetuneConfig(Clip4CirConfig):
 class CombinerSizes:
     """The Combiner; see `harma_ray.models.combiner`."""
 
-    projection_dim: int = 2560
+    projection_dim: PositiveCount = 2560
     """Features that image and text are projected to; published: 4 times CLIP's."""
-    hidden_dim: int = 5120
+    hidden_dim: PositiveCount = 5120
     """Hidden features; published: 8 times CLIP's."""
-    dropout: float = 0.5
+    dropout: Annotated[float, Field(ge=0, le=0.99)] = 0.5
     """Share of activations dropped in training, at four places."""
-
-    def __post_init__(self) -> None:
-        at_least(self, projection_dim=1, hidden_dim=1)
-        within(self, 0, 0.99, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)

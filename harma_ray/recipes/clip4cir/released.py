@@ -12,7 +12,7 @@ from typing import Any
 import open_clip
 import torch
 
-from harma_ray.config import RunConfig, build_config
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.backbones import has_quick_twin, knows_activation
@@ -22,6 +22,7 @@ from harma_ray.models.foreign import ForeignWeights
 from harma_ray.models.weights import backbone_fingerprint, check_fit
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
+from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.task import StoredRun
 

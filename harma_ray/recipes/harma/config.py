@@ -6,7 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from harma_ray.config import OnDisk, OptimConfig, RunConfig, TrainConfig, above_zero, at_least
+from pydantic import FiniteFloat
+
+from harma_ray.config import (
+    Incidental,
+    NonNegative,
+    OnDisk,
+    OptimConfig,
+    Positive,
+    PositiveCount,
+    RunConfig,
+    TrainConfig,
+)
 from harma_ray.data.transforms import Augmentation
 
 
@@ -18,44 +29,39 @@ class ModelConfig:
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
     pretrained: Annotated[str, OnDisk("file")] = ""
     """open_clip's tag, the path of a local file, or ``random``; to be named, unless all of the model is trained."""
-    activation: Literal["", "gelu", "quick_gelu"] = ""
+    activation: Annotated[Literal["", "gelu", "quick_gelu"], Incidental()] = ""
     """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
     the architecture computes."""
     tuning: Literal["adapters", "full", "none"] = "adapters"
     """HarMA's adapters; everything; or nothing (zero-shot)."""
     text_tokens: Literal["full", "trim"] = "full"
     """All positions of a caption, as the released weights expect, or none beyond the longest caption of the batch."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """Start of the learned temperature that divides the logits."""
     activation_checkpointing: bool = False
     """Keep only block inputs for the backward pass: about a third more time, far less memory."""
-
-    def __post_init__(self) -> None:
-        above_zero(self, "temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """HarMA's adapters (see `harma_ray.models.adapters`)."""
 
-    width: int = 128
+    width: PositiveCount = 128
     """Features inside an adapter."""
-    num_heads: int = 8
+    num_heads: PositiveCount = 8
     """Attention heads of an adapter; must divide both widths."""
-    shared_width: int = 64
+    shared_width: PositiveCount = 64
     """Features inside a shared adapter."""
     share_across_modalities: bool = False
     """Whether block i of both towers uses the same shared adapter (paper), or the text tower alone (released code)."""
-    gate_init: float = 0.6
+    gate_init: FiniteFloat = 0.6
     """Start of every gate, before the sigmoid."""
 
     def __post_init__(self) -> None:
         for name in ("width", "shared_width"):
-            if self.num_heads < 1 or getattr(self, name) < 1 or getattr(self, name) % self.num_heads:
-                raise ValueError(
-                    f"`{name}` must be a positive multiple of `num_heads`, got {getattr(self, name)} and "
-                    f"{self.num_heads}"
-                )
+            width = getattr(self, name)
+            if width % self.num_heads:
+                raise ValueError(f"`{name}` must be a multiple of `num_heads`, got {width} and {self.num_heads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +72,16 @@ class LossConfig:
     """The contrastive term."""
     triplet: Literal["weighted", "plain", "hardest", "none"] = "weighted"
     """HarMA's weighted triplet term, the plain one, the plain one on the hardest negatives, or none."""
-    margin: float = 0.2
+    margin: NonNegative = 0.2
     """Margin of the triplet term, in cosine."""
-    gamma: float = 2.0
+    gamma: NonNegative = 2.0
     """Exponent of the triplet weights; 0 = no weights."""
     same_image_negatives: bool = True
     """Whether other captions of the same image count as negatives in the triplet term, as in the released code."""
-    center_factor: float = 0.0
+    center_factor: NonNegative = 0.0
     """Weight of the affiliation term (class means); 0 = left out; needs labels."""
 
     def __post_init__(self) -> None:
-        at_least(self, margin=0, gamma=0, center_factor=0)
         if not self.contrastive and self.triplet == "none":
             raise ValueError("`contrastive` or `triplet` must be on, got false and none")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from harma_ray.config import RunConfig, build_config, to_dict
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading, as_lines
 from harma_ray.models.backbones import check_file_activation
@@ -17,6 +17,7 @@ from harma_ray.models.shapes import guess_architecture
 from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.recipes.harma.task import HarmaTask
+from harma_ray.settings import build_config, to_dict
 from harma_ray.task import StoredRun
 
 

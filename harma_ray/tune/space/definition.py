@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from harma_ray.config import RunConfig, build_config, flat_settings, to_dict
+from harma_ray.config import RunConfig
+from harma_ray.settings import build_config, flat_settings, to_dict
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first
 
 if TYPE_CHECKING:

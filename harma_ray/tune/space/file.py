@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from harma_ray.config import RunConfig, build_config, flat_settings, load_yaml, to_dict
+from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.recipes import RECIPES, make_task, recipe_config
+from harma_ray.settings import build_config, flat_settings, load_yaml, to_dict
 from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.lines import LocatedYaml, Place, dump_yaml, explain_unknown

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -14,21 +14,16 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from harma_ray.errors import UserError
+from harma_ray.settings import explain_rule
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Place = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 """Numbers that YAML 1.2 knows and 1.1, which PyYAML speaks, reads as text: 1e-5."""
-
-_PLAIN_WORDS = {
-    "Input should be greater than or equal to": "must be at least",
-    "Input should be greater than": "must be above",
-    "Input should be less than": "must be below",
-    "Input should": "must",
-    "valid tuple": "list",
-}
-"""Parts of pydantic's messages."""
 
 
 class Position(NamedTuple):
@@ -192,7 +187,7 @@ def _initials(leaf: str) -> str:
     return "".join(word[:1] for word in leaf.split("_"))
 
 
-def _explain(problem: Any, holder: str, keys: Collection[str]) -> str:
+def _explain(problem: ErrorDetails, holder: str, keys: Collection[str]) -> str:
     """Returns one of pydantic's problems with the value of the key `holder`, in the words of a user."""
     key = str(problem["loc"][-1]) if problem["loc"] else holder
     if problem["type"] == "value_error":
@@ -203,8 +198,5 @@ def _explain(problem: Any, holder: str, keys: Collection[str]) -> str:
         return f"unknown key `{key}`; {explain_unknown(key, keys)}"
     if problem["type"] == "dataclass_type":
         return f"`{key}` must be a mapping, with keys such as {', '.join(keys)}, got {problem['input']!r}"
-    rule = problem["msg"]
-    for technical, plain in _PLAIN_WORDS.items():
-        rule = rule.replace(technical, plain)
     path = f"{holder}.{key}" if problem["loc"] else holder
-    return f"`{path}` {rule}, got {problem['input']!r}"
+    return f"`{path}` {explain_rule(problem)}"

@@ -1,0 +1,215 @@
+"""Settings: read from YAML and the command line, checked at the door, written, and told apart.
+
+Everything a user writes (YAML files, ``--set a.b=value``) goes through `build_config`, which refuses unknown keys,
+wrong types and values out of range, each with its dotted path, all problems at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from harma_ray.config import AddedLater, Incidental, RunConfig
+from harma_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+MarkT = TypeVar("MarkT")
+
+_PLAIN_WORDS = {
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be greater than": "must be above",
+    "Input should be less than or equal to": "must be at most",
+    "Input should be less than": "must be below",
+    "Input should": "must",
+    "valid tuple": "list",
+}
+"""Parts of pydantic's messages."""
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Returns the configuration as nested plain dictionaries and lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in flat_settings(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def marked_settings(config: Any, kind: type[MarkT], prefix: str = "") -> dict[str, tuple[Any, MarkT]]:
+    """Returns the values of the settings that carry a mark of a kind, with their marks, by dotted name."""
+    found: dict[str, tuple[Any, MarkT]] = {}
+    for name, value, marks in _fields(config):
+        if dataclasses.is_dataclass(value):
+            found |= marked_settings(value, kind, f"{prefix}{name}.")
+        found |= {f"{prefix}{name}": (value, mark) for mark in marks if isinstance(mark, kind)}
+    return found
+
+
+def _fields(section: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Yields name, value and the `Annotated` marks of what a section holds."""
+    for name, hint in get_type_hints(type(section), include_extras=True).items():
+        yield name, getattr(section, name), getattr(hint, "__metadata__", ())
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Returns the configuration as YAML that `build_config` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def config_hash(config: RunConfig) -> str:
+    """Returns a SHA-256 over every setting that changes what the run computes."""
+    raw = json.loads(json.dumps(_identity(config)), parse_int=float)  # 256 and 256.0 are the same setting
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(section: Any) -> dict[str, Any]:
+    """Returns what a section holds, without what changes nothing that is computed; an incidental section is empty."""
+    kept: dict[str, Any] = {}
+    for name, value, marks in _fields(section):
+        incidental = any(isinstance(mark, Incidental) for mark in marks)
+        if dataclasses.is_dataclass(value):
+            kept[name] = {} if incidental else _identity(value)
+        elif not incidental and not any(isinstance(mark, AddedLater) and value == mark.before for mark in marks):
+            kept[name] = value
+    return kept
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        UserError: If the file cannot be read or is not a mapping; a syntax error names line and column.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file (UTF-8)") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold a mapping of settings, got {type(raw).__name__}")
+    return raw
+
+
+def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
+    """Turns ``a.b=value`` assignments into a flat mapping from dotted keys to values; values are read as YAML.
+
+    Raises:
+        UserError: If an assignment has no ``=`` or its value is no YAML.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"`--set` takes key=value, got `{assignment}`; for example --set optim.learning_rate=2e-4")
+        try:
+            overrides[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"`--set {assignment}`: the value is not valid YAML") from error
+    return overrides
+
+
+def show_override(key: str, value: Any) -> str:
+    """Returns an assignment from which `parse_overrides` reads the value back, whatever characters a text has."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        plain = yaml.safe_load(text) == value
+    except yaml.YAMLError:
+        plain = False
+    return f"{key}={text if plain else json.dumps(value)}"
+
+
+def build_config(base: ConfigT, changes: Mapping[str, Any], *, origin: str = "--set") -> ConfigT:
+    """Returns `base` with some settings changed.
+
+    Args:
+        base: The recipe's published settings.
+        changes: Nested mappings, or flat dotted keys, or both.
+        origin: Named in errors.
+
+    Raises:
+        UserError: Listing every unknown key (with the nearest valid ones) and every value of a wrong type or range.
+    """
+    raw = to_dict(base)
+    problems = _merge(raw, changes, "")
+    if problems:
+        raise UserError(f"{origin}: " + "; ".join(problems))
+    try:
+        return _adapter(type(base)).validate_python(raw)
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+@functools.cache
+def _adapter(kind: type[ConfigT]) -> TypeAdapter[ConfigT]:
+    return TypeAdapter(kind)
+
+
+def _merge(raw: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> list[str]:
+    problems = []
+    for key, value in changes.items():
+        head, _, rest = str(key).partition(".")
+        path = f"{prefix}{head}"
+        if head not in raw:
+            near = difflib.get_close_matches(head, raw, n=3) or sorted(raw)
+            problems.append(f"unknown key `{path}` (valid there: {', '.join(near)})")
+        elif rest:
+            if isinstance(raw[head], dict):
+                problems += _merge(raw[head], {rest: value}, f"{path}.")
+            else:
+                problems.append(f"`{path}` is a single value, so `{prefix}{key}` does not exist")
+        elif isinstance(raw[head], dict):
+            if isinstance(value, Mapping):
+                problems += _merge(raw[head], value, f"{path}.")
+            else:
+                problems.append(f"`{path}` is a section (keys: {', '.join(raw[head])}), got {value!r}")
+        else:
+            raw[head] = _repair_number(raw[head], value)
+    return problems
+
+
+def _repair_number(old: Any, value: Any) -> Any:
+    """YAML 1.1 reads ``4e-6`` as a string; where a number stood, a string that is a number is one."""
+    if isinstance(value, str) and isinstance(old, (int, float)) and not isinstance(old, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(problem: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"`{path}`: {message}" if path else message
+    return f"`{path}` {explain_rule(problem)}"
+
+
+def explain_rule(problem: ErrorDetails) -> str:
+    """Returns which rule of pydantic's was broken, and the value, in plain words such as "must be at most 1, got 2"."""
+    rule = problem["msg"]
+    for technical, plain in _PLAIN_WORDS.items():
+        rule = rule.replace(technical, plain)
+    return f"{rule[0].lower()}{rule[1:]}, got {problem['input']!r}"
