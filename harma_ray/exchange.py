@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harma_ray.errors import UserError
-from harma_ray.files import making, output_path, replacing
+from harma_ray.files import making, output_path, replacing, write_errors
 from harma_ray.formats import ForeignFormat, Reading, as_lines
 from harma_ray.models.backbones import load_clip
 from harma_ray.models.clip import ClipBackbone
@@ -137,7 +137,7 @@ def import_checkpoint(
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
     backbone = _clip_of(config)
     model, notes = load_clip(backbone.architecture, weights, activation=backbone.activation)
-    with making(folder) as made:
+    with write_errors(folder), making(folder) as made:
         made.mkdir()
         knows_activation = weights.quick_gelu is not None or bool(backbone.activation)
         save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation)
@@ -153,7 +153,7 @@ def import_checkpoint(
 def _make_run(folder: Path, found: Reading) -> Imported:
     """Makes the folder of a run of a model that was read."""
     config, clip = found.config, found.model.clip
-    with making(folder) as made:
+    with write_errors(folder), making(folder) as made:
         run = create_run(made.parent, made.name, config)
         if found.keeps_clip:
             assert isinstance(clip, nn.Module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -64,15 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """Gives a folder to make, which becomes `folder` if nothing fails."""
-    with write_errors(folder):
+    """Gives a folder to make, which becomes `folder` if nothing fails.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            yield work / folder.name
-            (work / folder.name).rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+            yield Path(work, folder.name)
+            Path(work, folder.name).rename(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
 
 
 @contextmanager
@@ -81,8 +83,12 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the others on a full disk
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"cannot write {path} ({reason}); check the folder and its free space") from error
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return UserError(f"cannot write {path} ({reason}); check the folder and its free space")
 
 
 def output_path(path: str | Path) -> Path:

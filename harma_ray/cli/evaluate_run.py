@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import Identity, data_identity
-from harma_ray.data.schema import open_split
+from harma_ray.data.schema import Split, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Evaluation
 from harma_ray.exchange import load_model
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
@@ -68,47 +72,84 @@ def evaluate_and_print(
     else:
         place = default_place(config)
         evaluation = evaluate_split(task, config, model, split, place=place, reader=local_batches)
-    by_query = evaluation.by_query
+    compared = evaluation.by_query if query == "all" else {}
     if query and query != "all":
-        evaluation = by_query[query]
-    intervals, chance = evaluation.intervals(), evaluation.chance()
-    kinds = {name: found.metrics for name, found in by_query.items()} if query == "all" else {}
-    spreads = {name: by_query[name].intervals() for name in kinds}
-    precision = config.train.eval_precision
-    print(f"{data.path}: {data.describe()}, {precision}, {time.perf_counter() - started:.1f} s")
-    if evaluation.note:
-        print(evaluation.note)
-    print(results_table(evaluation.metrics, intervals, chance))
-    identity, trained_on = data_identity(config.data.path, [split])[split], _trained_on(file)
-    if trained_on and trained_on.get(split, identity) != identity:
-        print(f"notice: the run was begun on another `{split}` than this one")
-    outcome: dict[str, Any] = {
-        "split": split, "data": str(data.path), **identity, "weights": file, "trained_on": trained_on,
-        "precision": precision, "metrics": evaluation.metrics,
-        "interval_95": intervals, "chance": chance,
-    }  # fmt: skip
-    if evaluation.query:
-        outcome["query"] = evaluation.query
-    sections = evaluation.sections(data) if folder else []
-    if kinds:
-        print(f"\n{comparison_table(kinds, spreads)}")
-        outcome["queries"] = {name: {"metrics": kinds[name], "interval_95": spreads[name]} for name in kinds}
-        sections.insert(0, comparison_section(kinds, spreads))
+        evaluation = evaluation.by_query[query]
+    print(f"{data.path}: {data.describe()}, {config.train.eval_precision}, {time.perf_counter() - started:.1f} s")
+    outcome = _print_figures(evaluation, compared, config, data, file)
     if figures:
         write_text(figures, json.dumps(outcome, indent=1))
         print(f"figures    {figures}")
     if folder:
-        page = write_report(
-            folder, title=f"{config.recipe} on {split}", sections=sections,
-            subtitle="; ".join(filter(None, [
-                f"{data.path.parent.name}/{split}: {data.describe()}", evaluation.note, f"measured in {precision}"
-            ])),
-            metrics=evaluation.metrics, intervals=intervals, chance=chance, model=model,
-            settings=dataclasses.asdict(config), compared=task.metrics,
-            records=list(read_records(Path(file))) if file else [],
-        )  # fmt: skip
-        print(f"report     {page}")
+        print(f"report     {_write_page(folder, evaluation, outcome, config, data, model)}")
     return outcome
+
+
+def _print_figures(
+    evaluation: Evaluation, compared: Mapping[str, Evaluation], config: RunConfig, data: Split, file: str | None
+) -> dict[str, Any]:
+    """Prints the tables of an evaluation and, if there are several kinds of queries, of them; returns the figures."""
+    intervals, chance = evaluation.intervals(), evaluation.chance()
+    if evaluation.note:
+        print(evaluation.note)
+    print(results_table(evaluation.metrics, intervals, chance))
+    identity, trained_on = data_identity(config.data.path, [data.name])[data.name], _trained_on(file)
+    if trained_on and trained_on.get(data.name, identity) != identity:
+        print(f"notice: the run was begun on another `{data.name}` than this one")
+    outcome: dict[str, Any] = {
+        "split": data.name,
+        "data": str(data.path),
+        **identity,
+        "weights": file,
+        "trained_on": trained_on,
+        "precision": config.train.eval_precision,
+        "metrics": evaluation.metrics,
+        "interval_95": intervals,
+        "chance": chance,
+    }
+    if evaluation.query:
+        outcome["query"] = evaluation.query
+    if compared:
+        outcome["queries"] = {
+            name: {"metrics": found.metrics, "interval_95": found.intervals()} for name, found in compared.items()
+        }
+        print(f"\n{comparison_table(*_by_query(outcome))}")
+    return outcome
+
+
+def _write_page(
+    folder: Path,
+    evaluation: Evaluation,
+    outcome: Mapping[str, Any],
+    config: RunConfig,
+    data: Split,
+    model: nn.Module,
+) -> Path:
+    """Writes the page of an evaluation whose figures are known; returns its file."""
+    sections, file = evaluation.sections(data), outcome["weights"]
+    if "queries" in outcome:
+        sections.insert(0, comparison_section(*_by_query(outcome)))
+    about = f"{data.path.parent.name}/{data.name}: {data.describe()}"
+    measured = f"measured in {config.train.eval_precision}"
+    return write_report(
+        folder,
+        title=f"{config.recipe} on {data.name}",
+        subtitle="; ".join(filter(None, [about, evaluation.note, measured])),
+        sections=sections,
+        metrics=evaluation.metrics,
+        intervals=outcome["interval_95"],
+        chance=outcome["chance"],
+        model=model,
+        settings=dataclasses.asdict(config),
+        compared=make_task(config).metrics,
+        records=list(read_records(Path(file))) if file else [],
+    )
+
+
+def _by_query(outcome: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the metrics and the intervals of every kind of queries."""
+    kinds = outcome["queries"].items()
+    return {name: kind["metrics"] for name, kind in kinds}, {name: kind["interval_95"] for name, kind in kinds}
 
 
 def _trained_on(file: str | None) -> Identity | None:

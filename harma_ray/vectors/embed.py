@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.schema import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
-from harma_ray.files import output_path
+from harma_ray.files import making, output_path
+from harma_ray.on_ray.stream import map_in_actors
 from harma_ray.runs import Run
 from harma_ray.training.checkpoint import read_meta
 
@@ -62,9 +62,57 @@ def embed(
         UserError: If there is nothing to encode, a shard is damaged, more than `max_bad` images are unreadable, the
             cluster has too few GPUs, or `out` exists.
     """
-    import ray
+    _check_request(batch_size, num_actors, max_bad, use_gpu=use_gpu)
+    target = output_path(out)
+    if target.exists():
+        raise UserError(f"{target} exists; choose another --out")
+    folder = Path(data).expanduser().absolute()
+    splits = [split] if split else list_splits(folder) if folder.is_dir() else []
+    found = None if splits else _find_once(folder)
+    items = list(_items(folder, splits, found, batch_size))
+    width = load_retriever(run, "cpu").model.embedding_width  # mistakes show before Ray works
+    rule = rendering or find_rendering(run)
+    device = "cuda" if use_gpu else "cpu"
+    settings = {"run": run, "device": device, "num_actors": num_actors, "rendering": rule}
+    dataset = map_in_actors(items, _Encoder, settings, num_actors=num_actors, use_gpu=use_gpu)
+    used = None if splits else rule
+    with making(target) as partial:
+        partial.mkdir()
+        counts, bad = _write(dataset, partial / "vectors.parquet", width, max_bad)
+        manifest = {
+            **_describe_model(run),
+            "data": readable_name(data),
+            "width": width,
+            "counts": counts,
+            "bad": bad,
+            "rendering": used and used.to_dict(),
+            "left_out": {} if found is None else found.counts,
+        }
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    shown = f"; images of more than 8 bits were rendered by {used.options}" if used else ""
+    if used and rendering is None:
+        shown += f", as in {run.config.data.path}"
+    return (
+        f"wrote {counts['image']} image and {counts['text']} text vectors of width {width}, in "
+        f"{run.config.train.eval_precision}, to {target}{shown}" + "".join(f"\n  left out: {entry}" for entry in bad)
+    )
 
-    from harma_ray.on_ray.stream import map_in_actors
+
+def _describe_model(run: Run) -> dict[str, str]:
+    """Returns what tells the vectors' model from others."""
+    checkpoint = run.best_checkpoint()
+    return {
+        "run": str(run.path),
+        "recipe": run.config.recipe,
+        "checkpoint": checkpoint.name,
+        "backbone": read_meta(checkpoint).backbone,
+        "precision": run.config.train.eval_precision,
+    }
+
+
+def _check_request(batch_size: int, num_actors: int, max_bad: int, *, use_gpu: bool) -> None:
+    """Raises UserError for numbers that make no sense, or more processes with a GPU than there are GPUs."""
+    import ray
 
     for name, value, low in (("batch_size", batch_size, 1), ("num_actors", num_actors, 1), ("max_bad", max_bad, 0)):
         if value < low:
@@ -72,58 +120,17 @@ def embed(
     gpus = ray.cluster_resources().get("GPU", 0) if use_gpu else 0
     if use_gpu and num_actors > gpus:  # Ray itself would wait for ever
         raise UserError(f"{num_actors} processes need a GPU each, but the cluster has {gpus:g}; use fewer, or --cpu")
-    target = output_path(out)
-    if target.exists():
-        raise UserError(f"{target} exists; choose another --out")
-    folder = Path(data).expanduser().absolute()
-    splits = [split] if split else list_splits(folder) if folder.is_dir() else []
-    found = find_images(folder) if folder.is_dir() and not splits else None
+
+
+def _find_once(folder: Path) -> FoundImages:
+    """Returns a folder's images, each once, and warns of what is left out; UserError if there are none."""
+    found = find_images(folder) if folder.is_dir() else None
     if found is not None:
         found = found.once_per(lambda path: path.relative_to(folder).parts[:1])
         found.warn()
-    if not splits and (found is None or not found.images):
+    if found is None or not found.images:
         raise UserError(f"{readable_name(folder)} is neither a converted data set nor a folder with images")
-    items = list(_items(folder, splits, found, batch_size))
-    checkpoint = run.best_checkpoint()
-    width = load_retriever(run, "cpu").model.embedding_width  # mistakes show before Ray works
-    device, precision = "cuda" if use_gpu else "cpu", run.config.train.eval_precision
-    rule = rendering or find_rendering(run)
-    settings = {"run": run, "device": device, "num_actors": num_actors, "rendering": rule}
-    dataset = map_in_actors(items, _Encoder, settings, num_actors=num_actors, use_gpu=use_gpu)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        counts, bad = _write(dataset, partial / "vectors.parquet", width, max_bad)
-        manifest = {
-            "run": str(run.path),
-            "recipe": run.config.recipe,
-            "checkpoint": checkpoint.name,
-            "backbone": read_meta(checkpoint).backbone,
-            "data": readable_name(data),
-            "width": width,
-            "precision": precision,
-            "counts": counts,
-            "bad": bad,
-            "rendering": None if rule is None or splits else rule.to_dict(),
-            "left_out": {} if found is None else found.counts,
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target} ({error.strerror or error}); check the folder and its free space"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shown = "" if rule is None or splits else f"; images of more than 8 bits were rendered by {rule.options}"
-    if shown and rendering is None:
-        shown += f", as in {run.config.data.path}"
-    left_out = "".join(f"\n  left out: {entry}" for entry in bad)
-    return (
-        f"wrote {counts['image']} image and {counts['text']} text vectors of width {width}, in {precision}, "
-        f"to {target}{shown}{left_out}"
-    )
+    return found
 
 
 def _items(data: Path, splits: list[str], found: FoundImages | None, batch_size: int) -> Iterator[dict[str, Any]]:
