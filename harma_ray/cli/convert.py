@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +24,7 @@ def add_convert(commands: Any) -> None:
     )
     kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
 
-    def kind(name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
-        made = make_command(kinds, name, _convert, text)
-        made.set_defaults(kind=name)
-        made.add_argument("--out", required=out_required, help="folder of the data set; each split becomes a folder in "
-                          f"it{'' if out_required else ' (not needed with --annotations-only)'}")  # fmt: skip
-        made.add_argument("--resize", type=int, metavar="PIXELS", help="make images smaller while they are read: "
-                          "shorter side (default: keep every 8-bit file byte for byte)")  # fmt: skip
-        made.add_argument("--max-bad", type=int, default=0, metavar="N", help="missing or unreadable images that may "
-                          "be left out, each listed in the manifest (default: 0)")  # fmt: skip
-        made.add_argument("--max-pixels", type=int, metavar="N", help="refuse images that take more in "
-                          "memory, with --resize after reading (default: 100 million)")  # fmt: skip
-        made.add_argument("--overwrite", action="store_true", help="replace a split that was made from other inputs")
-        made.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: 0)")
-        if not name.startswith("scenes"):
-            add_rendering(made, split=True)
-        add_address(made)
-        return made
-
+    kind = partial(_add_kind, kinds)
     harma = kind("harma", "HarMA's JSON annotations of one split (training or evaluation rows) and an image folder.")
     harma.add_argument("--annotations", required=True, help="JSON file")
     harma.add_argument("--images", required=True, help="folder that the file's image paths start from")
@@ -73,6 +57,26 @@ def add_convert(commands: Any) -> None:
         made.add_argument("--size", type=int, default=size, help=f"height and width in pixels (default: {size})")
         made.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
                           help=f"{noun} of each split (default: 2000 200 200)")  # fmt: skip
+
+
+def _add_kind(kinds: Any, name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
+    """Adds a sub-command with the options that all kinds have."""
+    made = make_command(kinds, name, _convert, text)
+    made.set_defaults(kind=name)
+    made.add_argument("--out", required=out_required, help="folder of the data set; each split becomes a folder in "
+                      f"it{'' if out_required else ' (not needed with --annotations-only)'}")  # fmt: skip
+    made.add_argument("--resize", type=int, metavar="PIXELS", help="make images smaller while they are read: "
+                      "shorter side (default: keep every 8-bit file byte for byte)")  # fmt: skip
+    made.add_argument("--max-bad", type=int, default=0, metavar="N", help="missing or unreadable images that may "
+                      "be left out, each listed in the manifest (default: 0)")  # fmt: skip
+    made.add_argument("--max-pixels", type=int, metavar="N", help="refuse images that take more in "
+                      "memory, with --resize after reading (default: 100 million)")  # fmt: skip
+    made.add_argument("--overwrite", action="store_true", help="replace a split that was made from other inputs")
+    made.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: 0)")
+    if not name.startswith("scenes"):
+        add_rendering(made, split=True)
+    add_address(made)
+    return made
 
 
 def _convert(options: argparse.Namespace) -> None:
