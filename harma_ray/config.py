@@ -50,6 +50,19 @@ class AddedLater:
     """This value."""
 
 
+@dataclass(frozen=True)
+class EmptyMeant:
+    """Marks a setting that was never empty in earlier versions: their searches left out what was its default."""
+
+    value: str
+    """This default."""
+
+
+@dataclass(frozen=True)
+class SharedByTrials:
+    """Marks a setting, or a section, that is no part of what a trial of a search is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the data lies and how it is streamed."""
@@ -173,15 +186,15 @@ class ScalingConfig:
 class RunConfig:
     """What every recipe has; a recipe's configuration adds its own sections."""
 
-    recipe: str
+    recipe: Annotated[str, SharedByTrials()]
     """Name of the recipe that this configuration started from."""
-    seed: Count = 0
+    seed: Annotated[Count, SharedByTrials()] = 0
     """Seed of initialisation, order and augmentation."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Annotated[DataConfig, SharedByTrials()] = field(default_factory=DataConfig)
     """Where the data lies and how it is streamed."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training loop."""
-    scaling: Annotated[ScalingConfig, Incidental()] = field(default_factory=ScalingConfig)
+    scaling: Annotated[ScalingConfig, Incidental(), SharedByTrials()] = field(default_factory=ScalingConfig)
     """Workers."""

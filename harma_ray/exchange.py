@@ -216,7 +216,7 @@ def _load_adapters(weights: ForeignWeights, config: Any) -> nn.Module:
     if metadata.get("backbone", backbone) != backbone:
         raise UserError(
             f"{path} was trained on a backbone with fingerprint {metadata['backbone'][:12]}, but this model's is "
-            f"{backbone[:12]}; set model.architecture and model.pretrained to those it was trained with"
+            f"{backbone[:12]}; give the settings it was trained with"
         )
     check_fit(own, weights.tensors, str(path))
     with torch.no_grad():

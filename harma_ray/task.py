@@ -72,6 +72,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
 
     unseen_settings: Sequence[str] = ()
     """Settings that change what weights compute but not their shapes."""
+    feature_sections: Sequence[str] = ()
+    """Sections of the settings that decide what `feature_encoder` computes and whether it is asked."""
 
     def __init__(self, config: ConfigT):
         """Takes the settings; nothing is loaded yet."""

@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from harma_ray.cli.train_run import print_notices
 from harma_ray.cli.tune_progress import SearchProgress, show_params
+from harma_ray.config import OnDisk
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
@@ -23,10 +24,11 @@ from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.on_ray.workers import read_paths
 from harma_ray.preflight import absolute_paths, prepare
+from harma_ray.recipes import make_task
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, TrialPlan, plan_trials
 from harma_ray.runs import Run
-from harma_ray.settings import build_config
+from harma_ray.settings import build_config, marked_settings
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.step import check_batch
 from harma_ray.tune.folder import (
@@ -120,8 +122,9 @@ def _absolute(definition: SearchDefinition) -> SearchDefinition:
     """Returns the search with paths that do not depend on the working folder."""
     config, storage = absolute_paths(definition.config), definition.storage
     searched = {parameter.name for parameter in definition.parameters}
-    if "model.pretrained" in searched:  # its choices stay as they are written, and so does the published one
-        config = build_config(config, {"model.pretrained": definition.configured["model.pretrained"]})
+    # Searched paths stay as they are written, and so do the published ones among them.
+    written = {name: definition.configured[name] for name in marked_settings(config, OnDisk) if name in searched}
+    config = build_config(config, written)
     return dataclasses.replace(definition, config=config, storage=storage and absolute_url(storage))
 
 
@@ -217,7 +220,8 @@ def _search(
 
 def _with_features(definition: SearchDefinition, folder: Path, cluster: Cluster) -> SearchDefinition:
     """Computes once what all trials share of their encoders' features, unless these are searched themselves."""
-    if any(parameter.name.split(".")[0] in ("model", "preparation", "features") for parameter in definition.parameters):
+    sections = make_task(definition.config).feature_sections
+    if any(parameter.name.partition(".")[0] in sections for parameter in definition.parameters):
         return definition
     return dataclasses.replace(definition, config=with_features(definition.config, folder, cluster))
 

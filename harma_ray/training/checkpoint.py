@@ -131,7 +131,7 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
     if meta.backbone != backbone:
         raise UserError(
             f"checkpoint {path} was trained on a backbone with fingerprint {meta.backbone[:12]}, but this model's is "
-            f"{backbone[:12]}; set model.architecture and model.pretrained to those of the run"
+            f"{backbone[:12]}; build it with the settings in the run's config.yaml"
         )
     own = trainable_tensors(model)
     try:

@@ -14,9 +14,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from harma_ray.config import EmptyMeant
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, write_text
 from harma_ray.runs import ENVIRONMENT_NAME, describe_environment, make_folder
+from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.training.tracking import REPORT_NAME, read_records
@@ -73,9 +75,9 @@ def open_search(folder: str | Path) -> tuple[Path, SearchDefinition]:
     if not (folder / SEARCH_NAME).is_file():
         raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
     definition = load_search(folder / SEARCH_NAME)
-    if getattr(getattr(definition.config, "model", None), "pretrained", None) == "":
-        # It was begun when recipes named random weights themselves.
-        definition = load_search(folder / SEARCH_NAME, overrides={"model.pretrained": "random"})
+    empty = {n: mark.value for n, (value, mark) in marked_settings(definition.config, EmptyMeant).items() if not value}
+    if empty:
+        definition = load_search(folder / SEARCH_NAME, overrides=empty)
     if definition.storage is None and (folder / TRIALS_FOLDER).is_dir():
         require_file(folder)
     return folder, definition

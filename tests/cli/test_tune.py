@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from harma_ray.cli import main, make_parser
-from harma_ray.cli.tune_run import _plan, _require_same_data
+from harma_ray.cli.tune_run import _absolute, _plan, _require_same_data, _with_features
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.errors import UserError
@@ -193,3 +193,45 @@ def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
     assert yaml.safe_load((folder / "search.yaml").read_text())["limits"] == {"trials": 3}
     assert not list(folder.glob("ray"))
     assert main(["tune", "report", str(folder)]) == 0
+
+
+COMBINER = "recipe: scenes-cir-combiner\nfixed: {data.path: nowhere}\nspace:\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SPACE.replace(",\n        model.pretrained: random", ""),
+        COMBINER + "  combiner.dropout: {choices: [0.5, 0.1]}\n",
+    ],
+)
+def test_a_search_from_when_random_weights_were_the_default_goes_on_with_them(text, tmp_path):
+    (tmp_path / "search.yaml").write_text(text)
+    assert load_search(tmp_path / "search.yaml").config.model.pretrained == ""
+    assert open_search(tmp_path)[1].config.model.pretrained == "random"
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_searched_paths_stay_as_they_are_written(searched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "RS5M_ViT-B-32_RET-2.pt"
+    published.touch()
+    space = "loss.gamma: {choices: [1.0, 2.0]}"
+    if searched:
+        space = f"model.pretrained: {{choices: [{published.name}, other.pt]}}"
+    (tmp_path / "space.yaml").write_text(f"recipe: harma-rsitmd-geo\nfixed: {{data.path: data}}\nspace: {{{space}}}\n")
+    config = _absolute(load_search(tmp_path / "space.yaml")).config
+    assert config.model.pretrained == (published.name if searched else str(published))
+    assert config.data.path == str(tmp_path / "data")
+
+
+def test_features_are_not_computed_once_where_what_they_depend_on_is_searched(tmp_path):
+    """The data set is not there: whoever looks for it fails."""
+    cluster = Cluster(8, 0, 1, "local", "", ((8, 0, 8),))
+    for setting in ("preparation.padding: {choices: [target, none]}", "features.cached: {choices: [true, false]}"):
+        (tmp_path / "space.yaml").write_text(f"{COMBINER}  {setting}\n")
+        definition = load_search(tmp_path / "space.yaml")
+        assert _with_features(definition, tmp_path, cluster) is definition
+    (tmp_path / "space.yaml").write_text(COMBINER + "  combiner.dropout: {choices: [0.5, 0.1]}\n")
+    with pytest.raises(UserError, match="nowhere"):
+        _with_features(load_search(tmp_path / "space.yaml"), tmp_path, cluster)

@@ -444,6 +444,12 @@ def test_mistakes_in_the_space_stand_at_their_place(entry, column, rest, mistake
     assert rest in " ".join(told)
 
 
+def test_what_picks_the_best_epoch_of_a_recipe_is_shared_by_all_trials(mistakes):
+    text = "recipe: scenes-cir-combiner\nspace:\n  combiner.dropout: {choices: [0.1, 0.5]}\n"
+    (line,) = mistakes(text + "  selection.criterion: {choices: [r_mean, average_recall]}\n")
+    assert "`selection.criterion` cannot be searched, because it is no part of what a trial is" in line
+
+
 def test_missing_keys_are_named(mistakes):
     told = mistakes("seeds: 1\n")
     assert [line.partition(", got")[0] for line in told] == [

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harma_ray.config import Incidental, OnDisk, OptimConfig, PositiveCount, RunConfig, TrainConfig
+from harma_ray.config import (
+    EmptyMeant,
+    Incidental,
+    OnDisk,
+    OptimConfig,
+    PositiveCount,
+    RunConfig,
+    SharedByTrials,
+    TrainConfig,
+)
 
 Criterion = Literal[
     "r_mean", "average_recall", "average_recall_at10", "average_recall_at50", "recall_at1", "recall_at5", "recall_at10",
@@ -23,7 +32,7 @@ class ClipConfig:
 
     architecture: str = "RN50x4-quickgelu"
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
-    pretrained: Annotated[str, OnDisk("file")] = "openai"
+    pretrained: Annotated[str, OnDisk("file"), EmptyMeant("random")] = "openai"
     """open_clip's tag, the path of a local file (the published ``.pt`` of a fine-tuned CLIP too), or ``random``."""
     activation: Annotated[Literal["", "gelu", "quick_gelu"], Incidental()] = ""
     """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that
@@ -71,7 +80,7 @@ class Clip4CirConfig(RunConfig):
     """CLIP."""
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
     """Inputs."""
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    selection: Annotated[SelectionConfig, SharedByTrials()] = field(default_factory=SelectionConfig)
     """The best epoch."""
 
 

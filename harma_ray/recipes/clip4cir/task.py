@@ -79,6 +79,8 @@ class TunedClip(ClipBackbone):
 class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     """Composed retrieval with CLIP4Cir, either stage."""
 
+    feature_sections = ("model", "preparation", "features")
+
     def __init__(self, config: Clip4CirConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)

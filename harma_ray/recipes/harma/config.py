@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import FiniteFloat
 
 from harma_ray.config import (
+    EmptyMeant,
     Incidental,
     NonNegative,
     OnDisk,
@@ -27,7 +28,7 @@ class ModelConfig:
 
     architecture: str = "ViT-B-32"
     """open_clip's name, or one of this package's (``scenes-tiny``)."""
-    pretrained: Annotated[str, OnDisk("file")] = ""
+    pretrained: Annotated[str, OnDisk("file"), EmptyMeant("random")] = ""
     """open_clip's tag, the path of a local file, or ``random``; to be named, unless all of the model is trained."""
     activation: Annotated[Literal["", "gelu", "quick_gelu"], Incidental()] = ""
     """Which activation the weights of a file were trained with, where the file does not say so; it must be the one that

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from harma_ray.config import RunConfig
+from harma_ray.config import RunConfig, SharedByTrials
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.recipes import RECIPES, make_task, recipe_config
-from harma_ray.settings import build_config, flat_settings, load_yaml, to_dict
+from harma_ray.settings import build_config, flat_settings, load_yaml, marked_settings, to_dict
 from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.lines import LocatedYaml, Place, dump_yaml, explain_unknown
@@ -22,8 +22,6 @@ from harma_ray.tune.space.urls import is_lasting
 
 _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective", "limits", "seeds", "concurrent",
          "storage", "study")  # fmt: skip
-_NOT_OF_A_TRIAL = ("recipe", "seed", "data", "scaling", "selection")
-"""Settings and sections that all trials share."""
 _SAME_FOR_ALL = {
     "train.epochs": "trials are compared, stopped and counted by epochs",
     "train.eval_every_epochs": "trials report every epoch",
@@ -251,7 +249,7 @@ class _SearchReader:
         return tuple(parameters)
 
     def _explain_unsearchable(self, name: str, config: RunConfig) -> str | None:
-        if name.partition(".")[0] in _NOT_OF_A_TRIAL:
+        if name.partition(".")[0] in marked_settings(config, SharedByTrials):
             return f"`{name}` cannot be searched, because it is no part of what a trial is: all trials share it"
         if name in _SAME_FOR_ALL:
             return f"`{name}` cannot be searched, because {_SAME_FOR_ALL[name]}"
