@@ -20,7 +20,7 @@ from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import read_picture
 from harma_ray.data.images import MAX_PIXELS, BadImage, decode_stored, is_wide, to_rgb
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.transforms import eval_transform
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, image_size

@@ -9,7 +9,7 @@ from typing import TypeVar
 from PIL import Image
 from torch import Tensor
 
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 
 ItemT = TypeVar("ItemT")
 

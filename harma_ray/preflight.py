@@ -9,7 +9,7 @@ from typing import Any
 
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
-from harma_ray.data.schema import list_splits, open_split
+from harma_ray.data.splits import list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path
 from harma_ray.recipes import make_task

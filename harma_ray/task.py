@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
 from harma_ray.data.samples import Batch, RowTransform
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics

@@ -6,8 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from harma_ray.data.kinds.images import IMAGE_SCHEMA
+from harma_ray.data.manifest import MANIFEST_NAME, Manifest, Shard
 from harma_ray.data.scenes import scene
-from harma_ray.data.schema import IMAGE_SCHEMA, MANIFEST_NAME, Manifest, Shard, Split, open_split
+from harma_ray.data.splits import Split, open_split
 from harma_ray.retrieval.image_text import ImageTextRetrieval
 
 

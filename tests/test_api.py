@@ -12,8 +12,9 @@ from random_runs import make_random_run
 
 from harma_ray.api import find_rendering, load_run
 from harma_ray.data.identity import data_identity
+from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import MANIFEST_NAME, open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.settings import build_config

@@ -12,7 +12,7 @@ from harma_ray.cli.options import add_address, add_rendering, make_command, rend
 if TYPE_CHECKING:
     from harma_ray.data.convert.composed import ComposedSource
     from harma_ray.data.convert.writer import WriteSettings
-    from harma_ray.data.schema import Manifest
+    from harma_ray.data.manifest import Manifest
 
 
 def add_convert(commands: Any) -> None:
@@ -171,7 +171,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from harma_ray.data.convert.duplicates import find_shared
     from harma_ray.data.convert.inspect import describe, render_facts
     from harma_ray.data.convert.sheet import contact_sheet
-    from harma_ray.data.schema import list_splits, open_split
+    from harma_ray.data.splits import list_splits, open_split
     from harma_ray.errors import UserError
 
     names = list_splits(options.data)

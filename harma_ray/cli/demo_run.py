@@ -12,7 +12,7 @@ from tabulate import tabulate
 from harma_ray.cli.train_run import train_and_print
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
 from harma_ray.exchange import export_checkpoint

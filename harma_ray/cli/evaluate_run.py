@@ -13,7 +13,7 @@ from torch import nn
 
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import Identity, data_identity
-from harma_ray.data.schema import Split, open_split
+from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation

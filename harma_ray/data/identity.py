@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harma_ray.config import RunConfig
-from harma_ray.data.schema import Split, list_splits, open_split
+from harma_ray.data.splits import Split, list_splits, open_split
 from harma_ray.errors import UserError
 
 Identity = Mapping[str, Mapping[str, Any]]
@@ -16,7 +16,7 @@ Identity = Mapping[str, Mapping[str, Any]]
 def content_fingerprint(split: Split) -> str:
     """Returns the fingerprint of a split; of vectors that of the split they were computed from."""
     known = split.manifest.inputs.get("manifest")
-    return known if split.manifest.kind.endswith("vectors") and known else split.fingerprint
+    return known if split.kind.is_encoded and known else split.fingerprint
 
 
 def data_identity(data: str, splits: Iterable[str]) -> dict[str, dict[str, Any]]:

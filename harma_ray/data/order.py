@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from harma_ray.config import RunConfig
-from harma_ray.data.schema import RowIndex, Split, index_rows, open_shard, open_split
+from harma_ray.data.splits import RowIndex, Split, index_rows, open_shard, open_split
 from harma_ray.errors import UserError
 
 MAX_CHUNK_SAMPLES = 4096

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.errors import UserError
 
 

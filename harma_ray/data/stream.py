@@ -30,7 +30,7 @@ from harma_ray.data.order import (
     worker_rows,
 )
 from harma_ray.data.samples import Batch, RowTransform
-from harma_ray.data.schema import Split, index_rows
+from harma_ray.data.splits import Split, index_rows
 from harma_ray.errors import UserError
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harma_ray.data.padding import padded_transform
 from harma_ray.data.queries import ComposedQueries
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.evaluation import Evaluation, Projection, Section
 from harma_ray.report import page
 from harma_ray.report.image_text import FIRST, find_failures, queries_section

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.data.transforms import eval_transform
 from harma_ray.evaluation import Evaluation, Projection, Section
 from harma_ray.report import page

@@ -12,7 +12,7 @@ from html import escape
 
 from PIL import Image
 
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.report.pictures import (
     EQUAL,
     RIGHT,

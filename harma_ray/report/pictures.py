@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harma_ray.data.images import BadImage, decode_stored
 from harma_ray.data.order import IndexedSplit, read_samples
-from harma_ray.data.schema import Split, index_rows
+from harma_ray.data.splits import Split, index_rows
 from harma_ray.errors import UserError
 from harma_ray.retrieval.image_text import ImageTextRetrieval
 from harma_ray.retrieval.ranking import top_k

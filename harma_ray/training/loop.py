@@ -20,7 +20,7 @@ from torch import Tensor
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import TrainingOrder, planned_order
-from harma_ray.data.schema import list_splits, open_split
+from harma_ray.data.splits import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.errors import UserError

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.order import TrainingOrder
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation

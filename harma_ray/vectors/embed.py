@@ -17,7 +17,7 @@ from harma_ray.api import find_rendering, load_retriever
 from harma_ray.data.image_files import FoundImages, find_images, original_name, readable_name
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import index_rows, list_splits, open_split
+from harma_ray.data.splits import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path
 from harma_ray.on_ray.stream import map_in_actors

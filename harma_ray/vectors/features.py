@@ -24,23 +24,19 @@ from harma_ray import __version__
 from harma_ray.config import RunConfig
 from harma_ray.data.convert.shards import disk_error, write_table
 from harma_ray.data.convert.staging import lock, swap, work_folder
-from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
-from harma_ray.data.schema import (
+from harma_ray.data.kinds.base import RowKind
+from harma_ray.data.kinds.queries import QUERY_SCHEMA, QUERY_VECTOR_SCHEMA
+from harma_ray.data.manifest import (
     MANIFEST_NAME,
     QUERIES_NAME,
-    QUERY_VECTOR_SCHEMA,
     ROW_GROUP_BYTES,
-    SCHEMAS,
     SHARD_BYTES,
     SOURCE,
-    Kind,
     Manifest,
     Shard,
-    Split,
-    index_rows,
-    list_splits,
-    open_split,
 )
+from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
+from harma_ray.data.splits import Split, index_rows, list_splits, open_split
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import atomic_file, output_path
 from harma_ray.on_ray.cluster import node_cpus
@@ -65,7 +61,10 @@ def with_features(config: RunConfig, folder: Path, cluster: Cluster) -> RunConfi
         UserError: If an image cannot be read or the disk is full.
     """
     data, task = config.data, make_task(config)
-    if not task.caches_features or open_split(data.path, data.train_split).manifest.kind != "triplets":
+    if not task.caches_features:
+        return config
+    rows = open_split(data.path, data.train_split).kind
+    if not rows.is_query or rows.is_encoded:
         return config
     wanted = {data.train_split, data.val_split, data.test_split} & set(list_splits(data.path))
     write_features(config, folder / FOLDER, [name for name in list_splits(data.path) if name in wanted], cluster)
@@ -137,19 +136,22 @@ class _Wanted:
     """A split to encode."""
 
     source: Split
-    training: bool
+    kind: RowKind
+    """What is made of its rows."""
     light: pa.Table
-    """Its rows, or its queries, without images."""
+    """Its queries: its rows without images, or those beside them."""
     texts: list[Sequence[str]]
     """Texts that each of these may have."""
 
     @staticmethod
     def of(config: RunConfig, source: Split) -> _Wanted:
-        training = source.manifest.kind == "triplets"
-        columns = [field.name for field in SCHEMAS["triplets"] if not pa.types.is_binary(field.type)]
-        light = source.read(columns) if training else source.queries()
+        kind = source.kind.encoded
+        if kind is None:
+            raise UserError(f"{source.path} holds {source.kind.name}, of which there are no features")
+        light = source.read(QUERY_SCHEMA.names) if kind.is_query else source.queries()
         texts_of = feature_task(config).texts_of
-        return _Wanted(source, training, light, [texts_of(c, training) for c in light.column("captions").to_pylist()])
+        texts = [texts_of(captions, kind.is_query) for captions in light.column("captions").to_pylist()]
+        return _Wanted(source, kind, light, texts)
 
     def items(self, size: int) -> Iterator[_Item]:
         """Yields what is to be encoded: every image once, then every text once."""
@@ -173,9 +175,9 @@ class _Wanted:
 
     def names(self) -> dict[str, list[str]]:
         """Returns the names of the images in each column of images."""
-        if self.training:
-            return {f"{side}_image": self.light.column(side).to_pylist() for side in ("reference", "target")}
-        return {"image": self.source.read(["source"]).column("source").to_pylist()}
+        images = self.source.kind.images
+        names = self.source.read([*images.values()])
+        return {column: names.column(name).to_pylist() for column, name in images.items()}
 
 
 def _encode(config: RunConfig, items: Sequence[_Item], cluster: Cluster) -> Generator[dict[str, Any]]:
@@ -258,13 +260,10 @@ def _collect(results: Iterator[dict[str, Any]], items: Iterator[_Item]) -> tuple
 
 def _write(wanted: _Wanted, vectors: _Vectors, identity: dict[str, Any], out: Path) -> None:
     """Writes a split of vectors, whole or not at all."""
-    source = wanted.source
+    source, kind = wanted.source, wanted.kind
     text_vectors = pa.array([[vectors.texts[text] for text in texts] for texts in wanted.texts], pa.list_(pa.binary()))
     queries = wanted.light.append_column("text_vectors", text_vectors)
-    kind: Kind = "triplet vectors" if wanted.training else "image vectors"
-    rows = queries
-    if not wanted.training:
-        rows = source.read([field.name for field in SCHEMAS[kind] if field.name != "vector"])
+    rows = queries if kind.is_query else source.read(kind.light_columns)
     for column, names in wanted.names().items():
         found = pa.array([vectors.images[name] for name in names], pa.binary())
         rows = rows.append_column(column.replace("image", "vector"), found)
@@ -272,9 +271,9 @@ def _write(wanted: _Wanted, vectors: _Vectors, identity: dict[str, Any], out: Pa
         work = work_folder(out) / "new"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        shards = _write_shards(rows.cast(SCHEMAS[kind]), work)
+        shards = _write_shards(rows.cast(kind.schema), work)
         beside = None
-        if not wanted.training:
+        if not kind.is_query:
             beside = write_table(queries.cast(QUERY_VECTOR_SCHEMA), work / QUERIES_NAME)
         manifest = Manifest(
             rows=len(rows),
@@ -283,7 +282,7 @@ def _write(wanted: _Wanted, vectors: _Vectors, identity: dict[str, Any], out: Pa
             inputs={"manifest": source.fingerprint},
             options={"converter": FOLDER, "encoder": identity, SOURCE: str(source.path)},
             tool_version=__version__,
-            kind=kind,
+            kind=kind.name,
             queries=beside,
         )
         with atomic_file(work / MANIFEST_NAME) as file:

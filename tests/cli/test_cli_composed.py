@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
-from harma_ray.data.schema import MANIFEST_NAME, BadRow, list_splits, open_split
+from harma_ray.data.kinds.base import BadRow
+from harma_ray.data.manifest import MANIFEST_NAME
+from harma_ray.data.splits import list_splits, open_split
 from harma_ray.exchange import load_model
 from harma_ray.models.clip import build_clip
 from harma_ray.models.combiner import Combiner

@@ -6,7 +6,7 @@ import pytest
 from raw_composed import cirr_split, draw_cirr, draw_fashioniq, edit_json, fashioniq_split
 
 from harma_ray.data.convert.composed import read_cirr, read_fashioniq
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 
 

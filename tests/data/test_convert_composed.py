@@ -13,17 +13,12 @@ from harma_ray.data.convert.composed import read_fashioniq
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
+from harma_ray.data.kinds.queries import QUERY_SCHEMA
+from harma_ray.data.kinds.triplets import TRIPLET_SCHEMA
+from harma_ray.data.manifest import MANIFEST_NAME, QUERIES_NAME
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.scenes import composed_scene, draw
-from harma_ray.data.schema import (
-    MANIFEST_NAME,
-    QUERIES_NAME,
-    QUERY_SCHEMA,
-    TRIPLET_SCHEMA,
-    index_rows,
-    list_splits,
-    open_split,
-)
+from harma_ray.data.splits import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
 
 TRIPLET_COLUMNS = TRIPLET_SCHEMA.names

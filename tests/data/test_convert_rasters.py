@@ -12,8 +12,9 @@ from harma_ray.data.convert.inspect import describe, render_facts
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
+from harma_ray.data.manifest import Manifest
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import Manifest, open_split
+from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -22,7 +22,8 @@ from harma_ray.data.convert.shards import pack_shards, write_shard
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
-from harma_ray.data.schema import IMAGE_SCHEMA, index_rows, list_splits, open_split
+from harma_ray.data.kinds.images import IMAGE_SCHEMA
+from harma_ray.data.splits import index_rows, list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import TEMPORARY_PREFIX
 from harma_ray.on_ray.tasks import map_with_ray

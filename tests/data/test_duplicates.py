@@ -10,7 +10,7 @@ from harma_ray.data.convert.commands import convert_folder, convert_harma, conve
 from harma_ray.data.convert.duplicates import HASHES_NAME, find_shared
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 
 TOO_GOOD = "figures on the one are too good if the other is trained or selected on"
 

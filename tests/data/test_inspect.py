@@ -10,7 +10,7 @@ from harma_ray.data.convert.inspect import describe, render_facts
 from harma_ray.data.convert.sheet import contact_sheet
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 
 

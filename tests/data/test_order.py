@@ -9,7 +9,7 @@ from harma_ray.data.order import (
     training_order,
     worker_rows,
 )
-from harma_ray.data.schema import index_rows, open_split
+from harma_ray.data.splits import index_rows, open_split
 from harma_ray.errors import UserError
 
 

@@ -7,7 +7,7 @@ import torch
 
 from harma_ray.config import DataConfig
 from harma_ray.data.order import training_order
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config

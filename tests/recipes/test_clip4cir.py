@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from harma_ray.data.manifest import QUERIES_NAME
 from harma_ray.data.order import planned_order
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.relative_captions import evaluation_text, training_texts
-from harma_ray.data.schema import QUERIES_NAME, Split, open_split
+from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, build_clip

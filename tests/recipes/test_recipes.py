@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harma_ray.data.order import planned_order
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model

@@ -177,7 +177,7 @@ def test_training_moves_the_trainable_parameters_and_nothing_else(scenes, tmp_pa
 
 def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
     from harma_ray.data.order import training_order
-    from harma_ray.data.schema import open_split
+    from harma_ray.data.splits import open_split
     from harma_ray.data.stream import TrainingStream
     from harma_ray.training.step import autocast_of, train_step
 

@@ -8,7 +8,7 @@ from command_line import done, refused
 
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.tasks import map_serially
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
@@ -123,7 +123,8 @@ def test_figures_say_on_which_data_they_were_measured(capsys, stopped, other, sc
 
 def test_features_count_as_the_data_they_were_computed_from(composed, tmp_path):
     from harma_ray.data.identity import content_fingerprint
-    from harma_ray.data.schema import Manifest, Split
+    from harma_ray.data.manifest import Manifest
+    from harma_ray.data.splits import Split
 
     vectors = Manifest(1, 1, (), inputs={"manifest": "abc"}, kind="image vectors")
     assert content_fingerprint(Split(tmp_path, vectors)) == "abc"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harma_ray.api import load_run
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Place, local_batches
 from harma_ray.errors import UserError
 from harma_ray.runs import Run

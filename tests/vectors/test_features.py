@@ -9,9 +9,10 @@ import pytest
 import torch
 from raw_composed import draw_fashioniq, fashioniq_split
 
+from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.order import planned_order
 from harma_ray.data.relative_captions import training_texts
-from harma_ray.data.schema import MANIFEST_NAME, Split, open_split
+from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import Place, TrainingStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config

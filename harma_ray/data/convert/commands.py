@@ -10,11 +10,11 @@ from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.convert.composed import CATEGORIES, ComposedSource, read_cirr, read_fashioniq
 from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
-from harma_ray.data.convert.records import SourceRecord
 from harma_ray.data.convert.sources import read_harma, read_karpathy
 from harma_ray.data.convert.tasks import TaskMap, map_serially
 from harma_ray.data.convert.writer import WriteSettings, write_split
-from harma_ray.data.schema import Manifest
+from harma_ray.data.kinds.images import SourceRecord
+from harma_ray.data.manifest import Manifest
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
 

@@ -22,7 +22,10 @@ from harma_ray.data.convert.annotations import (
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
-from harma_ray.data.convert.records import QueryRecord, Record, SourceRecord, TripletRecord
+from harma_ray.data.kinds.base import Record
+from harma_ray.data.kinds.images import SourceRecord
+from harma_ray.data.kinds.queries import QueryRecord
+from harma_ray.data.kinds.triplets import TripletRecord
 from harma_ray.errors import UserError
 
 CATEGORIES = ("dress", "toptee", "shirt")

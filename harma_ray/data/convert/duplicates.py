@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from harma_ray.data.convert.inspect import iterate_images
 from harma_ray.data.convert.shards import write_table
-from harma_ray.data.schema import Split, list_splits, open_split
+from harma_ray.data.splits import Split, list_splits, open_split
 from harma_ray.errors import UserError
 
 HASHES_NAME = "hashes.parquet"
@@ -111,7 +111,7 @@ def find_shared(
             return None
 
     opened = [attempt(name, functools.partial(open_split, data, name)) for name in list_splits(data)]
-    there = [split for split in opened if split is not None and split.manifest.kind in ("images", "triplets")]
+    there = [split for split in opened if split is not None and split.kind.images]
     if len(there) < 2:
         return []
     # Of images that were made smaller without keeping hashes, nothing but what is stored can be compared.

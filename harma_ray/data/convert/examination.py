@@ -14,14 +14,13 @@ from tqdm import tqdm
 
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.convert.image_paths import find_alike
-from harma_ray.data.convert.records import MemberSpec, Record, SceneSpec, SourceRecord
 from harma_ray.data.headers import read_header
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import needs_rule
 from harma_ray.data.images import BadImage
+from harma_ray.data.kinds.base import BadRow, ImageSource, Record
 from harma_ray.data.rasters import describe_raster
 from harma_ray.data.rendering import OPTIONS, Rendering
-from harma_ray.data.schema import BadRow
 from harma_ray.errors import UserError
 
 _LISTED = 10
@@ -37,7 +36,7 @@ class Examination:
 
     names: frozenset[str]
     """Names of the images."""
-    sizes: dict[Path | SceneSpec | MemberSpec, int]
+    sizes: dict[ImageSource, int]
     """Bytes of each image, about."""
     fingerprint: str | None
     """Hash of the files' names and contents; None without files."""
@@ -61,14 +60,14 @@ class Examination:
         """Returns the records whose images are all there, with their bytes, and what is left out, images included."""
         lost = {row.source for row in self.missing}
         present: list[tuple[Record, int]] = []
-        left_out = list(self.missing)
+        left_out: list[BadRow | None] = [*self.missing]
         for record in records:
             needed = [name for name, _ in record.images if name in lost]
             if not needed:
                 present.append((record, sum(self.sizes[place] for _, place in record.images)))
-            elif not isinstance(record, SourceRecord):
-                left_out.append(record.query.explain(needed))
-        return present, left_out
+            else:
+                left_out.append(record.explain(needed))
+        return present, [row for row in left_out if row is not None]
 
     def check_bad(self, bad: Iterable[BadRow], max_bad: int, hint: str) -> None:
         """Raises UserError if more than ``max_bad`` images cannot be used; what needs them does not count."""
@@ -84,7 +83,7 @@ def examine(records: Sequence[Record], *, rendering: Rendering | None = None, pr
     """Hashes the image files of some records.
 
     Args:
-        records: Images or triplets.
+        records: What rows are made from.
         rendering: How images of more than 8 bits are to be shown.
         progress: Shows a progress bar on stderr.
     """

@@ -11,18 +11,12 @@ from pathlib import Path
 
 from harma_ray.data.convert.image_paths import image_root
 from harma_ray.data.convert.mistakes import Mistakes
-from harma_ray.data.convert.records import (
-    SPLITS,
-    MemberSpec,
-    QueryRecord,
-    Record,
-    SceneSpec,
-    SourceRecord,
-    TripletRecord,
-    clean_captions,
-    fill_labels,
-)
+from harma_ray.data.convert.records import SPLITS, MemberSpec, SceneSpec, clean_captions, fill_labels
 from harma_ray.data.image_files import FoundImages, find_images, readable_name
+from harma_ray.data.kinds.base import Record
+from harma_ray.data.kinds.images import SourceRecord
+from harma_ray.data.kinds.queries import QueryRecord
+from harma_ray.data.kinds.triplets import TripletRecord
 from harma_ray.data.scenes import composed_scene, draw, scene
 from harma_ray.errors import UserError
 

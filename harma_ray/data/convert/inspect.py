@@ -14,8 +14,10 @@ from tabulate import tabulate
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.headers import read_header
 from harma_ray.data.images import BadImage, decode_stored
+from harma_ray.data.kinds.base import BadRow
+from harma_ray.data.manifest import Rendered
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import QUERY_SCHEMA, BadRow, Kind, Rendered, Split, open_shard
+from harma_ray.data.splits import Split, open_shard
 
 LOOKED_AT = 200
 """Images that are decoded to see how they look, unless all are."""
@@ -124,8 +126,8 @@ class SplitFacts:
     """Name of the split."""
     path: Path
     """Its folder."""
-    kind: Kind
-    """What a row is: an image or a triplet."""
+    kind: str
+    """What a row is: the name of the kind."""
     rows: int
     """Number of rows."""
     texts: TextFacts
@@ -155,9 +157,9 @@ class SplitFacts:
     classes: dict[str, int] = field(default_factory=dict)
     """Number of images of each class, by class number; empty without classes."""
     heights: Distribution | None = None
-    """Heights in pixels; None for triplets."""
+    """Heights in pixels; None unless a row is an image."""
     widths: Distribution | None = None
-    """Widths in pixels; None for triplets."""
+    """Widths in pixels; None unless a row is an image."""
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
     """The most frequent (width, height) and how many images have it."""
 
@@ -170,11 +172,11 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         verify: Decodes every image, which takes as long as an epoch.
         max_pixels: Largest image that is decoded; 0 = any.
     """
-    split.require_kind(["images", "triplets"], "inspect")
-    has_triplets, manifest = split.manifest.kind == "triplets", split.manifest
-    light = [] if has_triplets else ["captions", "label", "label_name", "height", "width"]
-    table = split.read(QUERY_SCHEMA.names if has_triplets else light)
-    queries = table if has_triplets else split.queries() if manifest.queries else None
+    split.require_images("inspect")
+    kind, manifest = split.kind, split.manifest
+    table = split.read(kind.light_columns)
+    queries = table if kind.is_query else split.queries() if manifest.queries else None
+    own_texts = map(kind.texts, table.to_pylist()) if queries is None else queries.column("captions").to_pylist()
     formats: Counter[str] = Counter()
     depths: Counter[str] = Counter()
     undecodable, looks, stored_wide = [], Looks(), 0
@@ -192,9 +194,9 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
     facts = SplitFacts(
         name=split.name,
         path=split.path,
-        kind=manifest.kind,
+        kind=kind.name,
         rows=table.num_rows,
-        texts=TextFacts.of((table if queries is None else queries).column("captions").to_pylist()),
+        texts=TextFacts.of(list(own_texts)),
         queries=None if queries is None else QueryFacts.of(queries),
         formats=dict(formats.most_common()),
         depths=dict(depths.most_common()),
@@ -207,7 +209,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         verified=verify,
         undecodable=tuple(undecodable) if verify else (),
     )
-    return facts if has_triplets else _add_images(facts, table)
+    return _add_images(facts, table) if kind.is_image else facts
 
 
 def _add_images(facts: SplitFacts, table: pa.Table) -> SplitFacts:
@@ -301,21 +303,17 @@ def _find_warnings(facts: SplitFacts) -> list[str]:
 
 
 def iterate_images(split: Split) -> Iterator[tuple[str, bytes]]:
-    """Yields names and bytes of all images; an image that several triplets hold once."""
-    pairs = [("source", "image")]
-    if split.manifest.kind == "triplets":
-        pairs = [("reference", "reference_image"), ("target", "target_image")]
+    """Yields names and bytes of all images; an image that several rows hold once."""
+    kind = split.kind
+    columns = [*kind.images, *kind.images.values()]
     seen: set[str] = set()
     for path in split.shard_paths():
         with open_shard(path) as file:
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=[column for pair in pairs for column in pair])
-                for source, image in pairs:
-                    for name, data in zip(table.column(source).to_pylist(), table.column(image), strict=True):
-                        if len(pairs) > 1 and name in seen:
-                            continue
+                for name, data in kind.iterate_images(file.read_row_group(group, columns=columns)):
+                    if kind.is_image or name not in seen:
                         seen.add(name)
-                        yield name, data.as_py()
+                        yield name, data
 
 
 def _tell_queries(queries: QueryFacts) -> str:

@@ -14,7 +14,7 @@ from harma_ray.data.image_reading import measured
 from harma_ray.data.images import BadImage
 from harma_ray.data.raster_statistics import SplitStatistics
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.schema import open_split
+from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file
 

@@ -1,15 +1,16 @@
-"""What every converter makes of its input: light records that say where an image is and what is known about it."""
+"""What converters make of annotations: cleaned captions, numbered classes, scenes to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.convert.mistakes import Mistakes
-from harma_ray.data.schema import BadRow, Kind
+from harma_ray.data.kinds.base import Drawn
+from harma_ray.data.kinds.images import SourceRecord
+from harma_ray.data.scenes import composed_scene, draw, scene
 from harma_ray.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -29,6 +30,11 @@ class SceneSpec:
     size: int
     """Height and width in pixels."""
 
+    def draw(self) -> Drawn:
+        """Draws the scene; it has captions and a class."""
+        drawn = scene(self.seed, self.index, self.style, self.size)
+        return Drawn(drawn.image, tuple(map(clean_caption, drawn.captions)), drawn.label, drawn.label_name)
+
 
 @dataclass(frozen=True)
 class MemberSpec:
@@ -45,89 +51,10 @@ class MemberSpec:
     member: int
     """Position among the members of the query."""
 
-
-@dataclass(frozen=True)
-class SourceRecord:
-    """One image before conversion; holds no pixels."""
-
-    kind: ClassVar[Kind] = "images"
-
-    image_id: int
-    """Number of the image, unique in its split."""
-    source: str
-    """Name of the image, relative to its root, the same on every machine."""
-    origin: str
-    """Where the record was read, for messages: annotation file and row."""
-    image: Path | SceneSpec | MemberSpec
-    """Absolute path of the image file, or the scene to draw."""
-    captions: tuple[str, ...] = ()
-    """Cleaned captions; a scene brings its own."""
-    label: int | None = None
-    """Number of the class."""
-    label_name: str | None = None
-    """Name of the class."""
-
-    @property
-    def images(self) -> tuple[tuple[str, Path | SceneSpec | MemberSpec], ...]:
-        """Names and places of the images that the row needs."""
-        return ((self.source, self.image),)
-
-
-@dataclass(frozen=True)
-class QueryRecord:
-    """One query of composed retrieval, with the fields of ``QUERY_SCHEMA``."""
-
-    pair_id: int
-    """The data set's own number, or a running one."""
-    reference: str
-    """Name of the reference image."""
-    target: str | None
-    """Name of the target image; None = not known."""
-    category: str | None
-    """Part of the data set whose images it is to be found among; None = there are no parts."""
-    captions: tuple[str, ...]
-    """What changes the reference into the target, as annotated."""
-    members: tuple[str, ...]
-    """Names of the images of a subset ranking, reference and target included; possibly none."""
-    source: str
-    """Where it was read: annotation file and row."""
-
-    @property
-    def pair(self) -> list[str]:
-        """Names of the reference and, if it is known, the target."""
-        return [self.reference, *([] if self.target is None else [self.target])]
-
-    @property
-    def needs(self) -> list[str]:
-        """Names of the images that it cannot be evaluated without."""
-        return [*self.pair, *self.members]
-
-    def explain(self, lost: Iterable[str]) -> BadRow:
-        """Returns why it is left out if some images are."""
-        return BadRow(self.source, f"needs {', '.join(dict.fromkeys(lost))}, which cannot be used")
-
-
-@dataclass(frozen=True)
-class TripletRecord:
-    """One training row of composed retrieval before conversion; holds no pixels."""
-
-    kind: ClassVar[Kind] = "triplets"
-
-    query: QueryRecord
-    """What is known of it; with a target."""
-    reference_image: Path | MemberSpec
-    """Absolute path of the file of the reference, or the scene to draw."""
-    target_image: Path | MemberSpec
-    """That of the target."""
-
-    @property
-    def images(self) -> tuple[tuple[str, Path | MemberSpec], ...]:
-        """Names and places of the images that the row needs."""
-        return ((self.query.reference, self.reference_image), (self.query.target or "", self.target_image))
-
-
-Record = SourceRecord | TripletRecord
-"""What becomes a row of a split."""
+    def draw(self) -> Drawn:
+        """Draws the member."""
+        query = composed_scene(self.seed, self.index, self.style)
+        return Drawn(draw(query.members[self.member], self.style, self.size))
 
 
 def clean_captions(texts: Iterable[Any], origin: str) -> tuple[str, ...]:

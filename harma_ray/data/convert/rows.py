@@ -12,12 +12,11 @@ import pyarrow as pa
 from PIL import Image
 
 from harma_ray.data.convert.looks import Looks
-from harma_ray.data.convert.records import MemberSpec, QueryRecord, Record, SceneSpec, SourceRecord, clean_captions
 from harma_ray.data.image_reading import Picture, read_picture, shrink
 from harma_ray.data.images import MAX_PIXELS, BadImage
+from harma_ray.data.kinds.base import BadRow, ImageSource, Record, StoredImage
+from harma_ray.data.kinds.queries import QUERY_SCHEMA, QueryRecord
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.scenes import composed_scene, draw, scene
-from harma_ray.data.schema import QUERY_SCHEMA, BadRow
 
 JPEG_QUALITY = 95
 """Quality of JPEG images that had to be made smaller."""
@@ -41,7 +40,7 @@ class Found:
     """What was met while rows were made."""
 
     bad: list[BadRow] = field(default_factory=list)
-    """Images that cannot be used, and triplets that need them."""
+    """Images that cannot be used, and rows that need them."""
     rendered: dict[str, int] = field(default_factory=dict)
     """Number of images that were rendered, by what their pixels were, such as ``4 x uint16``."""
     nodata: float = 0.0
@@ -61,30 +60,26 @@ def make_row(record: Record, settings: ImageSettings, found: Found) -> dict[str,
     """Makes a row of the schema of the record's kind.
 
     Args:
-        record: The image or triplet.
+        record: What it is made from.
         settings: What becomes of its images.
         found: Gets what there is to tell.
 
     Returns:
         The row, or None if one of its images cannot be used.
     """
-    if isinstance(record, SourceRecord):
-        try:
-            return _make_image_row(record, settings, found)
-        except BadImage as error:
-            found.bad.append(BadRow(record.source, str(error)))
-            return None
     images, lost = [], []
-    for name, place in record.images:
+    for name, source in record.images:
         try:
-            images.append(_load(place, settings, found)[0])
+            images.append(_load(source, settings, found))
         except BadImage as error:
             found.bad.append(BadRow(name, str(error)))
             lost.append(name)
-    if lost:
-        found.bad.append(record.query.explain(lost))
-        return None
-    return {**asdict(record.query), "reference_image": images[0], "target_image": images[1]}
+    if not lost:
+        return record.make_row(images)
+    left_out = record.explain(lost)
+    if left_out is not None:
+        found.bad.append(left_out)
+    return None
 
 
 def tabulate_queries(queries: Iterable[QueryRecord]) -> pa.Table:
@@ -92,40 +87,17 @@ def tabulate_queries(queries: Iterable[QueryRecord]) -> pa.Table:
     return pa.Table.from_pylist([asdict(query) for query in queries], schema=QUERY_SCHEMA)
 
 
-def _make_image_row(record: SourceRecord, settings: ImageSettings, found: Found) -> dict[str, Any]:
-    captions, label, label_name = record.captions, record.label, record.label_name
-    if isinstance(record.image, SceneSpec):
-        spec = record.image
-        drawn = scene(spec.seed, spec.index, spec.style, spec.size)
-        captions = clean_captions(drawn.captions, record.origin)
-        label, label_name = drawn.label, drawn.label_name
-        data, image = _fit(_encode(drawn.image, "PNG"), drawn.image, settings.resize)
-    else:
-        data, image = _load(record.image, settings, found)
-    return {
-        "image_id": record.image_id,
-        "image": data,
-        "height": image.height,
-        "width": image.width,
-        "captions": list(captions),
-        "label": label,
-        "label_name": label_name,
-        "source": record.source,
-    }
-
-
-def _load(place: Path | MemberSpec, settings: ImageSettings, found: Found) -> tuple[bytes, Image.Image]:
-    """Returns the bytes to store of an image, and the image."""
-    if isinstance(place, MemberSpec):
-        query = composed_scene(place.seed, place.index, place.style)
-        image = draw(query.members[place.member], place.style, place.size)
-        return _fit(_encode(image, "PNG"), image, settings.resize)
-    picture = read_picture(place, settings.rendering, resize=settings.resize, max_pixels=settings.max_pixels)
+def _load(source: ImageSource, settings: ImageSettings, found: Found) -> StoredImage:
+    """Reads or draws an image."""
+    if not isinstance(source, Path):
+        drawn = source.draw()
+        return StoredImage(*_fit(_encode(drawn.image, "PNG"), drawn.image, settings.resize), drawn)
+    picture = read_picture(source, settings.rendering, resize=settings.resize, max_pixels=settings.max_pixels)
     found.add(picture)
     if not picture.unchanged:
-        return _encode(picture.image, "JPEG" if picture.is_jpeg else "PNG"), picture.image
+        return StoredImage(_encode(picture.image, "JPEG" if picture.is_jpeg else "PNG"), picture.image)
     try:
-        return place.read_bytes(), picture.image
+        return StoredImage(source.read_bytes(), picture.image)
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from error
 
@@ -136,8 +108,8 @@ def _fit(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Im
     return (data, image) if smaller is image else (_encode(smaller, "PNG"), smaller)
 
 
-def _encode(image: Image.Image, kind: str) -> bytes:
+def _encode(image: Image.Image, file_format: str) -> bytes:
     buffer = io.BytesIO()
-    options = {"quality": JPEG_QUALITY} if kind == "JPEG" else {}
-    image.save(buffer, kind, **options)
+    options = {"quality": JPEG_QUALITY} if file_format == "JPEG" else {}
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()

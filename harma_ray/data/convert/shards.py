@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harma_ray.data.convert.looks import Looks
-from harma_ray.data.convert.records import Record
 from harma_ray.data.convert.rows import Found, ImageSettings, make_row
-from harma_ray.data.schema import ROW_GROUP_BYTES, SCHEMAS, BadRow, Shard
+from harma_ray.data.kinds.base import BadRow, Record
+from harma_ray.data.manifest import ROW_GROUP_BYTES, Shard
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file
 
@@ -51,7 +51,7 @@ class ShardResult:
     bytes: int
     """Size of the file."""
     bad: tuple[BadRow, ...]
-    """Images that could not be used, and triplets that need them."""
+    """Images that could not be used, and rows that need them."""
     fingerprint: str
     """That of the plan."""
     rendered: dict[str, int] = field(default_factory=dict)
@@ -95,13 +95,13 @@ def write_shard(plan: ShardPlan) -> ShardResult:
         return finished
     found = Found()
     captions = rows = 0
-    schema = SCHEMAS[plan.records[0].kind]
+    kind = plan.records[0].kind
     try:
-        with atomic_file(plan.path) as file, _open_writer(file, schema) as writer:
+        with atomic_file(plan.path) as file, _open_writer(file, kind.schema) as writer:
             for group in _row_groups(plan, found):
-                writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
+                writer.write_table(pa.Table.from_pylist(group, schema=kind.schema), row_group_size=len(group))
                 rows += len(group)
-                captions += sum(len(row["captions"]) for row in group)
+                captions += sum(len(kind.texts(row)) for row in group)
         size = plan.path.stat().st_size
         result = ShardResult(
             plan.path.name, rows, captions, size, tuple(found.bad), plan.fingerprint, found.rendered, found.nodata,
@@ -161,7 +161,7 @@ def _row_groups(plan: ShardPlan, found: Found) -> Iterator[list[dict[str, Any]]]
         row = make_row(record, plan.images, found)
         if row is None:
             continue
-        row_bytes = sum(len(value) for value in row.values() if isinstance(value, bytes))
+        row_bytes = sum(map(_count_bytes, row.values()))
         if group and size + row_bytes > plan.row_group_bytes:
             yield group
             group, size = [], 0
@@ -169,6 +169,13 @@ def _row_groups(plan: ShardPlan, found: Found) -> Iterator[list[dict[str, Any]]]
         size += row_bytes
     if group:
         yield group
+
+
+def _count_bytes(value: Any) -> int:
+    """Returns the size of the files in a field."""
+    if isinstance(value, list):
+        return sum(map(_count_bytes, value))
+    return len(value) if isinstance(value, bytes) else 0
 
 
 def _result_path(path: Path) -> Path:

@@ -12,7 +12,8 @@ from harma_ray.data.convert.annotations import as_object, get_field, tell_shape
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
-from harma_ray.data.convert.records import SPLITS, SourceRecord, check_unique, clean_captions, fill_labels
+from harma_ray.data.convert.records import SPLITS, check_unique, clean_captions, fill_labels
+from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -25,7 +25,6 @@ from harma_ray.data.convert.duplicates import HASHES_NAME, write_hashes
 from harma_ray.data.convert.examination import Examination, examine, list_bad
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.measuring import measure_shard, resolve, with_statistics_of_train
-from harma_ray.data.convert.records import QueryRecord, Record, TripletRecord
 from harma_ray.data.convert.rows import ImageSettings, tabulate_queries
 from harma_ray.data.convert.shards import (
     ShardPlan,
@@ -38,19 +37,19 @@ from harma_ray.data.convert.shards import (
 )
 from harma_ray.data.convert.staging import lock, swap, work_folder
 from harma_ray.data.convert.tasks import TaskMap, map_serially
-from harma_ray.data.schema import (
+from harma_ray.data.kinds.base import BadRow, Record
+from harma_ray.data.kinds.queries import QueryRecord
+from harma_ray.data.manifest import (
     MANIFEST_NAME,
     QUERIES_NAME,
     ROW_GROUP_BYTES,
     SCHEMA_VERSION,
     SHARD_BYTES,
-    BadRow,
     Manifest,
     Rendered,
     Shard,
-    Split,
-    open_split,
 )
+from harma_ray.data.splits import Split, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file, output_path
 
@@ -133,7 +132,7 @@ def write_split(
     """Writes one split of a data set, or finds that it is there already.
 
     Args:
-        records: The images, or the triplets. Every image is read and decoded whole before it is written.
+        records: What the rows are made from, all of one kind. Every image is decoded whole before it is written.
         out_dir: Folder of the split, such as ``data/rsitmd/train``; the folder above is made if need be.
         options: The converter's name and its own settings, for the manifest.
         inputs: Annotation files and their hashes, for the manifest; image files and queries are added here.
@@ -143,7 +142,7 @@ def write_split(
         hint: What the message about images that cannot be used ends with.
 
     Returns:
-        The manifest. Triplets and queries that need an image that was left out are left out and listed too.
+        The manifest. Rows and queries that need an image that was left out are left out and listed too.
 
     Raises:
         UserError: If more than ``settings.max_bad`` images are missing or unreadable (none is written to the split
@@ -163,7 +162,7 @@ def write_split(
             kept["rendering"] = settings.rendering.to_dict()
         wanted = Manifest(
             0, 0, (), dict(inputs), json.loads(json.dumps({**options, **kept})), tool_version=__version__,
-            kind=records[0].kind,
+            kind=records[0].kind.name,
         )  # fmt: skip
         job = _Job(split, records, queries, images, wanted, settings, hint)
         with lock(split):
@@ -187,8 +186,8 @@ def write_split(
 
 
 def _hash_queries(records: Sequence[Record], queries: Sequence[QueryRecord]) -> str | None:
-    """Returns a hash of the queries, those of triplets too; None without any."""
-    held = [record.query for record in records if isinstance(record, TripletRecord)]
+    """Returns a hash of what rows and queries hold beside images and inputs; None if that is nothing."""
+    held = [record.annotation for record in records if record.annotation is not None]
     return hashlib.sha256(repr([*held, *queries]).encode()).hexdigest() if held or queries else None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harma_ray.data.queries import ComposedQueries
-from harma_ray.data.schema import Split, open_split
+from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import EvaluationStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text

@@ -18,10 +18,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from harma_ray.data.kinds.triplets import TRIPLET_VECTORS, TRIPLETS
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.relative_captions import evaluation_text, training_texts
 from harma_ray.data.samples import Batch, RowTransform
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
@@ -96,9 +97,9 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
         self.backbone.check()
-        training.require_kind(["triplets", "triplet vectors"], f"recipe {self.config.recipe}")
+        training.require_kind([TRIPLETS, TRIPLET_VECTORS], f"recipe {self.config.recipe}")
         if isinstance(self.config, FinetuneConfig):
-            training.require_kind(["triplets"], "fine-tuning")
+            training.require_kind([TRIPLETS], "fine-tuning")
         for split in evaluated:
             ComposedQueries.of(split).require_targets()
         members = training.read(["members"]).column("members").combine_chunks().value_lengths().to_numpy()
@@ -253,7 +254,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
 
     def _require_same_encoders(self, model: ComposedRetriever, split: Split) -> None:
         """Raises UserError if a split's vectors are not what the model's encoders give."""
-        if split.manifest.kind != "image vectors" or split.path in self._trusted:
+        if not split.kind.is_encoded or split.path in self._trusted:
             return
         ours, theirs = self._identity(model), split.manifest.options.get("encoder", {})
         wrong = [name for name in ours if ours[name] != theirs.get(name)]

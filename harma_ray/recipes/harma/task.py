@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.samples import Array, Batch, RowTransform
-from harma_ray.data.schema import Split
+from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import Augmentation, decode_stored, eval_transform, train_transform
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
@@ -55,7 +56,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
         self.backbone.check()
         for split in (training, *evaluated):
-            split.require_kind(["images"], f"recipe {self.config.recipe}")
+            split.require_kind([IMAGES], f"recipe {self.config.recipe}")
         for split in evaluated:
             _require_captions(split.read(["captions"]).column("captions").to_pylist(), split.path)
         if self.config.loss.center_factor and training.read(["label"]).column("label").null_count:

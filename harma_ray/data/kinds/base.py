@@ -1,0 +1,154 @@
+"""What depends on what the rows of a split are: a `RowKind`, and the records that its rows are made from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+if TYPE_CHECKING:
+    from harma_ray.data.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """An input that was left out of a split."""
+
+    source: str
+    """Path of the image, or annotation file and row."""
+    reason: str
+    """Why it could not be used."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn image, and what is known of it."""
+
+    image: Image.Image
+    """RGB."""
+    captions: tuple[str, ...] = ()
+    """Cleaned captions."""
+    label: int | None = None
+    """Number of the class."""
+    label_name: str | None = None
+    """Name of the class."""
+
+
+class Drawing(Protocol):
+    """An image that is drawn when it is written; two that are equal are the same image."""
+
+    @property
+    def size(self) -> int:
+        """Height and width in pixels."""
+        ...
+
+    def draw(self) -> Drawn:
+        """Draws it."""
+        ...
+
+
+ImageSource = Path | Drawing
+"""The absolute path of an image file, or what is drawn."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as a row stores it."""
+
+    data: bytes
+    """The file."""
+    image: Image.Image
+    """The picture in it."""
+    drawn: Drawn | None = None
+    """What is known of it if it was drawn."""
+
+
+class Record(ABC):
+    """What becomes a row of a split; holds no pixels."""
+
+    kind: ClassVar[RowKind]
+    """What the row is."""
+
+    @property
+    @abstractmethod
+    def images(self) -> Sequence[tuple[str, ImageSource]]:
+        """Names and sources of the images that the row needs."""
+
+    @property
+    def annotation(self) -> object:
+        """What else a second conversion must find unchanged, by its ``repr``; None = the inputs' hashes cover it."""
+        return None
+
+    @abstractmethod
+    def make_row(self, images: Sequence[StoredImage]) -> dict[str, Any]:
+        """Returns the row, by the columns of the schema.
+
+        Args:
+            images: Those of `images`, in this order.
+        """
+
+    @abstractmethod
+    def explain(self, lost: Sequence[str]) -> BadRow | None:
+        """Returns why it is left out if some of its images, by name, are; None if that says it all."""
+
+
+class RowKind:
+    """What the rows of a split are. One object a kind, in `harma_ray.data.kinds.KINDS`."""
+
+    name: ClassVar[str]
+    """What manifests and messages call the rows, in the plural."""
+    schema: ClassVar[pa.Schema]
+    """The columns of a shard; ``source`` names a row in messages."""
+    images: ClassVar[Mapping[str, str]] = {}
+    """Columns that hold image files, each with the column of the image's name; none = the kind holds no images."""
+    is_image: ClassVar[bool] = False
+    """Whether a row is one image with ``height``, ``width``, ``label``, ``label_name``, and so can show a result."""
+    is_query: ClassVar[bool] = False
+    """Whether a row is a query of composed retrieval, with the columns of ``QUERY_SCHEMA``, and is trained on."""
+    encoded: ClassVar[RowKind | None] = None
+    """The kind with encoders' outputs in place of the images; None = there is none."""
+    is_encoded: ClassVar[bool] = False
+    """Whether it holds encoders' outputs in place of the images of another split."""
+    cells_across: ClassVar[int] = 6
+    """Most cells side by side on a contact sheet."""
+
+    @property
+    def light_columns(self) -> list[str]:
+        """Names of the columns that hold no images or vectors."""
+        return [field.name for field in self.schema if not pa.types.is_binary(_value_type(field.type))]
+
+    def count_samples(self, shard: pq.ParquetFile) -> np.ndarray:
+        """Returns how many samples of an epoch each row of a shard gives: int[N]; one unless a kind says otherwise."""
+        return np.ones(shard.metadata.num_rows, np.int64)
+
+    def describe(self, manifest: Manifest) -> str:
+        """Returns what a split holds in a few words."""
+        return f"{manifest.rows:,} {self.name}"
+
+    def texts(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """Returns the texts of a row, of which only the light columns need be there."""
+        return row["captions"]
+
+    def iterate_images(self, rows: pa.Table) -> Iterator[tuple[str, bytes]]:
+        """Yields names and bytes of the images of some rows, column by column; ``NAME#0`` and so on of a list."""
+        for column, name_column in self.images.items():
+            for name, held in zip(rows.column(name_column).to_pylist(), rows.column(column), strict=True):
+                if isinstance(held, pa.ListScalar):
+                    yield from ((f"{name}#{number}", file.as_py()) for number, file in enumerate(held))
+                else:
+                    yield name, held.as_py()
+
+    def draw(self, row: Mapping[str, Any]) -> Image.Image:
+        """Draws a row for a contact sheet; all cells have one size. A kind with images has it."""
+        raise NotImplementedError(f"rows of {self.name} cannot be drawn")
+
+
+def _value_type(type_: pa.DataType) -> pa.DataType:
+    return type_.value_type if pa.types.is_list(type_) else type_

@@ -1,0 +1,213 @@
+"""Reading of converted data sets: opens splits, and finds where each row lies."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harma_ray.data.kinds import KINDS
+from harma_ray.data.kinds.base import RowKind
+from harma_ray.data.manifest import MANIFEST_NAME, SOURCE, Manifest
+from harma_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """An opened split: its folder and its manifest."""
+
+    path: Path
+    """Absolute folder of the split."""
+    manifest: Manifest
+    """The manifest found there."""
+
+    @property
+    def name(self) -> str:
+        """The split's name, such as ``train``."""
+        return self.path.name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, in hexadecimal digits."""
+        return hashlib.sha256((self.path / MANIFEST_NAME).read_bytes()).hexdigest()
+
+    @property
+    def kind(self) -> RowKind:
+        """What its rows are."""
+        return KINDS[self.manifest.kind]
+
+    @property
+    def pictured(self) -> Split | None:
+        """The split with the images of this one's rows: itself, or what its vectors were computed from.
+
+        None if there are no images, or they are not there any more as they were.
+        """
+        if self.kind.is_image:
+            return self
+        place = self.manifest.options.get(SOURCE)
+        if place is None:
+            return None
+        try:
+            split = open_split(Path(place).parent, Path(place).name)
+        except UserError:
+            return None
+        same = self.manifest.inputs.get("manifest") == split.fingerprint
+        return split if same and split.kind.is_image else None
+
+    def describe(self) -> str:
+        """Returns what it holds in a few words."""
+        return self.kind.describe(self.manifest)
+
+    def shard_paths(self) -> list[Path]:
+        """Returns the shard files in reading order."""
+        return [self.path / shard.file for shard in self.manifest.shards]
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Reads some columns of the whole split, in row order; not meant for ``image``."""
+        tables = []
+        for path in self.shard_paths():
+            with open_shard(path) as file:
+                tables.append(file.read(columns=columns))
+        return pa.concat_tables(tables)
+
+    def queries(self) -> pa.Table:
+        """Reads the queries that go with the split's images.
+
+        Raises:
+            UserError: If there are none.
+        """
+        if self.manifest.queries is None:
+            raise UserError(
+                f"{self.path} has no queries of composed retrieval; convert it with fashioniq, cirr or scenes-cir"
+            )
+        with open_shard(self.path / self.manifest.queries.file) as file:
+            return file.read()
+
+    def require_kind(self, kinds: Sequence[RowKind], purpose: str) -> None:
+        """Raises UserError unless the split's rows are of one of some kinds."""
+        if self.kind not in kinds:
+            names = " or ".join(kind.name for kind in kinds)
+            raise UserError(f"{purpose} needs {names}, but {self.path} holds {self.kind.name}")
+
+    def require_images(self, purpose: str) -> None:
+        """Raises UserError unless the split's rows hold images."""
+        self.require_kind([kind for kind in KINDS.values() if kind.images], purpose)
+
+
+def open_split(data: str | Path, split: str) -> Split:
+    """Opens one split of a data set and checks that its shards are all there.
+
+    Args:
+        data: Folder of the data set.
+        split: Name of the split.
+
+    Raises:
+        UserError: If the folder, the split or a shard is missing, or the manifest cannot be read.
+    """
+    root = Path(data).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"data set folder {root} does not exist; make one with `launch.py convert`")
+    path = root / split
+    manifest_path = path / MANIFEST_NAME
+    if not manifest_path.is_file():
+        there = ", ".join(list_splits(root)) or "none"
+        raise UserError(f"data set {root} has no split `{split}` (splits there: {there}); convert it first")
+    manifest = Manifest.from_json(manifest_path.read_text(), origin=str(manifest_path))
+    if not manifest.rows:
+        raise UserError(f"{path} holds no rows")
+    for shard in (*manifest.shards, *([manifest.queries] if manifest.queries else [])):
+        file = path / shard.file
+        if not file.is_file() or file.stat().st_size != shard.bytes:
+            raise UserError(f"shard {file} is missing or not of {shard.bytes} bytes; convert the split again")
+    return Split(path, manifest)
+
+
+def list_splits(data: str | Path) -> list[str]:
+    """Returns the names of the complete splits of a data set, train, val and test first."""
+    names = [path.parent.name for path in Path(data).glob(f"*/{MANIFEST_NAME}")]
+    return sorted(names, key=lambda name: ("train", "val", "test", name).index(name))
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where each row of a split lies and how many samples it gives; a few bytes a row."""
+
+    shard: np.ndarray
+    """int32[N], number of the shard."""
+    row_group: np.ndarray
+    """int32[N], number of the row group over the whole split, non-decreasing."""
+    offset: np.ndarray
+    """int64[N], position inside the row group."""
+    num_samples: np.ndarray
+    """int32[N], samples of an epoch, as the kind of row has them."""
+    binary_bytes: int
+    """Bytes of all images or vectors, about."""
+    group_in_shard: np.ndarray
+    """int32[num row groups], number of the group inside its shard."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+@contextmanager
+def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
+    """Opens a shard for the length of a block.
+
+    Raises:
+        UserError: If it cannot be opened, or what the block reads of it is damaged.
+    """
+    try:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"cannot read shard {path} ({error}); convert the split again with --overwrite") from error
+
+
+def index_rows(split: Split) -> RowIndex:
+    """Reads the positions and sample counts of all rows of a split, without touching image bytes.
+
+    The last few indices are kept, for a process may train on the same files many times (a search); a file that has
+    changed is read again.
+    """
+    paths = split.shard_paths()
+    return _index_files(split.kind, tuple((path, path.stat().st_mtime_ns if path.exists() else 0) for path in paths))
+
+
+@functools.lru_cache(maxsize=8)
+def _index_files(kind: RowKind, files: tuple[tuple[Path, int], ...]) -> RowIndex:
+    shards, groups, offsets, group_in_shard, counts = [], [], [], [], []
+    total_bytes = 0
+    for number, (path, _) in enumerate(files):
+        with open_shard(path) as file:
+            if not file.schema_arrow.equals(kind.schema):
+                raise UserError(f"{path} does not have the columns of {kind.name}; convert the split again")
+            binary = _binary_columns(file)
+            for group in range(file.num_row_groups):
+                metadata = file.metadata.row_group(group)
+                shards.append(np.full(metadata.num_rows, number, np.int32))
+                groups.append(np.full(metadata.num_rows, len(group_in_shard), np.int32))
+                offsets.append(np.arange(metadata.num_rows))
+                group_in_shard.append(group)
+                total_bytes += sum(metadata.column(column).total_uncompressed_size for column in binary)
+            counts.append(kind.count_samples(file))
+    return RowIndex(
+        shard=np.concatenate(shards),
+        row_group=np.concatenate(groups),
+        offset=np.concatenate(offsets),
+        num_samples=np.concatenate(counts).astype(np.int32),
+        binary_bytes=total_bytes,
+        group_in_shard=np.asarray(group_in_shard, np.int32),
+    )
+
+
+def _binary_columns(file: pq.ParquetFile) -> list[int]:
+    """Returns the numbers of the columns, as Parquet counts them, that hold images or vectors."""
+    columns = [(number, file.schema.column(number)) for number in range(len(file.schema))]
+    return [n for n, column in columns if (column.physical_type, column.logical_type.type) == ("BYTE_ARRAY", "NONE")]
