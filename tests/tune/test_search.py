@@ -280,7 +280,7 @@ import os, sys
 from pathlib import Path
 memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
 total, free = (int(memory[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
-os.environ["RAY_memory_usage_threshold"] = str(round((total - free + 5 * 2**20) / total, 3))
+os.environ["RAY_memory_usage_threshold"] = str(round((total - free + min(9 * 2**20, free // 2)) / total, 3))
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_search as made
 from harma_ray.on_ray.cluster import ray_cluster
