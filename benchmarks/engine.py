@@ -30,7 +30,7 @@ def bare_loop(config, steps: int) -> list[float]:
     torch.set_num_threads(place.decode_threads)
     task, device = make_task(config), torch.device(place.device)
     model = task.new_model().to(device).train()
-    optimizer = build_optimizer(model, config.optim, device)
+    optimizer = build_optimizer(task.parameter_groups(model, config.optim), config.optim, device)
     stream = TrainingStream(
         planned_order(config), task.transform(training=True), config.data, Place(device=place.device), local_batches
     ).steps(0, 1)
@@ -38,7 +38,7 @@ def bare_loop(config, steps: int) -> list[float]:
     seconds = []
     for batch in batches:
         begin = time.perf_counter()
-        train_step(task, model, batch, config.train, autocast_of(config.train, device))
+        train_step(task, model, [batch], config.train, autocast_of(config.train, device))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -25,12 +25,12 @@ def seconds_of_epochs(config, place: Place, epochs: int) -> float:
     """Returns the seconds of some epochs, reading and steps, without evaluation; one step before is left out."""
     task, device = make_task(config), torch.device(place.device)
     model = task.new_model().to(device).train()
-    optimizer = build_optimizer(model, config.optim, device)
+    optimizer = build_optimizer(task.parameter_groups(model, config.optim), config.optim, device)
     order = planned_order(config)
     stream = TrainingStream(order, task.transform(training=True), config.data, place, prefetched_batches)
     begin = 0.0
     for number, batch in enumerate(stream.steps(order.steps_per_epoch - 1, epochs + 1)):
-        train_step(task, model, batch, config.train, autocast_of(config.train, device))
+        train_step(task, model, [batch], config.train, autocast_of(config.train, device))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -123,13 +123,15 @@ class TrainConfig:
 
     epochs: Count = 10
     """Passes over the data."""
+    steps: Annotated[Count, AddedLater(before=0)] = 0
+    """Steps of the whole training; 0 = as many as `epochs` passes take."""
     captions: Literal["all", "one"] = "all"
     """What a pass visits: all captions of every image (HarMA's), or one of them, drawn anew in every pass."""
     global_batch_size: Annotated[int, Field(ge=2)] = 428
     """Pairs in a step, over all workers; also the number of candidates in the contrastive loss."""
     accumulation: PositiveCount = 1
-    """Micro-batches a worker cuts its share into. Exact: features are cached, so no negatives are lost; costs one more
-    forward pass."""
+    """Micro-batches a worker cuts its share into. Exact: contrastive losses cache features, so that no negatives are
+    lost, which costs one more forward pass; losses that are means over samples or tokens are summed up."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of the model in training steps; losses are always fp32. auto = bf16 on GPUs that compute it themselves,
     else fp32."""
@@ -140,6 +142,8 @@ class TrainConfig:
     """`torch.compile` the model; the first steps take minutes, changing shapes (text_tokens=trim) compile again."""
     eval_every_epochs: PositiveCount = 1
     """Epochs between evaluations on the val split."""
+    eval_every_steps: Annotated[Count, AddedLater(before=0)] = 0
+    """Steps between evaluations; 0 = `eval_every_epochs` counts. The last step is followed by one in any case."""
     early_stopping_patience: Count = 0
     """Evaluations without a better objective before the run stops; 0 = never."""
     select_on: Literal["val", "test-as-in-released-code"] = "val"

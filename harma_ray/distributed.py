@@ -97,6 +97,16 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat([rows[:count] for rows, count in zip(gathered.unbind(0), counts, strict=True)])
 
 
+@torch.no_grad()
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum of all ranks' tensors of one shape, detached, on ``x``'s device."""
+    if world_size() == 1:
+        return x.detach()
+    total = x.detach().to(_device_for(x), copy=True)
+    dist.all_reduce(total)
+    return total.to(x.device)
+
+
 def any_rank(flag: bool) -> bool:
     """Tell every rank whether ``flag`` holds on at least one of them."""
     if world_size() == 1:

@@ -36,7 +36,7 @@ class Prepared:
     @property
     def total_steps(self) -> int:
         """Steps of the whole training."""
-        return self.order.steps_per_epoch * self.config.train.epochs
+        return self.order.total_steps(self.config.train)
 
     def on(self, cluster: Cluster) -> Prepared:
         """Divides a cluster among its workers.
@@ -45,7 +45,7 @@ class Prepared:
             UserError: If they do not fit, or cannot share a batch.
         """
         workers = plan_workers(self.config, cluster)
-        check_batch(self.config, workers.num_workers)
+        check_batch(self.task, workers.num_workers)
         return replace(self, workers=workers)
 
 

@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from harma_ray.config import RunConfig
+from harma_ray.config import OptimConfig, RunConfig
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
@@ -26,6 +28,10 @@ from harma_ray.models.clip import DualEncoder
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
+
+
+ParameterGroup = dict[str, Any]
+"""Parameters under ``params``, and what torch's optimisers are told of them, such as ``weight_decay`` and ``lr``."""
 
 
 class StoredRun(Protocol):
@@ -70,10 +76,17 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     backbone: Backbone
     """The pretrained part, set by the constructor; trials of a search put a shared one in its place."""
 
+    random: np.random.Generator
+    """Draws alike on all workers in `losses`: the loop seeds it anew for every step, by the run's seed and the step."""
+
     unseen_settings: Sequence[str] = ()
     """Settings that change what weights compute but not their shapes."""
     feature_sections: Sequence[str] = ()
     """Sections of the settings that decide what `feature_encoder` computes and whether it is asked."""
+    accumulation: Literal["cached", "summed"] = "cached"
+    """How a batch is put together from the parts of ``train.accumulation``. ``cached``: a loss that compares samples
+    with each other sees the outputs of all. ``summed``: a loss that is a mean over samples, or over their tokens, is
+    computed part by part and worker by worker, each of which weighs as much as it counts; see `counted`."""
 
     def __init__(self, config: ConfigT):
         """Takes the settings; nothing is loaded yet."""
@@ -96,8 +109,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
         """Returns the terms of the loss, each a scalar; their sum is minimised.
 
-        Calls `model` exactly once, with tensors only. The outputs are tensors whose first dimension is the batch, or
-        scalars.
+        Calls `model` exactly once, with tensors only. Where `accumulation` is ``cached``, the outputs are tensors
+        whose first dimension is the batch, or scalars.
         """
 
     @abstractmethod
@@ -154,6 +167,26 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def queries(self, model: ModelT) -> Sequence[str]:
         """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
         return ()
+
+    def parameter_groups(self, model: ModelT, optim: OptimConfig) -> list[ParameterGroup]:
+        """Returns the trainable parameters, in groups; by default those whose names have a mark are not decayed."""
+        decayed, others = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                (others if any(part in name for part in optim.no_decay) else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def counted(self, batch: Batch) -> Tensor:
+        """Returns how many samples, or supervised tokens, the terms of `losses` are means over, as a scalar.
+
+        Of a batch in which it is 0 the terms must be 0.
+        """
+        return torch.tensor(len(batch["row"]), device=batch["row"].device)
+
+    def tokens(self, batch: Batch) -> Tensor | None:
+        """Returns the tokens that a batch trains on, as a scalar, for ``tokens_per_second``; None: it is not told."""
+        return None
 
     def monitor(self, model: ModelT) -> dict[str, float]:
         """Returns values worth watching, such as the temperature and the gates."""

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from harma_ray.config import OptimConfig, RunConfig, TrainConfig
+from harma_ray.data.samples import RowTransform
+from harma_ray.distributed import sum_over_ranks
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.backbone import Backbone
 from harma_ray.task import Task
@@ -64,7 +66,7 @@ class LettersBackbone(Backbone):
         return "letters"
 
 
-class FirstLetters:
+class FirstLetters(RowTransform):
     """The first 12 letters of a caption, as often as the row has captions."""
 
     def __call__(self, row, rng):
@@ -109,3 +111,43 @@ def register(monkeypatch):
 
     monkeypatch.setitem(recipes.RECIPES, "toy", toy_config)
     monkeypatch.setitem(recipes._TASKS, ToyConfig, ToyTask)
+
+
+class WholeCaption(RowTransform):
+    """All letters of a caption; a batch has them end to end, without a dimension for the samples."""
+
+    def __call__(self, row, rng):
+        return {"letters": np.frombuffer(row["captions"][row["caption"]].encode("ascii"), np.uint8).astype(np.int64)}
+
+    def collate(self, samples):
+        letters = [sample["letters"] for sample in samples]
+        # the first letter of a caption does not follow from the last one of another
+        targets = [np.concatenate([text[1:], [-100]]) for text in letters]
+        return {"letters": np.concatenate(letters), "targets": np.concatenate(targets)}
+
+
+class PackedTask(ToyTask):
+    """The same over whole captions: samples of different lengths, a loss that is a mean over letters."""
+
+    accumulation = "summed"
+
+    def transform(self, *, training):
+        return WholeCaption()
+
+    def losses(self, model, batch):
+        scores = model(batch["letters"])["scores"]
+        return {"letters": nn.functional.cross_entropy(scores, batch["targets"])}
+
+    def counted(self, batch):
+        return (batch["targets"] != -100).sum()
+
+    def tokens(self, batch):
+        return torch.tensor(len(batch["letters"]))
+
+    def evaluate(self, model, data):
+        total = count = 0.0
+        for batch in data.batches(self.transform(training=False), batch_size=4):
+            losses = nn.functional.cross_entropy(model(batch["letters"])["scores"], batch["targets"], reduction="sum")
+            total, count = total + float(losses), count + float(self.counted(batch))
+        total, count = sum_over_ranks(torch.tensor([total, count])).tolist()
+        return Evaluation({"loss": total / count})

@@ -22,12 +22,15 @@ def header_lines(prepared: Prepared) -> list[str]:
     train, batch = config.train, config.train.global_batch_size
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
+    length = f"{train.epochs} epochs x {order.steps_per_epoch} steps"
+    if train.steps:
+        length = f"{train.steps} steps ({train.steps / order.steps_per_epoch:.3g} epochs)"
     return [
         f"recipe     {config.recipe}, seed {config.seed}",
         f"backbone   {'; '.join((task.backbone.name, *task.backbone.notes()))}",
         f"trains     {count_told(task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
-        f"steps      {train.epochs} epochs x {order.steps_per_epoch} steps of {batch} samples{share}{parts}",
+        f"steps      {length} of {batch} samples{share}{parts}",
         f"optimiser  {rate_told(config, prepared.total_steps)}",
         f"precision  {precision_told(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
         f"workers    {plan.describe()}",

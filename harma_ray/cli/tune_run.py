@@ -178,7 +178,7 @@ def _plan(definition: SearchDefinition, cluster: Cluster) -> TrialPlan:
     ends = [{parameter.name: end} for parameter in definition.parameters for end in parameter.ends]
     for point in [{}, *ends]:
         config = build_config(definition.config, point)
-        check_batch(config, num_workers)
+        check_batch(make_task(config), num_workers)
         planned_order(config)
     return plan
 

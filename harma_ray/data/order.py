@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from harma_ray.config import RunConfig
+from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.splits import RowIndex, Split, index_rows, open_shard, open_split
 from harma_ray.errors import UserError
 
@@ -54,6 +54,10 @@ class TrainingOrder(IndexedSplit):
     def steps_per_epoch(self) -> int:
         """Full global batches in an epoch."""
         return self.num_samples // self.global_batch_size
+
+    def total_steps(self, train: TrainConfig) -> int:
+        """Returns the steps of a whole training."""
+        return train.steps or self.steps_per_epoch * train.epochs
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Returns the samples of an epoch: int64[steps_per_epoch * global_batch_size, 2] of (row, caption)."""

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-"""A batch: tensors whose first dimension is the batch; always with ``row`` and ``caption`` (int64[B])."""
+"""A batch: tensors, as `RowTransform.collate` makes them; always with ``row`` and ``caption`` (int64[B])."""
 
 Array = np.ndarray | np.generic | Tensor
 """What a transform may return for a sample: an array, a number, a tensor."""
 
 
-class RowTransform(Protocol):
+class RowTransform(ABC):
     """Turns one row of a shard into the arrays of one sample; runs inside Ray Data, so it must pickle."""
 
+    @abstractmethod
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Transforms a row.
 
@@ -26,9 +28,16 @@ class RowTransform(Protocol):
             rng: Seeded by (seed, epoch, row, caption) alone; the only source of randomness.
 
         Returns:
-            Arrays of equal shapes over all rows.
+            Arrays, by default of equal shapes over all rows; see `collate`.
 
         Raises:
             UserError: If the row cannot be used; the stream adds the row's source.
         """
-        ...
+
+    def collate(self, samples: Sequence[dict[str, Array]]) -> dict[str, Array]:
+        """Returns a batch of samples, to which the stream adds ``row`` and ``caption``.
+
+        By default their arrays are stacked. One for samples that differ in length may pad them or put them end to end;
+        ``data.decode=tasks`` cannot take one.
+        """
+        return {name: np.stack([np.asarray(sample[name]) for sample in samples]) for name in samples[0]}

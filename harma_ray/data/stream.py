@@ -29,7 +29,7 @@ from harma_ray.data.order import (
     iterate_slices,
     worker_rows,
 )
-from harma_ray.data.samples import Batch, RowTransform
+from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split, index_rows
 from harma_ray.errors import UserError
 
@@ -110,8 +110,14 @@ class TrainingStream:
         self.order, self._config, self._place, self._reader = order, config, place, reader
         self._decode = DecodeRows(transform, order.seed, place.decode_threads)
 
-    def steps(self, start_step: int, num_epochs: int) -> Generator[Batch, None, None]:
-        """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end."""
+    def steps(self, start_step: int, num_epochs: int, num_parts: int = 1) -> Generator[Batch, None, None]:
+        """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end.
+
+        Args:
+            start_step: The first step.
+            num_epochs: Epochs of the whole run.
+            num_parts: Batches of each step; this worker's share must divide by it.
+        """
         place, per_epoch = self._place, self.order.steps_per_epoch
         share = self.order.global_batch_size // place.world_size
         chunk_steps = max(1, chunk_samples(self.order.index, self._config.chunk_mb) // share)
@@ -125,13 +131,15 @@ class TrainingStream:
         if not chunks:
             return
         expected, expected_epoch = np.empty(0), -1
-        how = Batches(share, self._decode, place.device, self._config)
-        for step, batch in enumerate(self._reader(self.order, chunks, how), start_step):
+        size = share // num_parts
+        how = Batches(size, self._decode, place.device, self._config)
+        for number, batch in enumerate(self._reader(self.order, chunks, how), start_step * num_parts):
+            step, part = divmod(number, num_parts)
             epoch = step // per_epoch
             if epoch != expected_epoch:
                 expected = self.order.worker_samples(epoch, place.rank, place.world_size)
                 expected_epoch = epoch
-            _check_order(batch, expected[step % per_epoch])
+            _check_order(batch, expected[step % per_epoch, part * size : (part + 1) * size])
             yield batch
 
 
@@ -181,8 +189,8 @@ class DecodeRows:
         """
         self.transform, self.seed, self.num_threads = transform, seed, num_threads
 
-    def __call__(self, table: pa.Table) -> dict[str, np.ndarray]:
-        """Returns stacked arrays: the transform's, and ``row`` and ``caption``.
+    def __call__(self, table: pa.Table) -> dict[str, Array]:
+        """Returns a batch: the transform's, and ``row`` and ``caption``.
 
         Raises:
             UserError: Naming the first row that cannot be used.
@@ -193,10 +201,8 @@ class DecodeRows:
                 samples = list(pool.map(self._sample, rows))
         else:
             samples = [self._sample(row) for row in rows]
-        arrays = {name: np.stack([np.asarray(sample[name]) for sample in samples]) for name in samples[0]}
-        for name in ("row", "caption"):
-            arrays[name] = np.array([row[name] for row in rows])
-        return arrays
+        batch = self.transform.collate(samples)
+        return {**batch, **{name: np.array([row[name] for row in rows]) for name in ("row", "caption")}}
 
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, row["epoch"], row["row"], row["caption"]])

@@ -22,6 +22,8 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.annotations import RayDeprecationWarning
 
 from harma_ray.data.order import Chunk, IndexedSplit
+from harma_ray.data.samples import RowTransform
+from harma_ray.errors import UserError
 from harma_ray.on_ray.cluster import quiet_data
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         "batch_size": how.batch_size, "prefetch_batches": config.prefetch_batches, "device": how.device
     }  # fmt: skip
     if config.decode == "tasks":
+        if type(how.decode.transform).collate is not RowTransform.collate:
+            raise UserError("`data.decode=tasks` takes samples of equal shapes only; use data.decode=worker")
         dataset = dataset.map_batches(
             how.decode, batch_size=how.batch_size, batch_format="pyarrow", num_cpus=config.task_cpus
         )

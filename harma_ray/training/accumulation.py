@@ -1,4 +1,4 @@
-"""Exact gradient accumulation for losses that compare every sample with every other.
+"""Exact gradient accumulation: of losses that are means over samples, and of those that compare every pair of samples.
 
 Cutting a batch of a contrastive loss into parts would cut its negatives. Here the model runs twice: first over all
 parts without a graph, to get all outputs; the loss and its gradient with respect to the outputs follow; then each part
@@ -9,20 +9,60 @@ Batch Size under Memory Limited Setup" (GradCache, arXiv 2101.06983).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harma_ray.data.samples import Batch
+from harma_ray.distributed import sum_over_ranks, world_size
 from harma_ray.errors import UserError
+from harma_ray.task import Task
 
 _TOLERANCE = 1e-5
 """How far, in parts of its size, two computations of one function of the parameters may be apart on a GPU."""
 
 Slope = list[Tensor | None]
 """Gradients by all trained parameters; None: does not depend on it."""
+
+
+def summed_step(
+    task: Task, model: nn.Module, parts: Sequence[Batch], autocast: Callable[[], contextlib.AbstractContextManager]
+) -> dict[str, Tensor]:
+    """Leaves the gradient of the whole global batch on the parameters, of a loss that is a mean over what it counts.
+
+    Args:
+        task: Its `counted` weighs the parts; its `accumulation` is ``summed``.
+        model: What a step calls; it averages gradients over the workers.
+        parts: This worker's share of the batch.
+        autocast: The context of the forward passes.
+
+    Returns:
+        The terms of the loss of the whole global batch.
+    """
+    counts = torch.stack([task.counted(part) for part in parts]).float()
+    shares = counts / sum_over_ranks(counts.sum())
+    sums: dict[str, Tensor] = {}
+    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        with contextlib.nullcontext() if number == len(parts) - 1 else holding_gradients(model):
+            with autocast():
+                terms = task.losses(model, part)
+            terms = {name: term * share for name, term in terms.items()}
+            (torch.stack(list(terms.values())).sum() * world_size()).backward()
+        sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
+    whole = sum_over_ranks(torch.stack(list(sums.values())))
+    return dict(zip(sums, whole, strict=True))
+
+
+@contextlib.contextmanager
+def holding_gradients(model: nn.Module) -> Iterator[None]:
+    """Adds gradients up on each worker, which it averages over the workers only after the block."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        yield
 
 
 class PartialForward:
@@ -89,9 +129,7 @@ class PartialForward:
             _set_random_state(part, self._random_states[number])
             last = number == len(self._parts) - 1
             stop = start + len(part[0])
-            hold = isinstance(self._model, DistributedDataParallel) and not last
-            quiet: Any = self._model.no_sync if hold else contextlib.nullcontext  # DDP averages after the last part
-            with quiet():
+            with contextlib.nullcontext() if last else holding_gradients(self._model):
                 with autocast():
                     outputs = self._model(*part)
                 pairs = []

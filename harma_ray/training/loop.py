@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +41,24 @@ from harma_ray.training.checkpoint import (
 )
 from harma_ray.training.health import health_watch
 from harma_ray.training.state import Progress, TrainState
-from harma_ray.training.step import Meter, autocast_of, check_batch, evaluating, timed, train_step, wrap_model
+from harma_ray.training.step import (
+    Meter,
+    autocast_of,
+    check_batch,
+    evaluating,
+    num_batches,
+    timed,
+    train_step,
+    wrap_model,
+)
 from harma_ray.training.tracking import REPORT_NAME, Tracker
 
 Reporter = Callable[[dict[str, float]], None]
 """Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""
+
+
+_SHARED_DRAWS = 1
+"""Tells the draws that all workers share from those of the order of samples."""
 
 
 class TrainingDiverged(UserError):
@@ -81,7 +95,7 @@ def run_training(
     """
     with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, order=order)) as training:
         if not training.resume():
-            training.evaluate_and_save(0)
+            training.evaluate_and_save()
         training.train()
         return training.finish()
 
@@ -97,7 +111,7 @@ def run_trial(
     """
     with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, draw=False)) as training:
         if not training.resume() and not training.can_train:
-            training.evaluate_and_save(0)
+            training.evaluate_and_save()
         training.train()
 
 
@@ -119,7 +133,7 @@ def _start(
     task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader,
     reporter: Reporter = lambda metrics: None, *, draw: bool = True, order: TrainingOrder | None = None,
 ) -> _Training:  # fmt: skip
-    check_batch(config, place.world_size)
+    check_batch(task, place.world_size)
     torch.manual_seed(config.seed)  # the same model on every worker
     return _Training(task, config, run_dir, place, reader, reporter, order or planned_order(config), draw=draw)
 
@@ -136,7 +150,7 @@ class _Training:
         self._task, self._config, self._run_dir = task, config, run_dir
         self._place, self._reader, self._reporter, self._draw = place, reader, reporter, draw
         self._order = order
-        self._total_steps = self._order.steps_per_epoch * config.train.epochs
+        self._total_steps = self._order.total_steps(config.train)
         data = config.data
         selected_on = data.val_split if config.train.select_on == "val" else data.test_split
         self._selection = EvaluationStream(open_split(data.path, selected_on), data, place, reader)
@@ -145,7 +159,7 @@ class _Training:
         self._backbone = task.backbone.fingerprint(self._model)
         self._model.to(self._device)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._state = TrainState(self._model, config, self._total_steps, place)
+        self._state = TrainState(task.parameter_groups(self._model, config.optim), config, self._total_steps, place)
         self._autocast = autocast_of(config.train, self._device)
         self._identity = data_identity(data.path, used_splits(config))
         self._tracker: Tracker | None = None  # worker 0 keeps the record
@@ -177,36 +191,51 @@ class _Training:
 
     def train(self) -> None:
         """Takes the remaining steps, with evaluations and checkpoints, until the end or until patience runs out."""
-        train, progress, per_epoch = self._config.train, self._progress, self._order.steps_per_epoch
+        train, progress = self._config.train, self._progress
         if not self.can_train:
             return
         forward = wrap_model(self._model, train, self._place)
         stream = TrainingStream(
             self._order, self._task.transform(training=True), self._config.data, self._place, self._reader
         )
-        meter = Meter(train.global_batch_size)
-        with contextlib.closing(stream.steps(progress.step, train.epochs)) as batches:
-            for batch in timed(batches, meter):
+        meter, parts = Meter(train.global_batch_size, self._place.world_size), num_batches(self._task)
+        epochs = math.ceil(self._total_steps / self._order.steps_per_epoch)
+        with contextlib.closing(stream.steps(progress.step, epochs, parts)) as batches:
+            for step_batches in timed(zip(*[batches] * parts, strict=True), meter):
                 self._model.train()
-                losses = train_step(self._task, forward, batch, train, self._autocast)
+                self._task.random = np.random.default_rng([self._config.seed, progress.step, _SHARED_DRAWS])
+                losses = train_step(self._task, forward, step_batches, train, self._autocast)
                 grad_norm, learning_rate = self._update(losses)
-                meter.count()
+                meter.count(self._task.tokens(batch) for batch in step_batches)
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
                     self._log_step(
                         {name: float(loss) for name, loss in losses.items()}, grad_norm, learning_rate, meter
                     )
-                epoch, rest = divmod(progress.step, per_epoch)
-                if rest == 0 and (epoch % train.eval_every_epochs == 0 or epoch == train.epochs):
+                if self._is_evaluated:
                     progress.seconds += meter.lap()
-                    self.evaluate_and_save(epoch)
-                    if self._out_of_patience:
+                    self.evaluate_and_save()
+                    if not self.can_train:
                         return
                     meter.reset()
                 elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
                     progress.seconds += meter.lap()
-                    self._save(progress.step / per_epoch, {})
+                    self._save({})
 
-    def evaluate_and_save(self, epoch: int) -> None:
+    @property
+    def _is_evaluated(self) -> bool:
+        """Whether the step that was taken last is followed by an evaluation."""
+        train, step = self._config.train, self._progress.step
+        if step == self._total_steps:
+            return True
+        return step % (train.eval_every_steps or train.eval_every_epochs * self._order.steps_per_epoch) == 0
+
+    @property
+    def _epoch(self) -> float:
+        """Epochs done; an integer at their ends."""
+        step, per_epoch = self._progress.step, self._order.steps_per_epoch
+        return step / per_epoch if step % per_epoch else step // per_epoch
+
+    def evaluate_and_save(self) -> None:
         """Evaluates on the split that selects the best epoch, writes a checkpoint, and reports."""
         progress, selection = self._progress, self._selection
         started = time.perf_counter()
@@ -220,14 +249,14 @@ class _Training:
         if self._tracker is not None:
             seconds, split = round(time.perf_counter() - started, 3), selection.split.name
             self._tracker.log(
-                "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=epoch, split=split,
+                "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=self._epoch, split=split,
                 seconds=seconds,
             )  # fmt: skip
             picture = evaluation.picture(selection.split) if self._draw else None
             if picture is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
-        self._save(epoch, evaluation.metrics)
-        self._reporter({"epoch": epoch, "step": progress.step, **evaluation.metrics})
+        self._save(evaluation.metrics)
+        self._reporter({"epoch": self._epoch, "step": progress.step, **evaluation.metrics})
 
     def finish(self, hparams: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Loads the best weights, evaluates test once, and writes the final report; see `finish_training`."""
@@ -300,14 +329,14 @@ class _Training:
         self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)
         self._tracker.log("monitor", step, self._task.monitor(self._model), prefix="model/")
 
-    def _save(self, epoch: float, metrics: dict[str, float]) -> None:
+    def _save(self, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
         state = self._state.state_dict()
         if self._place.rank == 0:
             config, step = self._config, self._progress.step
             meta = CheckpointMeta(
-                step, epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe, self._backbone,
-                data=self._identity,
+                step, self._epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe,
+                self._backbone, data=self._identity,
             )  # fmt: skip
             save_checkpoint(self._run_dir, meta, self._model, state)
             prune_checkpoints(self._run_dir, self._task.metrics, config.train.keep_checkpoints)

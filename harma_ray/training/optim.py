@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from harma_ray.config import OptimConfig
+from harma_ray.task import ParameterGroup
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device | str = "cpu") -> torch.optim.Adam:
-    """Returns the optimiser over the trainable parameters, some of them without weight decay, chosen by name."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (others if any(part in name for part in config.no_decay) else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+def build_optimizer(
+    groups: Sequence[ParameterGroup], config: OptimConfig, device: torch.device | str = "cpu"
+) -> torch.optim.Adam:
+    """Returns the optimiser of groups of parameters; what a group does not say is `config`'s."""
     if not groups:  # zero-shot: an optimiser of nothing, so that the loop needs no second path
         groups = [{"params": [nn.Parameter(torch.zeros((), device=device))]}]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+    return kind(list(groups), lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 
 def warmup_steps(total_steps: int, config: OptimConfig) -> int:

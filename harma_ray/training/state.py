@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import Place
 from harma_ray.distributed import gather_rows
+from harma_ray.task import ParameterGroup
 from harma_ray.training.optim import build_optimizer, build_schedule
 
 
@@ -35,10 +35,17 @@ class Progress:
 class TrainState:
     """One worker's part of the state of a training."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, total_steps: int, place: Place):
-        """Makes the state of step 0, and gives this worker random numbers of its own."""
+    def __init__(self, groups: Sequence[ParameterGroup], config: RunConfig, total_steps: int, place: Place):
+        """Makes the state of step 0, and gives this worker random numbers of its own.
+
+        Args:
+            groups: What is trained, see `harma_ray.task.Task.parameter_groups`.
+            config: Settings.
+            total_steps: Steps of the whole training.
+            place: This worker.
+        """
         self.device, self._place, self._seed = torch.device(place.device), place, config.seed
-        self.optimizer = build_optimizer(model, config.optim, self.device)
+        self.optimizer = build_optimizer(groups, config.optim, self.device)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps)
         self.progress = Progress()
         _seed_worker(config.seed, place.rank)

@@ -7,9 +7,10 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,42 +18,67 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.order import TrainingOrder
+from harma_ray.data.samples import Batch
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.models.precision import full_precision
 from harma_ray.task import Task
-from harma_ray.training.accumulation import PartialForward
+from harma_ray.training.accumulation import PartialForward, summed_step
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
-def check_batch(config: RunConfig, world_size: int) -> None:
+def check_batch(task: Task, world_size: int) -> None:
     """Checks that a global batch can be shared out.
 
     Raises:
         UserError: If it does not divide by the number of workers, or a worker's share into its parts.
     """
-    size = config.train.global_batch_size
+    train = task.config.train
+    size = train.global_batch_size
     if size % world_size:
         low = size - size % world_size
         raise UserError(
             f"`train.global_batch_size` must divide by the number of workers, got {size} and {world_size}; "
             f"use {low or world_size} or {low + world_size}"
         )
-    if config.train.accumulation > size // world_size:
+    if train.accumulation > size // world_size:
         raise UserError(
-            f"`train.accumulation` must not exceed a worker's share of the batch, got {config.train.accumulation} and "
+            f"`train.accumulation` must not exceed a worker's share of the batch, got {train.accumulation} and "
+            f"{size // world_size}"
+        )
+    if size // world_size % num_batches(task):
+        raise UserError(
+            f"`train.accumulation` must divide a worker's share of the batch, got {train.accumulation} and "
             f"{size // world_size}"
         )
 
 
+def num_batches(task: Task) -> int:
+    """Returns how many batches a worker reads for a step: one that is cut later, or each part by itself."""
+    return task.config.train.accumulation if task.accumulation == "summed" else 1
+
+
 def train_step(
-    task: Task, forward: nn.Module, batch: dict[str, Tensor], train: TrainConfig,
-    autocast: Autocast,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Runs one forward and backward pass; gradients are left on the parameters."""
+    task: Task, forward: nn.Module, batches: Sequence[Batch], train: TrainConfig, autocast: Autocast
+) -> dict[str, Tensor]:
+    """Runs the forward and backward passes of a step; gradients are left on the parameters.
+
+    Args:
+        task: What is trained.
+        forward: See `wrap_model`.
+        batches: So many as `num_batches` says.
+        train: How.
+        autocast: The context of the forward passes.
+
+    Returns:
+        The terms of the loss.
+    """
+    if task.accumulation == "summed":
+        return summed_step(task, forward, batches, autocast)
+    (batch,) = batches
     if train.accumulation == 1:
         with autocast():
             terms = task.losses(forward, batch)
@@ -119,8 +145,11 @@ def parameters_without_gradient(
     """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
     model = task.new_model().to(place.device)
     stream = TrainingStream(order, task.transform(training=True), config.data, place, reader)
-    batches = stream.steps(0, 1)
-    train_step(task, model.train(), next(batches), config.train, autocast_of(config.train, torch.device(place.device)))
+    parts = num_batches(task)
+    batches = stream.steps(0, 1, parts)
+    task.random = np.random.default_rng(config.seed)
+    first = [next(batches) for _ in range(parts)]
+    train_step(task, model.train(), first, config.train, autocast_of(config.train, torch.device(place.device)))
     batches.close()
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
@@ -158,20 +187,25 @@ def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
 class Meter:
     """Rates since the last reading."""
 
-    def __init__(self, pairs_per_step: int):
+    def __init__(self, pairs_per_step: int, num_workers: int = 1):
         """Starts measuring."""
-        self._pairs_per_step = pairs_per_step
+        self._pairs_per_step, self._num_workers = pairs_per_step, num_workers
         self._lap_started = time.perf_counter()
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was measured, the lap too."""
-        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._forget()
         self._lap_started = self._started
 
-    def count(self) -> None:
-        """Counts a step."""
+    def count(self, tokens: Iterable[Tensor | None] = ()) -> None:
+        """Counts a step.
+
+        Args:
+            tokens: Of each of its batches on this worker, where they are counted.
+        """
         self._steps += 1
+        self._tokens += [found for found in tokens if found is not None]
 
     def lap(self) -> float:
         """Returns the seconds since the last lap or reset."""
@@ -194,10 +228,16 @@ class Meter:
             "data_wait_fraction": self._waited / elapsed,
             "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
+        if self._tokens:  # of this worker, of whose peers the shares are as large on average
+            values["tokens_per_second"] = float(torch.stack(self._tokens).sum()) * self._num_workers / elapsed
         if device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._forget()
         return values
+
+    def _forget(self) -> None:
+        self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
+        self._tokens: list[Tensor] = []
 
 
 def default_place(config: RunConfig) -> Place:

@@ -193,7 +193,7 @@ def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
                 if parameter.requires_grad:
                     parameter.add_(0.02 * torch.sin(torch.arange(parameter.numel()).view(parameter.shape)))
         train = replace(config.train, accumulation=parts)
-        train_step(task, model, batch, train, autocast_of(train, torch.device("cpu")))
+        train_step(task, model, [batch], train, autocast_of(train, torch.device("cpu")))
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         scale = gradient.abs().max()
@@ -353,9 +353,10 @@ def test_schedule_values(schedule, step, factor):
 
 
 def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
-    model = make_task(settings(scenes)).new_model()
+    task = make_task(settings(scenes))
+    model = task.new_model()
     config = OptimConfig(learning_rate=0.5, warmup_fraction=0.1, schedule="linear")
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(task.parameter_groups(model, config), config)
     schedule = build_schedule(optimizer, config, 100)
     rates = []
     for _ in range(100):

@@ -8,7 +8,12 @@ from harma_ray.training.state import TrainState
 
 
 def make(place):
-    return TrainState(torch.nn.Linear(2, 2), build_config(recipe_config("harma-scenes"), {"seed": 3}), 10, place)
+    return TrainState(
+        [{"params": [*torch.nn.Linear(2, 2).parameters()]}],
+        build_config(recipe_config("harma-scenes"), {"seed": 3}),
+        10,
+        place,
+    )
 
 
 def saved_by(num_workers, step=4):

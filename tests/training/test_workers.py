@@ -61,7 +61,7 @@ def losses_and_gradients(config, place):
     batches = stream.steps(3, 5)
     model = moved_model(task)
     forward = wrap_model(model, config.train, place)
-    terms = train_step(task, forward, next(batches), config.train, autocast_of(config.train, torch.device("cpu")))
+    terms = train_step(task, forward, [next(batches)], config.train, autocast_of(config.train, torch.device("cpu")))
     batches.close()
     return terms, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 

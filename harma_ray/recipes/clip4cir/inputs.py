@@ -16,7 +16,7 @@ from torch import Tensor
 from harma_ray.data.images import BadImage, open_image
 from harma_ray.data.padding import Padding, padded_transform
 from harma_ray.data.relative_captions import training_texts
-from harma_ray.data.samples import Array
+from harma_ray.data.samples import Array, RowTransform
 from harma_ray.errors import UserError
 from harma_ray.models.clip import tokenizer_of
 
@@ -58,7 +58,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class TripletTransform:
+class TripletTransform(RowTransform):
     """A reference, one of the texts of its query, and the target; images or vectors."""
 
     inputs: Inputs
@@ -83,7 +83,7 @@ class TripletTransform:
 
 
 @dataclass(frozen=True)
-class ItemTransform:
+class ItemTransform(RowTransform):
     """An image of a gallery, or its vector."""
 
     inputs: Inputs

@@ -202,7 +202,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
 
 
 @dataclass(frozen=True)
-class PairTransform:
+class PairTransform(RowTransform):
     """An augmented image and one of its captions."""
 
     architecture: str
@@ -229,7 +229,7 @@ class PairTransform:
 
 
 @dataclass(frozen=True)
-class ImageTransform:
+class ImageTransform(RowTransform):
     """An image as it is evaluated."""
 
     size: int

@@ -24,7 +24,9 @@ _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective
          "storage", "study")  # fmt: skip
 _SAME_FOR_ALL = {
     "train.epochs": "trials are compared, stopped and counted by epochs",
+    "train.steps": "trials are compared, stopped and counted by epochs",
     "train.eval_every_epochs": "trials report every epoch",
+    "train.eval_every_steps": "trials report every epoch",
     "train.select_on": "trials are compared on one split",
     "train.early_stopping_patience": "the scheduler decides who is stopped early",
     "train.threads": "it changes how fast a trial is, not how good",
@@ -196,11 +198,12 @@ class _SearchReader:
         config, problem = _change(config, self._overrides)
         if problem:
             self._file.add_mistake(None, f"--set: {problem}")
-        if config.train.eval_every_epochs != 1:
-            name = "train.eval_every_epochs"
-            place = None if name in self._overrides else self._fixed.get(name, ("recipe",))
-            problem = f"`{name}` must be 1, because the trials of a search report every epoch"
-            self._file.add_mistake(place, f"{problem}, got {config.train.eval_every_epochs}")
+        for setting, needed in (("eval_every_epochs", 1), ("eval_every_steps", 0), ("steps", 0)):
+            name, value = f"train.{setting}", getattr(config.train, setting)
+            if value != needed:
+                place = None if name in self._overrides else self._fixed.get(name, ("recipe",))
+                problem = f"`{name}` must be {needed}, because the trials of a search report every epoch"
+                self._file.add_mistake(place, f"{problem}, got {value}")
         return config
 
     def _with_fixed(self, config: RunConfig) -> RunConfig:
