@@ -24,6 +24,7 @@ from harma_ray.data.kinds.base import BadRow, Record, RowKind
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.manifest import Manifest
 from harma_ray.data.order import training_order
+from harma_ray.data.samples import RowTransform
 from harma_ray.data.splits import index_rows, open_split
 from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
 from harma_ray.errors import UserError
@@ -74,6 +75,12 @@ class Walk(Record):
 
     def explain(self, lost):
         return BadRow(self.source, f"without {' and '.join(lost)}")
+
+
+class LettersAndPhotos(RowTransform):
+    def __call__(self, row, rng):
+        said = row["said"][row["caption"]] if row["said"] else ""
+        return {"letters": np.int64(len(said)), "photos": np.int64(len(row["photos"]))}
 
 
 @pytest.fixture
@@ -133,16 +140,11 @@ def test_a_new_kind_is_counted_and_streamed(split):
     assert index.num_samples.tolist() == [len(row["said"]) for row in rows]
     assert index.binary_bytes >= sum(len(photo) for row in rows for photo in row["photos"])
     order = training_order(split, seed=3, global_batch_size=13, shuffle_window_mb=1)
-
-    def transform(row, rng):
-        said = row["said"][row["caption"]] if row["said"] else ""
-        return {"letters": np.int64(len(said)), "photos": np.int64(len(row["photos"]))}
-
-    (batch,) = TrainingStream(order, transform, DataConfig(), Place(), local_batches).steps(0, 1)
+    (batch,) = TrainingStream(order, LettersAndPhotos(), DataConfig(), Place(), local_batches).steps(0, 1)
     seen = list(zip(batch["row"].tolist(), batch["caption"].tolist(), strict=True))
     assert sorted(seen) == [(row, said) for row in range(10) for said in range(len(rows[row]["said"]))]
     assert batch["letters"].tolist() == [len(rows[row]["said"][said]) for row, said in seen]
-    batches = EvaluationStream(split, DataConfig(), Place(), local_batches).batches(transform, batch_size=4)
+    batches = EvaluationStream(split, DataConfig(), Place(), local_batches).batches(LettersAndPhotos(), batch_size=4)
     assert [row for batch in batches for row in batch["row"].tolist()] == list(range(10))
 
 
