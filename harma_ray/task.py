@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from harma_ray.config import OptimConfig, RunConfig
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
-from harma_ray.data.stream import EvaluationStream
+from harma_ray.data.stream import EvaluationStream, Place
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.backbone import Backbone
 from harma_ray.models.clip import DualEncoder
+from harma_ray.parallel import replicate
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -167,6 +168,18 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def queries(self, model: ModelT) -> Sequence[str]:
         """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
         return ()
+
+    def parallelise(self, model: nn.Module, place: Place) -> nn.Module:
+        """Returns what the steps call where there are several workers: it averages gradients over them.
+
+        By default every worker holds all of the model. One that is too large for that is spread over them by
+        `harma_ray.parallel.shard`; checkpoints are the same either way.
+
+        Args:
+            model: The model on this worker's device; its parameters may be replaced by their parts, in place.
+            place: This worker.
+        """
+        return replicate(model, place.device)
 
     def parameter_groups(self, model: ModelT, optim: OptimConfig) -> list[ParameterGroup]:
         """Returns the trainable parameters, in groups; by default those whose names have a mark are not decayed."""

@@ -11,6 +11,7 @@ from harma_ray.data.samples import RowTransform
 from harma_ray.distributed import sum_over_ranks
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.backbone import Backbone
+from harma_ray.parallel import shard
 from harma_ray.task import Task
 
 NUM_LETTERS = 128
@@ -146,8 +147,15 @@ class PackedTask(ToyTask):
 
     def evaluate(self, model, data):
         total = count = 0.0
-        for batch in data.batches(self.transform(training=False), batch_size=4):
+        for batch in data.batches(self.transform(training=False), batch_size=3):
             losses = nn.functional.cross_entropy(model(batch["letters"])["scores"], batch["targets"], reduction="sum")
             total, count = total + float(losses), count + float(self.counted(batch))
         total, count = sum_over_ranks(torch.tensor([total, count])).tolist()
         return Evaluation({"loss": total / count})
+
+
+class SpreadTask(PackedTask):
+    """The same, its parameters spread over the workers."""
+
+    def parallelise(self, model, place):
+        return shard(model, model.blocks, place.device)

@@ -9,15 +9,15 @@ Batch Size under Memory Limited Setup" (GradCache, arXiv 2101.06983).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.data.samples import Batch
 from harma_ray.distributed import sum_over_ranks, world_size
 from harma_ray.errors import UserError
+from harma_ray.parallel import holding_gradients
 from harma_ray.task import Task
 
 _TOLERANCE = 1e-5
@@ -53,16 +53,6 @@ def summed_step(
         sums = {name: sums.get(name, 0) + term.detach() for name, term in terms.items()}
     whole = sum_over_ranks(torch.stack(list(sums.values())))
     return dict(zip(sums, whole, strict=True))
-
-
-@contextlib.contextmanager
-def holding_gradients(model: nn.Module) -> Iterator[None]:
-    """Adds gradients up on each worker, which it averages over the workers only after the block."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    else:
-        yield
 
 
 class PartialForward:

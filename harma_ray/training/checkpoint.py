@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.models.weights import check_fit
+from harma_ray.parallel import spread_like, whole
 
 FOLDER = "checkpoints"
 WEIGHTS_NAME = "trainable.safetensors"
@@ -57,8 +58,11 @@ class CheckpointMeta:
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the trainable parameters of an (unwrapped) model by name, detached; shared ones once."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Returns the trainable parameters of an (unwrapped) model by name, detached and whole; shared ones once.
+
+    Called on every worker, if the model is spread over them.
+    """
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -77,7 +81,7 @@ def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state
     Args:
         run_dir: The run's folder.
         meta: Where the run stands; ``trainable`` is filled in here.
-        model: The unwrapped model.
+        model: The unwrapped model; if it is spread over workers, the others call `trainable_tensors` meanwhile.
         state: Tensors and plain values: optimiser, schedule, random states.
 
     Raises:
@@ -133,7 +137,7 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
             f"checkpoint {path} was trained on a backbone with fingerprint {meta.backbone[:12]}, but this model's is "
             f"{backbone[:12]}; build it with the settings in the run's config.yaml"
         )
-    own = trainable_tensors(model)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         tensors = load_file(path / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
@@ -141,7 +145,7 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
     check_fit(own, tensors, str(path))
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(spread_like(tensor, own[name]))
     return meta
 
 

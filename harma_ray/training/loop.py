@@ -27,6 +27,7 @@ from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.files import write_text
+from harma_ray.parallel import whole, whole_model
 from harma_ray.settings import config_hash, flat_settings, to_dict
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import (
@@ -38,6 +39,7 @@ from harma_ray.training.checkpoint import (
     prune_checkpoints,
     read_meta,
     save_checkpoint,
+    trainable_tensors,
 )
 from harma_ray.training.health import health_watch
 from harma_ray.training.state import Progress, TrainState
@@ -158,6 +160,7 @@ class _Training:
         self._model = task.new_model()
         self._backbone = task.backbone.fingerprint(self._model)
         self._model.to(self._device)
+        self._forward = wrap_model(task, self._model, config.train, place)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._state = TrainState(task.parameter_groups(self._model, config.optim), config, self._total_steps, place)
         self._autocast = autocast_of(config.train, self._device)
@@ -194,7 +197,6 @@ class _Training:
         train, progress = self._config.train, self._progress
         if not self.can_train:
             return
-        forward = wrap_model(self._model, train, self._place)
         stream = TrainingStream(
             self._order, self._task.transform(training=True), self._config.data, self._place, self._reader
         )
@@ -204,7 +206,7 @@ class _Training:
             for step_batches in timed(zip(*[batches] * parts, strict=True), meter):
                 self._model.train()
                 self._task.random = np.random.default_rng([self._config.seed, progress.step, _SHARED_DRAWS])
-                losses = train_step(self._task, forward, step_batches, train, self._autocast)
+                losses = train_step(self._task, self._forward, step_batches, train, self._autocast)
                 grad_norm, learning_rate = self._update(losses)
                 meter.count(self._task.tokens(batch) for batch in step_batches)
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
@@ -290,7 +292,7 @@ class _Training:
 
     def _evaluate(self, stream: EvaluationStream) -> Evaluation:
         self._model.eval()
-        with evaluating(self._config.train, self._device):
+        with whole_model(self._model), evaluating(self._config.train, self._device):
             return self._task.evaluate(self._model, stream)
 
     def _update(self, losses: dict[str, Tensor]) -> tuple[Tensor, float]:
@@ -300,7 +302,7 @@ class _Training:
             TrainingDiverged: If a term of the loss or the norm is not finite; the weights are as they were.
         """
         limit = self._config.optim.clip_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._trainable, limit)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._trainable, limit))
         if not torch.stack([*losses.values(), grad_norm.to(self._device)]).isfinite().all():
             terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
             raise TrainingDiverged(
@@ -340,6 +342,8 @@ class _Training:
             )  # fmt: skip
             save_checkpoint(self._run_dir, meta, self._model, state)
             prune_checkpoints(self._run_dir, self._task.metrics, config.train.keep_checkpoints)
+        else:
+            trainable_tensors(self._model)  # puts a model that is spread over the workers together
         barrier()
 
     def _restore(self, path: Path) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import Place
 from harma_ray.distributed import gather_rows
+from harma_ray.parallel import spread_like, whole
 from harma_ray.task import ParameterGroup
 from harma_ray.training.optim import build_optimizer, build_schedule
 
@@ -56,11 +57,30 @@ class TrainState:
         if self.device.type == "cuda":
             cuda_rng = gather_rows(torch.cuda.get_rng_state(self.device)[None].to(self.device)).cpu()
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._whole_optimizer(),
             "schedule": self.schedule.state_dict(),
             "rng": gather_rows(torch.get_rng_state()[None].to(self.device)).cpu(),
             "cuda_rng": cuda_rng,
         }
+
+    def _whole_optimizer(self) -> dict[str, Any]:
+        """Returns the optimiser's state as if it were not spread over the workers."""
+        state = self.optimizer.state_dict()
+        moments = {
+            number: {name: whole(value) for name, value in own.items()} for number, own in state["state"].items()
+        }
+        return {**state, "state": moments}
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            number: {
+                name: spread_like(value, trained[number]) if value.shape == trained[number].shape else value
+                for name, value in own.items()
+            }
+            for number, own in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": moments})
 
     def progress_dict(self) -> dict[str, Any]:
         """Returns the progress as plain values."""
@@ -76,7 +96,7 @@ class TrainState:
         Returns:
             What keeps the rest from being, to the bit, what it would have been; one line each.
         """
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**{entry.name: progress[entry.name] for entry in fields(Progress)})
         rank, workers, on_gpu = self._place.rank, self._place.world_size, self.device.type == "cuda"

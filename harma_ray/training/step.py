@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import resource
 import time
@@ -12,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.config import RunConfig, TrainConfig
 from harma_ray.data.order import TrainingOrder
@@ -92,29 +89,10 @@ def train_step(
     return {name: term.detach() for name, term in terms.items()}
 
 
-def wrap_model(model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
-    """Returns what a step calls: the model, compiled if asked for, averaging gradients over the workers."""
+def wrap_model(task: Task, model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
+    """Returns what a step calls: the model, compiled if asked for, its gradients averaged over the workers."""
     forward: Any = torch.compile(model) if train.compile else model
-    if place.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
-        # Buffers are constants and frozen statistics, the same on every worker: nothing to send in each step.
-        forward = DistributedDataParallel(forward, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        if place.device == "cpu":
-            forward.register_comm_hook(None, _mean_in_rank_order)
-    return forward
-
-
-def _mean_in_rank_order(state, bucket):  # DDP does not know annotations that are strings
-    """Averages gradients over the workers, adding them by rank.
-
-    An all-reduce adds those of three or more workers in an order that depends on where a gradient lies in its bucket,
-    and DDP fills its buckets anew after its first step: a resumed run would differ in the last bit.
-    """
-    own = bucket.buffer()
-    parts = own.new_empty((dist.get_world_size(), len(own)))
-    dist.all_gather(list(parts.unbind()), own)
-    mean: torch.futures.Future[Tensor] = torch.futures.Future()
-    mean.set_result(functools.reduce(torch.add, parts.unbind()).div_(len(parts)))
-    return mean
+    return task.parallelise(forward, place) if place.world_size > 1 else forward
 
 
 def trains_in_bf16(train: TrainConfig, device: torch.device) -> bool:

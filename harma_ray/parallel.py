@@ -1,0 +1,103 @@
+"""A model over several workers: whole on each of them (DDP), or a part of every parameter on each (FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from harma_ray.errors import UserError
+
+
+def replicate(model: nn.Module, device: str) -> nn.Module:
+    """Returns a model that averages its gradients over the workers, each of which holds all of it."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    # Buffers are constants and frozen statistics, the same on every worker: nothing to send in each step.
+    replica: Any = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    if device == "cpu":
+        replica.register_comm_hook(None, _mean_in_rank_order)
+    return replica
+
+
+def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Module:
+    """Spreads the parameters of a model over the workers, in place, and returns it.
+
+    Args:
+        model: The model, the same on every worker.
+        modules: Its parts that are put together one at a time in a step, such as its layers; the rest is one more.
+        device: Where the model is.
+
+    Raises:
+        UserError: If the model is compiled.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UserError("`train.compile` does not go with a model that is spread over workers; use train.compile=false")
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor that may be spread over the workers as every worker can use it; called on all of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Returns this worker's part of a tensor that all workers have, if `like` is spread over them; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def whole_model(model: nn.Module) -> Iterator[None]:
+    """Puts a model together on every worker, so that each may call it as often as it needs to; without gradients."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+@contextlib.contextmanager
+def holding_gradients(model: nn.Module) -> Iterator[None]:
+    """Adds gradients up on each worker; they are averaged over the workers by the first step outside of it."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext():
+            yield
+
+
+def _mean_in_rank_order(state, bucket):  # DDP does not know annotations that are strings
+    """Averages gradients over the workers, adding them by rank.
+
+    An all-reduce adds those of three or more workers in an order that depends on where a gradient lies in its bucket,
+    and DDP fills its buckets anew after its first step: a resumed run would differ in the last bit.
+    """
+    own = bucket.buffer()
+    parts = own.new_empty((dist.get_world_size(), len(own)))
+    dist.all_gather(list(parts.unbind()), own)
+    mean: torch.futures.Future[Tensor] = torch.futures.Future()
+    mean.set_result(functools.reduce(torch.add, parts.unbind()).div_(len(parts)))
+    return mean

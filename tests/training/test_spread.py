@@ -1,0 +1,91 @@
+"""A model spread over two workers trains as one that is whole on each; either goes on from the other."""
+
+import contextlib
+import datetime
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from toy_language import PackedTask, SpreadTask, toy_config
+
+from harma_ray.data.stream import Place, local_batches
+from harma_ray.settings import build_config
+from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state
+from harma_ray.training.loop import run_training
+from harma_ray.training.tracking import read_records
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(metrics):
+    if metrics["epoch"] == 1:
+        raise Stop
+
+
+RUNS = {
+    "whole": [(PackedTask, None)],
+    "spread": [(SpreadTask, None)],
+    "whole, then spread": [(PackedTask, stop), (SpreadTask, None)],
+    "spread, then whole": [(SpreadTask, stop), (PackedTask, None)],
+}
+
+
+def settings(data):
+    return build_config(toy_config(), {"data.path": data, "train.accumulation": 2, "optim.clip_grad_norm": 1.0})
+
+
+def work(rank, folder, data):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+        timeout=datetime.timedelta(seconds=120),
+    )  # fmt: skip
+    place = Place(rank=rank, world_size=2)
+    for name, parts in RUNS.items():
+        for kind, reporter in parts:
+            with contextlib.suppress(Stop):
+                run_training(
+                    kind(settings(data)), settings(data), Path(folder) / name, place=place, reader=local_batches,
+                    reporter=reporter or (lambda metrics: None),
+                )  # fmt: skip
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spread")
+    torch.multiprocessing.spawn(work, args=(str(folder), str(scenes)), nprocs=2)
+    return folder
+
+
+def losses(folder, kind="step"):
+    return [record["loss"] for record in read_records(folder) if record["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "whole"])
+def test_a_spread_model_has_the_losses_of_a_whole_one_and_each_goes_on_from_the_other(trained, name):
+    assert len(losses(trained / name)) == 20
+    for kind in ("step", "evaluation"):
+        assert losses(trained / name, kind) == pytest.approx(losses(trained / "whole", kind), rel=1e-4)
+
+
+def test_workers_have_the_losses_of_one(trained, scenes, tmp_path):
+    config = settings(str(scenes))
+    run_training(PackedTask(config), config, tmp_path, place=Place(), reader=local_batches)
+    for kind in ("step", "evaluation"):
+        assert losses(trained / "whole", kind) == pytest.approx(losses(tmp_path, kind), rel=1e-4)
+
+
+def test_checkpoints_of_both_have_one_form(trained):
+    whole, spread = (list_checkpoints(trained / name)[-1] for name in ("whole", "spread"))
+    assert (whole / WEIGHTS_NAME).stat().st_size == (spread / WEIGHTS_NAME).stat().st_size
+    first, second = (load_state(path)["optimizer"] for path in (whole, spread))
+    assert first["param_groups"] == second["param_groups"]
+    for number, moments in first["state"].items():
+        torch.testing.assert_close(second["state"][number], moments, rtol=1e-2, atol=1e-5)
