@@ -45,7 +45,8 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Mod
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in modules:
         fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:
