@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.files import write_text
-from harma_ray.parallel import whole, whole_model
+from harma_ray.parallel import whole_model
 from harma_ray.settings import config_hash, flat_settings, to_dict
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import (
@@ -49,22 +48,16 @@ from harma_ray.training.step import (
     check_batch,
     evaluating,
     num_batches,
+    shared_draws,
     timed,
     train_step,
+    update_weights,
     wrap_model,
 )
 from harma_ray.training.tracking import REPORT_NAME, Tracker
 
 Reporter = Callable[[dict[str, float]], None]
 """Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""
-
-
-_SHARED_DRAWS = 1
-"""Tells the draws that all workers share from those of the order of samples."""
-
-
-class TrainingDiverged(UserError):
-    """The loss is not a finite number any more."""
 
 
 def run_training(
@@ -151,8 +144,7 @@ class _Training:
         started = time.perf_counter()
         self._task, self._config, self._run_dir = task, config, run_dir
         self._place, self._reader, self._reporter, self._draw = place, reader, reporter, draw
-        self._order = order
-        self._total_steps = self._order.total_steps(config.train)
+        self._order, self._total_steps = order, order.total_steps(config.train)
         data = config.data
         selected_on = data.val_split if config.train.select_on == "val" else data.test_split
         self._selection = EvaluationStream(open_split(data.path, selected_on), data, place, reader)
@@ -174,9 +166,8 @@ class _Training:
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
         notices = [] if last is None else self._restore(last)
         if self._place.rank == 0:
-            watch = health_watch(self._task, self._total_steps)
-            last_step = None if last is None else self._progress.step
-            self._tracker = Tracker(self._run_dir, last_step=last_step, watch=watch)
+            last_step = self._progress.step if last else None
+            self._tracker = Tracker(self._run_dir, last_step, health_watch(self._task, self._total_steps))
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
             for notice in notices:
                 self._tracker.log("notice", self._progress.step, {}, text=notice)
@@ -205,14 +196,12 @@ class _Training:
         with contextlib.closing(stream.steps(progress.step, epochs, parts)) as batches:
             for step_batches in timed(zip(*[batches] * parts, strict=True), meter):
                 self._model.train()
-                self._task.random = np.random.default_rng([self._config.seed, progress.step, _SHARED_DRAWS])
+                self._task.random = shared_draws(self._config.seed, progress.step)
                 losses = train_step(self._task, self._forward, step_batches, train, self._autocast)
-                grad_norm, learning_rate = self._update(losses)
+                grad_norm, learning_rate = update_weights(self._state, self._trainable, losses, self._config.optim)
                 meter.count(self._task.tokens(batch) for batch in step_batches)
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
-                    self._log_step(
-                        {name: float(loss) for name, loss in losses.items()}, grad_norm, learning_rate, meter
-                    )
+                    self._log_step(losses, grad_norm, learning_rate, meter)
                 if self._is_evaluated:
                     progress.seconds += meter.lap()
                     self.evaluate_and_save()
@@ -254,8 +243,7 @@ class _Training:
                 "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=self._epoch, split=split,
                 seconds=seconds,
             )  # fmt: skip
-            picture = evaluation.picture(selection.split) if self._draw else None
-            if picture is not None:
+            if self._draw and (picture := evaluation.picture(selection.split)) is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
         self._save(evaluation.metrics)
         self._reporter({"epoch": self._epoch, "step": progress.step, **evaluation.metrics})
@@ -276,8 +264,7 @@ class _Training:
                 self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
             finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
             self._tracker.log_hparams(flat_settings(to_dict(self._config)) if hparams is None else hparams, finals)
-            projection = selected.projection(self._selection.split)
-            if projection is not None:
+            if (projection := selected.projection(self._selection.split)) is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)
             write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
         return report
@@ -295,34 +282,13 @@ class _Training:
         with whole_model(self._model), evaluating(self._config.train, self._device):
             return self._task.evaluate(self._model, stream)
 
-    def _update(self, losses: dict[str, Tensor]) -> tuple[Tensor, float]:
-        """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate.
-
-        Raises:
-            TrainingDiverged: If a term of the loss or the norm is not finite; the weights are as they were.
-        """
-        limit = self._config.optim.clip_grad_norm or math.inf
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self._trainable, limit))
-        if not torch.stack([*losses.values(), grad_norm.to(self._device)]).isfinite().all():
-            terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
-            raise TrainingDiverged(
-                f"the loss or its gradient is not finite at step {self._progress.step + 1} on worker "
-                f"{self._place.rank} ({terms}, grad_norm={float(grad_norm)}); start a new run with a lower "
-                "optim.learning_rate, with optim.clip_grad_norm, or with train.precision=fp32"
-            )
-        learning_rate = float(self._state.schedule.get_last_lr()[0])
-        self._state.optimizer.step()
-        self._state.schedule.step()
-        self._state.optimizer.zero_grad(set_to_none=True)
-        self._progress.step += 1
-        return grad_norm, learning_rate
-
-    def _log_step(self, losses: dict[str, float], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
+    def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
         if self._tracker is None:
             return
+        terms = {f"loss_{name}": float(loss) for name, loss in losses.items()}
         values = {
-            "loss": sum(losses.values()),
-            **{f"loss_{name}": value for name, value in losses.items()},
+            "loss": sum(terms.values()),
+            **terms,
             "learning_rate": learning_rate,
             "grad_norm": float(grad_norm),
             **meter.read(self._device),
@@ -363,7 +329,6 @@ class _Training:
         return notices
 
     def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
-        parameters = list(self._model.parameters())
         return {
             "recipe": self._config.recipe,
             "objective": self._task.metrics.objective,
@@ -376,7 +341,7 @@ class _Training:
             "stopped_early": self._out_of_patience,
             "training_seconds": round(self._progress.seconds, 1),
             "trainable_parameters": sum(p.numel() for p in self._trainable),
-            "parameters": sum(p.numel() for p in parameters),
+            "parameters": sum(p.numel() for p in self._model.parameters()),
             "checkpoint": str(best.relative_to(self._run_dir)),
             "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
             "metrics": results,

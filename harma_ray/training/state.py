@@ -45,7 +45,7 @@ class TrainState:
             total_steps: Steps of the whole training.
             place: This worker.
         """
-        self.device, self._place, self._seed = torch.device(place.device), place, config.seed
+        self.device, self.place, self._seed = torch.device(place.device), place, config.seed
         self.optimizer = build_optimizer(groups, config.optim, self.device)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps)
         self.progress = Progress()
@@ -99,7 +99,7 @@ class TrainState:
         self._load_optimizer(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**{entry.name: progress[entry.name] for entry in fields(Progress)})
-        rank, workers, on_gpu = self._place.rank, self._place.world_size, self.device.type == "cuda"
+        rank, workers, on_gpu = self.place.rank, self.place.world_size, self.device.type == "cuda"
         _seed_worker(self._seed, rank, self.progress.step)  # stays that of a worker that was not there
         # A row of a matrix starts in the middle of its storage, which torch 2.15 does not heed: it reads past the end.
         if rank < len(state["rng"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harma_ray.config import RunConfig, TrainConfig
+from harma_ray.config import OptimConfig, RunConfig, TrainConfig
 from harma_ray.data.order import TrainingOrder
 from harma_ray.data.samples import Batch
 from harma_ray.data.splits import open_split
@@ -21,10 +22,14 @@ from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStrea
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.models.precision import full_precision
+from harma_ray.parallel import whole
 from harma_ray.task import Task
 from harma_ray.training.accumulation import PartialForward, summed_step
+from harma_ray.training.state import TrainState
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
+_SHARED_DRAWS = 1
+"""Tells the draws that all workers share from those of the order of samples."""
 
 
 def check_batch(task: Task, world_size: int) -> None:
@@ -56,6 +61,45 @@ def check_batch(task: Task, world_size: int) -> None:
 def num_batches(task: Task) -> int:
     """Returns how many batches a worker reads for a step: one that is cut later, or each part by itself."""
     return task.config.train.accumulation if task.accumulation == "summed" else 1
+
+
+class TrainingDiverged(UserError):
+    """The loss is not a finite number any more."""
+
+
+def shared_draws(seed: int, step: int) -> np.random.Generator:
+    """Returns what all workers draw from alike in a step; draws of other kinds are seeded by other sequences."""
+    return np.random.default_rng([seed, step, _SHARED_DRAWS])
+
+
+def update_weights(
+    state: TrainState, trainable: Sequence[nn.Parameter], losses: dict[str, Tensor], optim: OptimConfig
+) -> tuple[Tensor, float]:
+    """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate.
+
+    Args:
+        state: Of the training; its step is counted.
+        trainable: What is moved.
+        losses: The terms of the step's loss.
+        optim: Settings.
+
+    Raises:
+        TrainingDiverged: If a term of the loss or the norm is not finite; the weights are as they were.
+    """
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(trainable, optim.clip_grad_norm or math.inf))
+    if not torch.stack([*losses.values(), grad_norm.to(state.device)]).isfinite().all():
+        terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
+        raise TrainingDiverged(
+            f"the loss or its gradient is not finite at step {state.progress.step + 1} on worker {state.place.rank} "
+            f"({terms}, grad_norm={float(grad_norm)}); start a new run with a lower optim.learning_rate, with "
+            "optim.clip_grad_norm, or with train.precision=fp32"
+        )
+    learning_rate = float(state.schedule.get_last_lr()[0])
+    state.optimizer.step()
+    state.schedule.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.progress.step += 1
+    return grad_norm, learning_rate
 
 
 def train_step(

@@ -28,7 +28,7 @@ EVENTS_FOLDER = "tensorboard"
 class Tracker:
     """Writes the record of a run."""
 
-    def __init__(self, run_dir: Path, *, last_step: int | None, watch: HealthWatch | None = None):
+    def __init__(self, run_dir: Path, last_step: int | None, watch: HealthWatch | None = None):
         """Opens the record.
 
         Args:
