@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from harma_ray.api import find_rendering, load_retriever
 from harma_ray.data.image_files import FoundImages, find_images, original_name, readable_name
+from harma_ray.data.kinds import IMAGES
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import index_rows, list_splits, open_split
@@ -137,8 +138,9 @@ def _items(data: Path, splits: list[str], found: FoundImages | None, batch_size:
     """Yields small descriptions of batches; images are read where they are encoded."""
     root = readable_name(data)
     for name in splits:
-        rows = open_split(data, name).manifest.rows
-        for part in iterate_slices(rows, batch_size):
+        opened = open_split(data, name)
+        opened.require_kind([IMAGES], "embed")
+        for part in iterate_slices(opened.manifest.rows, batch_size):
             yield {"data": root, "split": name, "start": part.start, "stop": part.stop, "names": ""}
     names = [] if found is None else [found.name(path) for path in found.images]
     for part in iterate_slices(len(names), batch_size):

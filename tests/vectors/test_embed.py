@@ -114,3 +114,8 @@ def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ra
 def test_what_could_never_run_is_refused_at_once(random_run, scenes, tmp_path, ray_cluster, options, message):
     with pytest.raises(UserError, match=message):
         embed(random_run, scenes, tmp_path / "out", **options)
+
+
+def test_triplets_are_refused_before_ray_works(random_run, composed, tmp_path, ray_cluster):
+    with pytest.raises(UserError, match=r"embed needs images, but .*train holds triplets"):
+        embed(random_run, composed, tmp_path / "out", split="train")
