@@ -97,9 +97,9 @@ def run_search(
                 study.close_open("the machine ran out of memory with no other trial beside it")
         study.save_time()
         failures = study.failures
-        if not out_of_memory or study.hopeless():
+        if not out_of_memory or study.failure_reason():
             break
-    results, reason = read_search(folder, definition, study.study), study.hopeless()
+    results, reason = read_search(folder, definition, study.study), study.failure_reason()
     if reason:
         raise UserError(
             f"one trial after another failed, the last because: {reason}; mend that and go on with: "
@@ -303,7 +303,7 @@ class _Limits(ray.tune.Stopper):
 
     def stop_all(self) -> bool:
         """Says whether the search is over."""
-        return self._study.is_over() or self._study.hopeless() is not None or self._searcher.error is not None
+        return self._study.is_over() or self._study.failure_reason() is not None or self._searcher.error is not None
 
     def __getstate__(self) -> dict[str, Any]:
         """Keeps the study out of Ray Tune's pickles."""

@@ -147,7 +147,7 @@ class SearchStudy:
         None: the limit is reached, or there is nothing left to try.
         """
         attempt = 0
-        while not self.is_over() and self.hopeless() is None:
+        while not self.is_over() and self.failure_reason() is None:
             trial = self._unfinished.pop(0) if self._unfinished else self._propose(attempt)
             if trial is None:
                 return None
@@ -253,7 +253,7 @@ class SearchStudy:
         late = bool(limits.hours and self.seconds >= 3600 * limits.hours)
         return late or bool(limits.epochs and self.epochs >= limits.epochs)
 
-    def hopeless(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Returns the last failure's reason if, in this session, trial after trial fails; None if not.
 
         A few are enough as long as no trial has ever told a result; later many settings in a row may be bad.

@@ -126,18 +126,18 @@ def test_a_trial_that_reports_its_past_again_is_no_trouble(tmp_path):
 def test_failures_are_hopeless_only_while_nothing_succeeds(tmp_path):
     study = SearchStudy(tmp_path, definition())
     for number in range(FIRST_FAILURES):
-        assert study.hopeless() is None
+        assert study.failure_reason() is None
         study.next()
         study.close(number, None, crashed=f"failure {number}")
-    assert study.hopeless() == f"failure {FIRST_FAILURES - 1}"
+    assert study.failure_reason() == f"failure {FIRST_FAILURES - 1}"
     again = SearchStudy(tmp_path, definition())
-    assert again.hopeless() is None  # what was wrong may be mended
+    assert again.failure_reason() is None  # what was wrong may be mended
     number = again.next().number
     again.close(number, reached(1.0))
     for _ in range(MANY_FAILURES):
-        assert again.hopeless() is None
+        assert again.failure_reason() is None
         again.close(again.next().number, None, crashed="later")
-    assert again.hopeless() == "later"
+    assert again.failure_reason() == "later"
 
 
 def test_epochs_of_all_sessions_count(tmp_path):
@@ -207,7 +207,7 @@ def test_early_failures_end_no_search_in_which_a_trial_gets_on(tmp_path):
     study.report(0, reached(30.0))
     for _ in range(FIRST_FAILURES):
         study.close(study.next().number, None, crashed="diverged")
-    assert study.hopeless() is None
+    assert study.failure_reason() is None
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ def check_distinct(names: Sequence[str], origin: str) -> None:
     """Raises UserError if a list of names has one twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{origin} lists {tell_some(len(twice), 'name', twice)} more than once; remove the repetitions")
+        raise UserError(f"{origin} lists {list_some(len(twice), 'name', twice)} more than once; remove the repetitions")
 
 
-def tell_some(count: int, noun: str, examples: Sequence[str]) -> str:
+def list_some(count: int, noun: str, examples: Sequence[str]) -> str:
     """Returns a number of things with the first few of them, such as ``7 names (a, b, ...)``."""
     more = ", ..." if count > _EXAMPLES else ""
     return f"{count} {noun}{'s' if count > 1 else ''} ({', '.join(map(str, examples[:_EXAMPLES]))}{more})"
@@ -41,7 +41,7 @@ def as_object(value: Any, origin: str, expected: str) -> dict[str, Any]:
         UserError: If it is none; tells the expected shape.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{origin} must look like {expected}, got {tell_shape(value)}")
+        raise UserError(f"{origin} must look like {expected}, got {describe_shape(value)}")
     return value
 
 
@@ -60,7 +60,9 @@ def get_field(row: dict[str, Any], name: str, kind: type, origin: str, expected:
     """
     value = row.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        got = f"`{name}` = {tell_shape(value)}" if name in row else f"no `{name}` (keys: {', '.join(map(str, row))})"
+        got = (
+            f"`{name}` = {describe_shape(value)}" if name in row else f"no `{name}` (keys: {', '.join(map(str, row))})"
+        )
         raise UserError(f"{origin} must look like {expected}, got {got}{_advise(row, name, kind)}")
     if isinstance(value, int) and not 0 <= value < 2**31:  # labels are stored as int32
         raise UserError(f"{origin}: `{name}` must lie in 0..{2**31 - 1}, got {value}")
@@ -103,7 +105,7 @@ def as_text(value: Any, origin: str, expected: str) -> str:
         UserError: If it is none, or holds half a character; tells the expected shape.
     """
     if not isinstance(value, str):
-        raise UserError(f"{origin} must look like {expected}, got {tell_shape(value)}")
+        raise UserError(f"{origin} must look like {expected}, got {describe_shape(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
@@ -111,7 +113,7 @@ def as_text(value: Any, origin: str, expected: str) -> str:
     return value
 
 
-def tell_shape(value: Any) -> str:
+def describe_shape(value: Any) -> str:
     """Describes a JSON value in a few words."""
     if isinstance(value, dict):
         keys = ", ".join(list(value)[:6])

@@ -13,11 +13,11 @@ from harma_ray.data.convert.annotations import (
     as_object,
     as_text,
     check_distinct,
+    describe_shape,
     get_field,
     get_texts,
     hash_file,
-    tell_shape,
-    tell_some,
+    list_some,
 )
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
@@ -157,7 +157,7 @@ def read_cirr(root: str | Path, split: str) -> ComposedSource:
     rows, queries = read_rows(texts, _CIRR_ROW), []
     places = read_json(index, unique_keys=True)
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{index.name} must look like {_CIRR_INDEX}, got {tell_shape(places)}")
+        raise UserError(f"{index.name} must look like {_CIRR_INDEX}, got {describe_shape(places)}")
     files = {}
     with all_mistakes(f"CIRR's split {split}") as mistakes:
         for origin, row in rows:
@@ -274,7 +274,7 @@ def _check_names(queries: list[QueryRecord], index: Collection[str], file: str, 
                 wrong.setdefault(name, f"{name!r} of {query.source}")
     if wrong:
         mistakes.add(
-            f"{file} lacks {tell_some(len(wrong), 'name', list(wrong.values()))} that queries need; take both files "
+            f"{file} lacks {list_some(len(wrong), 'name', list(wrong.values()))} that queries need; take both files "
             "from one release"
         )
 

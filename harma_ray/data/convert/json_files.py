@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.annotations import check_distinct, tell_shape
+from harma_ray.data.convert.annotations import check_distinct, describe_shape
 from harma_ray.errors import UserError
 
 _OTHER_ENCODINGS = ("GB18030", "WINDOWS-1252")
@@ -72,7 +72,7 @@ def read_rows(path: Path, expected: str, hint: Callable[[Any], str] = lambda con
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path.name} must be a JSON list of rows {expected}, got {tell_shape(rows)}{hint(rows)}")
+        raise UserError(f"{path.name} must be a JSON list of rows {expected}, got {describe_shape(rows)}{hint(rows)}")
     return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.annotations import as_object, get_field, tell_shape
+from harma_ray.data.convert.annotations import as_object, describe_shape, get_field
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
@@ -75,7 +75,7 @@ def read_karpathy(
     if not of_classes and (not isinstance(rows, list) or not rows):
         hint = "; such rows are read by `convert harma`" if isinstance(content, list) else ""
         raise UserError(
-            f"{file} must look like {_KARPATHY} or {{class: [{_NWPU_ROW}]}}, got {tell_shape(content)}{hint}"
+            f"{file} must look like {_KARPATHY} or {{class: [{_NWPU_ROW}]}}, got {describe_shape(content)}{hint}"
         )
     found: dict[str, list[SourceRecord]] = {}
     with all_mistakes(file) as mistakes:
