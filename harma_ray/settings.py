@@ -13,16 +13,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from harma_ray.config import AddedLater, Incidental, RunConfig
 from harma_ray.errors import UserError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 MarkT = TypeVar("MarkT")
@@ -199,7 +196,7 @@ def _repair_number(old: Any, value: Any) -> Any:
     return value
 
 
-def _explain(problem: ErrorDetails) -> str:
+def _explain(problem: Mapping[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":
         message = problem["msg"].removeprefix("Value error, ")
@@ -207,7 +204,7 @@ def _explain(problem: ErrorDetails) -> str:
     return f"`{path}` {explain_rule(problem)}"
 
 
-def explain_rule(problem: ErrorDetails) -> str:
+def explain_rule(problem: Mapping[str, Any]) -> str:
     """Returns which rule of pydantic's was broken, and the value, in plain words such as "must be at most 1, got 2"."""
     rule = problem["msg"]
     for technical, plain in _PLAIN_WORDS.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -15,9 +15,6 @@ from yaml.constructor import ConstructorError
 
 from harma_ray.errors import UserError
 from harma_ray.settings import explain_rule
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 Place = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
@@ -187,7 +184,7 @@ def _initials(leaf: str) -> str:
     return "".join(word[:1] for word in leaf.split("_"))
 
 
-def _explain(problem: ErrorDetails, holder: str, keys: Collection[str]) -> str:
+def _explain(problem: Mapping[str, Any], holder: str, keys: Collection[str]) -> str:
     """Returns one of pydantic's problems with the value of the key `holder`, in the words of a user."""
     key = str(problem["loc"][-1]) if problem["loc"] else holder
     if problem["type"] == "value_error":
