@@ -222,12 +222,19 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         return False
 
     def feature_encoder(self, device: str) -> FeatureEncoder:
-        """Builds these encoders."""
-        raise NotImplementedError
+        """Builds these encoders.
+
+        Raises:
+            UserError: If the recipe has none.
+        """
+        raise self._no_encoders()
 
     def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
-        """Returns the texts that a query with some captions may be given."""
-        raise NotImplementedError
+        """Returns the texts that a query with some captions may be given; raises what `feature_encoder` does."""
+        raise self._no_encoders()
+
+    def _no_encoders(self) -> UserError:
+        return UserError(f"recipe {self.config.recipe} has no frozen encoders whose features could be computed once")
 
 
 def require_query(task: Task, model: nn.Module, query: str) -> None:

@@ -43,7 +43,7 @@ from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import Cluster
 from harma_ray.settings import build_config, to_dict
-from harma_ray.task import FeatureEncoder, Task
+from harma_ray.task import FeatureEncoder
 
 FOLDER = "features"
 """Where the features of a run or a search lie, in its folder."""
@@ -99,18 +99,6 @@ def write_features(config: RunConfig, out: str | Path, splits: Sequence[str], cl
                 raise disk_error(target, error) from error
 
 
-def feature_task(config: RunConfig) -> Task:
-    """Returns the task of settings whose encoders can be run once.
-
-    Raises:
-        UserError: If they cannot.
-    """
-    task = make_task(config)
-    if type(task).feature_encoder is Task.feature_encoder:
-        raise UserError(f"recipe {config.recipe} has no frozen encoders whose features could be computed once")
-    return task
-
-
 def _is_done(source: Split, target: Path) -> bool:
     if not (target / source.name / MANIFEST_NAME).is_file():
         return False
@@ -149,7 +137,7 @@ class _Wanted:
         if kind is None:
             raise UserError(f"{source.path} holds {source.kind.name}, of which there are no features")
         light = source.read(QUERY_SCHEMA.names) if kind.is_query else source.queries()
-        texts_of = feature_task(config).texts_of
+        texts_of = make_task(config).texts_of
         texts = [texts_of(captions, kind.is_query) for captions in light.column("captions").to_pylist()]
         return _Wanted(source, kind, light, texts)
 
@@ -205,7 +193,7 @@ class _Encoder:
         import torch
 
         torch.set_num_threads(max(1, node_cpus() // actors))
-        self._task, self._device = feature_task(build_config(recipe_config(config["recipe"]), config)), device
+        self._task, self._device = make_task(build_config(recipe_config(config["recipe"]), config)), device
 
     @functools.cached_property
     def _encoder(self) -> FeatureEncoder:
