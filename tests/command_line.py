@@ -8,6 +8,16 @@ from pathlib import Path
 from harma_ray.cli import main
 
 ROOT = Path(__file__).parent.parent
+SMALL_SPACE = """
+recipe: harma-scenes
+fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8,
+        model.pretrained: random}
+space:
+  optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
+  adapter.width: {type: int, low: 16, high: 128, step: 16}
+limits: {trials: 3}
+"""
+"""The file of a search of three short trials."""
 
 
 def alone():

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from command_line import ROOT, alone
+from command_line import ROOT, SMALL_SPACE, alone
 
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.tracking import METRICS_NAME, read_records
@@ -18,17 +18,7 @@ from harma_ray.tune.folder import open_search, read_search
 from harma_ray.tune.study import trial_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
-SPACE = """
-recipe: harma-scenes
-fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8,
-        model.pretrained: random}
-space:
-  optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
-  adapter.width: {type: int, low: 16, high: 128, step: 16}
-sampler: {name: tpe, startup_trials: 2}
-scheduler: none
-limits: {trials: 3}
-"""
+SPACE = SMALL_SPACE + "sampler: {name: tpe, startup_trials: 2}\nscheduler: none\n"
 
 
 def command(*arguments):

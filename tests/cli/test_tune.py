@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import optuna
 import pytest
 import yaml
+from command_line import ROOT, SMALL_SPACE
 
 from harma_ray.cli import main, make_parser
 from harma_ray.cli.tune_run import _absolute, _plan, _require_same_data, _with_features
@@ -26,17 +26,6 @@ from harma_ray.tune.space.file import load_search
 from harma_ray.tune.storage import cause_of, open_study
 from harma_ray.tune.study import Report, SearchStudy, trial_folder
 
-ROOT = Path(__file__).parents[2]
-SPACE = """
-recipe: harma-scenes
-fixed: {train.epochs: 2, train.global_batch_size: 20, adapter.shared_width: 8,
-        model.pretrained: random}
-space:
-  optim.learning_rate: {type: float, low: 1e-3, high: 1e-2, log: true}
-  adapter.width: {type: int, low: 16, high: 128, step: 16}
-limits: {trials: 3}
-"""
-
 
 def refused(capsys, *arguments):
     status = main(["tune", *map(str, arguments)])
@@ -49,7 +38,7 @@ def refused(capsys, *arguments):
 @pytest.fixture
 def space(tmp_path):
     path = tmp_path / "space.yaml"
-    path.write_text(SPACE)
+    path.write_text(SMALL_SPACE)
     return path
 
 
@@ -201,7 +190,7 @@ COMBINER = "recipe: scenes-cir-combiner\nfixed: {data.path: nowhere}\nspace:\n"
 @pytest.mark.parametrize(
     "text",
     [
-        SPACE.replace(",\n        model.pretrained: random", ""),
+        SMALL_SPACE.replace(",\n        model.pretrained: random", ""),
         COMBINER + "  combiner.dropout: {choices: [0.5, 0.1]}\n",
     ],
 )
