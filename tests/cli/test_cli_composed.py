@@ -266,8 +266,8 @@ def test_the_best_by_another_metric_is_taken_if_it_was_kept(capsys, composed, tu
 
 
 @pytest.mark.ray
-def test_vectors_of_pairs_are_for_image_text_retrieval(capsys, composed, tuned, tmp_path):
-    command = ["embed", "--run", tuned.path, "--data", composed, "--out", tmp_path / "out"]
+def test_vectors_of_pairs_are_for_image_text_retrieval(scenes, tuned, tmp_path):
+    command = ["embed", "--run", tuned.path, "--data", scenes, "--out", tmp_path / "out"]
     result = launch(*command)
     assert result.returncode == 2
     assert "which is not image-text retrieval" in result.stderr
