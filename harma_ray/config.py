@@ -202,3 +202,8 @@ class RunConfig:
     """Training loop."""
     scaling: Annotated[ScalingConfig, Incidental(), SharedByTrials()] = field(default_factory=ScalingConfig)
     """Workers."""
+
+    @property
+    def selecting_split(self) -> str:
+        """The split that selects the best epoch."""
+        return self.data.val_split if self.train.select_on == "val" else self.data.test_split

@@ -63,7 +63,7 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     if not data.path:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
     order = planned_order(config)
-    evaluated = [open_split(data.path, data.val_split if config.train.select_on == "val" else data.test_split)]
+    evaluated = [open_split(data.path, config.selecting_split)]
     notices = []
     if data.test_split not in list_splits(data.path):
         notices.append(f"{data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")

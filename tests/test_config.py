@@ -196,3 +196,9 @@ def test_runs_made_before_later_settings_came_go_on():
     assert {name: config_hash(recipe_config(name)) for name in RECIPES} == told
     later = build_config(recipe_config("harma-rsitmd-vit"), {"train.eval_precision": "bf16"})
     assert config_hash(later) not in told.values()
+
+
+@pytest.mark.parametrize(("select_on", "split"), [("val", "dev"), ("test-as-in-released-code", "test")])
+def test_the_split_that_selects_the_best_epoch_is_val_or_as_in_the_released_code_test(select_on, split):
+    config = build_config(recipe_config("harma-scenes"), {"data.val_split": "dev", "train.select_on": select_on})
+    assert config.selecting_split == split

@@ -30,9 +30,9 @@ def config(scenes):
     return build_config(recipe_config("harma-scenes"), small)
 
 
-def train(config, path, device, reporter=lambda metrics: None):
+def train(config, path, device, callback=lambda metrics: None):
     place = Place(device=device)
-    return run_training(make_task(config), config, path, place=place, reader=local_batches, reporter=reporter)
+    return run_training(make_task(config), config, path, place=place, reader=local_batches, callback=callback)
 
 
 def losses(path):

@@ -28,9 +28,7 @@ def data_identity(data: str, splits: Iterable[str]) -> dict[str, dict[str, Any]]
 
 def used_splits(config: RunConfig) -> tuple[str, ...]:
     """Returns the names of the splits that a run trains on, picks its best epoch on and is evaluated on in the end."""
-    data = config.data
-    selecting = (data.val_split,) if config.train.select_on == "val" else ()
-    return (data.train_split, *selecting, data.test_split)
+    return tuple(dict.fromkeys((config.data.train_split, config.selecting_split, config.data.test_split)))
 
 
 def require_same_data(known: Identity, data: str, *, subject: str, way_out: str) -> None:

@@ -206,7 +206,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             order=prepared.order,
             place=place,
             reader=ray_batches,
-            reporter=ray.train.report,
+            callback=ray.train.report,
         )
 
 

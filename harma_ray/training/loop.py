@@ -1,7 +1,7 @@
 """The training loop. It does not know who runs it.
 
-It is given its place among the workers, a reader for its streams, and a reporter that hears every evaluation: Ray
-Train, a Ray Tune trial, or nobody. What it finds in the run's folder decides where it starts.
+It is given its place among the workers, a reader for its streams, and a callback for every evaluation: that of Ray
+Train, of a Ray Tune trial, or none. What it finds in the run's folder decides where it starts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from harma_ray.training.step import (
 )
 from harma_ray.training.tracking import REPORT_NAME, Tracker
 
-Reporter = Callable[[dict[str, float]], None]
+Callback = Callable[[dict[str, float]], None]
 """Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""
 
 
@@ -67,7 +67,7 @@ def run_training(
     *,
     place: Place,
     reader: Reader,
-    reporter: Reporter = lambda metrics: None,
+    callback: Callback = lambda metrics: None,
     order: TrainingOrder | None = None,
 ) -> dict[str, Any]:
     """Trains from the run's last checkpoint, or from the start, to the end; evaluates test once, with the best weights.
@@ -78,7 +78,7 @@ def run_training(
         run_dir: The run's folder, the same for all workers.
         place: This worker.
         reader: Who reads the shards.
-        reporter: Hears of every evaluation.
+        callback: Called after every evaluation.
         order: Of the samples, if it is planned already.
 
     Returns:
@@ -88,7 +88,7 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
-    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, order=order)) as training:
+    with contextlib.closing(_start(task, config, run_dir, place, reader, callback, order=order)) as training:
         if not training.resume():
             training.evaluate_and_save()
         training.train()
@@ -96,7 +96,7 @@ def run_training(
 
 
 def run_trial(
-    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader, reporter: Reporter
+    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader, callback: Callback
 ) -> None:
     """Trains as `run_training` does, but only what a search compares: the selecting split after each epoch.
 
@@ -104,7 +104,7 @@ def run_trial(
     is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are
     those of `run_training`.
     """
-    with contextlib.closing(_start(task, config, run_dir, place, reader, reporter, draw=False)) as training:
+    with contextlib.closing(_start(task, config, run_dir, place, reader, callback, draw=False)) as training:
         if not training.resume() and not training.can_train:
             training.evaluate_and_save()
         training.train()
@@ -126,28 +126,27 @@ def finish_training(
 
 def _start(
     task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader,
-    reporter: Reporter = lambda metrics: None, *, draw: bool = True, order: TrainingOrder | None = None,
+    callback: Callback = lambda metrics: None, *, draw: bool = True, order: TrainingOrder | None = None,
 ) -> _Training:  # fmt: skip
     check_batch(task, place.world_size)
     torch.manual_seed(config.seed)  # the same model on every worker
-    return _Training(task, config, run_dir, place, reader, reporter, order or planned_order(config), draw=draw)
+    return _Training(task, config, run_dir, place, reader, callback, order or planned_order(config), draw=draw)
 
 
 class _Training:
     """One worker's part in a run."""
 
     def __init__(
-        self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, reporter: Reporter,
+        self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, callback: Callback,
         order: TrainingOrder, *, draw: bool,
     ):  # fmt: skip
         """Builds everything as it is at step 0; nothing is written yet."""
         started = time.perf_counter()
         self._task, self._config, self._run_dir = task, config, run_dir
-        self._place, self._reader, self._reporter, self._draw = place, reader, reporter, draw
+        self._place, self._reader, self._callback, self._draw = place, reader, callback, draw
         self._order, self._total_steps = order, order.total_steps(config.train)
         data = config.data
-        selected_on = data.val_split if config.train.select_on == "val" else data.test_split
-        self._selection = EvaluationStream(open_split(data.path, selected_on), data, place, reader)
+        self._selection = EvaluationStream(open_split(data.path, config.selecting_split), data, place, reader)
         self._device = torch.device(place.device)
         self._model = task.new_model()
         self._backbone = task.backbone.fingerprint(self._model)
@@ -246,7 +245,7 @@ class _Training:
             if self._draw and (picture := evaluation.picture(selection.split)) is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
         self._save(evaluation.metrics)
-        self._reporter({"epoch": self._epoch, "step": progress.step, **evaluation.metrics})
+        self._callback({"epoch": self._epoch, "step": progress.step, **evaluation.metrics})
 
     def finish(self, hparams: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Loads the best weights, evaluates test once, and writes the final report; see `finish_training`."""

@@ -161,12 +161,9 @@ def _read_trial(folder: Path, definition: SearchDefinition, trial: FrozenTrial) 
     own = trial_folder(folder, trial.number)
     result: dict[str, Any] = trial.user_attrs.get(RESULT, {})
     metric = definition.objectives[0].metric
-    split = definition.config.data.val_split if definition.config.train.select_on == "val" else None
-    curve = tuple(
-        (record["epoch"], record[metric])
-        for record in read_records(own)
-        if record["kind"] == "evaluation" and split in (None, record["split"]) and record.get(metric) is not None
-    )
+    evaluations = [record for record in read_records(own) if record["kind"] == "evaluation"]
+    selecting = [record for record in evaluations if record["split"] == definition.config.selecting_split]
+    curve = tuple((record["epoch"], record[metric]) for record in selecting if record.get(metric) is not None)
     return TrialResult(
         number=trial.number,
         state=_STATES[trial.state],

@@ -74,7 +74,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
     tally = _Tally(setting.objectives)
     folder = Path(assignment["runs"][0]["folder"])
 
-    def reporter(metrics: Mapping[str, Any]) -> None:
+    def callback(metrics: Mapping[str, Any]) -> None:
         report(asdict(tally.add(metrics)))
 
     try:
@@ -91,7 +91,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             place = single_place(config, setting.plan)
             with _alone(Run(folder, config)):
                 run_trial(
-                    _task(config, setting), config, folder, place=place, reader=_reader(config), reporter=reporter
+                    _task(config, setting), config, folder, place=place, reader=_reader(config), callback=callback
                 )
         report(asdict(replace(tally.report(), finished=True)))
     except Exception as error:
@@ -121,10 +121,9 @@ def finish(
 
 def evaluate_untrained(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
     """Returns the metrics of the model before any training, on the split that the best epoch is picked on."""
-    task, data = _task(config, setting), config.data
-    split = data.val_split if config.train.select_on == "val" else data.test_split
-    place = single_place(config, setting.plan)
-    return evaluate_split(task, config, task.untrained_model(), split, place=place, reader=_reader(config)).metrics
+    task, place = _task(config, setting), single_place(config, setting.plan)
+    model, split = task.untrained_model(), config.selecting_split
+    return evaluate_split(task, config, model, split, place=place, reader=_reader(config)).metrics
 
 
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
@@ -233,13 +232,13 @@ def _work(settings: dict[str, Any]) -> _Tally:
     if place.rank == 0:
         list(tally.catch_up())  # these workers may follow others that died
 
-    def reporter(metrics: Mapping[str, Any]) -> None:
+    def callback(metrics: Mapping[str, Any]) -> None:
         ray.train.report(asdict(tally.add(metrics)) if place.rank == 0 else {})  # only worker 0 is heard
 
     with plain_errors():
         run_trial(
             _task(config, settings["setting"], writable=place.device == "cpu"), config, Path(settings["run"]),
-            place=place, reader=ray_batches, reporter=reporter,
+            place=place, reader=ray_batches, callback=callback,
         )  # fmt: skip
     return tally
 

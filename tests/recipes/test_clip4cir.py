@@ -193,7 +193,7 @@ def test_the_criterion_picks_and_others_are_kept_too(composed, tmp_path):
     )  # fmt: skip
     seen = []
     report = run_training(
-        make_task(config), config, tmp_path, place=Place(), reader=local_batches, reporter=seen.append
+        make_task(config), config, tmp_path, place=Place(), reader=local_batches, callback=seen.append
     )
     assert report["objective"] == "geometric_mean"
     best = {

@@ -53,8 +53,8 @@ def finished(config, tmp_path_factory):
     return path, train(config, path)
 
 
-def train(config, path, reporter=lambda metrics: None):
-    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, reporter=reporter)
+def train(config, path, callback=lambda metrics: None):
+    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, callback=callback)
 
 
 def last_model(config, path):

@@ -24,12 +24,12 @@ class Stop(Exception):
 
 
 def run(config, path, stop_after=None):
-    def reporter(metrics):
+    def callback(metrics):
         if metrics["epoch"] == stop_after:
             raise Stop
 
     path.mkdir(exist_ok=True)
-    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, reporter=reporter)
+    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, callback=callback)
 
 
 def findings(path):

@@ -51,14 +51,14 @@ def test_a_run_of_steps_goes_on_to_the_bit(scenes, tmp_path):
     class Stop(Exception):
         pass
 
-    def reporter(metrics):
+    def callback(metrics):
         if metrics["step"] == 5:
             raise Stop
 
     config = settings(scenes, train__steps=13, train__eval_every_steps=5)
     whole = run(ToyTask(config), tmp_path / "whole")
     with pytest.raises(Stop):
-        run(ToyTask(config), tmp_path / "parts", reporter=reporter)
+        run(ToyTask(config), tmp_path / "parts", callback=callback)
     assert run(ToyTask(config), tmp_path / "parts")["metrics"] == whole["metrics"]
 
 

@@ -36,8 +36,8 @@ def settings(scenes, **changes):
     return build_config(recipe_config("harma-scenes"), {**SMALL, "data.path": str(scenes), **dotted})
 
 
-def run(config, path, reporter=lambda metrics: None, reader=local_batches):
-    return run_training(make_task(config), config, Path(path), place=Place(), reader=reader, reporter=reporter)
+def run(config, path, callback=lambda metrics: None, reader=local_batches):
+    return run_training(make_task(config), config, Path(path), place=Place(), reader=reader, callback=callback)
 
 
 def weights(config, path):
@@ -49,11 +49,11 @@ class Stop(Exception):
 
 
 def stop_after(epoch):
-    def reporter(metrics):
+    def callback(metrics):
         if metrics["epoch"] == epoch:
             raise Stop
 
-    return reporter
+    return callback
 
 
 @pytest.fixture(scope="module")
@@ -327,11 +327,11 @@ from test_loop import run, settings
 from pathlib import Path
 from harma_ray.errors import UserError
 config = settings({str(scenes)!r})
-def reporter(metrics):
+def callback(metrics):
     if metrics["epoch"] == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 try:
-    run(config, Path({str(tmp_path)!r}), reporter)
+    run(config, Path({str(tmp_path)!r}), callback)
 except UserError as error:
     print("REFUSED", error)
 """

@@ -23,9 +23,9 @@ class Stop(Exception):
     pass
 
 
-def train(run, reporter=lambda metrics: None):
+def train(run, callback=lambda metrics: None):
     return run_training(
-        make_task(run.config), run.config, run.path, place=Place(), reader=local_batches, reporter=reporter
+        make_task(run.config), run.config, run.path, place=Place(), reader=local_batches, callback=callback
     )
 
 
@@ -33,7 +33,7 @@ def train(run, reporter=lambda metrics: None):
 def kept(scenes, tmp_path_factory):
     """A run that stopped after its first epoch."""
 
-    def reporter(metrics):
+    def callback(metrics):
         if metrics["epoch"] == 1:
             raise Stop
 
@@ -44,7 +44,7 @@ def kept(scenes, tmp_path_factory):
     })  # fmt: skip
     run = create_run(tmp_path_factory.mktemp("runs"), "kept", config)
     with pytest.raises(Stop):
-        train(run, reporter)
+        train(run, callback)
     return run
 
 

@@ -47,11 +47,11 @@ def work(rank, folder, data):
     )  # fmt: skip
     place = Place(rank=rank, world_size=2)
     for name, parts in RUNS.items():
-        for kind, reporter in parts:
+        for kind, callback in parts:
             with contextlib.suppress(Stop):
                 run_training(
                     kind(settings(data)), settings(data), Path(folder) / name, place=place, reader=local_batches,
-                    reporter=reporter or (lambda metrics: None),
+                    callback=callback or (lambda metrics: None),
                 )  # fmt: skip
             dist.barrier()
     dist.destroy_process_group()

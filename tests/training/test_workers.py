@@ -84,11 +84,11 @@ def train_in_two_parts(config, place, folder):
             raise Stop
 
     config = replace(config, train=replace(config.train, epochs=2))
-    for name, reporter in (("whole", None), ("parts", stop), ("parts", None)):
+    for name, callback in (("whole", None), ("parts", stop), ("parts", None)):
         with contextlib.suppress(Stop):
             run_training(
                 make_task(config), config, folder / name, place=place, reader=local_batches,
-                reporter=reporter or (lambda metrics: None),
+                callback=callback or (lambda metrics: None),
             )  # fmt: skip
         dist.barrier()
 
