@@ -13,26 +13,26 @@ import torch
 
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.order import planned_order
-from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.settings import build_config
 from harma_ray.training.optim import build_optimizer
-from harma_ray.training.step import autocast_of, default_place, train_step
+from harma_ray.training.step import autocast_of, local_worker, train_step
 from harma_ray.training.tracking import read_records
 
 
 def bare_loop(config, steps: int) -> list[float]:
     """Returns the seconds of each step after the first."""
-    place = default_place(config)
-    torch.set_num_threads(place.decode_threads)
-    task, device = make_task(config), torch.device(place.device)
+    worker = local_worker(config)
+    torch.set_num_threads(worker.decode_threads)
+    task, device = make_task(config), torch.device(worker.device)
     model = task.new_model().to(device).train()
     optimizer = build_optimizer(task.parameter_groups(model, config.optim), config.optim, device)
     stream = TrainingStream(
-        planned_order(config), task.transform(training=True), config.data, Place(device=place.device), local_batches
+        planned_order(config), task.transform(training=True), config.data, Worker(device=worker.device), local_batches
     ).steps(0, 1)
     batches = [next(stream) for _ in range(steps)]
     seconds = []

@@ -12,22 +12,22 @@ import torch
 
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.order import planned_order
-from harma_ray.data.stream import Place, TrainingStream, prefetched_batches
+from harma_ray.data.stream import TrainingStream, Worker, prefetched_batches
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.optim import build_optimizer
-from harma_ray.training.step import autocast_of, default_place, train_step
+from harma_ray.training.step import autocast_of, local_worker, train_step
 from harma_ray.vectors.features import with_features
 
 
-def seconds_of_epochs(config, place: Place, epochs: int) -> float:
+def seconds_of_epochs(config, worker: Worker, epochs: int) -> float:
     """Returns the seconds of some epochs, reading and steps, without evaluation; one step before is left out."""
-    task, device = make_task(config), torch.device(place.device)
+    task, device = make_task(config), torch.device(worker.device)
     model = task.new_model().to(device).train()
     optimizer = build_optimizer(task.parameter_groups(model, config.optim), config.optim, device)
     order = planned_order(config)
-    stream = TrainingStream(order, task.transform(training=True), config.data, place, prefetched_batches)
+    stream = TrainingStream(order, task.transform(training=True), config.data, worker, prefetched_batches)
     begin = 0.0
     for number, batch in enumerate(stream.steps(order.steps_per_epoch - 1, epochs + 1)):
         train_step(task, model, [batch], config.train, autocast_of(config.train, device))
@@ -60,12 +60,12 @@ def main() -> None:
         print(
             f"features of {options.triplets} triplets once, with a process's start: {time.perf_counter() - begin:.1f} s"
         )
-        place = default_place(anew)
-        torch.set_num_threads(place.decode_threads)
+        worker = local_worker(anew)
+        torch.set_num_threads(worker.decode_threads)
         seconds = {"anew": 0.0, "once": 0.0}
         for _ in range(2):  # in turns: the machine may be slower at one time than at another
             for kind, config in (("anew", anew), ("once", once)):
-                seconds[kind] += seconds_of_epochs(config, place, options.epochs)
+                seconds[kind] += seconds_of_epochs(config, worker, options.epochs)
     rates = {kind: 2 * options.epochs / value for kind, value in seconds.items()}
     print(f"epochs/s   encoding every epoch {rates['anew']:.3f}, features computed once {rates['once']:.3f}")
     print(f"ratio      {rates['once'] / rates['anew']:.1f}")

@@ -26,7 +26,7 @@ from harma_ray.resources import plan_trials
 from harma_ray.runs import create_run
 from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
-from harma_ray.training.step import default_place
+from harma_ray.training.step import local_worker
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
 from harma_ray.tune.space.parameters import Range
 
@@ -67,9 +67,9 @@ def pretrain(folder: Path, images: int) -> Path:
     """Trains a tiny CLIP whole on summer scenes, in this process, and returns its file."""
     config = build_config(recipe_config("scenes-pretrain"), {"data.path": str(folder / "summer")})
     run = create_run(folder, "pretrain", config)
-    place = default_place(config)
-    torch.set_num_threads(place.decode_threads)
-    run_training(make_task(config), config, run.path, place=place, reader=local_batches)
+    worker = local_worker(config)
+    torch.set_num_threads(worker.decode_threads)
+    run_training(make_task(config), config, run.path, worker=worker, loader=local_batches)
     return export_checkpoint(run, "open_clip", folder / "backbone.safetensors")
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from harma_ray.config import DataConfig
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.order import chunk_samples, iterate_slices, read_samples, training_order
-from harma_ray.data.stream import DecodeRows, Place, TrainingStream
+from harma_ray.data.stream import DecodeRows, TrainingStream, Worker
 from harma_ray.data.transforms import PUBLISHED
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes.harma.task import PairTransform
@@ -57,9 +57,9 @@ def main() -> None:
         order = training_order(split, seed=0, global_batch_size=100, shuffle_window_mb=256)
         rates: dict[str, list[float]] = {"ray": [], "loader": []}
         starts = []
-        place = Place(decode_threads=options.cores)
+        worker = Worker(decode_threads=options.cores)
         for _ in range(3):
-            stream = TrainingStream(order, transform, DataConfig(), place, ray_batches).steps(0, 2)
+            stream = TrainingStream(order, transform, DataConfig(), worker, ray_batches).steps(0, 2)
             next(stream)
             begin = time.perf_counter()
             for step in range(1, order.steps_per_epoch):

@@ -170,7 +170,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     Args:
         file: A run's folder (its best checkpoint), a checkpoint's folder, an adapter file (``.safetensors``), or a
             released HarMA ``.pth``, which holds its own backbone and says how wide its adapters are. None = no file:
-            the recipe's backbone as it is, see `Task.untrained_model`.
+            the recipe's backbone as it is, see `Task.baseline_model`.
         config: Settings that the weights were trained with.
 
     Returns:
@@ -181,7 +181,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     """
     if file is None:
         make_task(config).require_backbone()
-        return make_task(config).untrained_model().eval()
+        return make_task(config).baseline_model().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()

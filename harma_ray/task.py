@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from harma_ray.config import OptimConfig, RunConfig
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
-from harma_ray.data.stream import EvaluationStream, Place
+from harma_ray.data.stream import EvaluationStream, Worker
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.backbone import Backbone
@@ -129,7 +129,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """Returns the model on CPU around a backbone of its own."""
         return self.build_model(self.backbone.build(writable=self.trains_backbone))
 
-    def untrained_model(self) -> ModelT:
+    def baseline_model(self) -> ModelT:
         """Returns the model that a training is measured against: the pretrained part, without what is random yet."""
         return self.new_model()
 
@@ -169,7 +169,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
         return ()
 
-    def parallelise(self, model: nn.Module, place: Place) -> nn.Module:
+    def parallelise(self, model: nn.Module, worker: Worker) -> nn.Module:
         """Returns what the steps call where there are several workers: it averages gradients over them.
 
         By default every worker holds all of the model. One that is too large for that is spread over them by
@@ -177,9 +177,9 @@ class Task(ABC, Generic[ConfigT, ModelT]):
 
         Args:
             model: The model on this worker's device; its parameters may be replaced by their parts, in place.
-            place: This worker.
+            worker: This worker.
         """
-        return replicate(model, place.device)
+        return replicate(model, worker.device)
 
     def parameter_groups(self, model: ModelT, optim: OptimConfig) -> list[ParameterGroup]:
         """Returns the trainable parameters, in groups; by default those whose names have a mark are not decayed."""

@@ -15,7 +15,7 @@ from harma_ray.data.identity import data_identity
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import META_NAME
@@ -25,7 +25,7 @@ from harma_ray.training.step import evaluate_split
 @pytest.fixture(scope="module")
 def details(random_run):
     evaluation = evaluate_split(
-        random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
+        random_run.task, random_run.config, random_run.load_model(), "test", worker=Worker(), loader=local_batches
     )
     return evaluation.retrieval
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harma_ray.config import TrainConfig
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.exchange import load_model
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
@@ -31,8 +31,8 @@ def config(scenes):
 
 
 def train(config, path, device, callback=lambda metrics: None):
-    place = Place(device=device)
-    return run_training(make_task(config), config, path, place=place, reader=local_batches, callback=callback)
+    worker = Worker(device=device)
+    return run_training(make_task(config), config, path, worker=worker, loader=local_batches, callback=callback)
 
 
 def losses(path):
@@ -69,8 +69,8 @@ def test_weights_from_a_gpu_give_the_same_figures_on_the_cpu(config, tmp_path):
 
 
 def evaluate(config, weights, device):
-    model, place = load_model(weights, config), Place(device=device)
-    return evaluate_split(make_task(config), config, model, "val", place=place, reader=local_batches)
+    model, worker = load_model(weights, config), Worker(device=device)
+    return evaluate_split(make_task(config), config, model, "val", worker=worker, loader=local_batches)
 
 
 def test_figures_on_a_gpu_are_fp32_unless_bf16_is_asked_for(config, tmp_path):

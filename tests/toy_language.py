@@ -157,5 +157,5 @@ class PackedTask(ToyTask):
 class SpreadTask(PackedTask):
     """The same, its parameters spread over the workers."""
 
-    def parallelise(self, model, place):
-        return shard(model, model.blocks, place.device)
+    def parallelise(self, model, worker):
+        return shard(model, model.blocks, worker.device)

@@ -24,7 +24,7 @@ from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.settings import build_config
 from harma_ray.shell import command_line
-from harma_ray.training.step import default_place, evaluate_split
+from harma_ray.training.step import evaluate_split, local_worker
 
 SOURCE_STYLE, TARGET_STYLE = "summer", "winter"
 SOURCE_COUNTS = {"train": 2000, "val": 200}
@@ -73,16 +73,16 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dic
 def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
     config = adapted.config
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, tuning="none"))
-    task, place = make_task(frozen), default_place(config)
-    torch.set_num_threads(place.decode_threads)
+    task, worker = make_task(frozen), local_worker(config)
+    torch.set_num_threads(worker.decode_threads)
     rows, results = [], {}
     for split in ("val", "test"):
-        before = evaluate_split(task, frozen, task.new_model(), split, place=place, reader=local_batches)
+        before = evaluate_split(task, frozen, task.new_model(), split, worker=worker, loader=local_batches)
         chance = before.chance()
         after = adapted.report["metrics"][split]
         results = {"chance": chance, "step 0": before.metrics, "adapted": after}
         rows += [[split, kind, *(metrics[name] for name in _METRICS)] for kind, metrics in results.items()]
-    evaluation = evaluate_split(adapted.task, config, adapted.load_model(), "test", place=place, reader=local_batches)
+    evaluation = evaluate_split(adapted.task, config, adapted.load_model(), "test", worker=worker, loader=local_batches)
     picture = out / "retrievals.png"
     sheet = evaluation.picture(open_split(config.data.path, "test"))
     assert sheet is not None

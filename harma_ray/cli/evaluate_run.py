@@ -26,7 +26,7 @@ from harma_ray.recipes import make_task
 from harma_ray.report.evaluation import comparison_section, comparison_table, results_table, write_report
 from harma_ray.task import require_query
 from harma_ray.training.checkpoint import META_NAME, list_checkpoints, read_meta
-from harma_ray.training.step import default_place, evaluate_split
+from harma_ray.training.step import evaluate_split, local_worker
 from harma_ray.training.tracking import read_records
 
 
@@ -70,8 +70,8 @@ def evaluate_and_print(
         with ray_cluster(address) as cluster:
             evaluation = evaluate_on_workers(config, file, split, cluster)
     else:
-        place = default_place(config)
-        evaluation = evaluate_split(task, config, model, split, place=place, reader=local_batches)
+        worker = local_worker(config)
+        evaluation = evaluate_split(task, config, model, split, worker=worker, loader=local_batches)
     compared = evaluation.by_query if query == "all" else {}
     if query and query != "all":
         evaluation = evaluation.by_query[query]

@@ -28,7 +28,7 @@ from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import KIND, Finding, standing_findings
-from harma_ray.training.step import default_place, parameters_without_gradient
+from harma_ray.training.step import local_worker, parameters_without_gradient
 from harma_ray.training.tracking import read_records
 from harma_ray.vectors.features import with_features
 
@@ -188,11 +188,11 @@ def check_gradients(config: RunConfig) -> None:
         UserError: If there are some.
     """
     config = absolute_paths(config)
-    prepared, place = prepare(config), default_place(config)
+    prepared, worker = prepare(config), local_worker(config)
     print_notices(prepared.notices)
-    alone = WorkerPlan(1, place.decode_threads, float(place.device != "cpu"))
+    alone = WorkerPlan(1, worker.decode_threads, float(worker.device != "cpu"))
     print("\n".join(header_lines(dataclasses.replace(prepared, workers=alone))), flush=True)
-    without = parameters_without_gradient(prepared.task, prepared.order, config, place, local_batches)
+    without = parameters_without_gradient(prepared.task, prepared.order, config, worker, local_batches)
     if without:
         raise UserError(f"{len(without)} trainable parameters got no gradient: {', '.join(without)}")
     print("one step done: every trainable parameter got a gradient")

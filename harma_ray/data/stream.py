@@ -1,6 +1,6 @@
 """Streams of batches: every worker sees its own samples, in an order fixed beforehand (see `harma_ray.data.order`).
 
-Who reads is a parameter: `harma_ray.on_ray.stream.ray_batches` reads with Ray Data tasks ahead of the worker;
+The loader is a parameter: `harma_ray.on_ray.stream.ray_batches` reads with Ray Data tasks ahead of the worker;
 `local_batches` reads in the process itself. A training stream is one execution over all remaining steps of a run, so
 an epoch after the first starts at once. Batches are checked against the order.
 """
@@ -35,8 +35,8 @@ from harma_ray.errors import UserError
 
 
 @dataclass(frozen=True)
-class Place:
-    """One worker among its peers."""
+class Worker:
+    """One of the processes of a training or an evaluation."""
 
     rank: int = 0
     world_size: int = 1
@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Batches:
-    """How a reader turns rows into batches."""
+    """How a loader turns rows into batches."""
 
     batch_size: int
     decode: DecodeRows
@@ -64,7 +64,8 @@ class Batches:
         return {name: torch.as_tensor(array) for name, array in self.decode(table).items()}
 
 
-Reader = Callable[[IndexedSplit, Sequence[Chunk], Batches], Iterator[Batch]]
+Loader = Callable[[IndexedSplit, Sequence[Chunk], Batches], Iterator[Batch]]
+"""Yields batches of rows, in the order of the chunks that they are read from."""
 
 
 def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
@@ -97,18 +98,20 @@ def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batch
 class TrainingStream:
     """One worker's training batches."""
 
-    def __init__(self, order: TrainingOrder, transform: RowTransform, config: DataConfig, place: Place, reader: Reader):
+    def __init__(
+        self, order: TrainingOrder, transform: RowTransform, config: DataConfig, worker: Worker, loader: Loader
+    ):
         """Prepares a stream; nothing is read yet.
 
         Args:
             order: Order of the samples.
             transform: Turns rows into arrays.
             config: How to stream.
-            place: This worker; the number of workers must divide the global batch.
-            reader: Who reads.
+            worker: This worker; the number of workers must divide the global batch.
+            loader: Makes batches of rows.
         """
-        self.order, self._config, self._place, self._reader = order, config, place, reader
-        self._decode = DecodeRows(transform, order.seed, place.decode_threads)
+        self.order, self._config, self._worker, self._loader = order, config, worker, loader
+        self._decode = DecodeRows(transform, order.seed, worker.decode_threads)
 
     def steps(self, start_step: int, num_epochs: int, num_parts: int = 1) -> Generator[Batch, None, None]:
         """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end.
@@ -118,8 +121,8 @@ class TrainingStream:
             num_epochs: Epochs of the whole run.
             num_parts: Batches of each step; this worker's share must divide by it.
         """
-        place, per_epoch = self._place, self.order.steps_per_epoch
-        share = self.order.global_batch_size // place.world_size
+        worker, per_epoch = self._worker, self.order.steps_per_epoch
+        share = self.order.global_batch_size // worker.world_size
         chunk_steps = max(1, chunk_samples(self.order.index, self._config.chunk_mb) // share)
         chunks = []
         for epoch in range(start_step // per_epoch, num_epochs):
@@ -127,17 +130,17 @@ class TrainingStream:
             for part in iterate_slices(per_epoch - first, chunk_steps):
                 start, stop = first + part.start, first + part.stop
                 rows = (stop - start) * share
-                chunks.append(TrainingChunk(epoch, place.rank, place.world_size, start, stop, rows))
+                chunks.append(TrainingChunk(epoch, worker.rank, worker.world_size, start, stop, rows))
         if not chunks:
             return
         expected, expected_epoch = np.empty(0), -1
         size = share // num_parts
-        how = Batches(size, self._decode, place.device, self._config)
-        for number, batch in enumerate(self._reader(self.order, chunks, how), start_step * num_parts):
+        how = Batches(size, self._decode, worker.device, self._config)
+        for number, batch in enumerate(self._loader(self.order, chunks, how), start_step * num_parts):
             step, part = divmod(number, num_parts)
             epoch = step // per_epoch
             if epoch != expected_epoch:
-                expected = self.order.worker_samples(epoch, place.rank, place.world_size)
+                expected = self.order.worker_samples(epoch, worker.rank, worker.world_size)
                 expected_epoch = epoch
             _check_order(batch, expected[step % per_epoch, part * size : (part + 1) * size])
             yield batch
@@ -146,10 +149,10 @@ class TrainingStream:
 class EvaluationStream:
     """One worker's rows of a split, each exactly once over all workers."""
 
-    def __init__(self, split: Split, config: DataConfig, place: Place, reader: Reader):
+    def __init__(self, split: Split, config: DataConfig, worker: Worker, loader: Loader):
         """Prepares a stream; nothing is read yet. Arguments as for `TrainingStream`."""
-        self.split, self._config, self._place, self._reader = split, config, place, reader
-        self.rows = worker_rows(split.manifest.rows, place.rank, place.world_size)
+        self.split, self._config, self._worker, self._loader = split, config, worker, loader
+        self.rows = worker_rows(split.manifest.rows, worker.rank, worker.world_size)
 
     @functools.cached_property
     def _source(self) -> IndexedSplit:
@@ -166,10 +169,10 @@ class EvaluationStream:
         size = chunk_samples(self._source.index, self._config.chunk_mb)
         chunks = [RowsChunk(self.rows[part]) for part in iterate_slices(len(self.rows), size)]
         how = Batches(
-            batch_size, DecodeRows(transform, 0, self._place.decode_threads), self._place.device, self._config
+            batch_size, DecodeRows(transform, 0, self._worker.decode_threads), self._worker.device, self._config
         )
         done = 0
-        for batch in self._reader(self._source, chunks, how):
+        for batch in self._loader(self._source, chunks, how):
             rows = self.rows[done : done + len(batch["row"])]
             _check_order(batch, np.stack([rows, np.zeros_like(rows)], axis=1))
             done += len(rows)
@@ -219,4 +222,4 @@ def _to_device(batch: Batch, device: str) -> Batch:
 def _check_order(batch: Batch, expected: np.ndarray) -> None:
     seen = torch.stack([batch["row"], batch["caption"]], dim=1).cpu().numpy()
     if not np.array_equal(seen, expected):
-        raise RuntimeError("the reader delivered samples in another order than planned; the stream cannot be trusted")
+        raise RuntimeError("the loader delivered samples in another order than planned; the stream cannot be trusted")

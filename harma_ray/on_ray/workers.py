@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from harma_ray.config import OnDisk, RunConfig
-from harma_ray.data.stream import Place
+from harma_ray.data.stream import Worker
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.evaluation import Evaluation
 from harma_ray.exchange import load_model
@@ -196,7 +196,7 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     from harma_ray.on_ray.stream import ray_batches
 
-    config, place = enter_worker(settings)
+    config, worker = enter_worker(settings)
     with plain_errors():
         prepared: Prepared = settings["prepared"]
         return run_training(
@@ -204,8 +204,8 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             config,
             Path(settings["run"]),
             order=prepared.order,
-            place=place,
-            reader=ray_batches,
+            worker=worker,
+            loader=ray_batches,
             callback=ray.train.report,
         )
 
@@ -213,14 +213,14 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 def _evaluation_worker(settings: dict[str, Any]) -> Evaluation:
     from harma_ray.on_ray.stream import ray_batches
 
-    config, place = enter_worker(settings)
+    config, worker = enter_worker(settings)
     with plain_errors():
         model = load_model(settings["file"], config)
-        return evaluate_split(make_task(config), config, model, settings["split"], place=place, reader=ray_batches)
+        return evaluate_split(make_task(config), config, model, settings["split"], worker=worker, loader=ray_batches)
 
 
-def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
-    """Sets up a worker's process: its threads, its device; returns the run's settings and the worker's place."""
+def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Worker]:
+    """Sets up a worker's process: its threads, its device; returns the run's settings and which worker it is."""
     import ray.train
     from ray.train.torch import get_device
 
@@ -233,13 +233,13 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Place]:
     torch.set_num_threads(config.train.threads or threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    place = Place(
+    worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=str(device),
         decode_threads=config.data.decode_threads or threads,
     )
-    return config, place
+    return config, worker
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class HealthWatch:
         self._longest = max(1, (total_steps - warmup_steps) // 2)
         self._recent: deque[tuple[int, dict[str, float]]] = deque()
         self._equal_since: int | None = None
-        self._untrained: float | None = None
+        self._baseline: float | None = None
         self._best: tuple[float, float] | None = None
         self._standing: dict[str, Finding] = {}
 
@@ -166,24 +166,24 @@ class HealthWatch:
         if value is None:
             return None
         if record["step"] == 0:
-            self._untrained = value
+            self._baseline = value
             return None
         if self._best is None or is_better(objective, value, self._best[0]):
             self._best = (value, record["epoch"])
-        if self._untrained is None:
+        if self._baseline is None:
             return None
         standing, what = self._standing.get("epochs"), f"{record['split']} {objective}"
         best, epoch = self._best
-        if is_better(objective, best, self._untrained):
+        if is_better(objective, best, self._baseline):
             return standing and Finding(
                 standing.problem, standing.since,
-                f"epoch {epoch:g} is better than the untrained model ({what} {best:.2f} against {self._untrained:.2f})",
+                f"epoch {epoch:g} is better than the untrained model ({what} {best:.2f} against {self._baseline:.2f})",
                 over=True,
             )  # fmt: skip
         if standing is None and record["step"] >= self._total_steps / 2:
             return Finding(
                 "no better than untrained", 0,
-                f"no epoch is better than the untrained model ({what} {self._untrained:.2f}; the best since, in epoch "
+                f"no epoch is better than the untrained model ({what} {self._baseline:.2f}; the best since, in epoch "
                 f"{epoch:g}, {best:.2f})", self._advice,
             )  # fmt: skip
         return None

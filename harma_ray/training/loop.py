@@ -1,7 +1,7 @@
 """The training loop. It does not know who runs it.
 
-It is given its place among the workers, a reader for its streams, and a callback for every evaluation: that of Ray
-Train, of a Ray Tune trial, or none. What it finds in the run's folder decides where it starts.
+It is given which worker it is, a loader of batches, and a callback for every evaluation: that of Ray Train, of a Ray
+Tune trial, or none. What it finds in the run's folder decides where it starts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harma_ray.config import RunConfig
 from harma_ray.data.identity import data_identity, require_same_data, used_splits
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.splits import list_splits, open_split
-from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
+from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Worker
 from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
@@ -65,8 +65,8 @@ def run_training(
     config: RunConfig,
     run_dir: Path,
     *,
-    place: Place,
-    reader: Reader,
+    worker: Worker,
+    loader: Loader,
     callback: Callback = lambda metrics: None,
     order: TrainingOrder | None = None,
 ) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def run_training(
         task: What is trained.
         config: All settings; the run's folder holds them too.
         run_dir: The run's folder, the same for all workers.
-        place: This worker.
-        reader: Who reads the shards.
+        worker: This worker.
+        loader: Makes batches of rows.
         callback: Called after every evaluation.
         order: Of the samples, if it is planned already.
 
@@ -88,7 +88,7 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
-    with contextlib.closing(_start(task, config, run_dir, place, reader, callback, order=order)) as training:
+    with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, order)) as training:
         if not training.resume():
             training.evaluate_and_save()
         training.train()
@@ -96,7 +96,7 @@ def run_training(
 
 
 def run_trial(
-    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader, callback: Callback
+    task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader, callback: Callback
 ) -> None:
     """Trains as `run_training` does, but only what a search compares: the selecting split after each epoch.
 
@@ -104,14 +104,14 @@ def run_trial(
     is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are
     those of `run_training`.
     """
-    with contextlib.closing(_start(task, config, run_dir, place, reader, callback, draw=False)) as training:
+    with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, draw=False)) as training:
         if not training.resume() and not training.can_train:
             training.evaluate_and_save()
         training.train()
 
 
 def finish_training(
-    task: Task, config: RunConfig, run_dir: Path, *, place: Place, reader: Reader,
+    task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader,
     hparams: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Ends a run where it stands: evaluates test once, with the best weights so far, and writes ``report.json``.
@@ -119,41 +119,35 @@ def finish_training(
     Arguments, result and errors are those of `run_training`; `hparams` are the settings that TensorBoard's HParams page
     shows (None: all).
     """
-    with contextlib.closing(_start(task, config, run_dir, place, reader)) as training:
+    with contextlib.closing(_Training(task, config, run_dir, worker, loader)) as training:
         training.resume()
         return training.finish(hparams)
-
-
-def _start(
-    task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader,
-    callback: Callback = lambda metrics: None, *, draw: bool = True, order: TrainingOrder | None = None,
-) -> _Training:  # fmt: skip
-    check_batch(task, place.world_size)
-    torch.manual_seed(config.seed)  # the same model on every worker
-    return _Training(task, config, run_dir, place, reader, callback, order or planned_order(config), draw=draw)
 
 
 class _Training:
     """One worker's part in a run."""
 
     def __init__(
-        self, task: Task, config: RunConfig, run_dir: Path, place: Place, reader: Reader, callback: Callback,
-        order: TrainingOrder, *, draw: bool,
+        self, task: Task, config: RunConfig, run_dir: Path, worker: Worker, loader: Loader,
+        callback: Callback = lambda metrics: None, order: TrainingOrder | None = None, *, draw: bool = True,
     ):  # fmt: skip
         """Builds everything as it is at step 0; nothing is written yet."""
+        check_batch(task, worker.world_size)
+        torch.manual_seed(config.seed)  # the same model on every worker
+        order = order or planned_order(config)
         started = time.perf_counter()
         self._task, self._config, self._run_dir = task, config, run_dir
-        self._place, self._reader, self._callback, self._draw = place, reader, callback, draw
+        self._worker, self._loader, self._callback, self._draw = worker, loader, callback, draw
         self._order, self._total_steps = order, order.total_steps(config.train)
         data = config.data
-        self._selection = EvaluationStream(open_split(data.path, config.selecting_split), data, place, reader)
-        self._device = torch.device(place.device)
+        self._selection = EvaluationStream(open_split(data.path, config.selecting_split), data, worker, loader)
+        self._device = torch.device(worker.device)
         self._model = task.new_model()
         self._backbone = task.backbone.fingerprint(self._model)
         self._model.to(self._device)
-        self._forward = wrap_model(task, self._model, config.train, place)
+        self._forward = wrap_model(task, self._model, config.train, worker)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._state = TrainState(task.parameter_groups(self._model, config.optim), config, self._total_steps, place)
+        self._state = TrainState(task.parameter_groups(self._model, config.optim), config, self._total_steps, worker)
         self._autocast = autocast_of(config.train, self._device)
         self._identity = data_identity(data.path, used_splits(config))
         self._tracker: Tracker | None = None  # worker 0 keeps the record
@@ -164,7 +158,7 @@ class _Training:
         checkpoints = list_checkpoints(self._run_dir)
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
         notices = [] if last is None else self._restore(last)
-        if self._place.rank == 0:
+        if self._worker.rank == 0:
             last_step = self._progress.step if last else None
             self._tracker = Tracker(self._run_dir, last_step, health_watch(self._task, self._total_steps))
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
@@ -188,9 +182,9 @@ class _Training:
         if not self.can_train:
             return
         stream = TrainingStream(
-            self._order, self._task.transform(training=True), self._config.data, self._place, self._reader
+            self._order, self._task.transform(training=True), self._config.data, self._worker, self._loader
         )
-        meter, parts = Meter(train.global_batch_size, self._place.world_size), num_batches(self._task)
+        meter, parts = Meter(train.global_batch_size, self._worker.world_size), num_batches(self._task)
         epochs = math.ceil(self._total_steps / self._order.steps_per_epoch)
         with contextlib.closing(stream.steps(progress.step, epochs, parts)) as batches:
             for step_batches in timed(zip(*[batches] * parts, strict=True), meter):
@@ -255,7 +249,7 @@ class _Training:
         selected = self._evaluate(self._selection)
         results = {selected_on: selected.metrics}
         if data.test_split != selected_on and data.test_split in list_splits(data.path):
-            test = EvaluationStream(open_split(data.path, data.test_split), data, self._place, self._reader)
+            test = EvaluationStream(open_split(data.path, data.test_split), data, self._worker, self._loader)
             results[data.test_split] = self._evaluate(test).metrics
         report = self._report(best, results)
         if self._tracker is not None:
@@ -299,7 +293,7 @@ class _Training:
     def _save(self, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
         state = self._state.state_dict()
-        if self._place.rank == 0:
+        if self._worker.rank == 0:
             config, step = self._config, self._progress.step
             meta = CheckpointMeta(
                 step, self._epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe,

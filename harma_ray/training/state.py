@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from harma_ray.config import RunConfig
-from harma_ray.data.stream import Place
+from harma_ray.data.stream import Worker
 from harma_ray.distributed import gather_rows
 from harma_ray.parallel import spread_like, whole
 from harma_ray.task import ParameterGroup
@@ -36,20 +36,20 @@ class Progress:
 class TrainState:
     """One worker's part of the state of a training."""
 
-    def __init__(self, groups: Sequence[ParameterGroup], config: RunConfig, total_steps: int, place: Place):
+    def __init__(self, groups: Sequence[ParameterGroup], config: RunConfig, total_steps: int, worker: Worker):
         """Makes the state of step 0, and gives this worker random numbers of its own.
 
         Args:
             groups: What is trained, see `harma_ray.task.Task.parameter_groups`.
             config: Settings.
             total_steps: Steps of the whole training.
-            place: This worker.
+            worker: This worker.
         """
-        self.device, self.place, self._seed = torch.device(place.device), place, config.seed
+        self.device, self.worker, self._seed = torch.device(worker.device), worker, config.seed
         self.optimizer = build_optimizer(groups, config.optim, self.device)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps)
         self.progress = Progress()
-        _seed_worker(config.seed, place.rank)
+        _seed_worker(config.seed, worker.rank)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of all workers but the progress, which `progress_dict` gives; called on every worker."""
@@ -99,7 +99,7 @@ class TrainState:
         self._load_optimizer(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.progress = Progress(**{entry.name: progress[entry.name] for entry in fields(Progress)})
-        rank, workers, on_gpu = self.place.rank, self.place.world_size, self.device.type == "cuda"
+        rank, workers, on_gpu = self.worker.rank, self.worker.world_size, self.device.type == "cuda"
         _seed_worker(self._seed, rank, self.progress.step)  # stays that of a worker that was not there
         # A row of a matrix starts in the middle of its storage, which torch 2.15 does not heed: it reads past the end.
         if rank < len(state["rng"]):

@@ -18,7 +18,7 @@ from harma_ray.config import OptimConfig, RunConfig, TrainConfig
 from harma_ray.data.order import TrainingOrder
 from harma_ray.data.samples import Batch
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import EvaluationStream, Place, Reader, TrainingStream
+from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Worker
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.models.precision import full_precision
@@ -90,7 +90,7 @@ def update_weights(
     if not torch.stack([*losses.values(), grad_norm.to(state.device)]).isfinite().all():
         terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
         raise TrainingDiverged(
-            f"the loss or its gradient is not finite at step {state.progress.step + 1} on worker {state.place.rank} "
+            f"the loss or its gradient is not finite at step {state.progress.step + 1} on worker {state.worker.rank} "
             f"({terms}, grad_norm={float(grad_norm)}); start a new run with a lower optim.learning_rate, with "
             "optim.clip_grad_norm, or with train.precision=fp32"
         )
@@ -133,10 +133,10 @@ def train_step(
     return {name: term.detach() for name, term in terms.items()}
 
 
-def wrap_model(task: Task, model: nn.Module, train: TrainConfig, place: Place) -> nn.Module:
+def wrap_model(task: Task, model: nn.Module, train: TrainConfig, worker: Worker) -> nn.Module:
     """Returns what a step calls: the model, compiled if asked for, its gradients averaged over the workers."""
     forward: Any = torch.compile(model) if train.compile else model
-    return task.parallelise(forward, place) if place.world_size > 1 else forward
+    return task.parallelise(forward, worker) if worker.world_size > 1 else forward
 
 
 def trains_in_bf16(train: TrainConfig, device: torch.device) -> bool:
@@ -162,22 +162,22 @@ def evaluating(train: TrainConfig, device: torch.device) -> Iterator[None]:
 
 
 def parameters_without_gradient(
-    task: Task, order: TrainingOrder, config: RunConfig, place: Place, reader: Reader
+    task: Task, order: TrainingOrder, config: RunConfig, worker: Worker, loader: Loader
 ) -> list[str]:
     """Runs one forward and backward pass and returns the trainable parameters that got no gradient."""
-    model = task.new_model().to(place.device)
-    stream = TrainingStream(order, task.transform(training=True), config.data, place, reader)
+    model = task.new_model().to(worker.device)
+    stream = TrainingStream(order, task.transform(training=True), config.data, worker, loader)
     parts = num_batches(task)
     batches = stream.steps(0, 1, parts)
     task.random = np.random.default_rng(config.seed)
     first = [next(batches) for _ in range(parts)]
-    train_step(task, model.train(), first, config.train, autocast_of(config.train, torch.device(place.device)))
+    train_step(task, model.train(), first, config.train, autocast_of(config.train, torch.device(worker.device)))
     batches.close()
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def evaluate_split(
-    task: Task, config: RunConfig, model: nn.Module, split: str, *, place: Place, reader: Reader
+    task: Task, config: RunConfig, model: nn.Module, split: str, *, worker: Worker, loader: Loader
 ) -> Evaluation:
     """Evaluates a model on a split.
 
@@ -186,12 +186,12 @@ def evaluate_split(
         config: Settings; ``data.path`` is the data set.
         model: The unwrapped model; it is moved to the worker's device.
         split: Name of the split.
-        place: This worker.
-        reader: Who reads the shards.
+        worker: This worker.
+        loader: Makes batches of rows.
     """
-    device = torch.device(place.device)
+    device = torch.device(worker.device)
     model.to(device).eval()
-    stream = EvaluationStream(open_split(config.data.path, split), config.data, place, reader)
+    stream = EvaluationStream(open_split(config.data.path, split), config.data, worker, loader)
     with evaluating(config.train, device):
         return task.evaluate(model, stream)
 
@@ -262,8 +262,8 @@ class Meter:
         self._tokens: list[Tensor] = []
 
 
-def default_place(config: RunConfig) -> Place:
-    """Returns the place of a single worker in this process: a GPU if there is one and it is not refused.
+def local_worker(config: RunConfig) -> Worker:
+    """Returns the only worker, which is this process: on a GPU if there is one and it is not refused.
 
     Raises:
         UserError: If a GPU is asked for and there is none.
@@ -272,4 +272,4 @@ def default_place(config: RunConfig) -> Place:
     use_gpu = torch.cuda.is_available() if config.scaling.use_gpu is None else config.scaling.use_gpu
     if use_gpu and not torch.cuda.is_available():
         raise UserError("`scaling.use_gpu` is true, but torch finds no GPU here; use --cpu")
-    return Place(device="cuda" if use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)
+    return Worker(device="cuda" if use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)

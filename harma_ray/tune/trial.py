@@ -22,7 +22,7 @@ import ray
 import torch
 
 from harma_ray.config import RunConfig
-from harma_ray.data.stream import Place, Reader, prefetched_batches
+from harma_ray.data.stream import Loader, Worker, prefetched_batches
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
 from harma_ray.on_ray.workers import enter_worker, on_workers, plain_errors
@@ -88,10 +88,10 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             if setting.plan.num_workers > 1:
                 tally = _run_on_workers(folder, config, setting, tally)
                 continue
-            place = single_place(config, setting.plan)
+            worker = single_worker(config, setting.plan)
             with _alone(Run(folder, config)):
                 run_trial(
-                    _task(config, setting), config, folder, place=place, reader=_reader(config), callback=callback
+                    _task(config, setting), config, folder, worker=worker, loader=_loader(config), callback=callback
                 )
         report(asdict(replace(tally.report(), finished=True)))
     except Exception as error:
@@ -114,16 +114,16 @@ def finish(
     """Ends a trial's run: test is evaluated with its best weights. One worker is enough; returns the final report."""
     with _alone(Run(folder, config)):
         return finish_training(
-            _task(config, setting), config, folder, place=single_place(config, setting.plan), reader=_reader(config),
+            _task(config, setting), config, folder, worker=single_worker(config, setting.plan), loader=_loader(config),
             hparams=hparams,
         )  # fmt: skip
 
 
 def evaluate_untrained(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
     """Returns the metrics of the model before any training, on the split that the best epoch is picked on."""
-    task, place = _task(config, setting), single_place(config, setting.plan)
-    model, split = task.untrained_model(), config.selecting_split
-    return evaluate_split(task, config, model, split, place=place, reader=_reader(config)).metrics
+    task, worker = _task(config, setting), single_worker(config, setting.plan)
+    model, split = task.baseline_model(), config.selecting_split
+    return evaluate_split(task, config, model, split, worker=worker, loader=_loader(config)).metrics
 
 
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[
     prepare_folder(folder, config, setting)
     with _alone(Run(folder, config)):
         return run_training(
-            _task(config, setting), config, folder, place=single_place(config, setting.plan), reader=_reader(config)
+            _task(config, setting), config, folder, worker=single_worker(config, setting.plan), loader=_loader(config)
         )
 
 
@@ -154,13 +154,13 @@ def past_evaluations(folder: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def single_place(config: RunConfig, plan: WorkerPlan) -> Place:
-    """Returns the place of a trial of one worker, and gives torch its share of the machine."""
+def single_worker(config: RunConfig, plan: WorkerPlan) -> Worker:
+    """Returns the only worker of a trial, which is this process, and gives torch its share of the machine."""
     threads = max(1, int(plan.cpus_per_worker))
     torch.set_num_threads(config.train.threads or threads)
     if plan.use_gpu and not torch.cuda.is_available():
         raise UserError("Ray gave this trial a GPU, but torch finds none; check the driver, or use --cpu")
-    return Place(device="cuda" if plan.use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)
+    return Worker(device="cuda" if plan.use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)
 
 
 class _Tally:
@@ -227,18 +227,18 @@ def _work(settings: dict[str, Any]) -> _Tally:
 
     from harma_ray.on_ray.stream import ray_batches
 
-    config, place = enter_worker(settings)
+    config, worker = enter_worker(settings)
     tally: _Tally = settings["tally"]
-    if place.rank == 0:
+    if worker.rank == 0:
         list(tally.catch_up())  # these workers may follow others that died
 
     def callback(metrics: Mapping[str, Any]) -> None:
-        ray.train.report(asdict(tally.add(metrics)) if place.rank == 0 else {})  # only worker 0 is heard
+        ray.train.report(asdict(tally.add(metrics)) if worker.rank == 0 else {})  # only worker 0 is heard
 
     with plain_errors():
         run_trial(
-            _task(config, settings["setting"], writable=place.device == "cpu"), config, Path(settings["run"]),
-            place=place, reader=ray_batches, callback=callback,
+            _task(config, settings["setting"], writable=worker.device == "cpu"), config, Path(settings["run"]),
+            worker=worker, loader=ray_batches, callback=callback,
         )  # fmt: skip
     return tally
 
@@ -252,7 +252,7 @@ def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -
     return task
 
 
-def _reader(config: RunConfig) -> Reader:
+def _loader(config: RunConfig) -> Loader:
     if config.data.decode == "worker":
         return prefetched_batches
     from harma_ray.on_ray.stream import ray_batches

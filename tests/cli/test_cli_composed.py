@@ -357,8 +357,8 @@ def test_a_combiner_that_nobody_trained_is_never_scored(capsys, composed, tuned,
     assert "must be one of sum, image, text for this model" in refused(
         capsys, "evaluate", *command, "--query", "combiner"
     )
-    untrained = make_task(small(composed, "scenes-cir-combiner")).untrained_model()
-    assert {name.split(".")[0] for name, _ in untrained.named_parameters()} == {"encoder"}
+    baseline = make_task(small(composed, "scenes-cir-combiner")).baseline_model()
+    assert {name.split(".")[0] for name, _ in baseline.named_parameters()} == {"encoder"}
 
 
 def test_a_second_stage_is_evaluated_with_the_sum_too(capsys, composed, tuned, paired, tmp_path):

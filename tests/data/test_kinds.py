@@ -26,7 +26,7 @@ from harma_ray.data.manifest import Manifest
 from harma_ray.data.order import training_order
 from harma_ray.data.samples import RowTransform
 from harma_ray.data.splits import index_rows, open_split
-from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
+from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 
 
@@ -140,11 +140,11 @@ def test_a_new_kind_is_counted_and_streamed(split):
     assert index.num_samples.tolist() == [len(row["said"]) for row in rows]
     assert index.binary_bytes >= sum(len(photo) for row in rows for photo in row["photos"])
     order = training_order(split, seed=3, global_batch_size=13, shuffle_window_mb=1)
-    (batch,) = TrainingStream(order, LettersAndPhotos(), DataConfig(), Place(), local_batches).steps(0, 1)
+    (batch,) = TrainingStream(order, LettersAndPhotos(), DataConfig(), Worker(), local_batches).steps(0, 1)
     seen = list(zip(batch["row"].tolist(), batch["caption"].tolist(), strict=True))
     assert sorted(seen) == [(row, said) for row in range(10) for said in range(len(rows[row]["said"]))]
     assert batch["letters"].tolist() == [len(rows[row]["said"][said]) for row, said in seen]
-    batches = EvaluationStream(split, DataConfig(), Place(), local_batches).batches(LettersAndPhotos(), batch_size=4)
+    batches = EvaluationStream(split, DataConfig(), Worker(), local_batches).batches(LettersAndPhotos(), batch_size=4)
     assert [row for batch in batches for row in batch["row"].tolist()] == list(range(10))
 
 

@@ -8,7 +8,7 @@ import torch
 from harma_ray.config import DataConfig
 from harma_ray.data.order import training_order
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
+from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
 
@@ -20,9 +20,9 @@ def transform():
     return make_task(recipe_config("harma-scenes")).transform(training=True)
 
 
-def stream(scenes, transform, *, world_size=1, rank=0, reader=local_batches, config=CONFIG):
+def stream(scenes, transform, *, world_size=1, rank=0, loader=local_batches, config=CONFIG):
     order = training_order(open_split(scenes, "train"), seed=3, global_batch_size=8, shuffle_window_mb=256)
-    return TrainingStream(order, transform, config, Place(rank, world_size), reader)
+    return TrainingStream(order, transform, config, Worker(rank, world_size), loader)
 
 
 def collect(batches):
@@ -67,8 +67,8 @@ def test_evaluation_yields_every_row_once(scenes, world_size):
     split = open_split(scenes, "val")
     rows = []
     for rank in range(world_size):
-        place = Place(rank, world_size)
-        for batch in EvaluationStream(split, CONFIG, place, local_batches).batches(transform, batch_size=4):
+        worker = Worker(rank, world_size)
+        for batch in EvaluationStream(split, CONFIG, worker, local_batches).batches(transform, batch_size=4):
             rows += batch["row"].tolist()
     assert rows == list(range(13))
 
@@ -83,7 +83,7 @@ def test_a_reader_that_changes_the_order_is_found_out(scenes, transform):
         return local_batches(source, list(chunks)[::-1], how)
 
     with pytest.raises(RuntimeError, match="another order"):
-        list(stream(scenes, transform, reader=shuffled).steps(0, 1))
+        list(stream(scenes, transform, loader=shuffled).steps(0, 1))
 
 
 @pytest.mark.ray
@@ -94,7 +94,7 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
 
     config = replace(CONFIG, decode=decode)
     expected = list(stream(scenes, transform).steps(20, 3))
-    batches = list(stream(scenes, transform, reader=ray_batches, config=config).steps(20, 3))
+    batches = list(stream(scenes, transform, loader=ray_batches, config=config).steps(20, 3))
     assert len(batches) == len(expected) == 55
     for left, right in zip(expected, batches, strict=True):
         assert left.keys() == right.keys()
@@ -115,7 +115,7 @@ def test_a_stream_that_is_ahead_does_not_keep_a_core_busy(scenes, transform, ray
         return step(*arguments)
 
     monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", counted)
-    batches = stream(scenes, transform, reader=ray_batches).steps(0, 200)
+    batches = stream(scenes, transform, loader=ray_batches).steps(0, 200)
     next(batches)
     while len(steps) < 80:  # a loop that spins makes hundreds a second
         time.sleep(0.01)

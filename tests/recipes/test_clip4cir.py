@@ -15,7 +15,7 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.relative_captions import evaluation_text, training_texts
 from harma_ray.data.splits import Split, open_split
-from harma_ray.data.stream import EvaluationStream, Place, TrainingStream, local_batches
+from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, build_clip
 from harma_ray.models.composed import ComposedRetriever
@@ -66,7 +66,7 @@ def test_fine_tuning_trains_the_encoders_asked_for_and_no_scale(composed, encode
     every = {name for name, _ in model.clip.named_parameters() if name != "logit_scale"}
     image = {name for name in every if name.startswith("visual.")}
     assert trained == {"both": every, "text": every - image, "image": image}[encoder]
-    assert parameters_without_gradient(make_task(config), planned_order(config), config, Place(), local_batches) == []
+    assert parameters_without_gradient(make_task(config), planned_order(config), config, Worker(), local_batches) == []
 
 
 def test_batch_normalisation_stays_as_it_was_and_its_weights_are_trained():
@@ -150,7 +150,7 @@ def test_figures_of_an_evaluation_are_those_of_a_plain_loop(composed):
     config = settings(composed)
     task = make_task(config)
     model = task.new_model()
-    evaluation = evaluate_split(task, config, model, "val", place=Place(), reader=local_batches)
+    evaluation = evaluate_split(task, config, model, "val", worker=Worker(), loader=local_batches)
     split = open_split(composed, "val")
     table, names = split.queries().to_pylist(), split.read(["source"]).column("source").to_pylist()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_the_criterion_picks_and_others_are_kept_too(composed, tmp_path):
     )  # fmt: skip
     seen = []
     report = run_training(
-        make_task(config), config, tmp_path, place=Place(), reader=local_batches, callback=seen.append
+        make_task(config), config, tmp_path, worker=Worker(), loader=local_batches, callback=seen.append
     )
     assert report["objective"] == "geometric_mean"
     best = {
@@ -244,7 +244,7 @@ def test_the_gallery_is_encoded_once_if_the_image_encoder_is_frozen(composed):
         read.append(source.split.name)
         return local_batches(source, chunks, how)
 
-    first, second = (evaluate_split(task, config, model, "val", place=Place(), reader=counting) for _ in range(2))
+    first, second = (evaluate_split(task, config, model, "val", worker=Worker(), loader=counting) for _ in range(2))
     assert first.metrics == second.metrics
     assert read == ["val"]
 
@@ -259,7 +259,7 @@ def test_a_frozen_gallery_is_encoded_once_under_a_combiner_too(composed):
 
     model = task.new_model()
     for _ in range(2):
-        evaluate_split(task, config, model, "val", place=Place(), reader=counting)
+        evaluate_split(task, config, model, "val", worker=Worker(), loader=counting)
     assert read == ["val"]
 
 
@@ -285,7 +285,7 @@ def test_workers_draw_dropout_of_their_own(composed):
     for rank, seed in ((0, 0), (1, 0), (0, 0), (0, 1)):
         seeded = replace(config, seed=seed)
         task = make_task(seeded)
-        TrainState(task.parameter_groups(task.new_model(), seeded.optim), seeded, 10, Place(rank=rank, world_size=2))
+        TrainState(task.parameter_groups(task.new_model(), seeded.optim), seeded, 10, Worker(rank=rank, world_size=2))
         states.append(torch.rand(8))
     assert torch.equal(states[0], states[2])
     assert not torch.equal(states[0], states[1])
@@ -302,7 +302,7 @@ def test_accumulation_draws_the_same_dropout_twice(composed):
         task = make_task(config)
         model = task.new_model().train()
         stream = TrainingStream(
-            planned_order(config), task.transform(training=True), config.data, Place(), local_batches
+            planned_order(config), task.transform(training=True), config.data, Worker(), local_batches
         )
         batches = stream.steps(0, 1)
         batch = next(batches)
@@ -334,7 +334,7 @@ def test_accumulation_draws_the_same_dropout_twice(composed):
 
 def test_a_combiner_builds_on_what_fine_tuning_left(composed, tmp_path):
     config = settings(composed)
-    run_training(make_task(config), config, tmp_path, place=Place(), reader=local_batches)
+    run_training(make_task(config), config, tmp_path, worker=Worker(), loader=local_batches)
     last = list_checkpoints(tmp_path)[-1]
     second = settings(composed, "scenes-cir-combiner", model__tuned=str(last))
     tuned = make_task(second).new_model()
@@ -373,7 +373,7 @@ def test_queries_without_targets_or_with_unknown_images_are_told(composed, tmp_p
     split = open_split(composed, "val")
     config = settings(composed)
     hidden = without(split, tmp_path, target=None)
-    stream = EvaluationStream(hidden, config.data, Place(), local_batches)
+    stream = EvaluationStream(hidden, config.data, Worker(), local_batches)
     task = make_task(config)
     with pytest.raises(UserError, match=r"1 of 5 queries of .* have no target.*launch.py predict"):
         task.evaluate(task.new_model(), stream)

@@ -7,7 +7,7 @@ import torch
 
 from harma_ray.data.order import planned_order
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model
 from harma_ray.models.weights import backbone_fingerprint
@@ -54,7 +54,7 @@ def finished(config, tmp_path_factory):
 
 
 def train(config, path, callback=lambda metrics: None):
-    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, callback=callback)
+    return run_training(make_task(config), config, path, worker=Worker(), loader=local_batches, callback=callback)
 
 
 def last_model(config, path):
@@ -65,7 +65,7 @@ def last_model(config, path):
 
 def first_batch(config):
     transform = make_task(config).transform(training=True)
-    stream = TrainingStream(planned_order(config), transform, config.data, Place(), local_batches)
+    stream = TrainingStream(planned_order(config), transform, config.data, Worker(), local_batches)
     return next(stream.steps(0, 1))
 
 
@@ -92,7 +92,7 @@ def test_training_moves_what_is_declared_and_nothing_else(config, finished):
 
 
 def test_every_declared_parameter_gets_a_gradient(config):
-    assert parameters_without_gradient(make_task(config), planned_order(config), config, Place(), local_batches) == []
+    assert parameters_without_gradient(make_task(config), planned_order(config), config, Worker(), local_batches) == []
 
 
 def test_the_same_seed_builds_the_same_model(config):

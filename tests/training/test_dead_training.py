@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harma_ray.cli.train_run import print_report
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.models.backbones import build_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.report.evaluation import write_report
@@ -29,7 +29,7 @@ def run(config, path, stop_after=None):
             raise Stop
 
     path.mkdir(exist_ok=True)
-    return run_training(make_task(config), config, path, place=Place(), reader=local_batches, callback=callback)
+    return run_training(make_task(config), config, path, worker=Worker(), loader=local_batches, callback=callback)
 
 
 def findings(path):

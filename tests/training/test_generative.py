@@ -10,7 +10,7 @@ from torch import nn
 from toy_language import PackedTask, ToyTask, register, toy_config
 
 from harma_ray.data.order import planned_order
-from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.settings import build_config, config_hash, to_dict
 from harma_ray.training.loop import run_training
@@ -26,7 +26,7 @@ def settings(scenes, **changes):
 
 
 def run(task, folder, **more):
-    return run_training(task, task.config, folder, place=Place(), reader=local_batches, **more)
+    return run_training(task, task.config, folder, worker=Worker(), loader=local_batches, **more)
 
 
 def steps_and_epochs(folder):
@@ -103,7 +103,7 @@ def test_a_task_groups_its_parameters_as_it_likes(scenes, tmp_path):
 
 def first_parts(task, parts):
     stream = TrainingStream(
-        planned_order(task.config), task.transform(training=True), task.config.data, Place(), local_batches
+        planned_order(task.config), task.transform(training=True), task.config.data, Worker(), local_batches
     )
     batches = stream.steps(3, 1, parts)
     found = [next(batches) for _ in range(parts)]

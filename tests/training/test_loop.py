@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harma_ray.config import OptimConfig
 from harma_ray.data.order import planned_order
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.exchange import load_model
 from harma_ray.models.weights import backbone_fingerprint
@@ -36,8 +36,8 @@ def settings(scenes, **changes):
     return build_config(recipe_config("harma-scenes"), {**SMALL, "data.path": str(scenes), **dotted})
 
 
-def run(config, path, callback=lambda metrics: None, reader=local_batches):
-    return run_training(make_task(config), config, Path(path), place=Place(), reader=reader, callback=callback)
+def run(config, path, callback=lambda metrics: None, loader=local_batches):
+    return run_training(make_task(config), config, Path(path), worker=Worker(), loader=loader, callback=callback)
 
 
 def weights(config, path):
@@ -156,7 +156,7 @@ def test_a_run_resumes_inside_an_epoch_bit_for_bit(finished, scenes, tmp_path):
 
     told = []
     with pytest.raises(Stop):
-        run(often, tmp_path, lambda _: told.append(last_seconds(tmp_path)), reader=ends_after_13_steps)
+        run(often, tmp_path, lambda _: told.append(last_seconds(tmp_path)), loader=ends_after_13_steps)
     assert read_meta(list_checkpoints(tmp_path)[-1]).step == 12
     assert last_seconds(tmp_path) > told[-1] > told[0] == 0  # those of steps 11 and 12 too
     run(often, tmp_path)
@@ -184,7 +184,7 @@ def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
     config = settings(scenes, loss__center_factor=0.1)
     task = make_task(config)
     order = training_order(open_split(scenes, "train"), seed=0, global_batch_size=20, shuffle_window_mb=256)
-    batch = next(TrainingStream(order, task.transform(training=True), config.data, Place(), local_batches).steps(0, 1))
+    batch = next(TrainingStream(order, task.transform(training=True), config.data, Worker(), local_batches).steps(0, 1))
     gradients = []
     for parts in (1, 3):
         model = task.new_model()
@@ -221,7 +221,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(scenes, tmp_path):
             return {**terms, "spoiled": terms["contrastive"].sub(terms["contrastive"].detach()).sqrt()}  # 0, slope inf
 
     with pytest.raises(TrainingDiverged, match=r"step 1 on worker 0 \(.*spoiled=0\.0, grad_norm=(nan|inf)"):
-        run_training(Spoiled(), config, tmp_path, place=Place(), reader=local_batches)
+        run_training(Spoiled(), config, tmp_path, worker=Worker(), loader=local_batches)
 
 
 def test_an_import_cannot_be_trained_on(random_run):
@@ -273,7 +273,7 @@ def test_zero_shot_trains_nothing_and_reports_the_backbone(scenes, tmp_path):
 )
 def test_every_trainable_parameter_gets_a_gradient(scenes, changes):
     config = settings(scenes, **changes)
-    assert parameters_without_gradient(make_task(config), planned_order(config), config, Place(), local_batches) == []
+    assert parameters_without_gradient(make_task(config), planned_order(config), config, Worker(), local_batches) == []
 
 
 def test_a_parameter_without_a_gradient_is_found(scenes):
@@ -289,7 +289,7 @@ def test_a_parameter_without_a_gradient_is_found(scenes):
             model.forgotten = torch.nn.Parameter(torch.zeros(1))
             return model
 
-    assert parameters_without_gradient(Careless(), planned_order(config), config, Place(), local_batches) == [
+    assert parameters_without_gradient(Careless(), planned_order(config), config, Worker(), local_batches) == [
         "forgotten"
     ]
 
@@ -314,7 +314,7 @@ def test_recall_does_not_depend_on_the_batch_size(finished):
     for size in (1, 5):
         sized = replace(config, train=replace(config.train, eval_batch_size=size))
         model = load_model(path / report["checkpoint"], sized)
-        evaluation = evaluate_split(make_task(sized), sized, model, "test", place=Place(), reader=local_batches)
+        evaluation = evaluate_split(make_task(sized), sized, model, "test", worker=Worker(), loader=local_batches)
         assert evaluation.metrics == report["metrics"]["test"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from toy_language import ToyTask, register, toy_config
 
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.runs import Run
@@ -43,7 +43,7 @@ def trained(scenes, tmp_path, monkeypatch):
     changes = {"data.path": str(scenes), "train.epochs": 5, "train.early_stopping_patience": 2}
     config = build_config(toy_config(), changes)
     task = ToldTask(config, [3.0, 2.0, 1.0, 1.5, 1.25, 9.0, 9.0])
-    return Run(tmp_path, config), run_training(task, config, tmp_path, place=Place(), reader=local_batches)
+    return Run(tmp_path, config), run_training(task, config, tmp_path, worker=Worker(), loader=local_batches)
 
 
 def test_the_lowest_loss_is_the_best_epoch_and_is_kept_and_patience_counts_from_it(trained):

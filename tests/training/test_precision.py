@@ -12,7 +12,7 @@ from harma_ray.api import load_run
 from harma_ray.config import TrainConfig
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.tasks import map_serially
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config
@@ -44,7 +44,7 @@ def run_of(scenes, composed, tmp_path_factory):
 def embeddings(run, **changes):
     config = build_config(run.config, {name.replace("__", "."): value for name, value in changes.items()})
     details = evaluate_split(
-        make_task(config), config, run.load_model(), "val", place=Place(), reader=local_batches
+        make_task(config), config, run.load_model(), "val", worker=Worker(), loader=local_batches
     ).retrieval
     return details.text_embeddings if hasattr(details, "text_embeddings") else details.query_embeddings
 
@@ -101,7 +101,7 @@ def test_training_in_bf16_picks_its_best_epoch_by_figures_in_what_was_asked_for(
         recipe_config("harma-scenes"), {**small, "train.precision": "bf16", "train.eval_precision": asked}
     )
     task = Watched(make_task(config))
-    report = run_training(task, config, tmp_path, place=Place(), reader=local_batches)
+    report = run_training(task, config, tmp_path, worker=Worker(), loader=local_batches)
     assert task.seen == {"losses": {True}, "evaluate": {asked == "bf16"}}
     assert report["eval_precision"] == asked
     records = [record for record in read_records(tmp_path) if record["kind"] == "evaluation"]

@@ -9,7 +9,7 @@ from command_line import done, refused
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run, create_run
@@ -25,7 +25,7 @@ class Stop(Exception):
 
 def train(run, callback=lambda metrics: None):
     return run_training(
-        make_task(run.config), run.config, run.path, place=Place(), reader=local_batches, callback=callback
+        make_task(run.config), run.config, run.path, worker=Worker(), loader=local_batches, callback=callback
     )
 
 

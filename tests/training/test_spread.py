@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from toy_language import PackedTask, SpreadTask, toy_config
 
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state
 from harma_ray.training.loop import run_training
@@ -45,12 +45,12 @@ def work(rank, folder, data):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
         timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
-    place = Place(rank=rank, world_size=2)
+    worker = Worker(rank=rank, world_size=2)
     for name, parts in RUNS.items():
         for kind, callback in parts:
             with contextlib.suppress(Stop):
                 run_training(
-                    kind(settings(data)), settings(data), Path(folder) / name, place=place, reader=local_batches,
+                    kind(settings(data)), settings(data), Path(folder) / name, worker=worker, loader=local_batches,
                     callback=callback or (lambda metrics: None),
                 )  # fmt: skip
             dist.barrier()
@@ -77,7 +77,7 @@ def test_a_spread_model_has_the_losses_of_a_whole_one_and_each_goes_on_from_the_
 
 def test_workers_have_the_losses_of_one(trained, scenes, tmp_path):
     config = settings(str(scenes))
-    run_training(PackedTask(config), config, tmp_path, place=Place(), reader=local_batches)
+    run_training(PackedTask(config), config, tmp_path, worker=Worker(), loader=local_batches)
     for kind in ("step", "evaluation"):
         assert losses(trained / "whole", kind) == pytest.approx(losses(tmp_path, kind), rel=1e-4)
 

@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from harma_ray.data.stream import Place
+from harma_ray.data.stream import Worker
 from harma_ray.recipes import recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.state import TrainState
 
 
-def make(place):
+def make(worker):
     return TrainState(
         [{"params": [*torch.nn.Linear(2, 2).parameters()]}],
         build_config(recipe_config("harma-scenes"), {"seed": 3}),
         10,
-        place,
+        worker,
     )
 
 
@@ -20,7 +20,7 @@ def saved_by(num_workers, step=4):
     """The state of some workers after a step, and what each would draw next."""
     states, draws = [], []
     for rank in range(num_workers):
-        state = make(Place(rank=rank, world_size=num_workers))
+        state = make(Worker(rank=rank, world_size=num_workers))
         torch.rand(7)
         state.progress.step = step
         states.append((state.state_dict(), state.progress_dict()))
@@ -32,7 +32,7 @@ def saved_by(num_workers, step=4):
 def next_draws(state, progress, num_workers):
     draws, told = [], []
     for rank in range(num_workers):
-        told.append(make(Place(rank=rank, world_size=num_workers)).load_state_dict(state, progress))
+        told.append(make(Worker(rank=rank, world_size=num_workers)).load_state_dict(state, progress))
         draws.append(torch.rand(5))
     return draws, told
 
@@ -57,7 +57,7 @@ def test_with_other_workers_those_that_were_there_go_on_and_others_are_seeded_by
     assert torch.equal(torch.stack(again), torch.stack(draws))
     for rank in range(before, now):
         assert not torch.equal(later[rank], draws[rank])
-        make(Place(rank=rank, world_size=now))
+        make(Worker(rank=rank, world_size=now))
         assert not torch.equal(torch.rand(5), draws[rank])  # not what it drew at step 0
     for notices in told:
         assert len(notices) == 1

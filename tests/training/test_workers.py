@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from harma_ray.data.order import planned_order
-from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, read_meta
@@ -55,28 +55,28 @@ def moved_model(task):
     return model
 
 
-def losses_and_gradients(config, place):
+def losses_and_gradients(config, worker):
     task = make_task(config)
-    stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, place, local_batches)
+    stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, worker, local_batches)
     batches = stream.steps(3, 5)
     model = moved_model(task)
-    forward = wrap_model(task, model, config.train, place)
+    forward = wrap_model(task, model, config.train, worker)
     terms = train_step(task, forward, [next(batches)], config.train, autocast_of(config.train, torch.device("cpu")))
     batches.close()
     return terms, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def figures(config, place, batch_size=4):
+def figures(config, worker, batch_size=4):
     config = replace(config, train=replace(config.train, eval_batch_size=batch_size))
     task = make_task(config)
-    return evaluate_split(task, config, moved_model(task), "val", place=place, reader=local_batches).metrics
+    return evaluate_split(task, config, moved_model(task), "val", worker=worker, loader=local_batches).metrics
 
 
 class Stop(Exception):
     pass
 
 
-def train_in_two_parts(config, place, folder):
+def train_in_two_parts(config, worker, folder):
     """Trains one run without a stop, and one that is stopped after its first epoch and goes on."""
 
     def stop(metrics):
@@ -87,7 +87,7 @@ def train_in_two_parts(config, place, folder):
     for name, callback in (("whole", None), ("parts", stop), ("parts", None)):
         with contextlib.suppress(Stop):
             run_training(
-                make_task(config), config, folder / name, place=place, reader=local_batches,
+                make_task(config), config, folder / name, worker=worker, loader=local_batches,
                 callback=callback or (lambda metrics: None),
             )  # fmt: skip
         dist.barrier()
@@ -100,10 +100,10 @@ def work(rank, num_workers, folder, data):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_workers,
         timeout=datetime.timedelta(seconds=90),
     )  # fmt: skip
-    place = Place(rank=rank, world_size=num_workers)
-    result = {case: losses_and_gradients(settings(data, case), place) for case in CASES}
-    result["figures"] = {case: figures(settings(data, case), place) for case in MEASURED}
-    train_in_two_parts(settings(data, "full"), place, Path(folder))
+    worker = Worker(rank=rank, world_size=num_workers)
+    result = {case: losses_and_gradients(settings(data, case), worker) for case in CASES}
+    result["figures"] = {case: figures(settings(data, case), worker) for case in MEASURED}
+    train_in_two_parts(settings(data, "full"), worker, Path(folder))
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -125,7 +125,7 @@ def results(request, tmp_path_factory, data):
 @pytest.mark.parametrize("case", CASES)
 def test_workers_give_the_losses_and_gradients_of_one(results, data, case):
     config = settings(data, case)
-    terms, gradients = losses_and_gradients(replace(config, train=replace(config.train, accumulation=1)), Place())
+    terms, gradients = losses_and_gradients(replace(config, train=replace(config.train, accumulation=1)), Worker())
     for result in results:
         found_terms, found = result[case]
         assert found.keys() == gradients.keys()
@@ -139,7 +139,7 @@ def test_workers_give_the_losses_and_gradients_of_one(results, data, case):
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_workers_give_the_figures_of_one(results, data, case):
-    expected = figures(settings(data, case), Place(), batch_size=13)
+    expected = figures(settings(data, case), Worker(), batch_size=13)
     assert len(expected) >= 14
     for result in results:
         assert result["figures"][case] == expected

@@ -13,7 +13,7 @@ import pytest
 from ray import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
@@ -155,7 +155,7 @@ def test_test_is_evaluated_once_for_the_best(real, ray_cluster):
     assert set(found.final) == {"val", "test"}
     assert found.final["val"]["r_mean"] == results.best_trial.values[0]
     task = make_task(config)
-    expected = evaluate_split(task, config, task.new_model(), "val", place=Place(), reader=local_batches)
+    expected = evaluate_split(task, config, task.new_model(), "val", worker=Worker(), loader=local_batches)
     assert found.untrained == expected.metrics
     finish_best(results.folder, found, setting, config)
     assert report.stat().st_mtime_ns == written

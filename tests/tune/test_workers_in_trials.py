@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.on_ray.cluster import ray_cluster as start_cluster
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
@@ -71,7 +71,7 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
     for trial in results.trials:
         alone = tmp_path / f"alone-{trial.number}"
         own = space.settings(dict(trial.params))
-        run_trial(make_task(own), own, alone, place=Place(), reader=local_batches, callback=lambda metrics: None)
+        run_trial(make_task(own), own, alone, worker=Worker(), loader=local_batches, callback=lambda metrics: None)
         curve = [record["r_mean"] for record in read_records(alone) if record["kind"] == "evaluation"]
         assert [value for _, value in trial.curve] == pytest.approx(curve[: len(trial.curve)], abs=1e-6)
         assert len(trial.curve) == (2 if trial.state == "complete" else 1)

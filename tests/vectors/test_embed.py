@@ -8,7 +8,7 @@ import torch
 
 from harma_ray.api import load_run
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import Place, local_batches
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
@@ -29,7 +29,7 @@ def images_of(scenes):
 
 def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_path, ray_cluster):
     evaluation = evaluate_split(
-        random_run.task, random_run.config, random_run.load_model(), "test", place=Place(), reader=local_batches
+        random_run.task, random_run.config, random_run.load_model(), "test", worker=Worker(), loader=local_batches
     )
     details, retriever = evaluation.retrieval, load_run(random_run.path, "cpu")
     summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4, num_actors=2)

@@ -13,7 +13,7 @@ from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.order import planned_order
 from harma_ray.data.relative_captions import training_texts
 from harma_ray.data.splits import Split, open_split
-from harma_ray.data.stream import Place, TrainingStream, local_batches
+from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
@@ -41,7 +41,7 @@ def cached(config, ray_cluster, tmp_path_factory):
 
 def first_batch(config):
     transform = make_task(config).transform(training=True)
-    batches = TrainingStream(planned_order(config), transform, config.data, Place(), local_batches).steps(0, 1)
+    batches = TrainingStream(planned_order(config), transform, config.data, Worker(), local_batches).steps(0, 1)
     batch = next(batches)
     batches.close()
     return batch
@@ -63,7 +63,7 @@ def test_an_evaluation_gives_the_figures_of_the_images(config, cached):
     model = make_task(config).new_model()
     for split in ("val", "test"):
         expected, found = (
-            evaluate_split(make_task(which), which, model, split, place=Place(), reader=local_batches)
+            evaluate_split(make_task(which), which, model, split, worker=Worker(), loader=local_batches)
             for which in (config, cached)
         )
         torch.testing.assert_close(found.retrieval.query_embeddings, expected.retrieval.query_embeddings)
@@ -74,7 +74,7 @@ def test_features_are_pictured_by_the_images_they_came_from(cached, composed, tm
     split = open_split(cached.data.path, "val")
     assert split.pictured == open_split(composed, "val")
     task = make_task(cached)
-    evaluation = evaluate_split(task, cached, task.new_model(), "val", place=Place(), reader=local_batches)
+    evaluation = evaluate_split(task, cached, task.new_model(), "val", worker=Worker(), loader=local_batches)
     assert evaluation.picture(split).width > 500
     assert evaluation.projection(split).thumbnails.shape == (30, 3, 32, 32)
     assert evaluation.sections(split)
@@ -110,7 +110,7 @@ def test_a_query_with_two_captions_keeps_its_four_texts(ray_cluster, tmp_path):
             torch.testing.assert_close(kept, texts, rtol=1e-4, atol=1e-5)
     assert {len(row["text_vectors"]) for row in rows} == {4}
     expected, found = (
-        evaluate_split(make_task(which), which, model, "val", place=Place(), reader=local_batches)
+        evaluate_split(make_task(which), which, model, "val", worker=Worker(), loader=local_batches)
         for which in (config, cached)
     )
     assert found.metrics == expected.metrics
@@ -150,7 +150,7 @@ def test_vectors_of_other_encoders_are_refused(cached):
     other = build_config(cached, {"seed": 1})
     task = make_task(other)
     with pytest.raises(UserError, match=r"come from other encoders or settings than the model's \(backbone differ\)"):
-        evaluate_split(task, other, task.new_model(), "val", place=Place(), reader=local_batches)
+        evaluate_split(task, other, task.new_model(), "val", worker=Worker(), loader=local_batches)
 
 
 def test_vectors_are_not_fine_tuned_on(cached):

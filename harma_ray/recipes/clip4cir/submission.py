@@ -21,7 +21,7 @@ from harma_ray.recipes.clip4cir.queries import compose
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.retrieval.ranking import Groups, top_k
 from harma_ray.task import Task, require_query
-from harma_ray.training.step import default_place, evaluating
+from harma_ray.training.step import evaluating, local_worker
 
 NUM_RESULTS, NUM_SUBSET_RESULTS = 50, 3
 """Names that a query has in the two files."""
@@ -62,12 +62,12 @@ def predict_cirr(
     opened = open_split(config.data.path, split)
     queries = ComposedQueries.of(opened)
     subsets = _members(opened, queries)
-    folder, model, place = output_path(out), load(), default_place(config)
+    folder, model, worker = output_path(out), load(), local_worker(config)
     assert isinstance(model, ComposedRetriever)
     query = query or task.queries(model)[0]
     require_query(task, model, query)
-    device = torch.device(place.device)
-    stream = EvaluationStream(opened, config.data, place, local_batches)
+    device = torch.device(worker.device)
+    stream = EvaluationStream(opened, config.data, worker, local_batches)
     with evaluating(config.train, device):
         features, texts = task.encode(model.to(device).eval(), stream, queries)
         vectors = compose(model, features, texts, queries, query, batch_size=config.train.eval_batch_size)

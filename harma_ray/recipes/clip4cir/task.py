@@ -137,7 +137,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
                 combiner = Combiner(encoder.embedding_width, sizes.projection_dim, sizes.hidden_dim, sizes.dropout)
         return ComposedRetriever(encoder, combiner, trained=trained, chunk_size=self.config.train.eval_batch_size)
 
-    def untrained_model(self) -> ComposedRetriever:
+    def baseline_model(self) -> ComposedRetriever:
         """Returns CLIP on CPU, whose outputs are added: a Combiner that nobody trained is random."""
         model = self.new_model()
         model.combiner = None
