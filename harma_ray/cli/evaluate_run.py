@@ -1,4 +1,4 @@
-"""Evaluations, told to a person."""
+"""Evaluations, as they are printed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from harma_ray.data.identity import Identity, data_identity
 from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Evaluation
+from harma_ray.evaluation import Evaluation, Section
 from harma_ray.exchange import load_model
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import evaluate_on_workers
 from harma_ray.preflight import absolute_paths
 from harma_ray.recipes import make_task
-from harma_ray.report.evaluation import comparison_section, comparison_table, results_table, write_report
-from harma_ray.task import require_query
+from harma_ray.report.evaluation import FiguresTable, comparison_table, results_table, write_report
+from harma_ray.task import Task, require_query
 from harma_ray.training.checkpoint import META_NAME, list_checkpoints, read_meta
 from harma_ray.training.step import evaluate_split, local_worker
 from harma_ray.training.tracking import read_records
@@ -51,8 +51,7 @@ def evaluate_and_print(
         report: Folder of the page.
         num_workers: More than one need Ray.
         address: Cluster to join for that.
-        query: Whose figures, of a model that knows several kinds of queries; None = its own, ``all`` = beside its own
-            a table of all.
+        query: Whose figures, of a model that knows several kinds of queries; None = its own, ``all`` = a table too.
 
     Raises:
         UserError: If the weights, the split or the kind of queries does not fit.
@@ -70,18 +69,16 @@ def evaluate_and_print(
         with ray_cluster(address) as cluster:
             evaluation = evaluate_on_workers(config, file, split, cluster)
     else:
-        worker = local_worker(config)
-        evaluation = evaluate_split(task, config, model, split, worker=worker, loader=local_batches)
+        evaluation = evaluate_split(task, config, model, split, worker=local_worker(config), loader=local_batches)
     compared = evaluation.by_query if query == "all" else {}
-    if query and query != "all":
-        evaluation = evaluation.by_query[query]
+    evaluation = evaluation.by_query.get(query or "", evaluation)
     print(f"{data.path}: {data.describe()}, {config.train.eval_precision}, {time.perf_counter() - started:.1f} s")
     outcome = _print_figures(evaluation, compared, config, data, file)
     if figures:
         write_text(figures, json.dumps(outcome, indent=1))
         print(f"figures    {figures}")
     if folder:
-        print(f"report     {_write_page(folder, evaluation, outcome, config, data, model)}")
+        print(f"report     {_write_page(folder, evaluation, outcome, task, config, data, model)}")
     return outcome
 
 
@@ -89,13 +86,7 @@ def _print_figures(
     evaluation: Evaluation, compared: Mapping[str, Evaluation], config: RunConfig, data: Split, file: str | None
 ) -> dict[str, Any]:
     """Prints the tables of an evaluation and, if there are several kinds of queries, of them; returns the figures."""
-    intervals, chance = evaluation.intervals(), evaluation.chance()
-    if evaluation.note:
-        print(evaluation.note)
-    print(results_table(evaluation.metrics, intervals, chance))
     identity, trained_on = data_identity(config.data.path, [data.name])[data.name], _trained_on(file)
-    if trained_on and trained_on.get(data.name, identity) != identity:
-        print(f"notice: the run was begun on another `{data.name}` than this one")
     outcome: dict[str, Any] = {
         "split": data.name,
         "data": str(data.path),
@@ -104,16 +95,21 @@ def _print_figures(
         "trained_on": trained_on,
         "precision": config.train.eval_precision,
         "metrics": evaluation.metrics,
-        "interval_95": intervals,
-        "chance": chance,
+        "interval_95": evaluation.intervals(),
+        "chance": evaluation.chance(),
     }
+    if evaluation.note:
+        print(evaluation.note)
+    print(_results_table(outcome))
+    if trained_on and trained_on.get(data.name, identity) != identity:
+        print(f"notice: the run was begun on another `{data.name}` than this one")
     if evaluation.query:
         outcome["query"] = evaluation.query
     if compared:
         outcome["queries"] = {
             name: {"metrics": found.metrics, "interval_95": found.intervals()} for name, found in compared.items()
         }
-        print(f"\n{comparison_table(*_by_query(outcome))}")
+        print(f"\n{_comparison_table(outcome)}")
     return outcome
 
 
@@ -121,6 +117,7 @@ def _write_page(
     folder: Path,
     evaluation: Evaluation,
     outcome: Mapping[str, Any],
+    task: Task,
     config: RunConfig,
     data: Split,
     model: nn.Module,
@@ -128,28 +125,30 @@ def _write_page(
     """Writes the page of an evaluation whose figures are known; returns its file."""
     sections, file = evaluation.sections(data), outcome["weights"]
     if "queries" in outcome:
-        sections.insert(0, comparison_section(*_by_query(outcome)))
+        sections.insert(0, Section("queries", "Kinds of queries", _comparison_table(outcome).to_html()))
     about = f"{data.path.parent.name}/{data.name}: {data.describe()}"
     measured = f"measured in {config.train.eval_precision}"
     return write_report(
         folder,
         title=f"{config.recipe} on {data.name}",
         subtitle="; ".join(filter(None, [about, evaluation.note, measured])),
+        results=_results_table(outcome),
         sections=sections,
-        metrics=evaluation.metrics,
-        intervals=outcome["interval_95"],
-        chance=outcome["chance"],
         model=model,
         settings=dataclasses.asdict(config),
-        compared=make_task(config).metrics,
+        metrics=task.metrics,
         records=list(read_records(Path(file))) if file else [],
     )
 
 
-def _by_query(outcome: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the metrics and the intervals of every kind of queries."""
+def _results_table(outcome: Mapping[str, Any]) -> FiguresTable:
+    return results_table(outcome["metrics"], outcome["interval_95"], outcome["chance"])
+
+
+def _comparison_table(outcome: Mapping[str, Any]) -> FiguresTable:
     kinds = outcome["queries"].items()
-    return {name: kind["metrics"] for name, kind in kinds}, {name: kind["interval_95"] for name, kind in kinds}
+    metrics, intervals = ({name: kind[key] for name, kind in kinds} for key in ("metrics", "interval_95"))
+    return comparison_table(metrics, intervals)
 
 
 def _trained_on(file: str | None) -> Identity | None:

@@ -1,4 +1,4 @@
-"""Trainings, told to a person: what is about to happen, how it goes, where things are."""
+"""Trainings, as they are printed: what is about to happen, how it goes, where things are."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from rich.live import Live
 from rich.table import Table
 
 from harma_ray.tune.results import SearchResults, TrialResult
-from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.study import Event, Report
 
 _ENDED_SHOWN = 8
@@ -22,25 +21,23 @@ _LINE_SECONDS = 60
 
 
 class SearchProgress:
-    """Hears of events and shows them."""
+    """Shows events as they come."""
 
-    def __init__(self, past: SearchResults, definition: SearchDefinition, started: float):
+    def __init__(self, past: SearchResults, started: float):
         """Prepares; nothing is shown before the block is entered.
 
         Args:
             past: What earlier sessions found.
-            definition: The search.
             started: When the command started (``time.perf_counter``).
         """
-        self._definition, self._started = definition, started
-        self._objective = definition.objectives[0]
+        self._definition, self._objective, self._started = past.definition, past.objective, started
         self._events: dict[int, Event] = {}
         self._num_past = len([trial for trial in past.trials if trial.state != "running"])
         self._past_epochs = {trial.number: trial.epochs for trial in past.trials}
         self._past_seconds = past.seconds
         self._best = _event_of(past.best_trial)
         self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
-        self._told = self._began = time.perf_counter()
+        self._printed = self._began = time.perf_counter()
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> SearchProgress:
@@ -55,15 +52,15 @@ class SearchProgress:
             self._live.stop()
 
     def __call__(self, event: Event) -> None:
-        """Hears of an event."""
+        """Shows an event."""
         self._events[event.number] = event
         if event.state in ("complete", "stopped") and self._rank(event) > self._rank(self._best):
             self._best = event
         if event.state != "running":
             self._print(self._ended_line(event))
-        elif not self._console.is_terminal and time.perf_counter() - self._told > _LINE_SECONDS:
+        elif not self._console.is_terminal and time.perf_counter() - self._printed > _LINE_SECONDS:
             self._print(self._summary())
-            self._told = time.perf_counter()
+            self._printed = time.perf_counter()
 
     def _rank(self, event: Event | None) -> tuple[bool, float]:
         """Returns what the better of two ended trials has more of; a complete trial is better than a stopped one."""
@@ -141,7 +138,7 @@ class SearchProgress:
 def _event_of(trial: TrialResult | None) -> Event | None:
     if trial is None or not trial.values:
         return None
-    report = Report(epoch=trial.epochs, value=trial.values[0], values=trial.values, trained=trial.epochs)
+    report = Report(epoch=trial.epochs, value=trial.value, values=trial.values, trained=trial.epochs)
     return Event(trial.number, trial.state, dict(trial.params), report)
 
 

@@ -1,4 +1,4 @@
-"""What ``tune`` does, told to a person."""
+"""What ``tune`` does, and what it prints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def report_search(path: str | Path, out: str | Path | None = None) -> SearchResu
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {target} ({error.strerror}); choose another --out") from error
-    _conclude(target, definition, results)
+    _conclude(target, results)
     return results
 
 
@@ -155,8 +155,8 @@ def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
 def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
     given = {name: getattr(options, name) for name in ("trials", "hours", "epochs")}
     limits = dataclasses.replace(definition.limits, **{k: v for k, v in given.items() if v is not None})
-    least = definition.config.train.epochs * definition.seeds
-    if limits.epochs and limits.epochs < least:
+    if limits.epochs and limits.epochs < definition.trial_epochs:
+        least = definition.trial_epochs
         raise UserError(f"`--epochs` must be enough for one trial, {least} epochs, got {limits.epochs}")
     concurrent = definition.concurrent if options.concurrent is None else options.concurrent
     return dataclasses.replace(definition, limits=limits, concurrent=concurrent)
@@ -195,22 +195,20 @@ def _search(
     try:
         ready = _with_features(definition, folder, cluster)
         setting = prepare_trials(ready, plan)
-        with SearchProgress(read_search(folder, definition), definition, options.started) as progress:
+        with SearchProgress(read_search(folder, definition), options.started) as progress:
             results = run_search(folder, ready, plan, setting, progress)
-        drop_checkpoints(folder, definition, results)
+        drop_checkpoints(results)
         best = results.best_trial
         if best is None:
             raise UserError(f"no trial has ended within the limits; go on with: {results.resume_command}")
         try:
             print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
-            finish_best(folder, results, setting, ready.settings(best.params))
+            finish_best(results, setting, ready.settings(best.params))
             if options.confirm:
                 print(f"training the best and the published setting with {options.confirm} fresh seeds", flush=True)
-                failures = confirm(
-                    folder, ready, results, plan, setting, cluster, options.confirm, _tell(options.started)
-                )
+                failures = confirm(results, plan, setting, cluster, options.confirm, _print_timed(options.started))
         finally:
-            _conclude(folder, definition, read_search(folder, definition))
+            _conclude(folder, read_search(folder, definition))
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: {launch_command('tune', '--resume', folder)}")
         raise
@@ -226,7 +224,7 @@ def _with_features(definition: SearchDefinition, folder: Path, cluster: Cluster)
     return dataclasses.replace(definition, config=with_features(definition.config, folder, cluster))
 
 
-def _tell(started: float) -> Any:
+def _print_timed(started: float) -> Callable[[str], None]:
     return lambda line: print(f"[{time.perf_counter() - started:7.1f} s] {line}", flush=True)
 
 
@@ -259,31 +257,29 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     print(flush=True)
 
 
-def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults) -> None:
+def _conclude(folder: Path, results: SearchResults) -> None:
     """Writes the best setting and the report into a folder, and prints what was found."""
-    best_file = write_best(folder, definition, results)
+    best_file = write_best(folder, results)
     page = write_search_report(results, folder)
-    by_state = {state: sum(trial.state == state for trial in results.trials)
-                for state in ("complete", "stopped", "failed", "running")}  # fmt: skip
-    print(f"\n{len(results.trials)} trials: " + ", ".join(f"{n} {state}" for state, n in by_state.items() if n))
+    print(f"\n{len(results.trials)} trials: {results.counts}")
     trained, planned = results.ended_epochs
     if planned:
         spent = sum(trial.epochs for trial in results.trials)
         print(f"{spent:g} epochs trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' epochs")
-    objective = results.objectives[0]
+    objective = results.objective
     rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
     rows = [
         [trial.number, trial.state, trial.epochs, *(trial.values or ()), show_params(trial.params)]
-        for trial in sorted(rated, key=lambda trial: -objective.merit((trial.values or (math.nan,))[0]))[:5]
+        for trial in sorted(rated, key=lambda trial: -objective.merit(trial.value))[:5]
     ]
-    headers = ["trial", "", "epochs", *(target.metric for target in results.objectives), "settings"]
+    headers = ["trial", "", "epochs", *(target.metric for target in results.definition.objectives), "settings"]
     print(tabulate(rows, headers=headers, floatfmt=".2f"))
     for split, metrics in results.final.items():
         print(f"\n{results.final_title} on {split}\n{results_table(metrics)}")
     metric, best = objective.metric, results.best_trial
-    if metric in results.untrained:
-        print(f"\nbefore any training: {metric} {results.untrained[metric]:.2f} on the same split as the trials")
-        if best is not None and best.values and objective.merit(best.values[0] - results.untrained[metric]) <= 0:
+    if metric in results.baseline:
+        print(f"\nbefore any training: {metric} {results.baseline[metric]:.2f} on the same split as the trials")
+        if best is not None and objective.merit(best.value - results.baseline[metric]) <= 0:
             print("notice     no trial is better than the model before any training")
     _print_confirmations(results)
     print(f"\nreport     {page}")
@@ -297,7 +293,7 @@ def _conclude(folder: Path, definition: SearchDefinition, results: SearchResults
 
 
 def _print_confirmations(results: SearchResults) -> None:
-    metric = results.objectives[0].metric
+    metric = results.objective.metric
     names = [name for c in results.confirmations[:1] for name in c.metrics if name.split(" ")[1] == metric]
     rows = []
     for confirmation in results.confirmations:

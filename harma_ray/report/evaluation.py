@@ -10,7 +10,6 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
-from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics, Section
 from harma_ray.report import page
 from harma_ray.report.figures import draw_curves
@@ -35,41 +34,8 @@ _R_MEAN_LABELS = {
     "average_recall": "mean of R@10 and R@50",
 }
 """What r_mean is the mean of, by a metric that stands beside it."""
-_Groups = list[tuple[str, dict[str, list[str]]]]
-"""Title of a group, and its columns by title."""
 _VARIANTS = {"": "own pair right", "_text": "equal captions right too"}
-
-
-@dataclass(frozen=True)
-class _Results:
-    """The cells of the results table: two columns that name a metric, then groups of columns."""
-
-    names: list[str]
-    labels: list[str]
-    groups: _Groups
-
-    @staticmethod
-    def of(
-        metrics: Mapping[str, float],
-        intervals: Mapping[str, tuple[float, float]] | None,
-        chance: Mapping[str, float] | None,
-    ) -> _Results:
-        names = [name for name in metrics if not name.endswith("_text")]
-        groups = []
-        for suffix, title in _VARIANTS.items():
-            keys = [name + suffix for name in names]
-            if not any(key in metrics for key in keys):
-                continue
-            columns = {"%": [_percent(metrics.get(key)) for key in keys]}
-            if intervals:
-                columns["95 % CI"] = [_interval(intervals.get(key)) for key in keys]
-            if chance:
-                columns["chance"] = [_percent(chance.get(key)) for key in keys]
-            groups.append((title, columns))
-        if len(groups) == 1:
-            groups = [("", groups[0][1])]
-        mean = next((label for name, label in _R_MEAN_LABELS.items() if name in metrics), "")
-        return _Results(names, [mean if name == "r_mean" else _LABELS.get(name, "") for name in names], groups)
+_Bounds = Mapping[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -84,69 +50,27 @@ class ParameterRow:
     """Numbers that training changes."""
 
 
-def results_table(
-    metrics: Mapping[str, float],
-    intervals: Mapping[str, tuple[float, float]] | None = None,
-    chance: Mapping[str, float] | None = None,
-) -> str:
-    """Returns the recalls as a plain table of at most 100 columns, in percent.
+@dataclass(frozen=True)
+class FiguresTable:
+    """Figures of evaluations, for the terminal (``str``) and for a page."""
 
-    A metric and its duplicate-aware variant ``NAME_text``, for which equal captions are right too, share a row.
+    names: Mapping[str, list[str]]
+    """Columns of text by title."""
+    groups: Sequence[tuple[str, Mapping[str, list[str]]]]
+    """Groups of columns of numbers, each under its title, which may be empty."""
 
-    Args:
-        metrics: Names and values, as `RetrievalResult.metrics`.
-        intervals: 95 % interval of each; None or empty leaves the columns out, as below.
-        chance: Expected values of rankings drawn at random.
-    """
-    results = _Results.of(metrics, intervals, chance)
-    return _table({"metric": results.names, "": results.labels}, results.groups)
+    def __str__(self) -> str:
+        """Returns a plain table."""
+        blocks = [_block("", self.names, left=True), *(_block(title, columns) for title, columns in self.groups)]
+        lines = ["   ".join(parts).rstrip() for parts in zip(*blocks, strict=True)]
+        top = [line for line in lines[:2] if line]  # one group has no title
+        return "\n".join([*top, "-" * max(map(len, lines)), *lines[2:]])
 
-
-def comparison_table(
-    found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
-) -> str:
-    """Returns the recalls of several kinds of queries side by side, as a plain table, in percent.
-
-    Args:
-        found: Metrics by kind; those that all kinds have are shown.
-        intervals: Their 95 % intervals.
-    """
-    names, groups = _comparison(found, intervals)
-    return _table({"metric": names}, groups)
-
-
-def comparison_section(
-    found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
-) -> Section:
-    """Returns the same as a section of a page."""
-    names, groups = _comparison(found, intervals)
-    columns = [("metric", names), *((title, cells) for _, group in groups for title, cells in group.items())]
-    sizes = [(title, len(group)) for title, group in groups]
-    return Section("queries", "Kinds of queries", page.table(columns, num_text_columns=1, groups=sizes))
-
-
-def _comparison(
-    found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
-) -> tuple[list[str], _Groups]:
-    names = [name for name in next(iter(found.values())) if all(name in metrics for metrics in found.values())]
-    return names, [
-        (
-            kind,
-            {
-                "%": [_percent(metrics[name]) for name in names],
-                "95 % CI": [_interval(intervals[kind].get(name)) for name in names],
-            },
-        )
-        for kind, metrics in found.items()
-    ]
-
-
-def _table(first: Mapping[str, list[str]], groups: _Groups) -> str:
-    """Returns columns of text and groups of columns of numbers, each under its title."""
-    blocks = [_block("", first, left=True), *(_block(title, columns) for title, columns in groups)]
-    lines = ["   ".join(parts).rstrip() for parts in zip(*blocks, strict=True)]
-    top = [line for line in lines[:2] if line]  # one group has no title
-    return "\n".join([*top, "-" * max(map(len, lines)), *lines[2:]])
+    def to_html(self) -> str:
+        """Returns a table of a page."""
+        columns = [*self.names.items(), *(column for _, group in self.groups for column in group.items())]
+        sizes = [(title, len(group)) for title, group in self.groups if title]
+        return page.table(columns, num_text_columns=len(self.names), groups=sizes)
 
 
 def _block(title: str, columns: Mapping[str, list[str]], *, left: bool = False) -> list[str]:
@@ -160,12 +84,57 @@ def _block(title: str, columns: Mapping[str, list[str]], *, left: bool = False) 
     return [title.ljust(width), *(line.ljust(width) if left else line.rjust(width) for line in lines)]
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def results_table(
+    metrics: Mapping[str, float], intervals: _Bounds | None = None, chance: Mapping[str, float] | None = None
+) -> FiguresTable:
+    """Returns the recalls, in percent, as a table of at most 100 columns on a terminal.
+
+    A metric and its duplicate-aware variant ``NAME_text``, for which equal captions are right too, share a row.
+
+    Args:
+        metrics: Names and values, as `RetrievalResult.metrics`.
+        intervals: 95 % interval of each; None or empty leaves the columns out, as below.
+        chance: Expected values of rankings drawn at random.
+    """
+    names = [name for name in metrics if not name.endswith("_text")]
+    variants = {title: [name + suffix for name in names] for suffix, title in _VARIANTS.items()}
+    groups = [
+        (title, _columns(keys, metrics, intervals, chance))
+        for title, keys in variants.items()
+        if not metrics.keys().isdisjoint(keys)
+    ]
+    if len(groups) == 1:
+        groups = [("", groups[0][1])]
+    mean = next((label for name, label in _R_MEAN_LABELS.items() if name in metrics), "")
+    labels = [mean if name == "r_mean" else _LABELS.get(name, "") for name in names]
+    return FiguresTable({"metric": names, "": labels}, groups)
 
 
-def _interval(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else f"{bounds[0]:.1f}-{bounds[1]:.1f}"
+def comparison_table(metrics: Mapping[str, Mapping[str, float]], intervals: Mapping[str, _Bounds]) -> FiguresTable:
+    """Returns the recalls of several kinds of queries side by side, in percent.
+
+    Args:
+        metrics: Names and values by kind; those that all kinds have are shown.
+        intervals: Their 95 % intervals by kind.
+    """
+    names = [name for name in next(iter(metrics.values())) if all(name in found for found in metrics.values())]
+    groups = [(kind, _columns(names, found, intervals[kind])) for kind, found in metrics.items()]
+    return FiguresTable({"metric": names}, groups)
+
+
+def _columns(
+    names: Sequence[str],
+    metrics: Mapping[str, float],
+    intervals: _Bounds | None,
+    chance: Mapping[str, float] | None = None,
+) -> dict[str, list[str]]:
+    """Returns the cells of some metrics by the titles of their columns; what a metric lacks stays empty."""
+    columns = {"%": [f"{metrics[name]:.1f}" if name in metrics else "" for name in names]}
+    if intervals:
+        columns["95 % CI"] = ["{:.1f}-{:.1f}".format(*intervals[name]) if name in intervals else "" for name in names]
+    if chance:
+        columns["chance"] = [f"{chance[name]:.1f}" if name in chance else "" for name in names]
+    return columns
 
 
 def parameter_table(model: nn.Module) -> list[ParameterRow]:
@@ -187,13 +156,11 @@ def write_report(
     *,
     title: str,
     subtitle: str,
+    results: FiguresTable,
     sections: Sequence[Section],
-    metrics: Mapping[str, float],
-    intervals: Mapping[str, tuple[float, float]] | None,
-    chance: Mapping[str, float] | None,
     model: nn.Module,
     settings: Mapping[str, Any],
-    compared: Metrics,
+    metrics: Metrics,
     records: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes a page of results, of what the task shows, of parameters, training curves and settings.
@@ -204,13 +171,11 @@ def write_report(
         folder: Where to write; made if missing.
         title: Heading of the page.
         subtitle: What was evaluated.
-        sections: What the task shows; see `Task.sections`.
-        metrics: In percent.
-        intervals: 95 % interval of each metric, if known.
-        chance: Expected values of rankings drawn at random, if known.
+        results: What it found.
+        sections: What the task shows; see `Evaluation.sections`.
         model: The evaluated model, for its parameters alone.
         settings: Settings of the run, nested.
-        compared: The task's metrics; their objective is drawn over the epochs.
+        metrics: The task's metrics; their objective is drawn over the epochs.
         records: Lines of the run's ``metrics.jsonl``, if it has any.
 
     Returns:
@@ -220,35 +185,21 @@ def write_report(
         UserError: If the folder cannot be written.
     """
     sections = [
-        _results_section(_Results.of(metrics, intervals, chance)),
+        _results_section(results),
         *sections,
         _parameters_section(parameter_table(model)),
-        _curves_section(draw_curves(records, compared), standing_findings(records)),
+        _curves_section(draw_curves(records, metrics), standing_findings(records)),
         _settings_section(settings),
     ]
-    top = page.heading(title, subtitle, [(section.name, section.title) for section in sections])
-    parts = [page.section(section.name, section.title, section.html) for section in sections]
-    pictures = {name: data for section in sections for name, data in section.pictures.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in pictures.items():
-            (folder / name).write_bytes(data)
-        (folder / PAGE_NAME).write_text(page.document(title, [top, *parts]), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder} ({error.strerror}); choose another folder") from error
-    return folder / PAGE_NAME
+    return page.write_page(folder, PAGE_NAME, title, subtitle, sections)
 
 
-def _results_section(results: _Results) -> Section:
-    columns = [("metric", results.names), ("", results.labels)]
-    columns += [(title, cells) for _, group in results.groups for title, cells in group.items()]
+def _results_section(results: FiguresTable) -> Section:
     note = (
         "Recalls in percent: how often a right answer is among the first. A confidence interval (CI) tells the spread "
         "over test queries (bootstrap), not over training seeds. Chance: rankings drawn at random."
     )
-    groups = [(title, len(group)) for title, group in results.groups if title]
-    table = page.table(columns, num_text_columns=2, groups=groups)
-    return Section("results", "Results", table + page.paragraph(note))
+    return Section("results", "Results", results.to_html() + page.paragraph(note))
 
 
 def _parameters_section(rows: Sequence[ParameterRow]) -> Section:
@@ -266,9 +217,9 @@ def _parameters_section(rows: Sequence[ParameterRow]) -> Section:
 def _curves_section(png: bytes | None, findings: Sequence[Finding]) -> Section:
     if png is None:
         return Section("training", "Training", page.paragraph("No training is on record here."))
-    told = [f"Warning: {finding.message}." for finding in findings]
-    told += dict.fromkeys(f"Try {text}." for finding in findings for text in finding.advice)
-    html = "".join([*map(page.paragraph, told), page.picture(png, "training curves")])
+    texts = [f"Warning: {finding.message}." for finding in findings]
+    texts += dict.fromkeys(f"Try {text}." for finding in findings for text in finding.advice)
+    html = "".join([*map(page.paragraph, texts), page.picture(png, "training curves")])
     return Section("training", "Training", html, {"curves.png": png})
 
 

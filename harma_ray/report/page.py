@@ -9,10 +9,13 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 from PIL import Image
 
 from harma_ray.data.splits import Split
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Section
 from harma_ray.report.pictures import (
     EQUAL,
     RIGHT,
@@ -58,32 +61,46 @@ summary { cursor: pointer; } @media (max-width: 700px) { .failure { flex-directi
 """
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """Returns a whole page; `parts` are HTML."""
-    return (
+def write_page(folder: Path, name: str, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+    """Writes a page that opens without a network, and beside it the pictures of its sections.
+
+    Args:
+        folder: Where to write; made if missing.
+        name: Name of the file.
+        title: Heading of the page.
+        subtitle: What it is about.
+        sections: Its parts, to which links lead.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    links = "".join(f'<a href="#{escape(part.name)}">{escape(part.title)}</a>' for part in sections)
+    parts = [f'<h2 id="{escape(part.name)}">{escape(part.title)}</h2>\n{part.html}' for part in sections]
+    text = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n{paragraph(subtitle)}\n<nav>{links}</nav>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )
-
-
-def heading(title: str, subtitle: str, links: Sequence[tuple[str, str]]) -> str:
-    """Returns the top of a page with links to its sections (names and titles)."""
-    anchors = "".join(f'<a href="#{escape(name)}">{escape(text)}</a>' for name, text in links)
-    return f"<h1>{escape(title)}</h1>\n{paragraph(subtitle)}\n<nav>{anchors}</nav>"
+    pictures = {picture: data for part in sections for picture, data in part.pictures.items()}
+    try:
+        for file, data in {**pictures, name: text.encode()}.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder} ({error.strerror}); choose another folder") from error
+    return folder / name
 
 
 def folded(summary: str, content: str) -> str:
     """Returns HTML that opens on a click."""
     return f"<details><summary>{escape(summary)}</summary>\n{content}\n</details>"
-
-
-def section(name: str, title: str, content: str) -> str:
-    """Returns a heading that links reach as ``#name``, and the HTML under it."""
-    return f'<h2 id="{escape(name)}">{escape(title)}</h2>\n{content}'
 
 
 def subsection(title: str) -> str:

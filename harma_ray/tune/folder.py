@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import sys
 import time
@@ -22,16 +21,15 @@ from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.training.tracking import REPORT_NAME, read_records
-from harma_ray.tune.results import Axis, Confirmation, SearchResults, State, TrialResult
-from harma_ray.tune.space.definition import SearchDefinition, Target
+from harma_ray.tune.results import Confirmation, SearchResults, State, TrialResult
+from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.space.file import load_search, to_yaml
-from harma_ray.tune.space.parameters import Choices
 from harma_ray.tune.storage import open_study, require_file, require_new_study
 from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, TRIALS_FOLDER, trial_folder
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
-UNTRAINED_NAME = "untrained.json"
+BASELINE_NAME = "untrained.json"
 CONFIRM_FOLDER = "confirm"
 _STATES: dict[TrialState, State] = {
     TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed",
@@ -97,59 +95,35 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
         for trial in study.get_trials(deepcopy=False)
         if trial.state in _STATES and DUPLICATE not in trial.user_attrs
     )
-    objectives = definition.objectives
-    best = best_of(trials, objectives[0])
-    scheduler = definition.scheduler
-    details = {
-        "asha": f"grace {scheduler.grace_epochs}, reduction {scheduler.reduction_factor:g}",
-        "hyperband": f"grace {scheduler.grace_epochs}, reduction {scheduler.reduction_factor:g}, "
-                     f"{scheduler.brackets} brackets",
-        "median": f"grace {scheduler.grace_epochs}",
-    }.get(scheduler.name)  # fmt: skip
+    best = SearchResults(folder, definition, trials).best
     return SearchResults(
-        folder=folder,
-        recipe=definition.config.recipe,
-        data=definition.config.data.path,
-        axes=tuple(_axis(parameter) for parameter in definition.parameters),
-        objectives=objectives,
-        sampler=definition.sampler.name,
-        scheduler=f"{scheduler.name} ({details})" if details else scheduler.name,
-        trials=trials,
-        best=best,
-        front=tuple(sorted(trial.number for trial in study.best_trials)) if len(objectives) > 1 else (),
-        untrained=_read_json(folder / UNTRAINED_NAME),
-        final=_read_json(trial_folder(folder, -1 if best is None else best) / REPORT_NAME).get("metrics", {}),
+        folder,
+        definition,
+        trials,
+        front=tuple(sorted(trial.number for trial in study.best_trials)) if len(definition.objectives) > 1 else (),
+        baseline=_read_json(folder / BASELINE_NAME),
+        final={} if best is None else _read_json(trial_folder(folder, best) / REPORT_NAME).get("metrics", {}),
         confirmations=_read_confirmations(folder, best),
-        seeds=definition.seeds,
         seconds=float(study.user_attrs.get(SECONDS, 0)),
     )
 
 
-def best_of(trials: tuple[TrialResult, ...], objective: Target) -> int | None:
-    """Returns the trial with the best first objective among the complete ones, or, without any, the stopped ones."""
-    for state in ("complete", "stopped"):
-        rated = [trial for trial in trials if trial.state == state and trial.values]
-        if rated:
-            return max(rated, key=lambda trial: objective.merit(trial.values[0] if trial.values else 0.0)).number
-    return None
-
-
-def write_best(folder: Path, definition: SearchDefinition, results: SearchResults) -> Path | None:
+def write_best(folder: Path, results: SearchResults) -> Path | None:
     """Writes the best setting as a configuration that can be trained; returns the file."""
     best = results.best_trial
     if best is None:
         return None
-    write_text(folder / BEST_NAME, config_yaml(definition.settings(best.params)))
+    write_text(folder / BEST_NAME, config_yaml(results.definition.settings(best.params)))
     return folder / BEST_NAME
 
 
-def drop_checkpoints(folder: Path, definition: SearchDefinition, results: SearchResults) -> None:
+def drop_checkpoints(results: SearchResults) -> None:
     """Deletes the checkpoints of trials that have ended and are neither the best nor on the Pareto front."""
     keep = {results.best, *results.front}
     for trial in results.trials:
         if trial.state != "running" and trial.number not in keep:
-            for seed in range(definition.seeds):
-                shutil.rmtree(trial_folder(folder, trial.number, seed) / CHECKPOINTS, ignore_errors=True)
+            for seed in range(results.definition.seeds):
+                shutil.rmtree(trial_folder(results.folder, trial.number, seed) / CHECKPOINTS, ignore_errors=True)
 
 
 def confirmation_folder(folder: Path, number: int, seed: int) -> Path:
@@ -171,7 +145,6 @@ def _read_trial(folder: Path, definition: SearchDefinition, trial: FrozenTrial) 
         curve=curve,
         values=tuple(result["values"]) if result.get("values") else None,
         epochs=result.get("trained", 0),
-        planned_epochs=definition.config.train.epochs * definition.seeds,
         seconds=result.get("seconds", 0),
         reason=trial.user_attrs.get(REASON),
         folder=own,
@@ -182,25 +155,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _axis(parameter: Any) -> Axis:
-    if isinstance(parameter, Choices):
-        return Axis(parameter.name, log=False, choices=parameter.choices)
-    return Axis(parameter.name, log=parameter.log, choices=None, low=parameter.low, high=parameter.high)
-
-
 def _read_confirmations(folder: Path, best: int | None) -> tuple[Confirmation, ...]:
-    found: dict[int, list[dict[str, Any]]] = {}
-    for report in sorted((folder / CONFIRM_FOLDER).glob(f"*/{REPORT_NAME}")):
-        match = re.fullmatch(r"(\d+)-seed\d+", report.parent.name)
-        if match:
-            found.setdefault(int(match[1]), []).append(json.loads(report.read_text())["metrics"])
     confirmations = []
-    for number in [number for number in dict.fromkeys((best, 0)) if number in found]:
-        title = {best: f"trial {number} (best)"}.get(number, f"trial {number} (published)")
-        reports = found[number]
-        metrics = {
-            f"{split} {name}": tuple(report[split][name] for report in reports)
-            for split in reports[0] for name in reports[0][split]
-        }  # fmt: skip
-        confirmations.append(Confirmation(title, number, metrics))
+    for number in dict.fromkeys((best or 0, 0)):
+        paths = sorted(folder.glob(f"{CONFIRM_FOLDER}/{number:05d}-seed*/{REPORT_NAME}"))
+        reports = [json.loads(path.read_text())["metrics"] for path in paths]
+        if reports:
+            names = [(split, name) for split, metrics in reports[0].items() for name in metrics]
+            metrics = {f"{split} {name}": tuple(report[split][name] for report in reports) for split, name in names}
+            title = f"trial {number} ({'best' if number == best else 'published'})"
+            confirmations.append(Confirmation(title, number, metrics))
     return tuple(confirmations)

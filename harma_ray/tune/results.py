@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from harma_ray.shell import launch_command
-from harma_ray.tune.space.definition import Target
+from harma_ray.tune.space.definition import SearchDefinition, Target
 
 State = Literal["complete", "stopped", "failed", "running"]
 """A trial ran all its epochs; the scheduler stopped it; it failed; it runs, or the search was interrupted meanwhile."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A searched parameter."""
-
-    name: str
-    """Dotted name of the setting, such as ``optim.learning_rate``."""
-    log: bool
-    """Whether it is searched on a logarithmic scale."""
-    choices: tuple[Any, ...] | None
-    """The values of a categorical parameter (str, bool, int, float or None), in their order; None for numbers."""
-    low: float | None = None
-    """Lower end of a number's range."""
-    high: float | None = None
-    """Upper end of a number's range."""
+ENDED = ("complete", "stopped")
+"""States of the trials that count."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +33,18 @@ class TrialResult:
     """One value an objective: the best over the epochs so far, the mean over the seeds; None before the first."""
     epochs: float
     """Epochs trained, over all its seeds."""
-    planned_epochs: int
-    """Epochs that it would have trained if nothing had stopped it, over all its seeds."""
     seconds: float
     """Time spent in training steps, over all seeds."""
     reason: str | None
     """Why it failed, in one line."""
     folder: Path
     """Its run folder (of the first seed)."""
+
+    @property
+    def value(self) -> float:
+        """The first objective of a trial that has been evaluated."""
+        assert self.values
+        return self.values[0]
 
 
 @dataclass(frozen=True)
@@ -73,33 +65,52 @@ class SearchResults:
 
     folder: Path
     """The search's folder; its last part is its name."""
-    recipe: str
-    data: str
-    """Folder of the data set."""
-    axes: tuple[Axis, ...]
-    """The searched parameters, in the order of the file."""
-    objectives: tuple[Target, ...]
-    """One or two; the first decides about stopping."""
-    sampler: str
-    """Such as ``tpe-multivariate``."""
-    scheduler: str
-    """Such as ``asha (grace 1 epoch, reduction 3)``."""
+    definition: SearchDefinition
+    """What is searched."""
     trials: tuple[TrialResult, ...]
     """In the order of their numbers."""
-    best: int | None
-    """Number of the best trial by the first objective among those complete or stopped; None before there is one."""
-    front: tuple[int, ...]
+    front: tuple[int, ...] = ()
     """Numbers of the trials that no other one beats in all objectives (complete ones); empty with one objective."""
-    untrained: Mapping[str, float]
+    baseline: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the model before any training, on the split that the best epoch is picked on; empty before the end."""
-    final: Mapping[str, Mapping[str, float]]
+    final: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The best trial's metrics by split after the end: the split it was picked on, and test; empty before that."""
-    confirmations: tuple[Confirmation, ...]
+    confirmations: tuple[Confirmation, ...] = ()
     """The best trial and the published setting with several fresh seeds; empty if not asked for."""
-    seeds: int = 1
-    """Trainings of each trial."""
     seconds: float = 0
     """Time spent, over all sessions."""
+
+    @property
+    def objective(self) -> Target:
+        """The first objective, which decides."""
+        return self.definition.objectives[0]
+
+    @cached_property
+    def measured(self) -> list[TrialResult]:
+        """The trials that count, complete or stopped and evaluated, in the order of their numbers."""
+        return [trial for trial in self.trials if trial.state in ENDED and trial.values]
+
+    @cached_property
+    def best_trial(self) -> TrialResult | None:
+        """The trial with the best first objective among the complete ones, or, without any, the stopped ones."""
+        complete = [trial for trial in self.measured if trial.state == "complete"]
+        return max(complete or self.measured, key=lambda trial: self.objective.merit(trial.value), default=None)
+
+    @property
+    def best(self) -> int | None:
+        """Number of the best trial; None before there is one."""
+        return None if self.best_trial is None else self.best_trial.number
+
+    @property
+    def published(self) -> TrialResult | None:
+        """The trial of the published setting, if it has begun."""
+        return next((trial for trial in self.trials if trial.number == 0), None)
+
+    @property
+    def counts(self) -> str:
+        """How many trials there are of each state, in words."""
+        counts = Counter(trial.state for trial in self.trials)
+        return ", ".join(f"{counts[state]} {state}" for state in get_args(State) if counts[state])
 
     @property
     def resume_command(self) -> str:
@@ -109,15 +120,11 @@ class SearchResults:
     @property
     def final_title(self) -> str:
         """Whose the final metrics are."""
-        return f"trial {self.best}" + (f" (the first of {self.seeds} seeds)" if self.seeds > 1 else "")
-
-    @property
-    def best_trial(self) -> TrialResult | None:
-        """The best trial, if there is one."""
-        return next((trial for trial in self.trials if trial.number == self.best), None)
+        seeds = self.definition.seeds
+        return f"trial {self.best}" + (f" (the first of {seeds} seeds)" if seeds > 1 else "")
 
     @property
     def ended_epochs(self) -> tuple[float, int]:
         """Epochs that complete and stopped trials trained, and would have trained if nothing had stopped them."""
-        ended = [trial for trial in self.trials if trial.state in ("complete", "stopped")]
-        return sum(trial.epochs for trial in ended), sum(trial.planned_epochs for trial in ended)
+        ended = [trial for trial in self.trials if trial.state in ENDED]
+        return sum(trial.epochs for trial in ended), len(ended) * self.definition.trial_epochs

@@ -49,7 +49,7 @@ class StudySearcher(Searcher):
         return {
             "number": assignment.number,
             "params": assignment.params,
-            "runs": [{"folder": str(run.folder), "config": to_dict(run.config)} for run in assignment.runs],
+            "runs": [{"folder": str(run.path), "config": to_dict(run.config)} for run in assignment.runs],
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class EarlyStopping(FIFOScheduler):
                 if epoch <= trial.epochs:  # what was evaluated later was not heard before the interruption
                     self._falls_behind(trial.number, epoch, value)
             if trial.state == "complete":
-                self._complete(trial.number, trial.values[0] if trial.values else 0.0)
+                self._complete(trial.number, trial.value)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides whether a trial goes on: the published setting always, for all others are compared with it."""

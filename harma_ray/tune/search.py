@@ -30,14 +30,14 @@ from harma_ray.runs import Run, describe_environment
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
-from harma_ray.tune.folder import UNTRAINED_NAME, confirmation_folder, drop_checkpoints, read_search
+from harma_ray.tune.folder import BASELINE_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import cause_of
 from harma_ray.tune.study import Event, SearchStudy, trial_folder
-from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_untrained, finish, prepare_folder, run, train_alone
+from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_baseline, finish, prepare_folder, run, train_alone
 
 WORK_FOLDER = "ray"
 """Ray Tune's own files, inside the search's folder, while it runs."""
@@ -162,12 +162,11 @@ def _fit(
         raise searcher.error
 
 
-def finish_best(folder: Path, results: SearchResults, setting: TrialSetting, config: RunConfig) -> None:
+def finish_best(results: SearchResults, setting: TrialSetting, config: RunConfig) -> None:
     """Evaluates test once, with the best trial's best weights, and val with the model before any training.
 
     Args:
-        folder: The search's folder.
-        results: What it found; there is a best trial.
+        results: What the search found; there is a best trial.
         setting: What all trials share.
         config: The best trial's settings.
 
@@ -178,9 +177,9 @@ def finish_best(folder: Path, results: SearchResults, setting: TrialSetting, con
     assert best is not None
     if not results.final:
         _get(_remote(finish, setting.plan).remote(best.folder, config, setting, dict(best.params)))
-    if not results.untrained:
-        metrics = _get(_remote(evaluate_untrained, setting.plan).remote(config, setting))
-        write_text(folder / UNTRAINED_NAME, json.dumps(metrics))
+    if not results.baseline:
+        metrics = _get(_remote(evaluate_baseline, setting.plan).remote(config, setting))
+        write_text(results.folder / BASELINE_NAME, json.dumps(metrics))
 
 
 def _remote(function: Callable[..., Any], workers: WorkerPlan) -> Any:
@@ -190,45 +189,46 @@ def _remote(function: Callable[..., Any], workers: WorkerPlan) -> Any:
 
 
 def confirm(
-    folder: Path, definition: SearchDefinition, results: SearchResults, plan: TrialPlan, setting: TrialSetting,
-    cluster: Cluster, num_seeds: int, tell: Callable[[str], None],
-) -> list[str]:  # fmt: skip
+    results: SearchResults,
+    plan: TrialPlan,
+    setting: TrialSetting,
+    cluster: Cluster,
+    num_seeds: int,
+    print_line: Callable[[str], None],
+) -> list[str]:
     """Trains the best and the published setting with seeds that the search has not seen; runs that are there stay.
 
     Args:
-        folder: The search's folder.
-        definition: The search.
-        results: What it found.
+        results: What the search found.
         plan: Runs at a time, and the workers of each.
         setting: What the runs share.
         cluster: Where.
         num_seeds: Runs of each setting.
-        tell: Hears a line about each run that has ended.
+        print_line: Called with a line about each run that has ended.
 
     Returns:
         What failed, and why.
     """
-    by_number = {trial.number: trial for trial in results.trials}
-    runs = []
-    for number in dict.fromkeys((results.best, 0)):
-        if number in by_number:
-            config = definition.settings(dict(by_number[number].params))
-            for seed in range(definition.seeds, definition.seeds + num_seeds):
-                path = confirmation_folder(folder, number, config.seed + seed)
-                if not (path / REPORT_NAME).is_file():
-                    runs.append(Run(path, build_config(config, {"seed": config.seed + seed})))
+    search, runs = results.definition, []
+    points = {trial.number: trial.params for trial in (results.best_trial, results.published) if trial}
+    for number, params in points.items():
+        config = search.settings(params)
+        for seed in range(config.seed + search.seeds, config.seed + search.seeds + num_seeds):
+            path = confirmation_folder(results.folder, number, seed)
+            if not (path / REPORT_NAME).is_file():
+                runs.append(Run(path, build_config(config, {"seed": seed})))
     if plan.workers.num_workers == 1:
-        return _confirm_side_by_side(runs, plan, setting, tell)
+        return _confirm_side_by_side(runs, plan, setting, print_line)
     failures = []
     for made in runs:
         prepare_folder(made.path, made.config, setting)
         training = prepare(made.config).on(cluster)
-        failures += _attempt(made, partial(train, made, training, cluster, on_record=lambda record: None), tell)
+        failures += _attempt(made, partial(train, made, training, cluster, on_record=lambda record: None), print_line)
     return failures
 
 
 def _confirm_side_by_side(
-    runs: Sequence[Run], plan: TrialPlan, setting: TrialSetting, tell: Callable[[str], None]
+    runs: Sequence[Run], plan: TrialPlan, setting: TrialSetting, print_line: Callable[[str], None]
 ) -> list[str]:
     task = _remote(train_alone, plan.workers)
     waiting, running, failures = list(runs), {}, []
@@ -238,12 +238,12 @@ def _confirm_side_by_side(
             running[task.remote(made.path, made.config, setting)] = made
         done, _ = ray.wait(list(running))
         for reference in done:
-            failures += _attempt(running.pop(reference), partial(_get, reference), tell)
+            failures += _attempt(running.pop(reference), partial(_get, reference), print_line)
     return failures
 
 
-def _attempt(made: Run, train_it: Callable[[], Any], tell: Callable[[str], None]) -> list[str]:
-    """Trains a run, and tells how it ended; returns why it failed, if it did: the others go on."""
+def _attempt(made: Run, train_it: Callable[[], Any], print_line: Callable[[str], None]) -> list[str]:
+    """Trains a run, and prints how it ended; returns why it failed, if it did: the others go on."""
     try:
         train_it()
     except (UserError, *_LOST) as error:
@@ -254,9 +254,9 @@ def _attempt(made: Run, train_it: Callable[[], Any], tell: Callable[[str], None]
         )
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             reason = "the machine ran out of memory"
-        tell(f"{made.path.name} failed: {reason}")
+        print_line(f"{made.path.name} failed: {reason}")
         return [f"{made.path.name}: {reason}"]
-    tell(f"{made.path.name} is trained")
+    print_line(f"{made.path.name} is trained")
     return []
 
 
@@ -264,8 +264,7 @@ def _get(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:
-        told = find_user_error(error)
-        raise (told or error) from error
+        raise (find_user_error(error) or error) from error
 
 
 def _run_in_tune(config: dict[str, Any], setting: TrialSetting, trial: Callable[..., None]) -> None:
@@ -277,7 +276,7 @@ def _heard(
 ) -> None:
     if event.state in ("complete", "stopped", "failed"):
         results = read_search(folder, definition, study.study)
-        drop_checkpoints(folder, definition, results)
+        drop_checkpoints(results)
         _log_hparams(next(trial for trial in results.trials if trial.number == event.number), results)
     on_event(event)
 
@@ -286,7 +285,7 @@ def _log_hparams(trial: TrialResult, results: SearchResults) -> None:
     """Fills TensorBoard's HParams page with a trial that has ended."""
     if not trial.values:
         return
-    metrics = {f"search/{o.metric}": v for o, v in zip(results.objectives, trial.values, strict=True)}
+    metrics = {f"search/{o.metric}": v for o, v in zip(results.definition.objectives, trial.values, strict=True)}
     with SummaryWriter(str(trial_folder(results.folder, trial.number) / EVENTS_FOLDER)) as writer:
         write_hparams(writer, trial.params, {**metrics, "search/epochs": trial.epochs})
 

@@ -18,8 +18,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
+from harma_ray.runs import Run
 from harma_ray.settings import build_config, config_hash
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import open_study
@@ -39,21 +39,13 @@ _MOST_DUPLICATES = 30
 
 
 @dataclass(frozen=True)
-class TrialRun:
-    """One training of a trial."""
-
-    folder: Path
-    config: RunConfig
-
-
-@dataclass(frozen=True)
 class Assignment:
     """A trial that is to be run."""
 
     number: int
     params: dict[str, Any]
     """The searched settings, by dotted name."""
-    runs: tuple[TrialRun, ...]
+    runs: tuple[Run, ...]
     """A training for each seed."""
 
 
@@ -247,8 +239,8 @@ class SearchStudy:
 
         A trial that has trained all its epochs is given the moment that it needs to end.
         """
-        limits, definition = self.definition.limits, self.definition
-        if any(running.trained >= definition.config.train.epochs * definition.seeds for running in self._open.values()):
+        limits, whole = self.definition.limits, self.definition.trial_epochs
+        if any(running.trained >= whole for running in self._open.values()):
             return False
         late = bool(limits.hours and self.seconds >= 3600 * limits.hours)
         return late or bool(limits.epochs and self.epochs >= limits.epochs)
@@ -295,7 +287,7 @@ class SearchStudy:
             return None
         self.listener(Event(trial.number, "running", params, None))
         return Assignment(trial.number, params, tuple(
-            TrialRun(trial_folder(self.folder, trial.number, seed), build_config(config, {"seed": config.seed + seed}))
+            Run(trial_folder(self.folder, trial.number, seed), build_config(config, {"seed": config.seed + seed}))
             for seed in range(self.definition.seeds)
         ))  # fmt: skip
 

@@ -95,8 +95,8 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
                 )
         report(asdict(replace(tally.report(), finished=True)))
     except Exception as error:
-        told = find_user_error(error)
-        reason = str(told) if told else " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        mistake = find_user_error(error)
+        reason = str(mistake) if mistake else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if setting.plan.num_workers > 1:
             list(tally.catch_up())  # the workers have heard more than this process
         with contextlib.suppress(OSError):  # a full disk may be why it failed
@@ -119,7 +119,7 @@ def finish(
         )  # fmt: skip
 
 
-def evaluate_untrained(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
+def evaluate_baseline(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
     """Returns the metrics of the model before any training, on the split that the best epoch is picked on."""
     task, worker = _task(config, setting), single_worker(config, setting.plan)
     model, split = task.baseline_model(), config.selecting_split

@@ -11,7 +11,7 @@ from rich.console import Console
 from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.recipes import recipe_config
 from harma_ray.tune.results import SearchResults, TrialResult
-from harma_ray.tune.space.definition import Limits, SearchDefinition, Target
+from harma_ray.tune.space.definition import Limits, SearchDefinition
 from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import Event, Report
 
@@ -26,10 +26,7 @@ def event(number, state, value=None, epoch=1.0, reason=None):
 
 @pytest.fixture
 def past(tmp_path):
-    return SearchResults(
-        folder=tmp_path, recipe="harma-scenes", data="data", axes=(), objectives=(Target(metric="r_mean"),),
-        sampler="tpe", scheduler="asha", trials=(), best=None, front=(), untrained={}, final={}, confirmations=(),
-    )  # fmt: skip
+    return SearchResults(tmp_path, SPACE, trials=())
 
 
 def told(capsys):
@@ -37,7 +34,7 @@ def told(capsys):
 
 
 def test_every_end_is_a_line_with_the_best_so_far(past, capsys):
-    with SearchProgress(past, SPACE, time.perf_counter()) as progress:
+    with SearchProgress(past, time.perf_counter()) as progress:
         progress(event(0, "running"))
         progress(event(0, "running", 40.0))
         progress(event(1, "stopped", 20.0))
@@ -54,14 +51,14 @@ def test_every_end_is_a_line_with_the_best_so_far(past, capsys):
 
 
 def test_the_best_of_an_earlier_session_is_known(past, capsys, tmp_path):
-    trial = TrialResult(4, "complete", {}, ((1, 30.0),), (30.0,), 3, 3, 1.0, None, tmp_path)
-    with SearchProgress(replace(past, trials=(trial,), best=4), SPACE, time.perf_counter()) as progress:
+    trial = TrialResult(4, "complete", {}, ((1, 30.0),), (30.0,), 3, 1.0, None, tmp_path)
+    with SearchProgress(replace(past, trials=(trial,)), time.perf_counter()) as progress:
         progress(event(5, "complete", 20.0, 3.0))
     assert "(best: trial 4)" in told(capsys)[0]
 
 
 def test_the_table_shows_what_runs_what_ended_and_how_much_is_left(past):
-    progress = SearchProgress(past, SPACE, time.perf_counter())
+    progress = SearchProgress(past, time.perf_counter())
     progress._console.quiet = True
     progress._began -= 100  # two trials in a hundred seconds
     progress(event(0, "complete", 30.0, 3.0))

@@ -12,7 +12,7 @@ from harma_ray.cli.train_run import print_report
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.models.backbones import build_clip
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.report.evaluation import write_report
+from harma_ray.report.evaluation import results_table, write_report
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
@@ -73,11 +73,18 @@ def test_the_end_of_a_dead_training_does_not_read_like_success(dead, capsys):
 
 def test_a_page_shows_what_is_wrong_and_what_to_try(dead, tmp_path):
     config, path, report = dead
+    task = make_task(config)
     page = write_report(
-        tmp_path / "page", title="t", subtitle="s", sections=[], metrics=report["metrics"]["val"], intervals=None,
-        chance=None, model=make_task(config).new_model(), settings={}, records=list(read_records(path)),
-        compared=make_task(config).metrics,
-    )  # fmt: skip
+        tmp_path / "page",
+        title="t",
+        subtitle="s",
+        results=results_table(report["metrics"]["val"]),
+        sections=[],
+        model=task.new_model(),
+        settings={},
+        metrics=task.metrics,
+        records=list(read_records(path)),
+    )
     assert "Warning: all scores of a batch have been equal since step 4" in page.read_text()
     assert "Try a lower optim.learning_rate" in page.read_text()
 

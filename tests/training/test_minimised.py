@@ -14,8 +14,7 @@ from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import HealthWatch
 from harma_ray.training.loop import run_training
-from harma_ray.tune.folder import best_of
-from harma_ray.tune.results import TrialResult
+from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import make_scheduler
 from harma_ray.tune.space.definition import Limits, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.file import load_search
@@ -82,12 +81,15 @@ def test_a_search_goes_for_the_lowest_loss_unless_it_is_told_otherwise(tmp_path,
 
 def trial(number, *losses, state="complete"):
     curve = tuple((float(epoch), loss) for epoch, loss in enumerate(losses, 1))
-    return TrialResult(number, state, {}, curve, (min(losses),), len(losses), 4, 1.0, None, Path(str(number)))
+    return TrialResult(number, state, {}, curve, (min(losses),), len(losses), 1.0, None, Path(str(number)))
 
 
 def test_the_trial_with_the_lowest_loss_is_the_best():
-    assert best_of((trial(0, 3.0), trial(1, 1.0), trial(2, 2.0), trial(3, 0.5, state="stopped")), LOSS) == 1
-    assert best_of((trial(0, 3.0), trial(1, 1.0)), replace(LOSS, direction="maximize")) == 0
+    search = SearchDefinition(config=toy_config(), parameters=(RATE,), objectives=(LOSS,))
+    trials = (trial(0, 3.0), trial(1, 1.0), trial(2, 2.0), trial(3, 0.5, state="stopped"))
+    assert SearchResults(Path(), search, trials).best == 1
+    highest = replace(search, objectives=(replace(LOSS, direction="maximize"),))
+    assert SearchResults(Path(), highest, trials[:2]).best == 0
 
 
 @pytest.mark.parametrize(("loss", "decision"), [(9.0, "STOP"), (0.5, "CONTINUE")])

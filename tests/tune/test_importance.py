@@ -25,7 +25,7 @@ def test_importance_sees_a_logarithmic_parameter_at_small_values():
         make_trial(i, value=10.0 * (position(RATE, p[RATE.name]) < 0.5) + 2 * p[MARGIN.name], params=p)
         for i, p in enumerate(points)
     ]
-    shares = importance(make_results(trials, axes=(RATE, MARGIN)))
+    shares = importance(make_results(trials, parameters=(RATE, MARGIN)))
     assert shares[RATE.name] == pytest.approx(25 / (25 + 1 / 3), abs=0.03)  # variances: 10^2 / 4, 2^2 / 12
 
 

@@ -5,7 +5,7 @@ from synthetic_search import KIND, MARGIN, RANK, RATE
 
 from harma_ray.tune.report.drawing import plain, shorten
 from harma_ray.tune.report.scale import end_of_range, short_names, show, ticks
-from harma_ray.tune.results import Axis
+from harma_ray.tune.space.parameters import Range
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from harma_ray.tune.results import Axis
         (RATE, 1e-2, "upper"),
         (RANK, 64, "upper"),
         (KIND, "plain", None),
-        (Axis("x", False, None, 3, 3), 3, None),
+        (Range(name="x", kind="int", low=3, high=3), 3, None),
     ],
 )
 def test_end_of_a_range_is_two_percent_of_it(axis, value, expected):
@@ -31,14 +31,15 @@ def test_marks_are_round_numbers_between_the_ends():
     assert [text for _, text in ticks(RATE)] == ["1e-5", "1e-4", "0.001", "0.01"]
     assert [text for _, text in ticks(RANK)] == ["2", "5", "10", "20", "64"]
     assert [text for _, text in ticks(MARGIN)] == ["0", "0.5", "1"]
-    assert [text for _, text in ticks(Axis("layers", log=False, choices=None, low=1, high=3))] == ["1", "2", "3"]
-    assert [text for _, text in ticks(KIND)][:4] == ["plain", "True", "None", "1"]
+    layers = Range(name="layers", kind="int", low=1, high=3)
+    assert [text for _, text in ticks(layers)] == ["1", "2", "3"]
+    assert [text for _, text in ticks(KIND)][:4] == ["plain", "True", "2.5", "1"]
     assert [place for place, _ in ticks(KIND)] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
     assert {text: place for place, text in ticks(RATE)}["1e-4"] == pytest.approx(1 / 3)
 
 
 def test_marks_of_many_decades_are_few():
-    wide = Axis("x", log=True, choices=None, low=1e-12, high=1.0)
+    wide = Range(name="x", kind="float", log=True, low=1e-12, high=1.0)
     assert 4 <= len(ticks(wide)) <= 8
     assert all(math.log10(float(text)).is_integer() for _, text in ticks(wide))
 

@@ -75,7 +75,7 @@ def narrower_is_better(params, epoch):
     return 100 - params["adapter.width"] / 2 + epoch
 
 
-def starts(*widths):
+def points(*widths):
     return tuple({"adapter.width": width} for width in widths)
 
 
@@ -86,7 +86,7 @@ def states(results):
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_a_search_in_two_sessions_knows_what_the_first_has_seen(tmp_path, name):
     """Without its past, a scheduler lets the first trials of a session pass."""
-    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(16, 32, 48, 64))
+    space = definition(scheduler=Scheduler(name=name, brackets=1), enqueued=points(16, 32, 48, 64))
     first = drive(tmp_path, replace(space, limits=Limits(trials=5)), narrower_is_better)
     assert [trial.params["adapter.width"] for trial in first.trials] == [128, 16, 32, 48, 64]
     again = drive(tmp_path, replace(space, limits=Limits(trials=7)), narrower_is_better)
@@ -97,7 +97,7 @@ def test_a_search_in_two_sessions_knows_what_the_first_has_seen(tmp_path, name):
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_a_past_that_would_be_stopped_today_is_no_trouble(tmp_path, name):
     """The second trial was complete before better ones came."""
-    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(112, 16, 32, 48))
+    space = definition(scheduler=Scheduler(name=name, brackets=1), enqueued=points(112, 16, 32, 48))
     first = drive(tmp_path, replace(space, limits=Limits(trials=5)), narrower_is_better)
     assert states(first)[1] == "complete"
     again = drive(tmp_path, replace(space, limits=Limits(trials=6)), narrower_is_better)
@@ -108,7 +108,7 @@ def test_a_past_that_would_be_stopped_today_is_no_trouble(tmp_path, name):
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_a_trial_that_has_trained_all_its_epochs_is_complete(tmp_path, name):
     """Each is worse than all before it, but only in the last epoch."""
-    space = definition(scheduler=Scheduler(name=name, brackets=1), starts=starts(16, 32, 48))
+    space = definition(scheduler=Scheduler(name=name, brackets=1), enqueued=points(16, 32, 48))
     good = {128: 60.0, 16: 50.0, 32: 40.0, 48: 30.0}
 
     def late(params, epoch):
@@ -147,7 +147,7 @@ def test_what_was_judged_before_an_interruption_is_not_judged_again(tmp_path, na
 def made_trial(number, curve, folder):
     points = tuple(enumerate(curve, start=1))
     state = "complete" if len(curve) == 9 else "running"
-    return TrialResult(number, state, {}, points, (max(curve),), len(curve), 9, 1.0, None, folder)
+    return TrialResult(number, state, {}, points, (max(curve),), len(curve), 1.0, None, folder)
 
 
 def decisions(scheduler, number, results):
@@ -183,9 +183,12 @@ def test_a_search_that_is_interrupted_again_and_again_decides_as_one_that_is_not
     """With three brackets; it is cut off after any number of reports, also in the middle of a trial."""
     rates = [1e-4 * 1.2**index for index in range(14)]
     space = definition(
-        5, parameters=(RATE,), starts=tuple({"optim.learning_rate": rate} for rate in rates), limits=Limits(trials=14),
+        5,
+        parameters=(RATE,),
+        enqueued=tuple({"optim.learning_rate": rate} for rate in rates),
+        limits=Limits(trials=14),
         scheduler=Scheduler(name=name, reduction_factor=2, brackets=3),
-    )  # fmt: skip
+    )
 
     def uneven(params, epoch):
         return 50 + 20 * math.sin(1e6 * params["optim.learning_rate"]) + epoch

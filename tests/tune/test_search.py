@@ -22,7 +22,7 @@ from harma_ray.settings import build_config, to_dict
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
-from harma_ray.tune.folder import _read_confirmations, best_of, read_search
+from harma_ray.tune.folder import _read_confirmations, read_search
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
 from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import trial_folder
@@ -149,15 +149,15 @@ def test_test_is_evaluated_once_for_the_best(real, ray_cluster):
 
     space, results, setting = real
     config = space.settings(dict(results.trials[results.best].params))
-    finish_best(results.folder, results, setting, config)
+    finish_best(results, setting, config)
     report = results.best_trial.folder / "report.json"
     written, found = report.stat().st_mtime_ns, read_search(results.folder, space)
     assert set(found.final) == {"val", "test"}
     assert found.final["val"]["r_mean"] == results.best_trial.values[0]
     task = make_task(config)
     expected = evaluate_split(task, config, task.new_model(), "val", worker=Worker(), loader=local_batches)
-    assert found.untrained == expected.metrics
-    finish_best(results.folder, found, setting, config)
+    assert found.baseline == expected.metrics
+    finish_best(found, setting, config)
     assert report.stat().st_mtime_ns == written
 
 
@@ -187,7 +187,7 @@ def test_confirmation_uses_fresh_seeds_for_the_best_and_the_published_setting(re
 
 def test_a_diverging_trial_is_a_failure_with_its_reason_and_the_search_goes_on(scenes, ray_cluster, tmp_path):
     rate = replace(RATE, high=1e30)
-    space = definition(scenes, rate, starts=({"optim.learning_rate": 1e30},))
+    space = definition(scenes, rate, enqueued=({"optim.learning_rate": 1e30},))
     results, _ = search(tmp_path / "diverging", space, ray_cluster)
     assert [trial.state for trial in results.trials[:2]] == ["complete", "failed"]
     assert "not finite at step" in results.trials[1].reason
@@ -258,7 +258,7 @@ def test_several_seeds_are_averaged_and_share_one_decision(scenes, ray_cluster, 
         best.append(max(record["r_mean"] for record in records if record["kind"] == "evaluation"))
     assert results.trials[0].values == (pytest.approx(sum(best) / 2),)
     assert results.trials[0].epochs == 4
-    assert best_of(results.trials, results.objectives[0]) == 0
+    assert results.best == 0
 
 
 def takes_all_memory(assignment, setting, report):

@@ -11,14 +11,29 @@ import optuna
 import pytest
 from PIL import Image
 from scipy.stats import ttest_ind
-from synthetic_search import KIND, MARGIN, R_MEAN, RANK, RATE, SIZE, make_results, make_trial, make_trials, with_sizes
+from synthetic_search import (
+    CONFIG,
+    KIND,
+    MARGIN,
+    R_MEAN,
+    RANK,
+    RATE,
+    SIZE,
+    make_results,
+    make_trial,
+    make_trials,
+    with_sizes,
+)
 
 from harma_ray.errors import UserError
 from harma_ray.tune.report.confirmed import standard_errors
 from harma_ray.tune.report.page import write_search_report
-from harma_ray.tune.results import Axis, Confirmation
+from harma_ray.tune.results import Confirmation
+from harma_ray.tune.space.definition import Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.parameters import Choices, Range
 
 EVIL = "<script>alert(\"x\")</script> & '$more'$ \N{SNOWMAN}\n"
+ONE = Range(name="x", kind="int", low=3, high=3)
 FAILED = make_trial(1, "failed", None, {}, 0.0)
 RUNNING = make_trial(0, "running", None, {}, 0.0)
 
@@ -64,9 +79,14 @@ def write(folder, results):
 
 
 def figures_in(folder):
-    for path in (folder / "figures").iterdir():
+    paths = list((folder / "figures").glob("*"))
+    for path in paths:
         Image.open(path).verify()
-    return {path.stem for path in (folder / "figures").iterdir()}
+    return {path.stem for path in paths}
+
+
+def part(number):
+    return Range(name=f"part{number}.weight_of_something", kind="float", log=number % 2 == 0, low=0.1, high=5.0)
 
 
 # --- the page ---
@@ -107,16 +127,16 @@ EDGES = {
         make_results([replace(trial, values=(3.0,)) for trial in make_trials(9)]), {"history", "slices", "curves"}
     ),
     "one parameter": (
-        make_results(make_trials(9, (RATE,)), axes=(RATE,)), {"history", "parallel", "slices", "curves"}
+        make_results(make_trials(9, (RATE,)), parameters=(RATE,)), {"history", "parallel", "slices", "curves"}
     ),
     "a parameter of one value": (
         make_results(
-            [replace(t, params={**t.params, "x": 3}) for t in make_trials(9)], axes=(RATE, Axis("x", False, None, 3, 3))
+            [replace(t, params={**t.params, "x": 3}) for t in make_trials(9)], parameters=(RATE, ONE)
         ),
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "lowest is best": (
-        make_results(make_trials(9), objectives=(replace(R_MEAN, direction="minimize"),), best=0),
+        make_results(make_trials(9), objectives=(replace(R_MEAN, direction="minimize"),)),
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "best published": (
@@ -127,7 +147,7 @@ EDGES = {
         make_results(with_sizes(make_trials(1)), objectives=(R_MEAN, SIZE)), {"history", "curves", "pareto"}
     ),
     "two objectives, no trial": (make_results([RUNNING], objectives=(R_MEAN, SIZE)), set()),
-    "nothing searched": (make_results(make_trials(5), axes=()), {"history", "curves"}),
+    "nothing searched": (make_results(make_trials(5), parameters=()), {"history", "curves"}),
 }  # fmt: skip
 
 
@@ -142,7 +162,7 @@ def test_page_can_be_written_at_any_time(tmp_path, case):
 
 def test_page_of_a_large_search_folds_its_trials(tmp_path):
     count = 200
-    axes = (RATE, RANK, KIND, *(Axis(f"part{i}.weight_of_something", i % 2 == 0, None, 0.1, 5.0) for i in range(9)))
+    axes = (RATE, RANK, KIND, *map(part, range(9)))
     trials = make_trials(count, axes)
     trials = [
         replace(
@@ -151,7 +171,7 @@ def test_page_of_a_large_search_folds_its_trials(tmp_path):
         for t in trials
     ]
     trials += [replace(FAILED, number=count), replace(RUNNING, number=count + 1)]
-    page = write(tmp_path, make_results(trials, axes=axes))
+    page = write(tmp_path, make_results(trials, parameters=axes))
     assert figures_in(tmp_path) == {"history", "importance", "parallel", "slices", "curves"}
     assert f"{count + 2} trials" in page.text
     assert "details" in page.tags
@@ -159,7 +179,13 @@ def test_page_of_a_large_search_folds_its_trials(tmp_path):
 
 
 def test_page_escapes_texts(tmp_path):
-    axis = Axis(EVIL, log=False, choices=(EVIL, "other"))
+    search = SearchDefinition(
+        config=replace(CONFIG, recipe=EVIL, data=replace(CONFIG.data, path=EVIL)),
+        parameters=(Choices(name=EVIL, choices=(EVIL, "other")),),
+        objectives=(replace(R_MEAN, metric=EVIL),),
+        sampler=Sampler(name=EVIL),
+        scheduler=Scheduler(name=EVIL),
+    )
     points = [{EVIL: choice} for choice in (EVIL, "other") * 4]
     trials = [make_trial(i, value=float(i), params=point) for i, point in enumerate(points)]
     trials.append(replace(FAILED, number=8, reason=EVIL))
@@ -167,10 +193,13 @@ def test_page_escapes_texts(tmp_path):
     page = write(
         tmp_path,
         make_results(
-            trials, axes=(axis,), objectives=(replace(R_MEAN, metric=EVIL),), recipe=EVIL, data=EVIL, sampler=EVIL,
-            scheduler=EVIL, folder=Path("runs") / EVIL, confirmations=confirmations, final={EVIL: {EVIL: 1.0}},
+            trials,
+            search=search,
+            folder=Path("runs") / EVIL,
+            confirmations=confirmations,
+            final={EVIL: {EVIL: 1.0}},
         ),
-    )  # fmt: skip
+    )
     assert "script" not in page.tags
     assert "<script" not in page.source
     assert EVIL.strip() in page.text
@@ -215,7 +244,7 @@ def test_best_is_set_against_published(tmp_path):
 
 
 def test_final_metrics_stand_beside_those_before_training(tmp_path):
-    results = make_results(make_trials(1), final={"val": {"r_mean": 32.0, "txt_r1": 9.0}}, untrained={"r_mean": 7.5})
+    results = make_results(make_trials(1), final={"val": {"r_mean": 32.0, "txt_r1": 9.0}}, baseline={"r_mean": 7.5})
     page = write(tmp_path, results)
     assert page.row("r_mean") == ["r_mean", "32.00", "7.50"]
     assert page.row("txt_r1") == ["txt_r1", "9.00", "–"]
@@ -256,12 +285,12 @@ def test_cost_adds_up(tmp_path):
 def test_trials_are_listed_best_first_and_failed_ones_last_with_their_reason(tmp_path):
     trials = [
         make_trial(0, value=1.0), make_trial(1, "failed", 9.0), make_trial(2, "running", 8.0),
-        make_trial(3, "stopped", 3.0, {RATE.name: 5e-5, KIND.name: None}), make_trial(4, value=2.0),
+        make_trial(3, "stopped", 3.0, {RATE.name: 5e-5, KIND.name: 2.5}), make_trial(4, value=2.0),
     ]  # fmt: skip
     page = write(tmp_path, make_results(trials))
     start = next(i for i, row in enumerate(page.rows) if row[:2] == ["trial", "state"])
-    assert [row[0] for row in page.rows[start + 1 : start + 6]] == ["3 (best)", "4", "0 (published)", "2", "1"]
-    assert page.rows[start + 1][1:] == ["stopped", "3.00", "4", "90", "5e-5", "–", "None"]
+    assert [row[0] for row in page.rows[start + 1 : start + 6]] == ["3", "4 (best)", "0 (published)", "2", "1"]
+    assert page.rows[start + 1][1:] == ["stopped", "3.00", "4", "90", "5e-5", "–", "2.5"]
     assert page.rows[-1] == ["1", "the loss is not finite"]
 
 

@@ -119,7 +119,7 @@ def test_recipe_and_space_are_enough(load):
     assert definition.scheduler == Scheduler(name="asha", grace_epochs=1, reduction_factor=3, brackets=3)
     assert definition.objectives == (Target(metric="r_mean", direction="maximize"),)
     assert definition.limits == Limits(trials=20)
-    assert (definition.starts, definition.seeds, definition.concurrent, definition.storage) == ((), 1, 0, None)
+    assert (definition.enqueued, definition.seeds, definition.concurrent, definition.storage) == ((), 1, 0, None)
 
 
 def test_every_key_is_read(load):
@@ -131,7 +131,7 @@ def test_every_key_is_read(load):
         "seeds: 2\nconcurrent: 4\nstorage: sqlite:///trials.db\n"
     )
     assert (definition.config.train.epochs, definition.config.optim.weight_decay) == (20, 0)
-    assert definition.starts == ({"loss.gamma": 0.1},)
+    assert definition.enqueued == ({"loss.gamma": 0.1},)
     assert definition.sampler == Sampler(name="tpe", seed=3, startup_trials=5)
     assert definition.scheduler == Scheduler(name="hyperband", grace_epochs=2, reduction_factor=4, brackets=2)
     assert definition.objectives == (Target(metric="r_mean"), Target(metric="txt_r1"))

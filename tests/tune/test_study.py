@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
 from harma_ray.settings import build_config
-from harma_ray.tune.folder import best_of, create_search, open_search, read_search
+from harma_ray.tune.folder import create_search, open_search, read_search
 from harma_ray.tune.space.definition import Limits, Sampler, SearchDefinition, Target
 from harma_ray.tune.space.parameters import Choices, Range
 from harma_ray.tune.space.urls import show_url
@@ -37,8 +37,8 @@ def run(study, assignment, value):
     study.close(assignment.number, reached(value, 3.0, finished=True))
 
 
-def test_trial_0_is_the_published_setting_then_come_the_starts(tmp_path):
-    study = SearchStudy(tmp_path, definition(starts=({"loss.margin": 0.4},)))
+def test_trial_0_is_the_published_setting_then_come_those_of_the_file(tmp_path):
+    study = SearchStudy(tmp_path, definition(enqueued=({"loss.margin": 0.4},)))
     first, second = study.next(), study.next()
     assert (first.number, first.params) == (0, {"optim.learning_rate": 4e-3, "loss.margin": 0.2})
     assert second.params == {"optim.learning_rate": 4e-3, "loss.margin": 0.4}
@@ -49,8 +49,8 @@ def test_trial_0_is_the_published_setting_then_come_the_starts(tmp_path):
 def test_each_seed_of_a_trial_has_its_own_folder_and_seed(tmp_path):
     runs = SearchStudy(tmp_path, definition(seeds=3)).next().runs
     assert [run.config.seed for run in runs] == [0, 1, 2]
-    assert len({run.folder for run in runs}) == 3
-    assert runs[0].folder == trial_folder(tmp_path, 0)
+    assert len({run.path for run in runs}) == 3
+    assert runs[0].path == trial_folder(tmp_path, 0)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "tpe-multivariate", "random", "cmaes"])
@@ -332,7 +332,7 @@ def test_a_study_of_other_objectives_is_refused(tmp_path):
 
 def test_settings_that_do_not_fit_together_are_a_failure_with_its_reason(tmp_path):
     heads = Choices(name="adapter.num_heads", choices=(8, 48))
-    study = SearchStudy(tmp_path, definition(heads, starts=({"adapter.num_heads": 48},)))
+    study = SearchStudy(tmp_path, definition(heads, enqueued=({"adapter.num_heads": 48},)))
     assert study.next().number == 0
     assert study.next() is None
     failed = study.study.trials[1]
@@ -347,7 +347,7 @@ def test_the_best_is_a_complete_trial_if_there_is_one(tmp_path):
     study.close(0, reached(30.0))
     assert read_search(tmp_path, space, study.study).best == 0
     study.close(1, reached(20.0, 3.0, finished=True))
-    assert best_of(read_search(tmp_path, space, study.study).trials, space.objectives[0]) == 1
+    assert read_search(tmp_path, space, study.study).best == 1
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
     space = SearchDefinition(
         config=config, parameters=(RATE,), sampler=Sampler(name="random"),
         scheduler=Scheduler(name="asha", reduction_factor=2),
-        starts=({"optim.learning_rate": 1e-3}, {"optim.learning_rate": 1e-9}), limits=Limits(trials=3),
+        enqueued=({"optim.learning_rate": 1e-3}, {"optim.learning_rate": 1e-9}), limits=Limits(trials=3),
     )  # fmt: skip
     wanted = replace(space, config=build_config(config, {"scaling.num_workers": 2}), concurrent=1)
     with another_cluster(), start_cluster(num_cpus=2, dashboard=True) as cluster:

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Sequence
 
 from harma_ray.report import page
-from harma_ray.tune.report.scale import measured
 from harma_ray.tune.results import Confirmation, SearchResults
 from harma_ray.tune.space.definition import Target
 
@@ -17,7 +16,7 @@ def confirmed_section(results: SearchResults) -> str:
     if not results.confirmations:
         command = f"{results.resume_command} --confirm 3"
         text = (
-            f"One run a setting proves nothing: the best of {len(measured(results))} trials is in part the luckiest. "
+            f"One run a setting proves nothing: the best of {len(results.measured)} trials is in part the luckiest. "
             "To train the best and the published setting with three fresh seeds:"
         )
         return page.paragraph(text) + page.command(command)
@@ -32,7 +31,7 @@ def confirmed_section(results: SearchResults) -> str:
     published = next((c for c in results.confirmations if c.number == 0), None)
     for other in results.confirmations:
         if published is not None and other.number != 0:
-            parts += [page.paragraph(text) for text in _compare(other, published, results.objectives[0])]
+            parts += [page.paragraph(text) for text in _compare(other, published, results.objective)]
     parts.append(
         page.paragraph(
             "Seeds that the search had not seen. s.d.: sample standard deviation over them. Two equal settings of "

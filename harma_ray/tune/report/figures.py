@@ -23,7 +23,6 @@ from harma_ray.tune.report.drawing import (
     note,
     strength,
 )
-from harma_ray.tune.report.scale import measured, value_of
 from harma_ray.tune.results import SearchResults, TrialResult
 
 if TYPE_CHECKING:
@@ -41,19 +40,19 @@ _LINES: dict[str, dict[str, Any]] = {
 
 def draw_history(results: SearchResults) -> bytes | None:
     """Draws the value of every trial, the best so far, and the published setting's value."""
-    trials = measured(results)
+    trials = results.measured
     if not trials:
         return None
     figure = new_figure(WIDTH, 3.8)
     axes = figure.add_subplot()
     last = results.trials[-1].number
-    better = np.maximum if results.objectives[0].maximize else np.minimum
+    better = np.maximum if results.objective.maximize else np.minimum
     ranked = [trial for trial in trials if trial.state == "complete"] or trials  # as the best trial is chosen
-    best_so_far = better.accumulate([value_of(trial) for trial in ranked])
+    best_so_far = better.accumulate([trial.value for trial in ranked])
     axes.step([*(trial.number for trial in ranked), last], [*best_so_far, best_so_far[-1]], where="post",
               color=BEST, linewidth=1.3, label="best so far")  # fmt: skip
     for state, style in (("complete", {"s": 30, "c": COMPLETE, **_FILLED}), ("stopped", {"s": 16, **_HOLLOW})):
-        points = [(trial.number, value_of(trial)) for trial in trials if trial.state == state]
+        points = [(trial.number, trial.value) for trial in trials if trial.state == state]
         if points:
             axes.scatter(*zip(*points, strict=True), zorder=3, label=state, **style)
     failed = [trial.number for trial in results.trials if trial.state == "failed"]
@@ -61,7 +60,7 @@ def draw_history(results: SearchResults) -> bytes | None:
         axes.plot(failed, [0.0] * len(failed), "x", color=FAILED, markersize=6, clip_on=False, label="failed",
                   transform=axes.get_xaxis_transform(), zorder=4)  # fmt: skip
     for trial in trials:
-        value = value_of(trial)
+        value = trial.value
         if trial.number == results.best:
             axes.scatter(trial.number, value, s=130, marker="*", c=BEST, zorder=5, linewidths=0)
             side = "right" if trial.number > 0.75 * last > 0 else "left"
@@ -71,7 +70,7 @@ def draw_history(results: SearchResults) -> bytes | None:
             note(axes, f"trial 0\n(published)\n{value:.2f}", (1, value), (5, 0), ha="left", va="center",
                  xycoords=axes.get_yaxis_transform())  # fmt: skip
     axes.margins(x=0.02, y=0.12)
-    dress(axes, "trial", label(results.objectives[0]), whole=True)
+    dress(axes, "trial", label(results.objective), whole=True)
     figure.legend(loc="outside upper right", ncols=4, fontsize=8, frameon=False)
     return to_png(figure)
 
@@ -94,7 +93,7 @@ def draw_curves(results: SearchResults) -> bytes | None:
         else:
             titled.add(trial.state)
         axes.plot(*zip(*trial.curve, strict=True), label=title, markevery=[len(trial.curve) - 1], **style)
-    dress(axes, "epoch", label(results.objectives[0]), whole=True)
+    dress(axes, "epoch", label(results.objective), whole=True)
     axes.margins(x=0.02)
     figure.legend(loc="outside upper right", ncols=6, fontsize=8, frameon=False)
     return to_png(figure)
@@ -102,10 +101,10 @@ def draw_curves(results: SearchResults) -> bytes | None:
 
 def draw_pareto(results: SearchResults) -> bytes | None:
     """Draws the two objectives of every trial, and the front: the trials that no other one beats in both."""
-    if len(results.objectives) != 2 or not measured(results):
+    if len(results.definition.objectives) != 2 or not results.measured:
         return None
-    first, second = results.objectives
-    trials = {trial.number: trial for trial in measured(results)}
+    first, second = results.definition.objectives
+    trials = {trial.number: trial for trial in results.measured}
     points = {number: (trial.values[1], trial.values[0]) for number, trial in trials.items() if trial.values}
     front = [number for number in results.front if number in points]
     figure = new_figure(7.6, 4.8)

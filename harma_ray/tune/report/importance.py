@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harma_ray.tune.report.scale import measured, place_of, value_of
-from harma_ray.tune.results import Axis, SearchResults, TrialResult
-from harma_ray.tune.space.parameters import quiet_optuna
+from harma_ray.tune.report.scale import position
+from harma_ray.tune.results import SearchResults, TrialResult
+from harma_ray.tune.space.parameters import Choices, Parameter, quiet_optuna
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -27,18 +27,18 @@ def importance(results: SearchResults) -> dict[str, float] | None:
         Shares that sum to 1, of the parameters that all these trials have; None with fewer than `MIN_TRIALS` trials,
         if all have the same value, or if no such parameter varies.
     """
-    trials = measured(results)
-    values = np.array([value_of(trial) for trial in trials])
+    trials = results.measured
+    values = np.array([trial.value for trial in trials])
     if len(trials) < MIN_TRIALS or np.ptp(values) == 0:
         return None
     partial = partial_parameters(results)
-    axes = [axis for axis in results.axes if axis.name not in partial]
-    points = [{axis.name: _coordinate(axis, trial) for axis in axes} for trial in trials]
+    searched = [parameter for parameter in results.definition.parameters if parameter.name not in partial]
+    points = [{parameter.name: _coordinate(parameter, trial) for parameter in searched} for trial in trials]
     if all(point == points[0] for point in points):
         return None
     import optuna
 
-    space = {axis.name: _distribution(axis) for axis in axes}
+    space = {parameter.name: _distribution(parameter) for parameter in searched}
     values = (values - values.mean()) / values.std()  # the forest takes tiny differences for none
     with quiet_optuna():
         study = optuna.create_study()
@@ -51,18 +51,18 @@ def importance(results: SearchResults) -> dict[str, float] | None:
 
 def partial_parameters(results: SearchResults) -> list[str]:
     """Returns the parameters that have no share, because some trial that counts lacks them."""
-    trials = measured(results)
-    return [axis.name for axis in results.axes if any(axis.name not in trial.params for trial in trials)]
+    names = [parameter.name for parameter in results.definition.parameters]
+    return [name for name in names if any(name not in trial.params for trial in results.measured)]
 
 
-def _coordinate(axis: Axis, trial: TrialResult) -> float | int:
+def _coordinate(parameter: Parameter, trial: TrialResult) -> float | int:
     """Returns the index of a choice, or where a number lies: the evaluator itself knows no logarithmic scale."""
-    place = place_of(axis, trial)
-    assert place is not None
-    return place if axis.choices is None else int(place * len(axis.choices))
+    place = position(parameter, trial.params[parameter.name])
+    return int(place * len(parameter.choices)) if isinstance(parameter, Choices) else place
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
+def _distribution(parameter: Parameter) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    return FloatDistribution(0.0, 1.0) if axis.choices is None else CategoricalDistribution(range(len(axis.choices)))
+    is_choice = isinstance(parameter, Choices)
+    return CategoricalDistribution(range(len(parameter.choices))) if is_choice else FloatDistribution(0.0, 1.0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from harma_ray.errors import UserError
+from harma_ray.evaluation import Section
 from harma_ray.report import page
 from harma_ray.shell import launch_command
 from harma_ray.tune.folder import BEST_NAME
@@ -15,13 +16,13 @@ from harma_ray.tune.report.drawing import label
 from harma_ray.tune.report.figures import draw_curves, draw_history, draw_pareto
 from harma_ray.tune.report.importance import MIN_TRIALS, importance, partial_parameters
 from harma_ray.tune.report.parameter_figures import draw_importance, draw_parallel, draw_slices
-from harma_ray.tune.report.scale import end_of_range, short_names, show, value_of
-from harma_ray.tune.results import Axis, SearchResults, TrialResult
+from harma_ray.tune.report.scale import end_of_range, short_names, show
+from harma_ray.tune.results import SearchResults, State, TrialResult
 from harma_ray.tune.space.definition import Target
+from harma_ray.tune.space.parameters import Choices, Parameter
 
 PAGE_NAME = "report.html"
 FIGURES_FOLDER = "figures"
-_STATES = ("complete", "stopped", "failed", "running")
 _MAX_OPEN_ROWS = 30
 _NO_VALUE = "–"
 
@@ -41,81 +42,62 @@ def write_search_report(results: SearchResults, folder: Path) -> Path:
     Raises:
         UserError: If the folder cannot be written.
     """
-    figures = {
-        "history": draw_history(results),
-        "importance": draw_importance(importance(results)),
-        "parallel": draw_parallel(results),
-        "slices": draw_slices(results),
-        "curves": draw_curves(results),
-        "pareto": draw_pareto(results),
-    }
+    best = _best_section(results, folder / BEST_NAME)
     sections = [
-        ("best", "Best setting", _best_section(results, folder / BEST_NAME)),
-        *([("confirmed", "Confirmed", confirmed_section(results))] if results.best is not None else []),
-        ("cost", "Cost", _cost_section(results)),
-        *_figure_sections(results, figures),
-        ("trials", "Trials", _trials_section(results)),
+        Section("best", "Best setting", best),
+        *([Section("confirmed", "Confirmed", confirmed_section(results))] if results.best_trial else []),
+        Section("cost", "Cost", _cost_section(results)),
+        *_figure_sections(results),
+        Section("trials", "Trials", _trials_section(results)),
     ]
-    title = f"Search {results.folder.name}"
-    top = page.heading(title, _subtitle(results), [(name, text) for name, text, _ in sections])
-    text = page.document(title, [top, *(page.section(*parts) for parts in sections)])
-    try:
-        (folder / FIGURES_FOLDER).mkdir(parents=True, exist_ok=True)
-        for name, data in figures.items():
-            if data is not None:
-                (folder / FIGURES_FOLDER / f"{name}.png").write_bytes(data)
-        (folder / PAGE_NAME).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder} ({error.strerror}); choose another folder") from error
-    return folder / PAGE_NAME
+    return page.write_page(folder, PAGE_NAME, f"Search {results.folder.name}", _subtitle(results), sections)
 
 
 def _subtitle(results: SearchResults) -> str:
-    counts = {state: sum(trial.state == state for trial in results.trials) for state in _STATES}
-    states = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none yet"
-    metrics = " and ".join(f"{'highest' if o.maximize else 'lowest'} {label(o)}" for o in results.objectives)
+    search = results.definition
+    metrics = " and ".join(f"{'highest' if o.maximize else 'lowest'} {label(o)}" for o in search.objectives)
     return (
-        f"Recipe {results.recipe} on {results.data}, searched for the {metrics}; sampler {results.sampler}, scheduler "
-        f"{results.scheduler}. {len(results.trials)} trials: {states}."
+        f"Recipe {search.config.recipe} on {search.config.data.path}, searched for the {metrics}; sampler "
+        f"{search.sampler.name}, scheduler {search.scheduler}. {len(results.trials)} trials: "
+        f"{results.counts or 'none yet'}."
     )
 
 
 def _best_section(results: SearchResults, file: Path) -> str:
-    best, objective = results.best_trial, results.objectives[0]
+    best, objective, published = results.best_trial, results.objective, results.published
     if best is None:
         return page.paragraph("No trial has come to a value yet.")
-    published = next((trial for trial in results.trials if trial.number == 0), None)
-    value = value_of(best)
-    text = f"{label(objective)}: trial {best.number} ({best.state}) reached {_show_value(value, objective)}"
+    text = f"{label(objective)}: trial {best.number} ({best.state}) reached {_show_value(best.value, objective)}"
     if best.number == 0:
         text += ". It is the published setting itself; none that ran to its end was better."
     elif published is not None and published.state != "failed" and published.values:
-        difference = _show_value(value - value_of(published), objective, sign=True)
-        text += f", the published setting (trial 0) {_show_value(value_of(published), objective)}: {difference}."
+        difference = _show_value(best.value - published.value, objective, sign=True)
+        text += f", the published setting (trial 0) {_show_value(published.value, objective)}: {difference}."
     else:
         text += "; the published setting (trial 0) has no value to compare with."
-    parts = [page.paragraph(text), _settings_table(results.axes, best, published)]
-    parts += [page.paragraph(warning) for warning in _warn_of_ends(results.axes, best)]
+    searched = results.definition.parameters
+    parts = [page.paragraph(text), _settings_table(searched, best, published)]
+    parts += [page.paragraph(warning) for warning in _warn_of_ends(searched, best)]
     if file.is_file():
-        command = launch_command("train", "--config", file, "--data", results.data)
+        command = launch_command("train", "--config", file, "--data", results.definition.config.data.path)
         parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
         parts += [page.subsection(f"Final metrics of {results.final_title} (%)"), _final_table(results)]
     return "\n".join(parts)
 
 
-def _settings_table(axes: Sequence[Axis], best: TrialResult, published: TrialResult | None) -> str:
+def _settings_table(searched: Sequence[Parameter], best: TrialResult, published: TrialResult | None) -> str:
     columns = [
-        ("parameter", [axis.name for axis in axes]),
-        ("published", [_show_parameter(axis, published) for axis in axes]),
-        ("best", [_show_parameter(axis, best) for axis in axes]),
-        ("range", [_show_range(axis) for axis in axes]),
+        ("parameter", [parameter.name for parameter in searched]),
+        ("published", [_show_parameter(parameter, published) for parameter in searched]),
+        ("best", [_show_parameter(parameter, best) for parameter in searched]),
+        ("range", [_show_range(parameter) for parameter in searched]),
     ]
     return page.table(columns, num_text_columns=len(columns))
 
 
-def _warn_of_ends(axes: Sequence[Axis], best: TrialResult) -> list[str]:
-    ends = {axis.name: end_of_range(axis, best.params[axis.name]) for axis in axes if axis.name in best.params}
+def _warn_of_ends(searched: Sequence[Parameter], best: TrialResult) -> list[str]:
+    ends = {p.name: end_of_range(p, best.params[p.name]) for p in searched if p.name in best.params}
     return [
         f"{name} lies at the {end} end of its range: a better value may lie outside. Widen the range."
         for name, end in ends.items()
@@ -124,20 +106,20 @@ def _warn_of_ends(axes: Sequence[Axis], best: TrialResult) -> list[str]:
 
 
 def _final_table(results: SearchResults) -> str:
-    groups = {**results.final, **({"before training": results.untrained} if results.untrained else {})}
+    groups = {**results.final, **({"before training": results.baseline} if results.baseline else {})}
     names = list(dict.fromkeys(name for metrics in results.final.values() for name in metrics))
     columns = [("metric", names)]
     for title, metrics in groups.items():
         columns.append((title, [f"{metrics[name]:.2f}" if name in metrics else _NO_VALUE for name in names]))
     table = page.table(columns, num_text_columns=1)
-    if not results.untrained:
+    if not results.baseline:
         return table
     split = next(iter(results.final))
     return f"{table}\n{page.paragraph(f'Before training: the model of the best setting as it was built, on {split}.')}"
 
 
 def _cost_section(results: SearchResults) -> str:
-    groups = {state: [trial for trial in results.trials if trial.state == state] for state in _STATES}
+    groups = {state: [trial for trial in results.trials if trial.state == state] for state in get_args(State)}
     groups = {state: trials for state, trials in groups.items() if trials} | {"all": list(results.trials)}
     columns = [
         ("trials", list(groups)),
@@ -157,39 +139,43 @@ def _cost_section(results: SearchResults) -> str:
     return "\n".join(parts)
 
 
-def _figure_sections(results: SearchResults, figures: Mapping[str, bytes | None]) -> list[tuple[str, str, str]]:
+def _figure_sections(results: SearchResults) -> list[Section]:
     """Returns the sections of one picture each, with a note, or the reason why there is none."""
-    objective = label(results.objectives[0])
-    better = "highest" if results.objectives[0].maximize else "lowest"
+    objective = label(results.objective)
+    better = "highest" if results.objective.maximize else "lowest"
     partial = partial_parameters(results)
     left_out = f" Left out, because not every trial has them: {', '.join(partial)}." if partial else ""
     stopped = "A stopped trial counts with the best it had reached."
     sections = [
-        ("history", "History", f"{objective} of each trial. {stopped}", "No trial has come to a value yet."),
-        ("importance", "Importance",
+        ("history", "History", draw_history(results),
+         f"{objective} of each trial. {stopped}", "No trial has come to a value yet."),
+        ("importance", "Importance", draw_importance(importance(results)),
          "Share of the variance of the first objective that each parameter explains by itself (fANOVA on a random "
          f"forest). {stopped} With few trials the shares are rough.{left_out}",
          f"Needs at least {MIN_TRIALS} complete or stopped trials with different values, and two parameters that all "
          f"of them have.{left_out}"),
-        ("parallel", "Parallel coordinates",
+        ("parallel", "Parallel coordinates", draw_parallel(results),
          f"Each line is a trial, complete or stopped; thick ones have the {better} values. A line passes through "
          "\u201cunused\u201d where the trial lacks the parameter. The worst tenth shares one colour.",
          "Needs two complete or stopped trials with different values."),
-        ("slices", "Slices",
+        ("slices", "Slices", draw_slices(results),
          "Each dot is a trial, complete or stopped; choices are spread sideways to show them all.",
          "Needs two complete or stopped trials."),
-        ("curves", "Learning curves",
+        ("curves", "Learning curves", draw_curves(results),
          f"{objective} over the epochs of each trial, of its first seed where it has several; the marks show where a "
          "trial ended.", "No trial has been evaluated yet."),
     ]  # fmt: skip
-    if len(results.objectives) == 2:
+    if len(results.definition.objectives) == 2:
         note = "No other complete trial beats those of the front in both objectives. Numbers are trials."
-        sections.append(("pareto", "Two objectives", note, "No trial has come to a value yet."))
-    return [(name, title, _picture(figures[name], title, note, why)) for name, title, note, why in sections]
+        sections.append(("pareto", "Two objectives", draw_pareto(results), note, "No trial has come to a value yet."))
+    return [_picture_section(*section) for section in sections]
 
 
-def _picture(data: bytes | None, title: str, note: str, why_not: str) -> str:
-    return page.paragraph(why_not) if data is None else f"{page.picture(data, title)}\n{page.paragraph(note)}"
+def _picture_section(name: str, title: str, png: bytes | None, note: str, why_not: str) -> Section:
+    if png is None:
+        return Section(name, title, page.paragraph(why_not))
+    html = f"{page.picture(png, title)}\n{page.paragraph(note)}"
+    return Section(name, title, html, {f"{FIGURES_FOLDER}/{name}.png": png})
 
 
 def _trials_section(results: SearchResults) -> str:
@@ -200,13 +186,14 @@ def _trials_section(results: SearchResults) -> str:
         ("trial", [_show_number(trial, results) for trial in trials]),
         ("state", [trial.state for trial in trials]),
     ]
-    for index, objective in enumerate(results.objectives):
+    for index, objective in enumerate(results.definition.objectives):
         cells = [_show_value(trial.values[index], objective) if trial.values else _NO_VALUE for trial in trials]
         columns.append((label(objective), cells))
     columns.append(("epochs", [f"{trial.epochs:g}" for trial in trials]))
     columns.append(("seconds", [f"{trial.seconds:,.0f}" for trial in trials]))
-    shorts = short_names([axis.name for axis in results.axes])
-    columns += [(shorts[axis.name], [_show_parameter(axis, trial) for trial in trials]) for axis in results.axes]
+    searched = results.definition.parameters
+    shorts = short_names([parameter.name for parameter in searched])
+    columns += [(shorts[p.name], [_show_parameter(p, trial) for trial in trials]) for p in searched]
     content = page.table(columns, num_text_columns=2)
     if len(trials) > _MAX_OPEN_ROWS:
         content = page.folded(f"{len(trials)} trials", content)
@@ -222,11 +209,11 @@ def _trials_section(results: SearchResults) -> str:
 
 def _best_first(results: SearchResults) -> list[TrialResult]:
     """Sorts the trials that count by value, then those that run, then those that failed."""
-    merit = results.objectives[0].merit
+    merit = results.objective.merit
     order = {"complete": 0, "stopped": 0, "running": 1, "failed": 2}
     return sorted(
         results.trials,
-        key=lambda trial: (order[trial.state], -merit(value_of(trial)) if trial.values else math.inf, trial.number),
+        key=lambda trial: (order[trial.state], -merit(trial.value) if trial.values else math.inf, trial.number),
     )
 
 
@@ -240,11 +227,11 @@ def _show_value(value: float, objective: Target, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''},.{digits}f}"
 
 
-def _show_parameter(axis: Axis, trial: TrialResult | None) -> str:
-    return show(trial.params[axis.name]) if trial is not None and axis.name in trial.params else _NO_VALUE
+def _show_parameter(parameter: Parameter, trial: TrialResult | None) -> str:
+    return show(trial.params[parameter.name]) if trial and parameter.name in trial.params else _NO_VALUE
 
 
-def _show_range(axis: Axis) -> str:
-    if axis.choices is not None:
-        return ", ".join(map(show, axis.choices))
-    return f"{show(axis.low)} to {show(axis.high)}{', logarithmic' if axis.log else ''}"
+def _show_range(parameter: Parameter) -> str:
+    if isinstance(parameter, Choices):
+        return ", ".join(map(show, parameter.choices))
+    return f"{show(parameter.low)} to {show(parameter.high)}{', logarithmic' if parameter.log else ''}"

@@ -26,8 +26,9 @@ from harma_ray.tune.report.drawing import (
     strength,
     wrap,
 )
-from harma_ray.tune.report.scale import measured, place_of, short_names, ticks, value_of
-from harma_ray.tune.results import Axis, SearchResults, TrialResult
+from harma_ray.tune.report.scale import place_of, short_names, ticks
+from harma_ray.tune.results import SearchResults, TrialResult
+from harma_ray.tune.space.parameters import Choices, Parameter, Range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,61 +65,61 @@ def draw_importance(shares: Mapping[str, float] | None) -> bytes | None:
 
 def draw_parallel(results: SearchResults) -> bytes | None:
     """Draws every trial as a line over the searched parameters, darker the better; the best ones lie on top."""
-    first = results.objectives[0]
-    trials = sorted(measured(results), key=lambda trial: (first.merit(value_of(trial)), -trial.number))
-    values = [value_of(trial) for trial in trials]
-    if not results.axes or len(set(values)) < 2:
+    first, searched = results.objective, results.definition.parameters
+    trials = sorted(results.measured, key=lambda trial: (first.merit(trial.value), -trial.number))
+    values = [trial.value for trial in trials]
+    if not searched or len(set(values)) < 2:
         return None
     import matplotlib
     from matplotlib.colors import Normalize
 
-    objective = Axis("", log=False, choices=None, low=min(values), high=max(values))
+    objective = Range(name="", kind="float", low=min(values), high=max(values))
     low, high = sorted((values[int(_WORST_SHARE * len(values))], values[-1]))
     norm = Normalize(low, high, clip=True)
     colours = matplotlib.colormaps["viridis_r" if first.maximize else "viridis"]
-    figure = new_figure(min(WIDTH, 4 + 1.6 * len(results.axes)), 4.6)
+    figure = new_figure(min(WIDTH, 4 + 1.6 * len(searched)), 4.6)
     axes = figure.add_subplot()
     num_best = max(1, min(5, len(trials) // 5))
     for rank, (trial, value) in enumerate(zip(trials, values, strict=True)):
         is_best = rank >= len(trials) - num_best
-        places = [place_of(axis, trial) for axis in results.axes]
+        places = [place_of(parameter, trial) for parameter in searched]
         line = [*(_UNUSED if place is None else place for place in places), (value - min(values)) / np.ptp(values)]
         axes.plot(line, color=colours(norm(value)), linewidth=2.4 if is_best else 0.9, zorder=3 if is_best else 2,
                   alpha=1.0 if is_best else strength(len(trials)), solid_joinstyle="round")  # fmt: skip
-    for index, axis in enumerate(results.axes):
-        _draw_axis(axes, index, _marks(axis, trials, 14))
-    _draw_axis(axes, len(results.axes), ticks(objective), side="right")
-    shorts = short_names([axis.name for axis in results.axes])
-    titles = [*(wrap(shorts[axis.name]) for axis in results.axes), wrap(label(results.objectives[0]), " ")]
+    for index, parameter in enumerate(searched):
+        _draw_axis(axes, index, _marks(parameter, trials, 14))
+    _draw_axis(axes, len(searched), ticks(objective), side="right")
+    shorts = short_names([parameter.name for parameter in searched])
+    titles = [*map(wrap, shorts.values()), wrap(label(first), " ")]
     axes.set_xticks(range(len(titles)), titles, fontsize=8.5)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set(yticks=[], xlim=(-0.06 * len(titles), 1.04 * len(titles) - 1))
     axes.spines[:].set_visible(False)
     extend = "neither" if low == min(values) and high == max(values) else "min" if first.maximize else "max"
-    _draw_colours(figure, axes, norm, colours, label(results.objectives[0]), extend=extend)
+    _draw_colours(figure, axes, norm, colours, label(first), extend=extend)
     return to_png(figure)
 
 
 def draw_slices(results: SearchResults) -> bytes | None:
     """Draws the value of every trial against each searched parameter, later trials darker."""
-    trials = measured(results)
-    if len(trials) < 2 or not results.axes:
+    trials, searched = results.measured, results.definition.parameters
+    if len(trials) < 2 or not searched:
         return None
     import matplotlib
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
 
-    num_rows = math.ceil(len(results.axes) / _MAX_COLUMNS)
-    num_columns = math.ceil(len(results.axes) / num_rows)
+    num_rows = math.ceil(len(searched) / _MAX_COLUMNS)
+    num_columns = math.ceil(len(searched) / num_rows)
     figure = new_figure(min(WIDTH, 1.2 + 3.8 * num_columns), 0.4 + 2.6 * num_rows)
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     colours = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 256)))
     norm = Normalize(0, max(1, trials[-1].number))
-    shorts = short_names([axis.name for axis in results.axes])
-    values, numbers = [value_of(trial) for trial in trials], [trial.number for trial in trials]
-    for axis, axes in zip(results.axes, grid.flat, strict=False):
-        places = [_spread(axis, trial) for trial in trials]
+    shorts = short_names([parameter.name for parameter in searched])
+    values, numbers = [trial.value for trial in trials], [trial.number for trial in trials]
+    for parameter, axes in zip(searched, grid.flat, strict=False):
+        places = [_spread(parameter, trial) for trial in trials]
         axes.scatter(places, values, c=numbers, cmap=colours, norm=norm, s=20, linewidths=0.4, edgecolors="white",
                      zorder=3)  # fmt: skip
         for place, value, number in zip(places, values, numbers, strict=True):
@@ -127,14 +128,15 @@ def draw_slices(results: SearchResults) -> bytes | None:
             if number == 0:
                 axes.scatter(place, value, s=80, facecolors="none", edgecolors=PUBLISHED, linewidths=1.3, zorder=5,
                              label="published")  # fmt: skip
-        marks = _marks(axis, trials, max(10, _ROOM // (len(axis.choices or ()) + 1)))
+        room = _ROOM // (len(parameter.choices) + 1) if isinstance(parameter, Choices) else _ROOM
+        marks = _marks(parameter, trials, max(10, room))
         axes.set_xticks([place for place, _ in marks], [text for _, text in marks])
         axes.set_xlim(min(0.0, marks[0][0]) - 0.07, 1.07)
         axes.margins(y=0.1)
-        dress(axes, plain(shorts[axis.name], _ROOM), label(results.objectives[0]) if axes in grid[:, 0] else "")
+        dress(axes, plain(shorts[parameter.name], _ROOM), label(results.objective) if axes in grid[:, 0] else "")
         if sum(len(text) + 1 for _, text in marks) > _ROOM:
             axes.tick_params(axis="x", labelrotation=30)
-    for axes in grid.flat[len(results.axes) :]:
+    for axes in grid.flat[len(searched) :]:
         axes.set_visible(False)
     _draw_colours(figure, grid, norm, colours, "trial", ticks=MaxNLocator(8, integer=True))
     handles, names = grid.flat[0].get_legend_handles_labels()
@@ -142,11 +144,11 @@ def draw_slices(results: SearchResults) -> bytes | None:
     return to_png(figure)
 
 
-def _marks(axis: Axis, trials: list[TrialResult], room: int) -> list[tuple[float, str]]:
+def _marks(parameter: Parameter, trials: list[TrialResult], room: int) -> list[tuple[float, str]]:
     """Returns the marks of a parameter, and one for trials that lack it if there are any."""
-    places, texts = zip(*ticks(axis), strict=True)
+    places, texts = zip(*ticks(parameter), strict=True)
     marks = list(zip(places, shorten(texts, room), strict=True))
-    lacking = any(axis.name not in trial.params for trial in trials)
+    lacking = any(parameter.name not in trial.params for trial in trials)
     return [(_UNUSED, _UNUSED_LABEL), *marks] if lacking else marks
 
 
@@ -168,10 +170,10 @@ def _draw_colours(figure: Figure, axes: Any, norm: Normalize, colours: Colormap,
     bar.ax.tick_params(labelsize=8)
 
 
-def _spread(axis: Axis, trial: TrialResult) -> float:
+def _spread(parameter: Parameter, trial: TrialResult) -> float:
     """Returns where a trial lies, moved a little aside where many share the place."""
-    place = place_of(axis, trial)
+    place = place_of(parameter, trial)
     golden = 0.618034 * trial.number % 1 - 0.5  # spreads evenly, however many there are
     if place is None:
         return _UNUSED + 0.05 * golden
-    return place if axis.choices is None else place + 0.4 * golden / len(axis.choices)
+    return place + 0.4 * golden / len(parameter.choices) if isinstance(parameter, Choices) else place

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from harma_ray.tune.results import Axis, SearchResults, TrialResult
-from harma_ray.tune.space.parameters import same
+from harma_ray.tune.results import TrialResult
+from harma_ray.tune.space.parameters import Choices, Parameter, same
 
 _MARGIN = 0.02
 _GAP = 0.16
@@ -15,54 +15,39 @@ _GAP = 0.16
 _MAX_POWERS = 5
 
 
-def measured(results: SearchResults) -> list[TrialResult]:
-    """Returns the trials that count, complete or stopped and evaluated, in the order of their numbers."""
-    return [trial for trial in results.trials if trial.state in ("complete", "stopped") and trial.values]
-
-
-def value_of(trial: TrialResult) -> float:
-    """Returns the first objective of a trial that has been evaluated."""
-    assert trial.values
-    return trial.values[0]
-
-
-def position(axis: Axis, value: Any) -> float:
+def position(parameter: Parameter, value: Any) -> float:
     """Returns where a value lies, from 0 to 1: by its logarithm, by itself, or evenly spaced choices."""
-    if axis.choices is not None:
-        index = next(i for i, choice in enumerate(axis.choices) if same(choice, value))
-        return (index + 0.5) / len(axis.choices)
-    assert axis.low is not None
-    assert axis.high is not None
-    if axis.high <= axis.low:
+    if isinstance(parameter, Choices):
+        index = next(i for i, choice in enumerate(parameter.choices) if same(choice, value))
+        return (index + 0.5) / len(parameter.choices)
+    if parameter.high <= parameter.low:
         return 0.5
-    low, high, here = (math.log(x) if axis.log else x for x in (axis.low, axis.high, value))
+    low, high, here = (math.log(x) if parameter.log else x for x in (parameter.low, parameter.high, value))
     return min(1.0, max(0.0, (here - low) / (high - low)))
 
 
-def place_of(axis: Axis, trial: TrialResult) -> float | None:
+def place_of(parameter: Parameter, trial: TrialResult) -> float | None:
     """Returns where a trial lies on a parameter; None if it lacks the parameter."""
-    return position(axis, trial.params[axis.name]) if axis.name in trial.params else None
+    return position(parameter, trial.params[parameter.name]) if parameter.name in trial.params else None
 
 
-def end_of_range(axis: Axis, value: Any) -> str | None:
+def end_of_range(parameter: Parameter, value: Any) -> str | None:
     """Tells at which end of its range a number lies, ``lower`` or ``upper``; None if at neither, or of a choice."""
-    if axis.choices is not None or axis.low == axis.high:
+    if isinstance(parameter, Choices) or parameter.low == parameter.high:
         return None
-    place = position(axis, value)
+    place = position(parameter, value)
     return "lower" if place <= _MARGIN else "upper" if place >= 1 - _MARGIN else None
 
 
-def ticks(axis: Axis) -> list[tuple[float, str]]:
+def ticks(parameter: Parameter) -> list[tuple[float, str]]:
     """Returns positions and labels of the values worth a mark: every choice; the ends and round numbers between."""
-    if axis.choices is not None:
-        return [(position(axis, choice), show(choice)) for choice in axis.choices]
-    low, high = axis.low, axis.high
-    assert low is not None
-    assert high is not None
+    if isinstance(parameter, Choices):
+        return [(position(parameter, choice), show(choice)) for choice in parameter.choices]
+    low, high = parameter.low, parameter.high
     if high <= low:
         return [(0.5, show(low))]
-    steps = [step for step in (_powers(low, high) if axis.log else _steps(low, high)) if low < step < high]
-    places = {step: position(axis, step) for step in steps}
+    steps = [step for step in (_powers(low, high) if parameter.log else _steps(low, high)) if low < step < high]
+    places = {step: position(parameter, step) for step in steps}
     inner = [(place, show(step)) for step, place in places.items() if _GAP <= place <= 1 - _GAP]
     return [(0.0, show(low)), *inner, (1.0, show(high))]
 

@@ -10,10 +10,10 @@ from typing import Any
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task
 from harma_ray.tune.space.definition import COSTS, ORIGIN, SearchDefinition, Target
-from harma_ray.tune.space.lines import Place, explain_unknown
+from harma_ray.tune.space.lines import Location, explain_unknown
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first, quiet_optuna
 
-Mistakes = Iterator[tuple[Place, str]]
+Mistakes = Iterator[tuple[Location, str]]
 """Where a mistake stands in the file, and what it is."""
 
 MAX_GRID = 10_000
@@ -29,7 +29,7 @@ def find_mistakes(definition: SearchDefinition, known: Collection[str]) -> Mista
         known: Names of all parameters, those too.
     """
     yield from _find_wrong_conditions(definition, known)
-    yield from _find_wrong_starts(definition, known)
+    yield from _find_wrong_enqueued(definition, known)
     yield from _find_wrong_sampler(definition)
     yield from _find_wrong_objectives(definition)
     yield from _find_wrong_epochs(definition)
@@ -40,11 +40,11 @@ def _find_wrong_conditions(definition: SearchDefinition, known: Collection[str])
     parameters = {parameter.name: parameter for parameter in definition.parameters}
     for name, parameter in parameters.items():
         for parent, values in parameter.when.items():
-            place = ("space", name, "when", parent)
+            where = ("space", name, "when", parent)
             if parent not in known:
-                yield place, f"`when` must name a searched parameter, got `{parent}`; {explain_unknown(parent, known)}"
+                yield where, f"`when` must name a searched parameter, got `{parent}`; {explain_unknown(parent, known)}"
             elif parent in parameters:
-                yield from ((place, text) for text in _find_impossible(parameters[parent], values))
+                yield from ((where, text) for text in _find_impossible(parameters[parent], values))
     ordered = parents_first(definition.parameters)
     if circle := [name for name, parameter in parameters.items() if parameter not in ordered]:
         yield ("space", circle[0], "when"), f"`when` must not lead in a circle, got one among {', '.join(circle)}"
@@ -59,7 +59,7 @@ def _find_impossible(parent: Parameter, values: tuple[Any, ...]) -> Iterator[str
             yield f"`when` must name values that `{parent.name}` can have, got {value!r} and {parent}"
 
 
-def _find_wrong_starts(definition: SearchDefinition, known: Collection[str]) -> Mistakes:
+def _find_wrong_enqueued(definition: SearchDefinition, known: Collection[str]) -> Mistakes:
     parameters = {parameter.name: parameter for parameter in definition.parameters}
 
     def unpublished(point: Mapping[str, Any]) -> list[str]:
@@ -70,38 +70,38 @@ def _find_wrong_starts(definition: SearchDefinition, known: Collection[str]) -> 
         rule = "the published value must be in the space, because trial 0 is the published setting"
         way_out = "add it" if isinstance(parameters[name], Choices) else "widen the range or change its `step`"
         yield ("space", name), f"{rule}, got {definition.configured[name]} and {parameters[name]}; {way_out}"
-    for index, start in enumerate(definition.starts):
+    for index, start in enumerate(definition.enqueued):
         point = definition.complete(start)
         for name, value in start.items():
-            place = ("start", index, name)
+            where = ("start", index, name)
             if name not in known:
-                yield place, f"`start` must name searched parameters, got `{name}`; {explain_unknown(name, known)}"
+                yield where, f"`start` must name searched parameters, got `{name}`; {explain_unknown(name, known)}"
             elif name in parameters and parameters[name].find(value) is None:
-                yield place, f"`{name}` of `start` must be in the space, got {value!r} and {parameters[name]}"
+                yield where, f"`{name}` of `start` must be in the space, got {value!r} and {parameters[name]}"
             elif name in parameters and name not in point:
-                yield place, f"`{name}` does not exist beside the other values of this start; see its `when`"
+                yield where, f"`{name}` does not exist beside the other values of this start; see its `when`"
         for name in unpublished(point):
             if name not in start and name not in missed:
                 yield ("start", index), f"`{name}` must be given here, because its published value is not in the space"
 
 
 def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
-    name, place = definition.sampler.name, ("sampler", "name")
+    name, where = definition.sampler.name, ("sampler", "name")
     if name == "cmaes":
         numbers = [parameter for parameter in definition.parameters if isinstance(parameter, Range)]
         if len(numbers) < len(definition.parameters):
-            yield place, "the sampler cmaes takes numbers only, but the space has choices; use tpe-multivariate"
+            yield where, "the sampler cmaes takes numbers only, but the space has choices; use tpe-multivariate"
         elif sum(not parameter.when for parameter in numbers) < 2:
-            yield place, "the sampler cmaes needs at least two parameters without `when`; use tpe-multivariate"
+            yield where, "the sampler cmaes needs at least two parameters without `when`; use tpe-multivariate"
         if len(definition.objectives) > 1:
-            yield place, "the sampler cmaes has one objective, got two; use tpe-multivariate"
+            yield where, "the sampler cmaes has one objective, got two; use tpe-multivariate"
     if name == "grid":
         endless = [p for p in definition.parameters if isinstance(p, Range) and not (p.is_finite or p.points)]
         for parameter in endless:
             text = "the sampler grid needs `step` or `points` for a range of type float, got neither; add points: 5"
             yield ("space", parameter.name), text
         if not endless and sum(1 for _ in islice(definition.combinations(of_grid=True), MAX_GRID + 1)) > MAX_GRID:
-            yield place, f"the sampler grid takes at most {MAX_GRID} settings, the space has more; use tpe-multivariate"
+            yield where, f"the sampler grid takes at most {MAX_GRID} settings, the space has more; use tpe-multivariate"
 
 
 def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
@@ -110,16 +110,16 @@ def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
     direction = "minimize" if best_epoch in task.metrics.lower_is_better else "maximize"
     names = [target.metric for target in definition.objectives]
     for index, target in enumerate(definition.objectives):
-        place = ("objective", index, "metric")
+        where = ("objective", index, "metric")
         if target.metric not in (*metrics, *COSTS):
             text = f"unknown metric `{target.metric}`; {explain_unknown(target.metric, (*metrics, *COSTS))}"
-            yield place, text
+            yield where, text
         elif target.metric in names[:index]:
-            yield place, f"the objectives must differ, got `{target.metric}` twice"
+            yield where, f"the objectives must differ, got `{target.metric}` twice"
         elif index == 0 and target != Target(metric=best_epoch, direction=direction):
             must = f"the first objective must be to {direction} {best_epoch}"
             rule = f"{must}, which picks the best epoch of every training"
-            yield place, f"{rule}, got {target.direction} {target.metric}; put it second"
+            yield where, f"{rule}, got {target.direction} {target.metric}; put it second"
 
 
 def _find_wrong_epochs(definition: SearchDefinition) -> Mistakes:
@@ -128,7 +128,7 @@ def _find_wrong_epochs(definition: SearchDefinition) -> Mistakes:
         rule = "`grace_epochs` must not be above `train.epochs`, or no trial is ever stopped"
         text = f"{rule}, got {scheduler.grace_epochs} and {epochs}; lower it or use the scheduler none"
         yield ("scheduler", "grace_epochs"), text
-    needed = epochs * definition.seeds
+    needed = definition.trial_epochs
     if 0 < definition.limits.epochs < needed:
         rule = "`epochs` must be enough for one whole trial (`train.epochs` times `seeds`)"
         yield ("limits", "epochs"), f"{rule}, got {definition.limits.epochs} and {needed}; raise it"

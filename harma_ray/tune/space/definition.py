@@ -58,6 +58,16 @@ class Scheduler:
     brackets: Annotated[int, Field(strict=True, ge=1)] = 3
     """Halvings of hyperband, each granting `reduction_factor` times the epochs of the one before."""
 
+    def __str__(self) -> str:
+        """Returns the name, and the settings that it makes use of."""
+        halving = f"grace {self.grace_epochs}, reduction {self.reduction_factor:g}"
+        details = {
+            "asha": f" ({halving})",
+            "hyperband": f" ({halving}, {self.brackets} brackets)",
+            "median": f" (grace {self.grace_epochs})",
+        }
+        return self.name + details.get(self.name, "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -102,7 +112,7 @@ class SearchDefinition:
     """The published settings: the recipe's, with what the file and the command line change for all trials."""
     parameters: tuple[Parameter, ...]
     """What is searched, in the order of the file."""
-    starts: tuple[dict[str, Any], ...] = ()
+    enqueued: tuple[dict[str, Any], ...] = ()
     """Settings to try after the published one; what they leave out is published."""
     sampler: Sampler = field(default_factory=Sampler)
     """How values are proposed."""
@@ -122,14 +132,19 @@ class SearchDefinition:
     """Name of the search's study in it, which a new search is given; None = that of its folder."""
 
     @property
+    def trial_epochs(self) -> int:
+        """Epochs of a trial that nothing stops, over all its seeds."""
+        return self.config.train.epochs * self.seeds
+
+    @property
     def published(self) -> dict[str, Any]:
         """The searched parameters' values in `config`, of those that exist there."""
         return self.complete({})
 
     @property
     def first_points(self) -> list[dict[str, Any]]:
-        """What is tried first: the published setting, the starts, and for the grid sampler the whole grid."""
-        points = [self.published, *map(self.complete, self.starts)]
+        """What is tried first: the published setting, the enqueued ones, and for the grid sampler the whole grid."""
+        points = [self.published, *map(self.complete, self.enqueued)]
         if self.sampler.name == "grid":
             points += self.grid()
         return list({frozenset(point.items()): point for point in points}.values())

@@ -16,7 +16,7 @@ from harma_ray.recipes import RECIPES, make_task, recipe_config
 from harma_ray.settings import build_config, flat_settings, load_yaml, marked_settings, to_dict
 from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
-from harma_ray.tune.space.lines import LocatedYaml, Place, dump_yaml, explain_unknown
+from harma_ray.tune.space.lines import Location, YamlFile, dump_yaml, explain_unknown
 from harma_ray.tune.space.parameters import Choices, Parameter, Range
 from harma_ray.tune.space.urls import is_lasting
 
@@ -45,7 +45,7 @@ def load_search(path: str | Path, *, overrides: Mapping[str, Any] = {}) -> Searc
     Raises:
         UserError: Listing all mistakes, each with its line and column.
     """
-    file = LocatedYaml(path)
+    file = YamlFile(path)
     definition = _SearchReader(file, flat_settings(overrides)).read()
     file.refuse_mistakes()
     assert definition is not None
@@ -65,7 +65,7 @@ def to_yaml(definition: SearchDefinition) -> str:
         "recipe": definition.config.recipe,
         "fixed": {name: value for name, value in definition.configured.items() if value != published[name]},
         "space": {parameter.name: _to_entry(parameter) for parameter in definition.parameters},
-        "start": list(definition.starts),
+        "start": list(definition.enqueued),
         "sampler": dataclasses.asdict(definition.sampler),
         "scheduler": dataclasses.asdict(definition.scheduler),
         "objective": [dataclasses.asdict(target) for target in definition.objectives],
@@ -92,11 +92,11 @@ def _to_entry(parameter: Parameter) -> dict[str, Any]:
 class _SearchReader:
     """Reads one file; goes on after a mistake with what is right, so that the next mistake shows too."""
 
-    def __init__(self, file: LocatedYaml, overrides: Mapping[str, Any]) -> None:
+    def __init__(self, file: YamlFile, overrides: Mapping[str, Any]) -> None:
         self._file = file
         self._overrides = overrides
         self._raw: Mapping[str, Any] = {}
-        self._fixed: dict[str, Place] = {}
+        self._fixed: dict[str, Location] = {}
 
     def read(self) -> SearchDefinition | None:
         """Returns the search, or what is left of it where there were mistakes."""
@@ -110,13 +110,13 @@ class _SearchReader:
         config = self._read_config()
         plan = self._read_plan(config)
         parameters = self._read_parameters(config)
-        starts = self._read_starts()
+        enqueued = self._read_enqueued()
         if config is None:
             return None
-        definition = SearchDefinition(config=config, parameters=parameters, starts=starts, **plan)
+        definition = SearchDefinition(config=config, parameters=parameters, enqueued=enqueued, **plan)
         space = self._raw.get("space")
-        for place, text in find_mistakes(definition, known=space if isinstance(space, dict) else ()):
-            self._file.add_mistake(place, text)
+        for where, text in find_mistakes(definition, known=space if isinstance(space, dict) else ()):
+            self._file.add_mistake(where, text)
         return definition
 
     # --- Everything but settings ---
@@ -164,8 +164,8 @@ class _SearchReader:
             if isinstance(entry, dict):
                 minimized = (*COSTS, *(metrics.lower_is_better if metrics else ()))
                 entry = {"direction": "minimize" if entry.get("metric") in minimized else "maximize"} | entry
-            place = ("objective", index) if isinstance(raw, list) else ("objective",)
-            targets.append(self._file.parse(Target, place, entry))
+            where = ("objective", index) if isinstance(raw, list) else ("objective",)
+            targets.append(self._file.parse(Target, where, entry))
         return None if None in targets else tuple(targets)
 
     def _read_storage(self) -> str | None:
@@ -201,9 +201,9 @@ class _SearchReader:
         for setting, needed in (("eval_every_epochs", 1), ("eval_every_steps", 0), ("steps", 0)):
             name, value = f"train.{setting}", getattr(config.train, setting)
             if value != needed:
-                place = None if name in self._overrides else self._fixed.get(name, ("recipe",))
+                where = None if name in self._overrides else self._fixed.get(name, ("recipe",))
                 problem = f"`{name}` must be {needed}, because the trials of a search report every epoch"
-                self._file.add_mistake(place, f"{problem}, got {value}")
+                self._file.add_mistake(where, f"{problem}, got {value}")
         return config
 
     def _with_fixed(self, config: RunConfig) -> RunConfig:
@@ -213,17 +213,17 @@ class _SearchReader:
             self._file.add_mistake(("fixed",), f"`fixed` must be a mapping from settings to values, got {fixed!r}")
             return config
         changes: dict[str, Any] = {}
-        for place, value in _leaves(fixed, ("fixed",)):
-            name = ".".join(map(str, place[1:]))
+        for where, value in _leaves(fixed, ("fixed",)):
+            name = ".".join(map(str, where[1:]))
             if name in self._fixed:
-                self._file.add_mistake(place, f"a setting stands once, got `{name}` again")
+                self._file.add_mistake(where, f"a setting stands once, got `{name}` again")
             elif name == "recipe":
-                self._file.add_mistake(place, "the recipe is named at the top; remove it here")
+                self._file.add_mistake(where, "the recipe is named at the top; remove it here")
             elif problem := _explain_setting(name, config):
-                self._file.add_mistake(place, problem)
+                self._file.add_mistake(where, problem)
             else:
                 changes[name] = value
-            self._fixed.setdefault(name, place)
+            self._fixed.setdefault(name, where)
         changed, problem = _change(config, changes)
         if not problem:
             return changed
@@ -264,45 +264,45 @@ class _SearchReader:
         return _explain_setting(name, config)
 
     def _read_parameter(self, name: str, entry: Any) -> Parameter | None:
-        place = ("space", name)
+        where = ("space", name)
         if not isinstance(entry, dict) or not entry:
             example = "{type: float, low: 0.1, high: 0.9} or {choices: [a, b]}"
-            self._file.add_mistake(place, f"a parameter must be a mapping such as {example}, got {entry!r}")
+            self._file.add_mistake(where, f"a parameter must be a mapping such as {example}, got {entry!r}")
             return None
-        when = self._read_when(entry.get("when", {}), (*place, "when"))
+        when = self._read_when(entry.get("when", {}), (*where, "when"))
         shape = Range if entry.keys() & {"type", "low", "high"} and "choices" not in entry else Choices
-        return self._file.parse(shape, place, entry | {"when": when}, name=name)
+        return self._file.parse(shape, where, entry | {"when": when}, name=name)
 
-    def _read_when(self, when: Any, place: Place) -> dict[str, tuple[Any, ...]]:
+    def _read_when(self, when: Any, where: Location) -> dict[str, tuple[Any, ...]]:
         if not isinstance(when, dict):
-            self._file.add_mistake(place, f"`when` must be a mapping from a parameter to its values, got {when!r}")
+            self._file.add_mistake(where, f"`when` must be a mapping from a parameter to its values, got {when!r}")
             return {}
         conditions = {}
         for parent, values in when.items():
             if values == []:
-                self._file.add_mistake((*place, parent), f"`when` must list at least one value of `{parent}`, got none")
+                self._file.add_mistake((*where, parent), f"`when` must list at least one value of `{parent}`, got none")
             else:
                 conditions[parent] = tuple(values) if isinstance(values, list) else (values,)
         return conditions
 
-    def _read_starts(self) -> tuple[dict[str, Any], ...]:
-        starts = self._raw.get("start", [])
-        if not isinstance(starts, list):
-            self._file.add_mistake(("start",), f"`start` must be a list of settings to try first, got {starts!r}")
+    def _read_enqueued(self) -> tuple[dict[str, Any], ...]:
+        points = self._raw.get("start", [])
+        if not isinstance(points, list):
+            self._file.add_mistake(("start",), f"`start` must be a list of settings to try first, got {points!r}")
             return ()
-        for index, start in enumerate(starts):
+        for index, start in enumerate(points):
             if not isinstance(start, dict):
                 text = f"a start must be a mapping from parameters to values, got {start!r}"
                 self._file.add_mistake(("start", index), text)
-        return tuple(start if isinstance(start, dict) else {} for start in starts)
+        return tuple(start if isinstance(start, dict) else {} for start in points)
 
 
-def _leaves(settings: Mapping[str, Any], place: Place) -> Iterator[tuple[Place, Any]]:
+def _leaves(settings: Mapping[str, Any], where: Location) -> Iterator[tuple[Location, Any]]:
     for key, value in settings.items():
         if isinstance(value, dict):
-            yield from _leaves(value, (*place, key))
+            yield from _leaves(value, (*where, key))
         else:
-            yield (*place, key), value
+            yield (*where, key), value
 
 
 def _change(config: RunConfig, changes: Mapping[str, Any]) -> tuple[RunConfig, str | None]:

@@ -16,7 +16,7 @@ from yaml.constructor import ConstructorError
 from harma_ray.errors import UserError
 from harma_ray.settings import explain_rule
 
-Place = tuple[str | int, ...]
+Location = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
 
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -52,11 +52,11 @@ for _kind in (_Loader, _Dumper):
 
 
 def dump_yaml(value: Any) -> str:
-    """Returns YAML that `LocatedYaml` reads back as the same value."""
+    """Returns YAML that `YamlFile` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
 
 
-class LocatedYaml:
+class YamlFile:
     """A YAML file of mappings, lists and single values; keys are text.
 
     Attributes:
@@ -70,7 +70,7 @@ class LocatedYaml:
 
     def __init__(self, path: str | Path) -> None:
         self._path = path
-        self._positions: dict[Place, Position] = {}
+        self._positions: dict[Location, Position] = {}
         self._mistakes: list[tuple[Position | None, str]] = []
         try:
             loader = _Loader(Path(path).read_text(encoding="utf-8"))
@@ -88,37 +88,37 @@ class LocatedYaml:
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
-    def parse(self, shape: Any, place: Place, value: Any, **given: Any) -> Any:
+    def parse(self, shape: Any, location: Location, value: Any, **given: Any) -> Any:
         """Returns a value as another type, or None after a mistake.
 
         Args:
             shape: The type, such as a dataclass.
-            place: Where the value stands.
+            location: Where the value stands.
             value: What stands there.
             given: Fields of the dataclass that are not the file's to give.
         """
         adapter = TypeAdapter(shape)
         for key in given:
             if key in value:
-                self.add_mistake((*place, key), f"unknown key `{key}`; remove it")
+                self.add_mistake((*location, key), f"unknown key `{key}`; remove it")
         try:
             return adapter.validate_python(value | given if given else value)
         except ValidationError as error:
             keys = [key for key in adapter.json_schema().get("properties", ()) if key not in given]
-            holder = next(str(part) for part in reversed(place) if isinstance(part, str))
+            holder = next(str(part) for part in reversed(location) if isinstance(part, str))
             for problem in error.errors():
-                self.add_mistake((*place, *problem["loc"]), _explain(problem, holder, keys))
+                self.add_mistake((*location, *problem["loc"]), _explain(problem, holder, keys))
             return None
 
-    def add_mistake(self, place: Place | None, text: str) -> None:
-        """Notes a mistake at a place, or at what holds it if there is no such place; None = not in the file."""
-        self._mistakes.append((None if place is None else self.position(place), text))
+    def add_mistake(self, location: Location | None, text: str) -> None:
+        """Notes a mistake at a location, or at what holds it if there is no such location; None = not in the file."""
+        self._mistakes.append((None if location is None else self.position(location), text))
 
-    def position(self, place: Place) -> Position:
+    def position(self, location: Location) -> Position:
         """Returns where a key or an item of a list stands."""
-        while place and place not in self._positions:
-            place = place[:-1]
-        return self._positions.get(place, Position(1, 1))
+        while location and location not in self._positions:
+            location = location[:-1]
+        return self._positions.get(location, Position(1, 1))
 
     def refuse_mistakes(self) -> None:
         """Raises UserError with all mistakes in the order of the file, if there are any."""
@@ -130,12 +130,12 @@ class LocatedYaml:
             raise UserError(f"{self._path}, {lines[0]}")
         raise UserError("\n  ".join([f"{self._path} has {len(lines)} mistakes:", *lines]))
 
-    def _read(self, loader: _Loader, node: yaml.Node, place: Place) -> Any:
-        self._positions.setdefault(place, _position(node.start_mark))
+    def _read(self, loader: _Loader, node: yaml.Node, location: Location) -> Any:
+        self._positions.setdefault(location, _position(node.start_mark))
         if isinstance(node, yaml.MappingNode) and node.tag == loader.DEFAULT_MAPPING_TAG:
-            return self._read_mapping(loader, node.value, place)
+            return self._read_mapping(loader, node.value, location)
         if isinstance(node, yaml.SequenceNode) and node.tag == loader.DEFAULT_SEQUENCE_TAG:
-            return [self._read(loader, item, (*place, index)) for index, item in enumerate(node.value)]
+            return [self._read(loader, item, (*location, index)) for index, item in enumerate(node.value)]
         try:
             value = loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else node
         except ValueError as error:  # such as the 31st of February, or !!int x
@@ -145,18 +145,18 @@ class LocatedYaml:
             raise ConstructorError(None, None, problem, node.start_mark)
         return value
 
-    def _read_mapping(self, loader: _Loader, entries: Sequence[tuple[yaml.Node, yaml.Node]], place: Place) -> Any:
+    def _read_mapping(self, loader: _Loader, entries: Sequence[tuple[yaml.Node, yaml.Node]], location: Location) -> Any:
         values: dict[str, Any] = {}
         for key_node, node in entries:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ConstructorError(None, None, "a key is a single value", key_node.start_mark)
             key, where = key_node.value, _position(key_node.start_mark)
             if key in values:
-                first = self._positions[(*place, key)]
+                first = self._positions[(*location, key)]
                 self._mistakes.append((where, f"a key stands once, got `{key}` again (first on line {first.line})"))
                 continue
-            self._positions[(*place, key)] = where
-            values[key] = self._read(loader, node, (*place, key))
+            self._positions[(*location, key)] = where
+            values[key] = self._read(loader, node, (*location, key))
         return values
 
 
