@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -43,3 +44,8 @@ def find_user_error(error: BaseException) -> UserError | None:
         waiting += [other for other in nearby if isinstance(other, BaseException)]
     told = re.findall(rf"^{re.escape(__name__)}\.UserError: (.+)$", str(error), re.MULTILINE)
     return UserError(told[-1]) if told else None
+
+
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """Returns names for a message, the first few if there are many."""
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

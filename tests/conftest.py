@@ -17,7 +17,6 @@ prepare_environment(own_cluster=True)  # before anything imports Ray
 from random_runs import make_random_run  # noqa: E402
 
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_cir  # noqa: E402
-from harma_ray.data.convert.tasks import map_serially  # noqa: E402
 from harma_ray.recipes import recipe_config  # noqa: E402
 from harma_ray.settings import build_config  # noqa: E402
 
@@ -76,7 +75,7 @@ def joined(cluster_address):
 def scenes(tmp_path_factory) -> Path:
     """A data set of drawn scenes: 40 train, 13 val, 11 test images of 64 px with 5 captions each."""
     out = tmp_path_factory.mktemp("scenes")
-    convert_scenes(out, {"train": 40, "val": 13, "test": 11}, style="summer", size=64, map_tasks=map_serially)
+    convert_scenes(out, {"train": 40, "val": 13, "test": 11}, style="summer", size=64)
     return out
 
 
@@ -84,7 +83,7 @@ def scenes(tmp_path_factory) -> Path:
 def composed(tmp_path_factory) -> Path:
     """A data set of composed retrieval: 40 train, 5 val, 4 test queries of drawn scenes of 64 px, 6 images each."""
     out = tmp_path_factory.mktemp("composed")
-    convert_scenes_cir(out, {"train": 40, "val": 5, "test": 4}, style="summer", size=64, map_tasks=map_serially)
+    convert_scenes_cir(out, {"train": 40, "val": 5, "test": 4}, style="summer", size=64)
     return out
 
 

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from harma_ray.data.convert.commands import convert_cirr, convert_fashioniq
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 
 SMALL = {"shard_bytes": 20_000, "row_group_bytes": 5_000}
@@ -63,14 +62,12 @@ def draw_cirr(root):
     return root
 
 
-def fashioniq_split(root, split, out, *, map_tasks=map_serially, categories=("dress", "toptee", "shirt"), **settings):
-    return convert_fashioniq(
-        root, split, out, categories=categories, settings=WriteSettings(**{**SMALL, **settings}), map_tasks=map_tasks
-    )
+def fashioniq_split(root, split, out, *, categories=("dress", "toptee", "shirt"), **settings):
+    return convert_fashioniq(root, split, out, categories=categories, settings=WriteSettings(**{**SMALL, **settings}))
 
 
-def cirr_split(root, split, out, *, map_tasks=map_serially, **settings):
-    return convert_cirr(root, split, out, settings=WriteSettings(**{**SMALL, **settings}), map_tasks=map_tasks)
+def cirr_split(root, split, out, **settings):
+    return convert_cirr(root, split, out, settings=WriteSettings(**{**SMALL, **settings}))
 
 
 def edit_json(path, change):

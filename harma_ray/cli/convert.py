@@ -84,6 +84,7 @@ def _convert(options: argparse.Namespace) -> None:
     from harma_ray.errors import UserError
     from harma_ray.files import output_path
     from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
+    from harma_ray.on_ray.tasks import map_with_ray
 
     if getattr(options, "annotations_only", False):
         print(_read_composed(options).report())
@@ -95,7 +96,7 @@ def _convert(options: argparse.Namespace) -> None:
         changes["rendering"] = rendering_from(options)
     settings = WriteSettings(
         resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
-        **changes,
+        map_tasks=map_with_ray, **changes,
     )  # fmt: skip
     sources = [getattr(options, name) for name in ("images", "root") if name in options]
     with ray_cluster(options.address) as cluster:
@@ -111,29 +112,26 @@ def _convert(options: argparse.Namespace) -> None:
 def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Manifest]:
     """Runs the converter and returns the manifests of the splits."""
     from harma_ray.data.convert import commands as convert
-    from harma_ray.on_ray.tasks import map_with_ray
-
-    how: dict[str, Any] = {"settings": settings, "map_tasks": map_with_ray}
 
     if options.kind == "harma":
         return {options.split: convert.convert_harma(
-            options.annotations, options.images, options.split, options.out, **how)}  # fmt: skip
+            options.annotations, options.images, options.split, options.out, settings=settings)}  # fmt: skip
     if options.kind == "karpathy":
-        return convert.convert_karpathy(options.annotations, options.images, options.out, **how)
+        return convert.convert_karpathy(options.annotations, options.images, options.out, settings=settings)
     if options.kind == "folder":
         return convert.convert_folder(
             options.images, options.out, caption_template=options.caption_template, fractions=options.fractions,
-            **how,
+            settings=settings,
         )  # fmt: skip
     if options.kind == "fashioniq":
         return {options.split: convert.convert_fashioniq(
-            options.root, options.split, options.out, categories=options.categories, **how)}  # fmt: skip
+            options.root, options.split, options.out, categories=options.categories, settings=settings)}  # fmt: skip
     if options.kind == "cirr":
-        return {options.split: convert.convert_cirr(options.root, options.split, options.out, **how)}
+        return {options.split: convert.convert_cirr(options.root, options.split, options.out, settings=settings)}
     draw = convert.convert_scenes if options.kind == "scenes" else convert.convert_scenes_cir
     counts = dict(zip(("train", "val", "test"), options.counts, strict=True))
     counts = {split: count for split, count in counts.items() if count}
-    return draw(options.out, counts, style=options.style, size=options.size, **how)
+    return draw(options.out, counts, style=options.style, size=options.size, settings=settings)
 
 
 def _summarise(manifest: Manifest) -> str:

@@ -53,8 +53,8 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dic
         folders = {}
         for style, counts in ((SOURCE_STYLE, SOURCE_COUNTS), (TARGET_STYLE, TARGET_COUNTS)):
             folders[style] = out / "data" / f"scenes-{style}-{seed}"
-            settings = WriteSettings(seed=seed if style == SOURCE_STYLE else seed + 1_000_000)
-            convert_scenes(folders[style], counts, style=style, size=64, settings=settings, map_tasks=map_with_ray)
+            settings = WriteSettings(seed=seed if style == SOURCE_STYLE else seed + 1_000_000, map_tasks=map_with_ray)
+            convert_scenes(folders[style], counts, style=style, size=64, settings=settings)
         print(f"[{time.perf_counter() - started:5.0f} s] training a tiny CLIP whole, from nothing, on {SOURCE_STYLE}")
         scaling = {"seed": seed, "scaling.num_workers": num_workers}
         source = create_run(

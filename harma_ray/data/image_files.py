@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 
 # fmt: off
 EXTENSIONS = frozenset({
@@ -249,7 +249,6 @@ def _topmost_empty(root: Path, walked: Iterable[Path], images: Iterable[Path]) -
 def _tell_names(names: list[str], reason: str) -> str:
     """Returns a few of the names, of files that are no images how often each ending occurs."""
     if reason != NO_IMAGES or len(names) <= _EXAMPLES:
-        return ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
+        return first_few(names, _EXAMPLES)
     endings = Counter(os.path.splitext(name)[1].lower() or "without an ending" for name in names).most_common()
-    told = ", ".join(f"{count} {ending}" for ending, count in endings[:_EXAMPLES])
-    return f"{told}{', ...' if len(endings) > _EXAMPLES else ''}; such as {names[0]}"
+    return f"{first_few([f'{count} {ending}' for ending, count in endings], _EXAMPLES)}; such as {names[0]}"

@@ -67,6 +67,14 @@ def padded_transform(
     if is_wide(image):
         image = to_rgb(image)
     across, down = _margins(image.width, image.height, padding, target_ratio)
+    _check_sizes(image, across, down, size, max_pixels)
+    if across or down:
+        image = F.pad(image, [across, down, across, down])
+    image = F.resize(image, [size], InterpolationMode.BICUBIC)
+    return to_tensor(to_rgb(F.center_crop(image, [size, size])))
+
+
+def _check_sizes(image: Image.Image, across: int, down: int, size: int, max_pixels: int) -> None:
     padded = (image.width + 2 * across, image.height + 2 * down)
     resized = [int(size * side / min(padded)) for side in padded]
     limit = max_pixels or max(MAX_PIXELS, 2 * image.width * image.height)
@@ -76,10 +84,6 @@ def padded_transform(
                 f"{image.width} x {image.height} pixels would be {step} to {width} x {height}; "
                 f"the limit is {limit:,} pixels: scale the image down or cut off its longer side"
             )
-    if across or down:
-        image = F.pad(image, [across, down, across, down])
-    image = F.resize(image, [size], InterpolationMode.BICUBIC)
-    return to_tensor(to_rgb(F.center_crop(image, [size, size])))
 
 
 def _margins(width: int, height: int, padding: str, target_ratio: float) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
 
 from harma_ray.data.convert.commands import convert_scenes_cir
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.kinds.base import BadRow
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.splits import list_splits, open_split
@@ -139,7 +138,7 @@ def test_data_of_captions_are_refused_before_ray_starts(capsys, scenes):
 def gallery(tmp_path_factory):
     """10 queries among 60 images."""
     out = tmp_path_factory.mktemp("gallery")
-    convert_scenes_cir(out, {"test": 10}, style="summer", size=64, map_tasks=map_serially)
+    convert_scenes_cir(out, {"test": 10}, style="summer", size=64)
     return out
 
 

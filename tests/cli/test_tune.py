@@ -16,7 +16,6 @@ from command_line import ROOT, SMALL_SPACE
 from harma_ray.cli import main, make_parser
 from harma_ray.cli.tune_run import _absolute, _plan, _require_same_data, _with_features
 from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.errors import UserError
 from harma_ray.recipes import load_config
 from harma_ray.resources import Cluster
@@ -96,7 +95,7 @@ def begun(space, scenes_copy, tmp_path):
 
 def test_a_search_does_not_go_on_with_other_data(capsys, begun, scenes_copy, scenes, tmp_path):
     """The val split was converted anew from other scenes; with the same content elsewhere, all is well."""
-    convert_scenes(tmp_path / "new", {"val": 12}, style="winter", size=64, map_tasks=map_serially)
+    convert_scenes(tmp_path / "new", {"val": 12}, style="winter", size=64)
     shutil.rmtree(scenes_copy / "val")
     shutil.copytree(tmp_path / "new" / "val", scenes_copy / "val")
     error = refused(capsys, "--resume", begun)

@@ -10,7 +10,6 @@ from raw_composed import cirr_split, draw_cirr, draw_fashioniq, edit_json, fashi
 from harma_ray.data.convert import examination, shards, writer
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.composed import read_fashioniq
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
 from harma_ray.data.kinds.queries import QUERY_SCHEMA
@@ -132,9 +131,7 @@ def test_training_rows_of_cirr_are_triplets(cirr, tmp_path):
 def test_drawn_queries_are_those_of_composed_scene(tmp_path):
     counts = {"train": 3, "val": 2}
     for out in ("a", "b"):
-        manifests = convert_scenes_cir(
-            tmp_path / out, counts, style="winter", size=32, settings=WriteSettings(seed=5), map_tasks=map_serially
-        )
+        manifests = convert_scenes_cir(tmp_path / out, counts, style="winter", size=32, settings=WriteSettings(seed=5))
     assert _read_files(tmp_path / "a") == _read_files(tmp_path / "b")
     assert {split: (m.kind, m.rows) for split, m in manifests.items()} == {
         "train": ("triplets", 3),
@@ -167,7 +164,7 @@ def test_drawn_queries_are_those_of_composed_scene(tmp_path):
 def test_impossible_drawn_queries_are_refused(tmp_path, change):
     settings = {"counts": {"train": 1}, "style": "summer", "size": 32, **change}
     with pytest.raises(UserError):
-        convert_scenes_cir(tmp_path, settings.pop("counts"), **settings, map_tasks=map_serially)
+        convert_scenes_cir(tmp_path, settings.pop("counts"), **settings)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,6 @@ from raster_files import bare_tiff, save, write_raster
 
 from harma_ray.data.convert.commands import convert_folder
 from harma_ray.data.convert.inspect import describe, render_facts
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
 from harma_ray.data.manifest import Manifest
@@ -29,10 +28,10 @@ def raw(tmp_path):
     return tmp_path / "raw"
 
 
-def _convert(raw, out, *, map_tasks=map_serially, rule=None, **settings):
+def _convert(raw, out, *, rule=None, **settings):
     rendering = Rendering.parse(**rule) if rule else None
     settings = WriteSettings(rendering=rendering, shard_bytes=2000, row_group_bytes=1000, **settings)
-    return convert_folder(raw, out, settings=settings, map_tasks=map_tasks)["train"]
+    return convert_folder(raw, out, settings=settings)["train"]
 
 
 def _stored(out):
@@ -94,7 +93,7 @@ def _split(raw, tmp_path):
 
 def test_what_is_found_of_train_holds_for_the_splits_beside_it(raw, tmp_path, caplog):
     rule, out = _split(raw, tmp_path)
-    made = convert_folder(raw, out, settings=WriteSettings(rendering=rule), map_tasks=map_serially)
+    made = convert_folder(raw, out, settings=WriteSettings(rendering=rule))
     limits = np.percentile(np.concatenate([values.reshape(-1, 3) for values in IMAGES[:6]]), [2, 98], axis=0)
     np.testing.assert_allclose(made["val"].rendered.rule["limits"]["3 x uint16"], limits.T)
     rows = open_split(out, "val").read(["source", "image"]).to_pylist()
@@ -104,7 +103,7 @@ def test_what_is_found_of_train_holds_for_the_splits_beside_it(raw, tmp_path, ca
         np.testing.assert_array_equal(np.asarray(decode_image(row["image"])), expected)
     assert len(rows) == 6
     assert "own statistics" not in caplog.text
-    again = convert_folder(raw, out, settings=WriteSettings(rendering=rule), map_tasks=map_serially)
+    again = convert_folder(raw, out, settings=WriteSettings(rendering=rule))
     assert again["val"].to_json() == made["val"].to_json()
 
 
@@ -113,10 +112,10 @@ def test_a_split_scaled_by_its_own_statistics_says_so(raw, tmp_path, caplog, tra
     rule, out = _split(raw, tmp_path)
     if train == "by another rule":
         other = WriteSettings(rendering=Rendering.parse(stretch="minmax"))
-        convert_folder(raw, out, settings=other, map_tasks=map_serially)
+        convert_folder(raw, out, settings=other)
         shutil.rmtree(out / "val")
     shutil.rmtree(raw / "train")
-    made = convert_folder(raw, out, settings=WriteSettings(rendering=rule), map_tasks=map_serially)["val"]
+    made = convert_folder(raw, out, settings=WriteSettings(rendering=rule))["val"]
     limits = np.percentile(np.concatenate([values.reshape(-1, 3) for values in IMAGES[6:]]) * 2, [2, 98], axis=0)
     np.testing.assert_allclose(made.rendered.rule["limits"]["3 x uint16"], limits.T)
     assert "val: rasters are scaled by the split's own statistics, for no split `train` beside it" in caplog.text

@@ -19,7 +19,6 @@ from harma_ray.data.convert import shards, staging
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_karpathy, convert_scenes
 from harma_ray.data.convert.duplicates import HASHES_NAME
 from harma_ray.data.convert.shards import pack_shards, write_shard
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.images import decode_image
 from harma_ray.data.kinds.images import IMAGE_SCHEMA
@@ -49,14 +48,13 @@ def raw(tmp_path):
     return root
 
 
-def _convert(raw, out, *, map_tasks=map_serially, **settings):
+def _convert(raw, out, **settings):
     return convert_harma(
         raw / "val.json",
         raw / "images",
         "val",
         out,
         settings=WriteSettings(**{**SMALL, **settings}),
-        map_tasks=map_tasks,
     )
 
 
@@ -337,7 +335,6 @@ def test_killed_process_leaves_no_split_and_can_be_restarted(raw, tmp_path):
         import os, signal
         from harma_ray.data.convert import shards
         from harma_ray.data.convert.commands import convert_harma
-        from harma_ray.data.convert.tasks import map_serially
         from harma_ray.data.convert.writer import WriteSettings
         make_row, calls = shards.make_row, []
         def make_row_and_die(*args, **options):
@@ -347,7 +344,7 @@ def test_killed_process_leaves_no_split_and_can_be_restarted(raw, tmp_path):
             return make_row(*args, **options)
         shards.make_row = make_row_and_die
         convert_harma({str(raw / "val.json")!r}, {str(raw / "images")!r}, "val", {str(tmp_path / "data")!r},
-                      settings=WriteSettings(**{SMALL!r}), map_tasks=map_serially)
+                      settings=WriteSettings(**{SMALL!r}))
         """
     )
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
@@ -402,14 +399,13 @@ def test_full_disk_is_one_clear_line_and_the_next_run_goes_on(raw, tmp_path):
         f"""
         import resource, signal, sys
         from harma_ray.data.convert.commands import convert_harma
-        from harma_ray.data.convert.tasks import map_serially
         from harma_ray.data.convert.writer import WriteSettings
         from harma_ray.errors import UserError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
         try:
             convert_harma({str(raw / "val.json")!r}, {str(raw / "images")!r}, "val", {str(tmp_path / "data")!r},
-                          settings=WriteSettings(**{SMALL!r}), map_tasks=map_serially)
+                          settings=WriteSettings(**{SMALL!r}))
         except UserError as error:
             sys.exit(str(error))
         """
@@ -460,21 +456,19 @@ def test_karpathy_and_folder_and_scenes_write_their_splits(raw, tmp_path):
         for n, split in ((1, "train"), (4, "val"), (7, "test"), (10, "train"))
     ]
     (raw / "k.json").write_text(json.dumps({"images": images}))
-    manifests = convert_karpathy(raw / "k.json", raw / "images", tmp_path / "k", map_tasks=map_serially)
+    manifests = convert_karpathy(raw / "k.json", raw / "images", tmp_path / "k")
     assert {split: manifest.rows for split, manifest in manifests.items()} == {"train": 2, "val": 1, "test": 1}
     for number, split in ((13, "train"), (16, "test")):
         (raw / "folders" / split / "pond").mkdir(parents=True)
         shutil.copy(raw / "images" / f"{number}.png", raw / "folders" / split / "pond")
-    convert_folder(raw / "folders", tmp_path / "f", caption_template="a {label}", map_tasks=map_serially)
+    convert_folder(raw / "folders", tmp_path / "f", caption_template="a {label}")
     assert list_splits(tmp_path / "f") == ["train", "test"]
     assert open_split(tmp_path / "f", "test").read(["captions", "label", "label_name"]).to_pylist() == [
         {"captions": ["a pond"], "label": 0, "label_name": "pond"}
     ]
     settings = WriteSettings(seed=3)
     for out in ("s", "again"):
-        convert_scenes(
-            tmp_path / out, {"train": 4, "val": 2}, style="winter", size=32, settings=settings, map_tasks=map_serially
-        )
+        convert_scenes(tmp_path / out, {"train": 4, "val": 2}, style="winter", size=32, settings=settings)
     assert _read_files(tmp_path / "s") == _read_files(tmp_path / "again")
     rows = open_split(tmp_path / "s", "train").read(COLUMNS).to_pylist()
     assert len(rows) == 4
@@ -484,7 +478,7 @@ def test_karpathy_and_folder_and_scenes_write_their_splits(raw, tmp_path):
 @pytest.mark.parametrize("split", ["", "../val", ".hidden", "a/b"])
 def test_name_of_a_split_is_a_plain_folder_name(raw, tmp_path, split):
     with pytest.raises(UserError, match="a split's name is a plain folder name"):
-        convert_harma(raw / "val.json", raw / "images", split, tmp_path, map_tasks=map_serially)
+        convert_harma(raw / "val.json", raw / "images", split, tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])

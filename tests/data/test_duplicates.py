@@ -8,7 +8,6 @@ from raw_composed import draw_fashioniq, fashioniq_split
 from harma_ray.cli import main
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_scenes
 from harma_ray.data.convert.duplicates import HASHES_NAME, find_shared
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.splits import open_split
 
@@ -25,7 +24,7 @@ def _convert(folder, split, colours, *, prefix="", **settings):
     path = folder / f"{split}.json"
     path.write_text(json.dumps(rows))
     settings = WriteSettings(**settings)
-    return convert_harma(path, folder, split, folder / "data", settings=settings, map_tasks=map_serially)
+    return convert_harma(path, folder, split, folder / "data", settings=settings)
 
 
 def _found(folder, *splits):
@@ -83,8 +82,7 @@ def test_splits_that_are_overwritten_together_are_compared_when_all_are_new(tmp_
     rows = []
     for seed in (0, 1):  # another seed moves images into other splits
         settings = WriteSettings(seed=seed, overwrite=True)
-        made = convert_folder(tmp_path / "raw", tmp_path / "data", fractions=(0.5, 0.25, 0.25), settings=settings,
-                              map_tasks=map_serially)  # fmt: skip
+        made = convert_folder(tmp_path / "raw", tmp_path / "data", fractions=(0.5, 0.25, 0.25), settings=settings)
         rows.append({split: sorted(open_split(tmp_path / "data", split).read(["source"])["source"].to_pylist())
                      for split in made})  # fmt: skip
     assert set(rows[1]["train"]) & set(rows[0]["val"])
@@ -100,9 +98,7 @@ def test_an_image_that_was_left_out_is_in_no_split(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     for split in ("train", "val"):
         settings = WriteSettings(max_bad=1)
-        convert_harma(
-            tmp_path / "bad.json", tmp_path, split, tmp_path / "data", settings=settings, map_tasks=map_serially
-        )
+        convert_harma(tmp_path / "bad.json", tmp_path, split, tmp_path / "data", settings=settings)
     assert _found(tmp_path) == [("val", "train", 1, [("good.png", "good.png")])]
 
 
@@ -127,7 +123,7 @@ def test_a_split_that_cannot_be_compared_stops_no_conversion(tmp_path, caplog):
 
 
 def test_drawn_scenes_are_in_one_split_each(tmp_path):
-    convert_scenes(tmp_path / "data", {"train": 3, "val": 2}, style="summer", size=32, map_tasks=map_serially)
+    convert_scenes(tmp_path / "data", {"train": 3, "val": 2}, style="summer", size=32)
     assert _found(tmp_path) == []
     assert not list((tmp_path / "data").rglob(HASHES_NAME))
 

@@ -8,7 +8,6 @@ from raw_composed import cirr_split, draw_cirr, draw_fashioniq, fashioniq_split
 from harma_ray.data.convert.commands import convert_harma, convert_scenes
 from harma_ray.data.convert.inspect import describe, render_facts
 from harma_ray.data.convert.sheet import contact_sheet
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
@@ -30,7 +29,6 @@ def split(tmp_path):
         "val",
         tmp_path / "data",
         settings=WriteSettings(max_bad=1, row_group_bytes=300),
-        map_tasks=map_serially,
     )
     return open_split(tmp_path / "data", "val")
 
@@ -81,7 +79,7 @@ def test_split_without_captions_and_classes(tmp_path):
 
     (tmp_path / "images" / "train" / "pond").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "train" / "pond" / "a.bmp")
-    convert_folder(tmp_path / "images", tmp_path / "data", map_tasks=map_serially)
+    convert_folder(tmp_path / "images", tmp_path / "data")
     facts = describe(open_split(tmp_path / "data", "train"))
     assert (facts.texts.captions, facts.texts.caption_words, facts.formats) == (0, None, {"BMP": 1})
     assert "tokens" not in render_facts(facts)
@@ -117,7 +115,7 @@ def test_contact_sheet_needs_images_and_a_place(split, tmp_path):
 
 
 def test_scenes_can_be_described(tmp_path):
-    convert_scenes(tmp_path, {"train": 6}, style="summer", size=32, map_tasks=map_serially)
+    convert_scenes(tmp_path, {"train": 6}, style="summer", size=32)
     facts = describe(open_split(tmp_path, "train"), verify=True)
     assert facts.rows == 6
     assert facts.sizes == {(32, 32): 6}

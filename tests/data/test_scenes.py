@@ -124,9 +124,9 @@ def test_scene_names_its_label():
 
 def test_every_caption_tells_the_true_count_colour_and_kind(told):
     for content, style, texts in told:
-        phrasing = scene_phrasing._PHRASINGS[style]
+        phrasing = scene_phrasing.PHRASINGS[style]
         number = next(word for word, count in COUNTS.items() if count == content.num_main)
-        noun = scene_phrasing._count_noun(content.num_main, content.kind, phrasing)
+        noun = phrasing.noun(content.num_main, content.kind)
         for text in texts:
             assert f"{number} {content.colour} {noun}" in text
             assert find_words(text, scene_content.COLOURS) == {content.colour}
@@ -145,7 +145,7 @@ def test_captions_tell_only_the_true_ground_feature_and_arrangement(told):
     features = {"road": "road", "stream": "stream", "railway": "railway", "pond": "pond", "trees": "(?:trees|belt)"}
     variants = ["straight", "curved", "winding", "bending", "dense", "sparse", "round", "long"]
     for content, style, texts in told:
-        phrasing = scene_phrasing._PHRASINGS[style]
+        phrasing = scene_phrasing.PHRASINGS[style]
         variant = phrasing.curved if content.feature_variant == "curved" else content.feature_variant
         for text in texts:
             assert find_words(text, scene_content.GROUNDS) <= {content.ground}
@@ -163,7 +163,7 @@ def test_five_captions_together_cover_all_facts():
     for index in range(NUM_SAMPLES):
         content = sample_content(4, index)
         for style in STYLES:
-            fields = scene_phrasing._tell(content, scene_phrasing._PHRASINGS[style])
+            fields = scene_phrasing._tell(content, scene_phrasing.PHRASINGS[style])
             text = " | ".join(captions(content, style))
             assert all(fields[name] in text for name in fields if name not in ("be", "at"))
 

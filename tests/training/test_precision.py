@@ -11,7 +11,6 @@ from random_runs import make_random_run
 from harma_ray.api import load_run
 from harma_ray.config import TrainConfig
 from harma_ray.data.convert.commands import convert_scenes_cir
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
@@ -122,7 +121,7 @@ def test_vectors_from_python_are_fp32_whatever_a_run_was_trained_in(run_of, tmp_
 
 def test_a_submission_is_in_fp32_unless_bf16_is_asked_for(capsys, run_of, tmp_path):
     data = tmp_path / "gallery"
-    convert_scenes_cir(data, {"test": 10}, style="summer", size=64, map_tasks=map_serially)
+    convert_scenes_cir(data, {"test": 10}, style="summer", size=64)
     run = run_of("scenes-cir-combiner")
     exact = make_random_run(tmp_path, "exact", build_config(run.config, {"train.precision": "fp32"}))
     files = {}

@@ -7,7 +7,6 @@ import pytest
 from command_line import done, refused
 
 from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.data.convert.tasks import map_serially
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
@@ -56,9 +55,7 @@ def stopped(kept, tmp_path):
 @pytest.fixture
 def other(tmp_path):
     """A data set of the same shape with other images."""
-    convert_scenes(
-        tmp_path / "other", {"train": 40, "val": 13, "test": 11}, style="winter", size=64, map_tasks=map_serially
-    )
+    convert_scenes(tmp_path / "other", {"train": 40, "val": 13, "test": 11}, style="winter", size=64)
     return tmp_path / "other"
 
 

@@ -1,4 +1,4 @@
-"""Checks of the rows of annotation files."""
+"""Rows and values of annotation files, read with checks that say what is wrong and where."""
 
 from __future__ import annotations
 
@@ -6,13 +6,89 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 
-_EXAMPLES = 5
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A JSON value of an annotation file.
+
+    Its methods raise `UserError`, which tells the expected shape, if something is missing or of another kind.
+    """
+
+    value: object
+    """What was read."""
+    origin: str
+    """Where, for messages: the file and the row."""
+    expected: str
+    """How it should look, for messages."""
+
+    @property
+    def fields(self) -> Mapping[str, object]:
+        """The fields of a value that must be an object."""
+        if not isinstance(self.value, dict):
+            raise self._mistake(describe_shape(self.value))
+        return self.value
+
+    def has(self, name: str) -> bool:
+        """Tells whether there is a field that is not null."""
+        return self.fields.get(name) is not None
+
+    def text(self, name: str) -> str:
+        """Returns a field that must be a text."""
+        return self._inside(name, self._field(name, str)).as_text()
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Returns a field that must be a list of texts."""
+        return tuple(self._inside(name, text).as_text() for text in self._field(name, list))
+
+    def number(self, name: str) -> int:
+        """Returns a field that must be a whole number that is positive or 0 and fits 31 bits."""
+        number = self._field(name, int)
+        if not 0 <= number < 2**31:  # labels are stored as int32
+            raise UserError(f"{self.origin}: `{name}` must lie in 0..{2**31 - 1}, got {number}")
+        return number
+
+    def items(self, name: str) -> list[object]:
+        """Returns a field that must be a list."""
+        return self._field(name, list)
+
+    def part(self, name: str) -> Entry:
+        """Returns a field that must be an object, as a part of this value."""
+        return Entry(self._field(name, dict), self.origin, self.expected)
+
+    def as_text(self) -> str:
+        """Returns a value that must be a text itself, without half a character."""
+        if not isinstance(self.value, str):
+            raise self._mistake(describe_shape(self.value))
+        try:
+            self.value.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise UserError(
+                f"{self.origin} holds half a character ({error.reason}), got {self.value!r}; correct it"
+            ) from error
+        return self.value
+
+    def _field(self, name: str, kind: type[_T]) -> _T:
+        value = self.fields.get(name)
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return value
+        keys = ", ".join(map(str, self.fields))
+        got = f"`{name}` = {describe_shape(value)}" if name in self.fields else f"no `{name}` (keys: {keys})"
+        raise self._mistake(f"{got}{_advise(self.fields, name, kind)}")
+
+    def _inside(self, name: str, value: object) -> Entry:
+        return Entry(value, f"{self.origin}: `{name}`", self.expected)
+
+    def _mistake(self, got: str) -> UserError:
+        return UserError(f"{self.origin} must look like {self.expected}, got {got}")
 
 
 def hash_file(path: str | Path) -> str:
@@ -21,55 +97,24 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_files(*paths: str | Path) -> dict[str, str]:
+    """Returns the SHA-256 of some files by their names."""
+    return {Path(path).name: hash_file(path) for path in paths}
+
+
 def check_distinct(names: Sequence[str], origin: str) -> None:
     """Raises UserError if a list of names has one twice."""
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{origin} lists {list_some(len(twice), 'name', twice)} more than once; remove the repetitions")
+        raise UserError(f"{origin} lists {count_names(twice)} more than once; remove the repetitions")
 
 
-def list_some(count: int, noun: str, examples: Sequence[str]) -> str:
-    """Returns a number of things with the first few of them, such as ``7 names (a, b, ...)``."""
-    more = ", ..." if count > _EXAMPLES else ""
-    return f"{count} {noun}{'s' if count > 1 else ''} ({', '.join(map(str, examples[:_EXAMPLES]))}{more})"
+def count_names(names: Sequence[str]) -> str:
+    """Returns the number of some names with the first few of them, such as ``7 names (a, b, ...)``."""
+    return f"{len(names)} name{'s' if len(names) > 1 else ''} ({first_few(names)})"
 
 
-def as_object(value: Any, origin: str, expected: str) -> dict[str, Any]:
-    """Returns a JSON value that must be an object.
-
-    Raises:
-        UserError: If it is none; tells the expected shape.
-    """
-    if not isinstance(value, dict):
-        raise UserError(f"{origin} must look like {expected}, got {describe_shape(value)}")
-    return value
-
-
-def get_field(row: dict[str, Any], name: str, kind: type, origin: str, expected: str) -> Any:
-    """Returns a field of a row.
-
-    Args:
-        row: The row.
-        name: Of the field.
-        kind: Type that its value must be of; numbers must fit 31 bits and be positive or 0.
-        origin: Of the row, for messages.
-        expected: How a row looks, for messages.
-
-    Raises:
-        UserError: If it is missing or of another kind.
-    """
-    value = row.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        got = (
-            f"`{name}` = {describe_shape(value)}" if name in row else f"no `{name}` (keys: {', '.join(map(str, row))})"
-        )
-        raise UserError(f"{origin} must look like {expected}, got {got}{_advise(row, name, kind)}")
-    if isinstance(value, int) and not 0 <= value < 2**31:  # labels are stored as int32
-        raise UserError(f"{origin}: `{name}` must lie in 0..{2**31 - 1}, got {value}")
-    return as_text(value, f"{origin}: `{name}`", expected) if isinstance(value, str) else value
-
-
-def _advise(row: dict[str, Any], name: str, kind: type) -> str:
+def _advise(row: Mapping[str, object], name: str, kind: type) -> str:
     """Returns how a wrong field is put right, where that is plain; empty otherwise."""
     value = row.get(name)
     if kind is int and isinstance(value, str | float) and not isinstance(value, bool):
@@ -92,28 +137,7 @@ def _advise(row: dict[str, Any], name: str, kind: type) -> str:
     return ""
 
 
-def get_texts(row: dict[str, Any], name: str, origin: str, expected: str) -> tuple[str, ...]:
-    """Returns a field of a row that must be a list of texts; takes and raises what `get_field` does."""
-    texts = get_field(row, name, list, origin, expected)
-    return tuple(as_text(text, f"{origin}: `{name}`", expected) for text in texts)
-
-
-def as_text(value: Any, origin: str, expected: str) -> str:
-    """Returns a JSON value that must be a text.
-
-    Raises:
-        UserError: If it is none, or holds half a character; tells the expected shape.
-    """
-    if not isinstance(value, str):
-        raise UserError(f"{origin} must look like {expected}, got {describe_shape(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise UserError(f"{origin} holds half a character ({error.reason}), got {value!r}; correct it") from error
-    return value
-
-
-def describe_shape(value: Any) -> str:
+def describe_shape(value: object) -> str:
     """Describes a JSON value in a few words."""
     if isinstance(value, dict):
         keys = ", ".join(list(value)[:6])

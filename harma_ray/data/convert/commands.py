@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from harma_ray.data.convert.annotations import hash_file
+from harma_ray.data.convert.annotations import hash_files
 from harma_ray.data.convert.composed import CATEGORIES, ComposedSource, read_cirr, read_fashioniq
 from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
 from harma_ray.data.convert.sources import read_harma, read_karpathy
-from harma_ray.data.convert.tasks import TaskMap, map_serially
-from harma_ray.data.convert.writer import WriteSettings, write_split
-from harma_ray.data.kinds.images import SourceRecord
+from harma_ray.data.convert.writer import DEFAULTS, WriteSettings, write_split
+from harma_ray.data.kinds.base import Record
+from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.manifest import Manifest
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -25,8 +26,7 @@ def convert_harma(
     split: str,
     out: str | Path,
     *,
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> Manifest:
     """Converts one HarMA annotation file, of training or evaluation, to one split of the data set ``out``.
 
@@ -36,8 +36,8 @@ def convert_harma(
     if not split or split.startswith(".") or "/" in split:
         raise UserError(f"a split's name is a plain folder name such as train, val or test, got {split!r}")
     records = {split: read_harma(annotations, images)}
-    inputs = {Path(annotations).name: hash_file(annotations)}
-    return _write_splits(records, out, {"converter": "harma"}, inputs, settings, map_tasks)[split]
+    inputs = hash_files(annotations)
+    return _write_splits(records, out, {"converter": "harma"}, settings, inputs=inputs)[split]
 
 
 def convert_karpathy(
@@ -46,8 +46,7 @@ def convert_karpathy(
     out: str | Path,
     *,
     splits: Sequence[str] | None = None,
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Converts a Karpathy-style annotation file to the splits in it (or those named) of the data set ``out``.
 
@@ -55,8 +54,7 @@ def convert_karpathy(
         UserError: If the source or the folder ``out`` is not as it should be; see ``read_karpathy``, ``write_split``.
     """
     records = read_karpathy(annotations, images, splits)
-    inputs = {Path(annotations).name: hash_file(annotations)}
-    return _write_splits(records, out, {"converter": "karpathy"}, inputs, settings, map_tasks)
+    return _write_splits(records, out, {"converter": "karpathy"}, settings, inputs=hash_files(annotations))
 
 
 def convert_folder(
@@ -65,18 +63,16 @@ def convert_folder(
     *,
     caption_template: str | None = None,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Converts class folders to the splits of the data set ``out``; see ``read_class_folders``.
 
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be.
     """
-    settings = settings or WriteSettings()
     records = read_class_folders(images, caption_template=caption_template, fractions=fractions, seed=settings.seed)
     options = {"converter": "folder", "caption_template": caption_template, "fractions": list(fractions)}
-    return _write_splits(records, out, options, {}, settings, map_tasks)
+    return _write_splits(records, out, options, settings)
 
 
 def convert_scenes(
@@ -85,8 +81,7 @@ def convert_scenes(
     *,
     style: str,
     size: int,
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Draws scenes and writes them to the splits of the data set ``out``; ``settings.seed`` is their seed too.
 
@@ -96,25 +91,13 @@ def convert_scenes(
         style: Look of the scenes.
         size: Height and width in pixels.
         settings: How to write.
-        map_tasks: Runs the tasks.
 
     Raises:
         UserError: If a setting is not valid or ``out`` cannot be written.
     """
-    settings = settings or WriteSettings()
     records = list_scenes(counts, style=style, size=size, seed=settings.seed)
     options = {"converter": "scenes", "style": style, "size": size}
-    return {
-        split: write_split(
-            rows,
-            Path(out) / split,
-            options={**options, "count": len(rows)},
-            inputs={},
-            settings=settings,
-            map_tasks=map_tasks,
-        )
-        for split, rows in records.items()
-    }
+    return _write_splits(records, out, options, settings, counts=counts)
 
 
 def convert_fashioniq(
@@ -123,8 +106,7 @@ def convert_fashioniq(
     out: str | Path,
     *,
     categories: Sequence[str] = CATEGORIES,
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> Manifest:
     """Converts a split of FashionIQ to one of the data set ``out``: triplets for ``train``, else images and queries.
 
@@ -133,7 +115,7 @@ def convert_fashioniq(
     """
     source = read_fashioniq(root, split, categories)
     options = {"converter": "fashioniq", "categories": [part.category for part in source.parts]}
-    return _write_composed(source, out, options, settings, map_tasks)
+    return _write_composed(source, out, options, settings)
 
 
 def convert_cirr(
@@ -141,15 +123,14 @@ def convert_cirr(
     split: str,
     out: str | Path,
     *,
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> Manifest:
     """Converts a split of CIRR to one of the data set ``out``: triplets for ``train``, else images and queries.
 
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be; see ``read_cirr``, ``write_split``.
     """
-    return _write_composed(read_cirr(root, split), out, {"converter": "cirr"}, settings, map_tasks)
+    return _write_composed(read_cirr(root, split), out, {"converter": "cirr"}, settings)
 
 
 def convert_scenes_cir(
@@ -158,8 +139,7 @@ def convert_scenes_cir(
     *,
     style: str,
     size: int,
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Draws composed retrieval's scenes and writes them to the splits of ``out``; takes what ``convert_scenes`` does.
 
@@ -168,57 +148,47 @@ def convert_scenes_cir(
     Raises:
         UserError: If a setting is not valid or ``out`` cannot be written.
     """
-    settings = settings or WriteSettings()
     splits = list_composed_scenes(counts, style=style, size=size, seed=settings.seed)
     options = {"converter": "scenes-cir", "style": style, "size": size}
-    return {
-        split: write_split(
-            records,
-            Path(out) / split,
-            options={**options, "count": counts[split]},
-            inputs={},
-            queries=queries,
-            settings=settings,
-            map_tasks=map_tasks,
-        )
-        for split, (records, queries) in splits.items()
-    }
+    records = {split: records for split, (records, _) in splits.items()}
+    queries = {split: queries for split, (_, queries) in splits.items()}
+    return _write_splits(records, out, options, settings, queries=queries, counts=counts)
 
 
 def _write_composed(
-    source: ComposedSource,
-    out: str | Path,
-    options: Mapping[str, Any],
-    settings: WriteSettings | None,
-    map_tasks: TaskMap,
+    source: ComposedSource, out: str | Path, options: Mapping[str, Any], settings: WriteSettings
 ) -> Manifest:
-    manifest = write_split(
-        source.records,
-        Path(out) / source.split,
-        options=options,
-        inputs=source.inputs,
-        queries=source.queries,
-        settings=settings,
-        map_tasks=map_tasks,
-        hint="; --annotations-only lists all that are missing",
-    )
-    warn_of_shared(output_path(out), [source.split])
-    return manifest
+    hint = "; --annotations-only lists all that are missing"
+    records, queries = {source.split: source.records}, {source.split: source.queries}
+    return _write_splits(records, out, options, settings, queries=queries, inputs=source.inputs, hint=hint)[
+        source.split
+    ]
 
 
 def _write_splits(
-    records: Mapping[str, list[SourceRecord]],
+    records: Mapping[str, Sequence[Record]],
     out: str | Path,
     options: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    settings: WriteSettings | None,
-    map_tasks: TaskMap,
+    settings: WriteSettings,
+    *,
+    queries: Mapping[str, Sequence[QueryRecord]] = MappingProxyType({}),
+    inputs: Mapping[str, str] = MappingProxyType({}),
+    counts: Mapping[str, int] | None = None,
+    hint: str = "",
 ) -> dict[str, Manifest]:
+    """Writes splits; takes what `write_split` does, and the counts of what is drawn."""
     manifests = {
         split: write_split(
-            rows, Path(out) / split, options=options, inputs=inputs, settings=settings, map_tasks=map_tasks
+            rows,
+            Path(out) / split,
+            options=options if counts is None else {**options, "count": counts[split]},
+            inputs=inputs,
+            queries=queries.get(split, ()),
+            settings=settings,
+            hint=hint,
         )
         for split, rows in records.items()
     }
-    warn_of_shared(output_path(out), list(manifests))  # when all are new: those of before are no splits of the same
+    if counts is None:  # what is drawn is in one split alone
+        warn_of_shared(output_path(out), list(manifests))  # when all are new: those of before are no splits of the same
     return manifests

@@ -5,20 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from harma_ray.data.convert.annotations import (
-    as_object,
-    as_text,
-    check_distinct,
-    describe_shape,
-    get_field,
-    get_texts,
-    hash_file,
-    list_some,
-)
+from harma_ray.data.convert.annotations import Entry, check_distinct, count_names, describe_shape, hash_files
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
@@ -160,13 +150,13 @@ def read_cirr(root: str | Path, split: str) -> ComposedSource:
         raise UserError(f"{index.name} must look like {_CIRR_INDEX}, got {describe_shape(places)}")
     files = {}
     with all_mistakes(f"CIRR's split {split}") as mistakes:
-        for origin, row in rows:
+        for row in rows:
             with mistakes.noted():
-                queries.append(_read_cirr_row(row, origin, split))
+                queries.append(_read_cirr_row(row, split))
         for name, place in places.items():
             with mistakes.noted():
-                origin = f"{index.name} `{as_text(name, index.name, _CIRR_INDEX)}`"
-                _, files[name] = locate_image(folder, as_text(place, origin, _CIRR_INDEX), origin)
+                origin = f"{index.name} `{Entry(name, index.name, _CIRR_INDEX).as_text()}`"
+                _, files[name] = locate_image(folder, Entry(place, origin, _CIRR_INDEX).as_text(), origin)
         _check_names(queries, places, index.name, split, mistakes)
         if split != "train":
             _check_pair_ids(queries, mistakes)
@@ -174,8 +164,7 @@ def read_cirr(root: str | Path, split: str) -> ComposedSource:
         files = {name: files[name] for query in queries for name in _names_of(query, split)}
     part = ComposedPart(split, queries, list(places))
     _warn([part])
-    inputs = {path.name: hash_file(path) for path in (texts, index)}
-    return ComposedSource(split, [part], folder, files, inputs)
+    return ComposedSource(split, [part], folder, files, hash_files(texts, index))
 
 
 def _add_category(source: ComposedSource, category: str, label: int, mistakes: Mistakes) -> None:
@@ -187,13 +176,13 @@ def _add_category(source: ComposedSource, category: str, label: int, mistakes: M
             raise UserError(f"annotation file {path} does not exist; --categories can leave {category} out")
     rows = enumerate(read_rows(texts, _FASHIONIQ_ROW), start=sum(len(part.queries) for part in source.parts))
     queries, listed = [], []
-    for number, (origin, row) in rows:
+    for number, row in rows:
         with mistakes.noted():
-            queries.append(_read_fashioniq_row(row, origin, number, category))
+            queries.append(_read_fashioniq_row(row, number, category))
     places = read_rows(index, f"that are each {_NAME}")
-    for origin, name in places:
+    for place in places:
         with mistakes.noted():
-            listed.append((as_text(name, origin, _NAME), origin))
+            listed.append((replace(place, expected=_NAME).as_text(), place.origin))
     names = [name for name, _ in listed]
     if source.split == "train":  # takes images by their names; what the index has, and how often, does not matter
         listed = [(name, query.source) for query in queries for name in _names_of(query, source.split)]
@@ -207,24 +196,15 @@ def _add_category(source: ComposedSource, category: str, label: int, mistakes: M
             if name in source.files:
                 continue
             source.files[name] = _find_fashioniq_image(source.root / "images", name, origin)
-    source.inputs.update({path.name: hash_file(path) for path in (texts, index)})
+    source.inputs.update(hash_files(texts, index))
     source.parts.append(ComposedPart(f"{category} {source.split}", queries, names, category, label))
 
 
-def _read_fashioniq_row(row: Any, origin: str, number: int, category: str) -> QueryRecord:
-    row = as_object(row, origin, _FASHIONIQ_ROW)
-    captions = get_texts(row, "captions", origin, _FASHIONIQ_ROW)
+def _read_fashioniq_row(row: Entry, number: int, category: str) -> QueryRecord:
+    captions = row.texts("captions")
     if len(captions) not in (1, 2):
-        raise UserError(f"{origin}: `captions` must be 1 or 2 texts, got {len(captions)}; correct the row")
-    return QueryRecord(
-        pair_id=number,
-        reference=get_field(row, "candidate", str, origin, _FASHIONIQ_ROW),
-        target=get_field(row, "target", str, origin, _FASHIONIQ_ROW),
-        category=category,
-        captions=captions,
-        members=(),
-        source=origin,
-    )
+        raise UserError(f"{row.origin}: `captions` must be 1 or 2 texts, got {len(captions)}; correct the row")
+    return QueryRecord(number, row.text("candidate"), row.text("target"), category, captions, (), row.origin)
 
 
 def _find_fashioniq_image(folder: Path, name: str, origin: str) -> Path:
@@ -234,17 +214,15 @@ def _find_fashioniq_image(folder: Path, name: str, origin: str) -> Path:
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
-def _read_cirr_row(row: Any, origin: str, split: str) -> QueryRecord:
-    row = as_object(row, origin, _CIRR_ROW)
-    unanswered = split == "test1" and row.get("target_hard") is None
-    group = as_object(get_field(row, "img_set", dict, origin, _CIRR_ROW), origin, _CIRR_ROW)
+def _read_cirr_row(row: Entry, split: str) -> QueryRecord:
+    origin, group = row.origin, row.part("img_set")
     query = QueryRecord(
-        pair_id=get_field(row, "pairid", int, origin, _CIRR_ROW),
-        reference=get_field(row, "reference", str, origin, _CIRR_ROW),
-        target=None if unanswered else get_field(row, "target_hard", str, origin, _CIRR_ROW),
+        pair_id=row.number("pairid"),
+        reference=row.text("reference"),
+        target=None if split == "test1" and not row.has("target_hard") else row.text("target_hard"),
         category=None,
-        captions=(get_field(row, "caption", str, origin, _CIRR_ROW),),
-        members=get_texts(group, "members", origin, _CIRR_ROW),
+        captions=(row.text("caption"),),
+        members=group.texts("members"),
         source=origin,
     )
     if split == "train":
@@ -274,8 +252,7 @@ def _check_names(queries: list[QueryRecord], index: Collection[str], file: str, 
                 wrong.setdefault(name, f"{name!r} of {query.source}")
     if wrong:
         mistakes.add(
-            f"{file} lacks {list_some(len(wrong), 'name', list(wrong.values()))} that queries need; take both files "
-            "from one release"
+            f"{file} lacks {count_names(list(wrong.values()))} that queries need; take both files from one release"
         )
 
 

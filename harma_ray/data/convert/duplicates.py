@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from harma_ray.data.convert.inspect import iterate_images
 from harma_ray.data.convert.shards import write_table
 from harma_ray.data.splits import Split, list_splits, open_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 
 HASHES_NAME = "hashes.parquet"
 """File of a split with the hashes of the image files that it was made from; drawn and older splits have none."""
@@ -44,11 +44,10 @@ class SharedImages:
 
     def tell(self) -> str:
         """Returns what they are and why it matters, in one line."""
-        same = ", ".join(f"{self.split}: {here} = {self.other}: {there}" for here, there in self.pairs[:_EXAMPLES])
-        more = ", ..." if len(self.pairs) > _EXAMPLES else ""
+        same = first_few([f"{self.split}: {here} = {self.other}: {there}" for here, there in self.pairs], _EXAMPLES)
         return (
             f"{len(self.pairs):,} of {self.total:,} different images of {self.split} are byte for byte in {self.other} "
-            f"too ({same}{more}): figures on the one are too good if the other is trained or selected on; remove them "
+            f"too ({same}): figures on the one are too good if the other is trained or selected on; remove them "
             "from one of the two, unless the data set is published so and you compare with its figures"
         )
 

@@ -18,7 +18,7 @@ from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.kinds.triplets import TripletRecord
 from harma_ray.data.scenes import composed_scene, draw, scene
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 
 LABEL_FIELD = "{label}"
 """Stands for the class name in a caption template."""
@@ -204,8 +204,7 @@ def _check_layout(found: FoundImages, depth: int) -> None:
 
 def _list_some(names: Iterable[str]) -> str:
     """Returns the first few names in alphabetical order."""
-    listed = sorted(map(readable_name, names))
-    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")
+    return first_few(sorted(map(readable_name, names)))
 
 
 def _check_wrapping(root: Path, parts: Sequence[tuple[str, ...]], depth: int) -> None:

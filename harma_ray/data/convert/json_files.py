@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.annotations import check_distinct, describe_shape
+from harma_ray.data.convert.annotations import Entry, check_distinct, describe_shape
 from harma_ray.errors import UserError
 
 _OTHER_ENCODINGS = ("GB18030", "WINDOWS-1252")
@@ -55,7 +55,7 @@ def read_json(path: str | Path, *, unique_keys: bool = False) -> Any:
         raise UserError(f"annotation file {path} {reason or _explain_syntax(error)}") from error
 
 
-def read_rows(path: Path, expected: str, hint: Callable[[Any], str] = lambda content: "") -> list[tuple[str, Any]]:
+def read_rows(path: Path, expected: str, hint: Callable[[object], str] = lambda content: "") -> list[Entry]:
     """Reads an annotation file that is a list.
 
     Args:
@@ -64,8 +64,7 @@ def read_rows(path: Path, expected: str, hint: Callable[[Any], str] = lambda con
         hint: What the message about a file of another shape ends with.
 
     Returns:
-        The rows as they are, each with its origin for messages, such as ``val.json row 1``; counted from 1, as people
-        count.
+        The rows as they are, with origins such as ``val.json row 1``; counted from 1, as people count.
 
     Raises:
         UserError: If the file cannot be read or is no list, or an empty one.
@@ -73,7 +72,7 @@ def read_rows(path: Path, expected: str, hint: Callable[[Any], str] = lambda con
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path.name} must be a JSON list of rows {expected}, got {describe_shape(rows)}{hint(rows)}")
-    return [(f"{path.name} row {number}", row) for number, row in enumerate(rows, 1)]
+    return [Entry(row, f"{path.name} row {number}", expected) for number, row in enumerate(rows, 1)]
 
 
 def _read_lines(path: Path, text: str, hook: Any) -> list[Any]:

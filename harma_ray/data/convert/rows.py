@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,6 +49,10 @@ class Found:
     looks: Looks = field(default_factory=Looks)
     """How all images look."""
 
+    def __add__(self, other: Found) -> Found:
+        rendered = Counter(self.rendered) + Counter(other.rendered)
+        return Found(self.bad + other.bad, dict(rendered), self.nodata + other.nodata, self.looks + other.looks)
+
     def add(self, picture: Picture) -> None:
         """Counts an image."""
         if picture.rendered_from is not None:
@@ -91,7 +96,8 @@ def _load(source: ImageSource, settings: ImageSettings, found: Found) -> StoredI
     """Reads or draws an image."""
     if not isinstance(source, Path):
         drawn = source.draw()
-        return StoredImage(*_fit(_encode(drawn.image, "PNG"), drawn.image, settings.resize), drawn)
+        image = shrink(drawn.image, settings.resize)
+        return StoredImage(_encode(image, "PNG"), image, drawn)
     picture = read_picture(source, settings.rendering, resize=settings.resize, max_pixels=settings.max_pixels)
     found.add(picture)
     if not picture.unchanged:
@@ -100,12 +106,6 @@ def _load(source: ImageSource, settings: ImageSettings, found: Found) -> StoredI
         return StoredImage(source.read_bytes(), picture.image)
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from error
-
-
-def _fit(data: bytes, image: Image.Image, resize: int | None) -> tuple[bytes, Image.Image]:
-    """Makes a drawn image smaller if it is larger than wanted."""
-    smaller = shrink(image, resize)
-    return (data, image) if smaller is image else (_encode(smaller, "PNG"), smaller)
 
 
 def _encode(image: Image.Image, file_format: str) -> bytes:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
-from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.rows import Found, ImageSettings, make_row
-from harma_ray.data.kinds.base import BadRow, Record
+from harma_ray.data.kinds.base import Record
 from harma_ray.data.manifest import ROW_GROUP_BYTES, Shard
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file
@@ -50,16 +50,16 @@ class ShardResult:
     """Number of captions written."""
     bytes: int
     """Size of the file."""
-    bad: tuple[BadRow, ...]
-    """Images that could not be used, and rows that need them."""
     fingerprint: str
     """That of the plan."""
-    rendered: dict[str, int] = field(default_factory=dict)
-    """Number of images that were rendered, by what their pixels were."""
-    nodata: float = 0.0
-    """Sum over these of the part of the pixels without data."""
-    looks: Looks = field(default_factory=Looks)
-    """How the images look."""
+    found: Found
+    """What was met on the way."""
+
+
+_RESULT = TypeAdapter(ShardResult)
+
+TaskMap = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
+"""Calls a function on each of several plans, somewhere, and yields the results in any order, as `map` does."""
 
 
 def pack_shards(sizes: Sequence[int], target: int, minimum: int) -> list[range]:
@@ -103,10 +103,7 @@ def write_shard(plan: ShardPlan) -> ShardResult:
                 rows += len(group)
                 captions += sum(len(kind.texts(row)) for row in group)
         size = plan.path.stat().st_size
-        result = ShardResult(
-            plan.path.name, rows, captions, size, tuple(found.bad), plan.fingerprint, found.rendered, found.nodata,
-            found.looks,
-        )  # fmt: skip
+        result = ShardResult(plan.path.name, rows, captions, size, plan.fingerprint, found)
         with atomic_file(_result_path(plan.path)) as file:
             file.write(json.dumps(asdict(result)).encode())
     except OSError as error:
@@ -124,12 +121,10 @@ def write_table(table: pa.Table, path: Path, *, row_group_size: int | None = Non
 def find_finished(plan: ShardPlan) -> ShardResult | None:
     """Returns the result of a shard that an earlier run of the same conversion completed, or None."""
     try:
-        raw = json.loads(_result_path(plan.path).read_bytes())
-        bad = tuple(BadRow(**row) for row in raw["bad"])
-        result = ShardResult(**{**raw, "bad": bad, "looks": Looks(**raw["looks"])})
+        result = _RESULT.validate_json(_result_path(plan.path).read_bytes())
         if result.fingerprint == plan.fingerprint and result.bytes == plan.path.stat().st_size:
             return result
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, ValidationError):
         return None  # no such file, or not ours: the shard is written anew
     return None
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harma_ray.data.convert.annotations import as_object, describe_shape, get_field
+from harma_ray.data.convert.annotations import Entry, describe_shape
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
@@ -40,11 +41,12 @@ def read_harma(annotations: str | Path, images: str | Path) -> list[SourceRecord
     """
     root, path = image_root(images), Path(annotations)
     rows = read_rows(path, f"{_TRAIN_ROW} or {_EVAL_ROW}", _hint_at_karpathy)
-    kinds = [type(row.get("caption")) for _, row in rows if isinstance(row, dict)]
+    kinds = [type(row.value.get("caption")) for row in rows if isinstance(row.value, dict)]
     texts, lists = kinds.count(str), kinds.count(list)
     training = texts > lists or (texts == lists and kinds[:1] == [str])
+    read, expected = (_join_training_rows, _TRAIN_ROW) if training else (_read_evaluation_rows, _EVAL_ROW)
     with all_mistakes(path.name) as mistakes:
-        records = (_join_training_rows if training else _read_evaluation_rows)(rows, root, mistakes)
+        records = read([replace(row, expected=expected) for row in rows], root, mistakes)
         check_unique(records, mistakes)
         return fill_labels(records, mistakes)
 
@@ -79,7 +81,9 @@ def read_karpathy(
         )
     found: dict[str, list[SourceRecord]] = {}
     with all_mistakes(file) as mistakes:
-        read = _read_nwpu(content, file, root, mistakes) if of_classes else _read_images(rows, file, root, mistakes)
+        read = (
+            _read_nwpu(content, file, root, mistakes) if of_classes else _read_images(rows or [], file, root, mistakes)
+        )
         for split, record in read:
             found.setdefault(split, []).append(record)
         wanted = splits if splits is not None else [split for split in SPLITS if split in found]
@@ -96,7 +100,7 @@ def read_karpathy(
     return {split: found[split] for split in wanted}
 
 
-def _is_nwpu(content: Any) -> bool:
+def _is_nwpu(content: object) -> bool:
     """Tells whether a file has classes with rows, as NWPU-Captions has."""
     return (
         isinstance(content, dict)
@@ -108,28 +112,28 @@ def _is_nwpu(content: Any) -> bool:
     )
 
 
-def _hint_at_karpathy(content: Any) -> str:
+def _hint_at_karpathy(content: object) -> str:
     has_images = isinstance(content, dict) and isinstance(content.get("images"), list)
     return "; such a file is read by `convert karpathy`" if has_images or _is_nwpu(content) else ""
 
 
-def _read_images(rows: Any, file: str, root: Path, mistakes: Mistakes) -> Iterator[tuple[str, SourceRecord]]:
+def _read_images(
+    rows: Sequence[object], file: str, root: Path, mistakes: Mistakes
+) -> Iterator[tuple[str, SourceRecord]]:
     """Yields the images of a Karpathy-style file with their splits."""
-    for number, row in enumerate(rows):
-        origin = f"{file} image {number + 1}"
+    for number, value in enumerate(rows):
+        row = Entry(value, f"{file} image {number + 1}", _KARPATHY)
         with mistakes.noted():
-            row = as_object(row, origin, _KARPATHY)
-            split = get_field(row, "split", str, origin, _KARPATHY)
-            folder = get_field(row, "filepath", str, origin, _KARPATHY) if row.get("filepath") is not None else ""
-            name = str(Path(folder) / get_field(row, "filename", str, origin, _KARPATHY))
-            sentences = get_field(row, "sentences", list, origin, _KARPATHY)
-            texts = [get_field(as_object(s, origin, _KARPATHY), "raw", str, origin, _KARPATHY) for s in sentences]
+            split = row.text("split")
+            folder = row.text("filepath") if row.has("filepath") else ""
+            name = str(Path(folder) / row.text("filename"))
+            texts = [Entry(sentence, row.origin, _KARPATHY).text("raw") for sentence in row.items("sentences")]
             if not texts:
                 raise UserError(
-                    f"{origin}: `sentences` is empty, so the image has no caption; correct or remove the row"
+                    f"{row.origin}: `sentences` is empty, so the image has no caption; correct or remove the row"
                 )
-            name, path = locate_image(root, name, origin)
-            yield split, SourceRecord(number, name, origin, path, clean_captions(texts, origin))
+            name, path = locate_image(root, name, row.origin)
+            yield split, SourceRecord(number, name, row.origin, path, clean_captions(texts, row.origin))
 
 
 def _read_nwpu(
@@ -138,16 +142,13 @@ def _read_nwpu(
     """Yields the images of a file of NWPU-Captions with their splits."""
     splits, records = [], []
     for class_name, rows in content.items():
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-            origin = f"{file} {class_name} row {number}"
+        for number, value in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            row = Entry(value, f"{file} {class_name} row {number}", _NWPU_ROW)
+            origin = row.origin
             with mistakes.noted():
-                row = as_object(row, origin, _NWPU_ROW)
-                split = get_field(row, "split", str, origin, _NWPU_ROW)
-                file_name = get_field(row, "filename", str, origin, _NWPU_ROW)
-                keys = {int(match[1] or 0): key for key in row if (match := _NWPU_CAPTION.fullmatch(key))}
-                texts = [get_field(row, keys[place], str, origin, _NWPU_ROW) for place in sorted(keys)]
-                if not texts:
-                    raise UserError(f"{origin} must look like {_NWPU_ROW}, got no `raw` (keys: {', '.join(row)})")
+                split, file_name = row.text("split"), row.text("filename")
+                keys = {int(match[1] or 0): key for key in row.fields if (match := _NWPU_CAPTION.fullmatch(key))}
+                texts = [row.text(keys[place]) for place in sorted(keys)] or [row.text("raw")]
                 places = [locate_image(root, name, origin) for name in (f"{class_name}/{file_name}", file_name)]
                 name, path = next((place for place in places if place[1].is_file()), places[0])
                 captions = clean_captions(texts, origin)
@@ -156,47 +157,39 @@ def _read_nwpu(
     yield from zip(splits, fill_labels(records, mistakes), strict=True)
 
 
-def _join_training_rows(rows: list[tuple[str, Any]], root: Path, mistakes: Mistakes) -> list[SourceRecord]:
+def _join_training_rows(rows: Sequence[Entry], root: Path, mistakes: Mistakes) -> list[SourceRecord]:
     joined: dict[int, tuple[SourceRecord, list[str]]] = {}
-    for origin, row in rows:
+    for row in rows:
         with mistakes.noted():
-            row = as_object(row, origin, _TRAIN_ROW)
-            text = get_field(row, "caption", str, origin, _TRAIN_ROW)
-            image_id = get_field(row, "image_id", int, origin, _TRAIN_ROW)
-            captions = clean_captions([text], origin)
-            record = _make_record(row, image_id, (), origin, root, _TRAIN_ROW)
+            text, image_id = row.text("caption"), row.number("image_id")
+            captions = clean_captions([text], row.origin)
+            record = _make_record(row, image_id, (), root)
             first, texts = joined.setdefault(image_id, (record, []))
             for name in ("source", "label", "label_name"):
                 ours, theirs = getattr(record, name), getattr(first, name)
                 if ours != theirs:
                     raise UserError(
-                        f"{origin}: rows of one image_id must be of one image and class, but {image_id} has {ours!r} "
-                        f"here and {theirs!r} in {first.origin}; correct one of them"
+                        f"{row.origin}: rows of one image_id must be of one image and class, but {image_id} has "
+                        f"{ours!r} here and {theirs!r} in {first.origin}; correct one of them"
                     )
             texts.extend(captions)
-    return [
-        SourceRecord(r.image_id, r.source, r.origin, r.image, tuple(texts), r.label, r.label_name)
-        for r, texts in joined.values()
-    ]
+    return [replace(record, captions=tuple(texts)) for record, texts in joined.values()]
 
 
-def _read_evaluation_rows(rows: list[tuple[str, Any]], root: Path, mistakes: Mistakes) -> list[SourceRecord]:
+def _read_evaluation_rows(rows: Sequence[Entry], root: Path, mistakes: Mistakes) -> list[SourceRecord]:
     records = []
-    for number, (origin, row) in enumerate(rows):
+    for number, row in enumerate(rows):
         with mistakes.noted():
-            row = as_object(row, origin, _EVAL_ROW)
-            texts = get_field(row, "caption", list, origin, _EVAL_ROW)
+            texts = row.items("caption")
             if not texts:
-                raise UserError(f"{origin}: `caption` is an empty list; give the image a caption or remove the row")
-            records.append(_make_record(row, number, clean_captions(texts, origin), origin, root, _EVAL_ROW))
+                raise UserError(f"{row.origin}: `caption` is an empty list; give the image a caption or remove the row")
+            records.append(_make_record(row, number, clean_captions(texts, row.origin), root))
     return records
 
 
-def _make_record(
-    row: dict[str, Any], image_id: int, captions: tuple[str, ...], origin: str, root: Path, expected: str
-) -> SourceRecord:
-    name = get_field(row, "image", str, origin, expected)
-    label = None if row.get("label") is None else get_field(row, "label", int, origin, expected)
-    label_name = None if row.get("label_name") is None else get_field(row, "label_name", str, origin, expected)
-    name, path = locate_image(root, name, origin)
-    return SourceRecord(image_id, name, origin, path, captions, label, label_name)
+def _make_record(row: Entry, image_id: int, captions: tuple[str, ...], root: Path) -> SourceRecord:
+    name = row.text("image")
+    label = row.number("label") if row.has("label") else None
+    label_name = row.text("label_name") if row.has("label_name") else None
+    name, path = locate_image(root, name, row.origin)
+    return SourceRecord(image_id, name, row.origin, path, captions, label, label_name)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +22,12 @@ from tqdm import tqdm
 from harma_ray import __version__
 from harma_ray.data.convert.duplicates import HASHES_NAME, write_hashes
 from harma_ray.data.convert.examination import Examination, examine, list_bad
-from harma_ray.data.convert.looks import Looks
 from harma_ray.data.convert.measuring import measure_shard, resolve, with_statistics_of_train
-from harma_ray.data.convert.rows import ImageSettings, tabulate_queries
+from harma_ray.data.convert.rows import Found, ImageSettings, tabulate_queries
 from harma_ray.data.convert.shards import (
     ShardPlan,
     ShardResult,
+    TaskMap,
     disk_error,
     find_finished,
     pack_shards,
@@ -36,7 +35,6 @@ from harma_ray.data.convert.shards import (
     write_table,
 )
 from harma_ray.data.convert.staging import lock, swap, work_folder
-from harma_ray.data.convert.tasks import TaskMap, map_serially
 from harma_ray.data.kinds.base import BadRow, Record
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.manifest import (
@@ -49,6 +47,7 @@ from harma_ray.data.manifest import (
     Rendered,
     Shard,
 )
+from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import Split, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import atomic_file, output_path
@@ -75,6 +74,8 @@ class WriteSettings(ImageSettings):
     """Target size of a row group."""
     progress: bool = False
     """Shows a progress bar on stderr."""
+    map_tasks: TaskMap = map
+    """Runs the tasks: here, or as `harma_ray.on_ray.tasks.map_with_ray` on a cluster."""
 
     def __post_init__(self) -> None:
         least_values = {"resize": 1, "max_pixels": 1, "max_bad": 0, "seed": 0, "shard_bytes": 1, "row_group_bytes": 1}
@@ -87,6 +88,10 @@ class WriteSettings(ImageSettings):
     def images(self) -> ImageSettings:
         """What of this is about single images."""
         return ImageSettings(self.resize, self.max_pixels, self.rendering)
+
+
+DEFAULTS = WriteSettings()
+"""How splits are written unless something else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +113,7 @@ class _Job:
     hint: str
     """What messages about images that cannot be used end with."""
 
-    @property
-    def noun(self) -> str:
-        """What a row is called."""
-        return self.wanted.kind
-
-    def check_bad(self, bad: Sequence[BadRow]) -> None:
+    def check_bad(self, bad: Iterable[BadRow]) -> None:
         """Raises UserError if more images are left out than may be."""
         self.images.check_bad(bad, self.settings.max_bad, self.hint)
 
@@ -125,8 +125,7 @@ def write_split(
     options: Mapping[str, Any],
     inputs: Mapping[str, str],
     queries: Sequence[QueryRecord] = (),
-    settings: WriteSettings | None = None,
-    map_tasks: TaskMap = map_serially,
+    settings: WriteSettings = DEFAULTS,
     hint: str = "",
 ) -> Manifest:
     """Writes one split of a data set, or finds that it is there already.
@@ -137,8 +136,7 @@ def write_split(
         options: The converter's name and its own settings, for the manifest.
         inputs: Annotation files and their hashes, for the manifest; image files and queries are added here.
         queries: Queries of composed retrieval whose images are among the records' ``source``; none by default.
-        settings: How to write; the defaults if None.
-        map_tasks: Runs the tasks: here, or as `harma_ray.on_ray.tasks.map_with_ray` on a cluster.
+        settings: How to write.
         hint: What the message about images that cannot be used ends with.
 
     Returns:
@@ -149,40 +147,53 @@ def write_split(
             then), a split made from something else is there, or the disk is full. What was done so far is kept, so
             that the same call goes on from there.
     """
-    split, settings = output_path(out_dir), settings or WriteSettings()
+    split = output_path(out_dir)
     if not records:
         raise UserError(f"there are no images to write to {split}; check the annotations and the name of the split")
     settings = replace(settings, rendering=with_statistics_of_train(settings.rendering, split))
     try:
         images = examine(records, rendering=settings.rendering, progress=settings.progress)
-        known = {"images": images.fingerprint, "queries": _hash_queries(records, queries)}
-        inputs = {**inputs, **{name: content for name, content in known.items() if content is not None}}
-        kept = {name: getattr(settings, name) for name in ("resize", "seed", "max_pixels")}
-        if settings.rendering is not None:
-            kept["rendering"] = settings.rendering.to_dict()
-        wanted = Manifest(
-            0, 0, (), dict(inputs), json.loads(json.dumps({**options, **kept})), tool_version=__version__,
-            kind=records[0].kind.name,
-        )  # fmt: skip
+        wanted = _describe_wanted(records, queries, images, options, inputs, settings)
         job = _Job(split, records, queries, images, wanted, settings, hint)
         with lock(split):
-            done = _find_done(split, wanted, settings)
-            if done is not None:
-                job.check_bad(done.bad)
-                _logger.info("%s is done already: %s", split, Split(split, done).describe())
-                return done
-            job.check_bad(images.missing)
-            images.check_ruled(settings.max_bad)
-            present, left_out = images.divide(records)
-            if not present:
-                raise UserError(
-                    f"none of the {len(records)} {job.noun} of {split} can be used, such as {list_bad(left_out[:1])}"
-                )
-            work, plans = _plan(job, present)
-            plans = _measure(job, plans, map_tasks)
-            return _finish(job, work, plans, _run(job, plans, map_tasks), left_out)
+            done = _find_done(job)
+            if done is None:
+                return _write(job)
+            job.check_bad(done.bad)
+            _logger.info("%s is done already: %s", split, Split(split, done).describe())
+            return done
     except OSError as error:
         raise disk_error(split, error) from error
+
+
+def _describe_wanted(
+    records: Sequence[Record], queries: Sequence[QueryRecord], images: Examination, options: Mapping[str, Any],
+    inputs: Mapping[str, str], settings: WriteSettings,
+) -> Manifest:  # fmt: skip
+    """Returns the manifest of a split, as far as it is known before anything is written."""
+    known = {"images": images.fingerprint, "queries": _hash_queries(records, queries)}
+    inputs = {**inputs, **{name: content for name, content in known.items() if content is not None}}
+    kept = {name: getattr(settings, name) for name in ("resize", "seed", "max_pixels")}
+    if settings.rendering is not None:
+        kept["rendering"] = settings.rendering.to_dict()
+    as_read = json.loads(json.dumps({**options, **kept}))
+    return Manifest(0, 0, (), dict(inputs), as_read, tool_version=__version__, kind=records[0].kind.name)
+
+
+def _write(job: _Job) -> Manifest:
+    """Writes what is not there yet."""
+    job.check_bad(job.images.missing)
+    job.images.check_ruled(job.settings.max_bad)
+    present, left_out = job.images.divide(job.records)
+    if not present:
+        raise UserError(
+            f"none of the {len(job.records)} {job.wanted.kind} of {job.split} can be used, such as "
+            f"{list_bad(left_out[:1])}"
+        )
+    work, plans = _plan(job, present)
+    plans = _measure(job, plans)
+    results = sorted(_map(job, write_shard, plans, "converting"), key=lambda result: result.file)
+    return _finish(job, work, plans[0].images.rendering, results, left_out)
 
 
 def _hash_queries(records: Sequence[Record], queries: Sequence[QueryRecord]) -> str | None:
@@ -191,8 +202,9 @@ def _hash_queries(records: Sequence[Record], queries: Sequence[QueryRecord]) -> 
     return hashlib.sha256(repr([*held, *queries]).encode()).hexdigest() if held or queries else None
 
 
-def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manifest | None:
+def _find_done(job: _Job) -> Manifest | None:
     """Returns the manifest that is there if it is the wanted one, None if the split is to be written."""
+    split, wanted = job.split, job.wanted
     if not split.exists() or (split.is_dir() and not any(split.iterdir())):
         return None
     manifest_path = split / MANIFEST_NAME
@@ -210,7 +222,7 @@ def _find_done(split: Path, wanted: Manifest, settings: WriteSettings) -> Manife
             return open_split(split.parent, split.name).manifest
     except UserError as error:
         reason = reason or str(error)
-    if not settings.overwrite:
+    if not job.settings.overwrite:
         raise UserError(
             f"{split} was made differently ({reason}); choose another folder, or overwrite it (--overwrite)"
         )
@@ -258,36 +270,32 @@ def _plan(job: _Job, present: list[tuple[Record, int]]) -> tuple[Path, list[Shar
     return work, plans
 
 
-def _measure(job: _Job, plans: list[ShardPlan], map_tasks: TaskMap) -> list[ShardPlan]:
+def _measure(job: _Job, plans: list[ShardPlan]) -> list[ShardPlan]:
     """Returns the plans with the statistics of the whole split, for which its rasters are read once, if need be."""
     rule = job.settings.rendering
     if rule is None or not rule.needs_split:
         return plans
-    rule = resolve(rule, job.split, _map(job, measure_shard, plans, map_tasks, "measuring"))
+    rule = resolve(rule, job.split, _map(job, measure_shard, plans, "measuring"))
     return [replace(plan, images=replace(plan.images, rendering=rule)) for plan in plans]
 
 
-def _run(job: _Job, plans: list[ShardPlan], map_tasks: TaskMap) -> list[ShardResult]:
-    return sorted(_map(job, write_shard, plans, map_tasks, "converting"), key=lambda result: result.file)
-
-
-def _map(
-    job: _Job, function: Callable[[ShardPlan], Any], plans: list[ShardPlan], map_tasks: TaskMap, verb: str
-) -> Iterator[Any]:
+def _map(job: _Job, function: Callable[[ShardPlan], Any], plans: list[ShardPlan], verb: str) -> Iterator[Any]:
     """Runs the tasks and shows how far they are."""
     counts = {plan.path.name: len(plan.records) for plan in plans}
-    with tqdm(total=sum(counts.values()), unit=f" {job.noun}", disable=not job.settings.progress, desc=verb) as bar:
-        for result in map_tasks(function, plans):
+    hidden, unit = not job.settings.progress, f" {job.wanted.kind}"
+    with tqdm(total=sum(counts.values()), unit=unit, disable=hidden, desc=verb) as bar:
+        for result in job.settings.map_tasks(function, plans):
             yield result
             bar.update(counts[result.file])
 
 
 def _finish(
-    job: _Job, work: Path, plans: list[ShardPlan], results: list[ShardResult], left_out: list[BadRow]
+    job: _Job, work: Path, rule: Rendering | None, results: list[ShardResult], left_out: list[BadRow]
 ) -> Manifest:
     """Writes the queries and the manifest, and moves the folder to its place."""
     # An image that several rows need is found bad by each of them.
-    bad = {*left_out, *(row for result in results for row in result.bad)}
+    found = sum((result.found for result in results), Found())
+    bad = {*left_out, *found.bad}
     job.check_bad(_sort(bad))
     lost = {row.source for row in bad}
     unusable = {query.source: [name for name in query.needs if name in lost] for query in job.queries}
@@ -295,7 +303,7 @@ def _finish(
     queries = [query for query in job.queries if not unusable[query.source]]
     filled = [result for result in results if result.rows]
     if not filled or (job.queries and not queries):
-        what = f"{len(job.queries)} queries" if filled else f"{len(job.records)} {job.noun}"
+        what = f"{len(job.queries)} queries" if filled else f"{len(job.records)} {job.wanted.kind}"
         raise UserError(f"none of the {what} of {job.split} can be used, such as {list_bad(_sort(bad)[:1])}")
     shards = tuple(Shard(result.file, result.rows, result.bytes) for result in filled)
     manifest = replace(
@@ -305,7 +313,7 @@ def _finish(
         shards=shards,
         bad=tuple(_sort(bad)),
         queries=write_table(tabulate_queries(queries), work / QUERIES_NAME) if queries else None,
-        rendered=_sum_rendered(plans, results),
+        rendered=_describe_rendered(found, rule),
     )
     names = {MANIFEST_NAME, *(shard.file for shard in shards), *([QUERIES_NAME] if queries else [])}
     hashes = {name: content for name, content in job.images.hashes.items() if name not in lost}
@@ -324,21 +332,17 @@ def _finish(
         _logger.warning(
             "%d of %d images%s were left out: %s", len(images), len(job.images.names), others, list_bad(images)
         )
-    for warning in sum((result.looks for result in results), Looks()).warnings():
+    for warning in found.looks.warnings():
         _logger.warning("%s: %s; `launch.py inspect` draws some", job.split, warning)
     return manifest
 
 
-def _sum_rendered(plans: list[ShardPlan], results: list[ShardResult]) -> Rendered | None:
+def _describe_rendered(found: Found, rule: Rendering | None) -> Rendered | None:
     """Returns what is to be known of the images that were rendered; None if there are none."""
-    counts: Counter[str] = Counter()
-    for result in results:
-        counts.update(result.rendered)
-    if not counts:
+    if not found.rendered:
         return None
-    rule = plans[0].images.rendering
-    nodata = sum(result.nodata for result in results) / counts.total()
-    return Rendered(dict(sorted(counts.items())), round(100 * nodata, 3), None if rule is None else rule.to_dict())
+    nodata = round(100 * found.nodata / sum(found.rendered.values()), 3)
+    return Rendered(dict(sorted(found.rendered.items())), nodata, None if rule is None else rule.to_dict())
 
 
 def _sort(bad: Iterable[BadRow]) -> list[BadRow]:

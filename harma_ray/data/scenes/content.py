@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +32,7 @@ class Label:
     """What a scene of one class may hold, and how its place is told.
 
     Attributes:
-        place: The place as a noun.
-        preposition: What stands before the place.
+        at: The place, behind its preposition.
         kinds: The kinds of main object.
         colours: The colours of the main objects.
         grounds: The ground materials.
@@ -41,85 +41,56 @@ class Label:
         surface: What is made of the ground material, as a noun.
     """
 
-    place: str
-    preposition: str
-    kinds: tuple[str, ...]
-    colours: tuple[str, ...]
-    grounds: tuple[str, ...]
-    excluded: tuple[str, ...] = ()
-    ground_phrase: str = "on {}"
-    surface: str = "ground"
+    at: str
+    kinds: list[str]
+    colours: list[str]
+    grounds: list[str]
+    excluded: list[str]
+    ground_phrase: str
+    surface: str
+
+    @property
+    def place(self) -> str:
+        """The place as a noun."""
+        return self.at.partition(" ")[2]
+
+
+def _label(
+    at: str, kinds: str, colours: str, grounds: str, excluded: str = "", told: str = "on {}", surface: str = "ground"
+) -> Label:
+    """Returns a class whose kinds, colours, grounds and exclusions are words of a text."""
+    return Label(at, kinds.split(), colours.split(), grounds.split(), excluded.split(), told, surface)
 
 
 LABELS = {
-    "airport": Label(
-        "an airport",
-        "at",
-        ("plane", "helicopter"),
-        ("white", "red", "blue", "yellow", "purple"),
-        ("grass", "concrete", "asphalt"),
-    ),
-    "harbor": Label(
-        "a harbor",
-        "in",
-        ("boat",),
-        ("white", "red", "yellow", "green", "purple"),
-        ("grass", "sand", "concrete"),
-        ("stream", "pond"),
+    "airport": _label("at an airport", "plane helicopter", "white red blue yellow purple", "grass concrete asphalt"),
+    "harbor": _label(
+        "in a harbor",
+        "boat",
+        "white red yellow green purple",
+        "grass sand concrete",
+        "stream pond",
         "by a {} shore",
         "shore",
     ),
-    "parking lot": Label(
-        "a parking lot",
-        "in",
-        ("car", "bus"),
-        ("white", "red", "blue", "yellow", "green"),
-        ("concrete", "asphalt", "soil"),
-    ),
-    "storage tanks": Label(
-        "a tank depot",
-        "at",
-        ("tank",),
-        ("white", "red", "blue", "yellow", "green"),
-        ("grass", "sand", "concrete", "soil"),
-    ),
-    "farmland": Label(
-        "a farm", "on", ("field",), ("white", "red", "yellow", "green", "purple"), ("grass", "sand", "soil")
-    ),
-    "river": Label(
-        "a river",
-        "on",
-        ("barge",),
-        ("white", "red", "yellow", "green", "purple"),
-        ("grass", "sand", "soil"),
-        ("stream", "pond"),
+    "parking lot": _label("in a parking lot", "car bus", "white red blue yellow green", "concrete asphalt soil"),
+    "storage tanks": _label("at a tank depot", "tank", "white red blue yellow green", "grass sand concrete soil"),
+    "farmland": _label("on a farm", "field", "white red yellow green purple", "grass sand soil"),
+    "river": _label(
+        "on a river",
+        "barge",
+        "white red yellow green purple",
+        "grass sand soil",
+        "stream pond",
         "between {} banks",
         "banks",
     ),
-    "residential": Label(
-        "a residential area",
-        "in",
-        ("house",),
-        ("white", "red", "blue", "yellow", "black"),
-        ("grass", "sand", "soil"),
-        ("shed",),
+    "residential": _label(
+        "in a residential area", "house", "white red blue yellow black", "grass sand soil", excluded="shed"
     ),
-    "sports courts": Label(
-        "a sports ground",
-        "at",
-        ("court",),
-        ("red", "blue", "yellow", "green", "purple"),
-        ("grass", "concrete", "asphalt"),
-    ),
-    "forest": Label(
-        "a forest",
-        "in",
-        ("tent",),
-        ("white", "red", "blue", "yellow", "purple"),
-        ("grass", "sand", "soil"),
-        ("trees", "tree"),
-    ),
-    "solar farm": Label("a solar farm", "at", ("panel",), ("blue", "black", "purple"), ("grass", "sand", "soil")),
+    "sports courts": _label("at a sports ground", "court", "red blue yellow green purple", "grass concrete asphalt"),
+    "forest": _label("in a forest", "tent", "white red blue yellow purple", "grass sand soil", excluded="trees tree"),
+    "solar farm": _label("at a solar farm", "panel", "blue black purple", "grass sand soil"),
 }
 LABEL_NAMES = tuple(LABELS)
 
@@ -182,14 +153,14 @@ def sample_content(seed: int, index: int) -> SceneContent:
         raise UserError(f"`seed` and `index` of a scene must not be negative, got {seed} and {index}")
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
 
-    def pick(options: tuple[str, ...]) -> str:
+    def pick(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
 
     name = pick(LABEL_NAMES)
     label = LABELS[name]
     num_main = int(rng.integers(1, MAX_MAIN + 1))
-    feature = pick(tuple(feature for feature in FEATURES if feature not in label.excluded))
-    no_tree = ("tree",) if feature == "trees" else ()
+    feature = pick([feature for feature in FEATURES if feature not in label.excluded])
+    excluded = [*label.excluded, "tree"] if feature == "trees" else label.excluded
     return SceneContent(
         label=name,
         ground=pick(label.grounds),
@@ -199,7 +170,7 @@ def sample_content(seed: int, index: int) -> SceneContent:
         arrangement=pick(ARRANGEMENTS if num_main >= 3 else ("row", "scattered")),
         feature=feature,
         feature_variant=pick(FEATURES[feature]),
-        extra_kind=pick(tuple(kind for kind in EXTRA_KINDS if kind not in label.excluded + no_tree)),
+        extra_kind=pick([kind for kind in EXTRA_KINDS if kind not in excluded]),
         num_extras=int(rng.integers(MAX_EXTRAS + 1)),
         layout_seed=int(rng.integers(2**31)),
     )

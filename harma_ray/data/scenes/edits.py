@@ -25,7 +25,7 @@ from harma_ray.data.scenes.content import (
     sample_content,
 )
 from harma_ray.data.scenes.looks import STYLES, check_style
-from harma_ray.data.scenes.phrasing import COUNT_WORDS, tell_arrangement, tell_feature, tell_ground, tell_noun
+from harma_ray.data.scenes.phrasing import COUNT_WORDS, PHRASINGS
 
 NUM_MEMBERS = 6
 
@@ -217,28 +217,29 @@ def _list_extras_edits(content: SceneContent) -> list[_Edit]:
 
 def _tell_change(old: SceneContent, new: SceneContent, style: str) -> dict[str, str]:
     """Returns the fields for the templates of any edit; those of what did not change say nothing sensible."""
-    label = LABELS[new.label]
+    label, phrasing = LABELS[new.label], PHRASINGS[style]
     num_main, num_extras = abs(new.num_main - old.num_main), abs(new.num_extras - old.num_extras)
-    ground = tell_ground(new.ground, style)
+    ground = phrasing.ground(new.ground)
     more = "more " if old.num_extras else ""
-    old_extras = f"the {tell_noun(old.num_extras, old.extra_kind, style)}"
+    main, some_main = phrasing.noun(old.num_main, old.kind), phrasing.noun(num_main, old.kind)
+    old_extras = f"the {phrasing.noun(old.num_extras, old.extra_kind)}"
     part_extras = f"{COUNT_WORDS[num_extras]} of {old_extras}"
     return {
-        "main": f"the {tell_noun(old.num_main, old.kind, style)}",
+        "main": f"the {main}",
         "be": "is" if old.num_main == 1 else "are",
-        "some_main": f"{COUNT_WORDS[num_main]} {tell_noun(num_main, old.kind, style)}",
-        "more_main": f"{COUNT_WORDS[num_main]} more {old.colour} {tell_noun(num_main, old.kind, style)}",
-        "part_main": f"{COUNT_WORDS[num_main]} of the {tell_noun(old.num_main, old.kind, style)}",
+        "some_main": f"{COUNT_WORDS[num_main]} {some_main}",
+        "more_main": f"{COUNT_WORDS[num_main]} more {old.colour} {some_main}",
+        "part_main": f"{COUNT_WORDS[num_main]} of the {main}",
         "colour": new.colour,
         "ground": label.ground_phrase.format(ground),
         "material": ground,
         "surface": label.surface,
-        "arranged": tell_arrangement(new.arrangement, style),
-        "old_name": tell_feature(old.feature, "", style),
-        "old_feature": tell_feature(old.feature, old.feature_variant, style),
-        "feature": f"a {tell_feature(new.feature, new.feature_variant, style)}",
+        "arranged": phrasing.arrangements[new.arrangement],
+        "old_name": phrasing.feature(old.feature),
+        "old_feature": phrasing.feature(old.feature, old.feature_variant),
+        "feature": f"a {phrasing.feature(new.feature, new.feature_variant)}",
         "old_extras": old_extras,
-        "extras": f"{COUNT_WORDS[new.num_extras]} {tell_noun(new.num_extras, new.extra_kind, style)}",
-        "more_extras": f"{COUNT_WORDS[num_extras]} {more}{tell_noun(num_extras, new.extra_kind, style)}",
+        "extras": f"{COUNT_WORDS[new.num_extras]} {phrasing.noun(new.num_extras, new.extra_kind)}",
+        "more_extras": f"{COUNT_WORDS[num_extras]} {more}{phrasing.noun(num_extras, new.extra_kind)}",
         "gone_extras": part_extras if new.num_extras else old_extras,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from harma_ray.errors import UserError
 
@@ -38,7 +40,7 @@ class Look:
     banding: float
 
 
-# Colours by style, in the order of STYLES; each ground material has two, which its texture mixes.
+# Colours, light and sensor, each in the order of STYLES; a ground material has two colours, which its texture mixes.
 STYLES = ("summer", "infrared", "winter")
 _GROUNDS = {
     "grass": (((92, 142, 62), (124, 168, 84)), ((196, 56, 62), (226, 92, 92)), ((204, 218, 208), (142, 170, 138))),
@@ -83,48 +85,25 @@ _MATERIALS = {
 }
 
 
-def _look(style: str, **light) -> Look:
-    """Returns a style's look from its column of the palettes and from its light and sensor."""
-    column = STYLES.index(style)
-    return Look(
-        grounds={name: colours[column] for name, colours in _GROUNDS.items()},
-        paints={name: colours[column] for name, colours in _PAINTS.items()},
-        materials={name: colours[column] for name, colours in _MATERIALS.items()},
-        **light,
-    )
+_LIGHT = {
+    "shadow_length": (0.022, 0.036, 0.075),
+    "shadow_tint": ((128, 133, 148), (87, 92, 107), (153, 168, 204)),
+    "contrast": (1.0, 1.12, 0.90),
+    "brightness": (0.0, -6.0, 2.0),
+    "blur_fraction": (0.003, 0.0055, 0.004),
+    "noise": (4.0, 7.0, 3.0),
+    "banding": (0.0, 4.0, 0.0),
+}
+
+
+def _column(table: Mapping[str, tuple[Any, ...]], style: str) -> dict[str, Any]:
+    """Returns what a table has for a style."""
+    return {name: values[STYLES.index(style)] for name, values in table.items()}
 
 
 LOOKS = {
-    "summer": _look(
-        "summer",
-        shadow_length=0.022,
-        shadow_tint=(128, 133, 148),
-        contrast=1.0,
-        brightness=0.0,
-        blur_fraction=0.003,
-        noise=4.0,
-        banding=0.0,
-    ),
-    "infrared": _look(
-        "infrared",
-        shadow_length=0.036,
-        shadow_tint=(87, 92, 107),
-        contrast=1.12,
-        brightness=-6.0,
-        blur_fraction=0.0055,
-        noise=7.0,
-        banding=4.0,
-    ),
-    "winter": _look(
-        "winter",
-        shadow_length=0.075,
-        shadow_tint=(153, 168, 204),
-        contrast=0.90,
-        brightness=2.0,
-        blur_fraction=0.004,
-        noise=3.0,
-        banding=0.0,
-    ),
+    style: Look(_column(_GROUNDS, style), _column(_PAINTS, style), _column(_MATERIALS, style), **_column(_LIGHT, style))
+    for style in STYLES
 }
 
 

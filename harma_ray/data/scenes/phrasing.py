@@ -17,7 +17,7 @@ COUNT_WORDS = ("no", "one", "two", "three", "four", "five", "six")
 
 
 @dataclass(frozen=True)
-class _Phrasing:
+class Phrasing:
     """How one style tells a scene.
 
     Attributes:
@@ -37,9 +37,23 @@ class _Phrasing:
     arrangements: dict[str, str]
     templates: tuple[str, ...]
 
+    def noun(self, count: int, kind: str) -> str:
+        """Returns the noun of `count` objects of a kind, such as "planes"."""
+        singular, plural = self.nouns.get(kind) or _NOUNS.get(kind) or (kind, f"{kind}s")
+        return singular if count == 1 else plural
 
-_PHRASINGS = {
-    "summer": _Phrasing(
+    def ground(self, ground: str) -> str:
+        """Returns the words for a ground material."""
+        return self.grounds.get(ground, ground)
+
+    def feature(self, feature: str, variant: str = "") -> str:
+        """Returns the words for a feature, without article, its variant in front if there is one."""
+        variant = self.curved if variant == "curved" else variant
+        return f"{variant} {self.features.get(feature, feature)}".strip()
+
+
+PHRASINGS = {
+    "summer": Phrasing(
         nouns={},
         grounds={"soil": "bare soil"},
         features={"trees": "line of trees"},
@@ -65,7 +79,7 @@ _PHRASINGS = {
             "{main} {arranged} {ground}, near {feature} with {extras}",
         ),
     ),
-    "infrared": _Phrasing(
+    "infrared": Phrasing(
         nouns={
             "plane": ("aircraft", "aircraft"),
             "boat": ("vessel", "vessels"),
@@ -98,7 +112,7 @@ _PHRASINGS = {
             "{main} {arranged} {ground}, {feature} and {extras} detected",
         ),
     ),
-    "winter": _Phrasing(
+    "winter": Phrasing(
         nouns={
             "plane": ("airplane", "airplanes"),
             "boat": ("ship", "ships"),
@@ -152,7 +166,7 @@ def captions(content: SceneContent, style: str, count: int = 5) -> list[str]:
     check_style(style)
     if not 1 <= count <= MAX_CAPTIONS:
         raise UserError(f"a scene has 1 to {MAX_CAPTIONS} captions, got count={count}")
-    phrasing = _PHRASINGS[style]
+    phrasing = PHRASINGS[style]
     fields = _tell(content, phrasing)
     rng = np.random.default_rng(np.random.SeedSequence([content.layout_seed, 100 + STYLES.index(style)]))
     told = [template for template in phrasing.templates if _list_facts(template) <= ({*fields} - {"main", "be"})]
@@ -167,61 +181,23 @@ def captions(content: SceneContent, style: str, count: int = 5) -> list[str]:
     return [chosen[position].format(**fields) for position in rng.permutation(count)]
 
 
-def tell_noun(count: int, kind: str, style: str) -> str:
-    """Returns the noun of `count` objects of a kind in the words of a style, such as "planes"."""
-    return _count_noun(count, kind, _PHRASINGS[style])
-
-
-def tell_ground(ground: str, style: str) -> str:
-    """Returns the words of a style for a ground material."""
-    return _name_ground(ground, _PHRASINGS[style])
-
-
-def tell_feature(feature: str, variant: str, style: str) -> str:
-    """Returns the words of a style for a feature, without article and with its variant in front unless that is ""."""
-    return _name_feature(feature, variant, _PHRASINGS[style])
-
-
-def tell_arrangement(arrangement: str, style: str) -> str:
-    """Returns the phrase of a style for an arrangement, which stands behind the objects."""
-    return _PHRASINGS[style].arrangements[arrangement]
-
-
-def _count_noun(count: int, kind: str, phrasing: _Phrasing) -> str:
-    """Returns the noun of `count` objects of a kind."""
-    singular, plural = phrasing.nouns.get(kind) or _NOUNS.get(kind) or (kind, f"{kind}s")
-    return singular if count == 1 else plural
-
-
-def _name_ground(ground: str, phrasing: _Phrasing) -> str:
-    """Returns the words for a ground material."""
-    return phrasing.grounds.get(ground, ground)
-
-
-def _name_feature(feature: str, variant: str, phrasing: _Phrasing) -> str:
-    """Returns the words for a feature with its variant in front."""
-    variant = phrasing.curved if variant == "curved" else variant
-    return f"{variant} {phrasing.features.get(feature, feature)}".strip()
-
-
-def _tell(content: SceneContent, phrasing: _Phrasing) -> dict[str, str]:
+def _tell(content: SceneContent, phrasing: Phrasing) -> dict[str, str]:
     """Returns the fields for the templates that this content has; what it lacks has no field."""
     label = LABELS[content.label]
     fields = {
-        "main": f"{COUNT_WORDS[content.num_main]} {content.colour} "
-        f"{_count_noun(content.num_main, content.kind, phrasing)}",
+        "main": f"{COUNT_WORDS[content.num_main]} {content.colour} {phrasing.noun(content.num_main, content.kind)}",
         "be": "is" if content.num_main == 1 else "are",
-        "ground": label.ground_phrase.format(_name_ground(content.ground, phrasing)),
+        "ground": label.ground_phrase.format(phrasing.ground(content.ground)),
         "place": label.place,
-        "at": f"{label.preposition} {label.place}",
+        "at": label.at,
     }
     if content.num_main >= (3 if content.arrangement == "rows" else 2):
         fields["arranged"] = phrasing.arrangements[content.arrangement]
     if content.feature != "none":
-        fields["feature"] = f"a {_name_feature(content.feature, content.feature_variant, phrasing)}"
+        fields["feature"] = f"a {phrasing.feature(content.feature, content.feature_variant)}"
     if content.num_extras:
-        noun = _count_noun(content.num_extras, content.extra_kind, phrasing)
-        fields["extras"] = f"{COUNT_WORDS[content.num_extras]} {noun}"
+        extras = phrasing.noun(content.num_extras, content.extra_kind)
+        fields["extras"] = f"{COUNT_WORDS[content.num_extras]} {extras}"
     return fields
 
 

@@ -13,15 +13,15 @@ class Shape:
 
     Attributes:
         parts: Pairs of (tone, points); a tone is a material, or paint, shade (darker paint) or light (paler paint).
-        num_solid: How many of the first parts get an edge and throw a shadow.
         scale: Scene units of one local unit where there is room for it.
         height: Factor on the length of the shadow.
+        num_solid: How many of the first parts get an edge and throw a shadow.
     """
 
     parts: tuple[tuple[str, np.ndarray], ...]
-    num_solid: int
     scale: float
     height: float
+    num_solid: int
 
     def measure(self) -> tuple[float, float, float]:
         """Returns the half extents along x and y and the radius, in local units."""
@@ -47,24 +47,14 @@ def ellipse(radius_x: float, radius_y: float, x: float = 0.0, y: float = 0.0) ->
     return np.stack([radius_x * np.cos(angles) + x, radius_y * np.sin(angles) + y], axis=1)
 
 
-def _shape(scale: float, height: float, num_solid: int, *parts: tuple[str, np.ndarray]) -> Shape:
-    return Shape(parts, num_solid, scale, height)
-
-
-SHAPES = {
-    "plane": _shape(
-        0.115,
-        0.6,
-        3,
+_PARTS: dict[str, tuple[tuple[str, np.ndarray], ...]] = {
+    "plane": (
         ("paint", polygon((-0.86, 0.3), (-0.86, 0.02), (0, -0.45), (0.86, 0.02), (0.86, 0.3), (0, 0.18))),
         ("paint", polygon((-0.42, 1), (-0.42, 0.84), (0, 0.6), (0.42, 0.84), (0.42, 1))),
         ("paint", polygon((-0.2, 0.9), (-0.2, -0.72), (0, -1), (0.2, -0.72), (0.2, 0.9))),
         ("glass", polygon((-0.12, -0.7), (0, -0.9), (0.12, -0.7))),
     ),
-    "helicopter": _shape(
-        0.105,
-        0.6,
-        3,
+    "helicopter": (
         ("paint", box(0.13, 0.5, 0, 0.5)),
         ("paint", box(0.34, 0.09, 0, 0.9)),
         ("paint", ellipse(0.44, 0.6, 0, -0.38)),
@@ -72,97 +62,85 @@ SHAPES = {
         ("sleeper", polygon((-0.55, -0.9), (-0.49, -0.95), (0.55, 0.16), (0.49, 0.21))),
         ("sleeper", polygon((0.55, -0.9), (0.49, -0.95), (-0.55, 0.16), (-0.49, 0.21))),
     ),
-    "boat": _shape(
-        0.115,
-        0.5,
-        1,
+    "boat": (
         ("paint", polygon((0, -1), (0.36, -0.4), (0.4, 0.85), (0.28, 1), (-0.28, 1), (-0.4, 0.85), (-0.36, -0.4))),
         ("shade", box(0.24, 0.3, 0, 0.5)),
         ("marking", box(0.16, 0.16, 0, 0.5)),
         ("shade", box(0.05, 0.3, 0, -0.3)),
     ),
-    "barge": _shape(
-        0.115,
-        0.4,
-        1,
+    "barge": (
         ("shade", polygon((-0.3, -0.9), (-0.18, -1), (0.18, -1), (0.3, -0.9), (0.3, 1), (-0.3, 1))),
         ("paint", box(0.23, 0.24, 0, -0.6)),
         ("paint", box(0.23, 0.24, 0, -0.02)),
         ("paint", box(0.23, 0.16, 0, 0.46)),
         ("marking", box(0.2, 0.1, 0, 0.82)),
     ),
-    "car": _shape(
-        0.09,
-        0.5,
-        1,
+    "car": (
         ("paint", polygon((-0.4, 1), (-0.46, 0), (-0.38, -1), (0.38, -1), (0.46, 0), (0.4, 1))),
         ("glass", box(0.32, 0.13, 0, -0.38)),
         ("glass", box(0.3, 0.1, 0, 0.64)),
     ),
-    "bus": _shape(
-        0.135,
-        0.7,
-        1,
+    "bus": (
         ("paint", box(0.3, 1)),
         ("glass", box(0.25, 0.07, 0, -0.9)),
         ("shade", box(0.16, 0.12, 0, -0.4)),
         ("shade", box(0.16, 0.12, 0, 0.1)),
         ("shade", box(0.16, 0.12, 0, 0.6)),
     ),
-    "tank": _shape(
-        0.1,
-        1.0,
-        1,
+    "tank": (
         ("shade", ellipse(1, 1)),
         ("paint", ellipse(0.82, 0.82)),
         ("light", ellipse(0.3, 0.3, -0.22, -0.22)),
     ),
-    "field": _shape(
-        0.13, 0.0, 1, ("paint", box(0.9, 0.9)), *(("shade", box(0.06, 0.86, x, 0)) for x in (-0.6, -0.2, 0.2, 0.6))
-    ),
-    "house": _shape(
-        0.095,
-        0.8,
-        1,
+    "field": (("paint", box(0.9, 0.9)), *(("shade", box(0.06, 0.86, x, 0)) for x in (-0.6, -0.2, 0.2, 0.6))),
+    "house": (
         ("paint", box(0.72, 0.95)),
         ("shade", box(0.36, 0.95, 0.36, 0)),
         ("light", box(0.05, 0.95)),
         ("roof", box(0.13, 0.13, -0.36, 0.5)),
     ),
-    "court": _shape(
-        0.125,
-        0.0,
-        1,
+    "court": (
         ("paint", box(0.68, 1)),
         ("marking", box(0.54, 0.84)),
         ("paint", box(0.45, 0.75)),
         ("marking", box(0.6, 0.05)),
         ("marking", box(0.045, 0.42)),
     ),
-    "tent": _shape(
-        0.085,
-        0.7,
-        1,
+    "tent": (
         ("paint", box(0.85, 0.85)),
         ("shade", polygon((0, 0), (0.85, -0.85), (0.85, 0.85))),
         ("shade", polygon((0, 0), (-0.85, -0.85), (-0.85, 0.85))),
     ),
-    "panel": _shape(
-        0.115,
-        0.4,
-        1,
+    "panel": (
         ("rim", box(0.64, 1)),
         *(("paint", box(0.25, 0.27, x, y)) for x in (-0.3, 0.3) for y in (-0.64, 0, 0.64)),
     ),
-    "truck": _shape(
-        0.06,
-        0.7,
-        2,
+    "truck": (
         ("truck", box(0.46, 0.62, 0, 0.38)),
         ("truck", box(0.4, 0.3, 0, -0.7)),
         ("glass", box(0.4, 0.1, 0, -0.4)),
     ),
-    "shed": _shape(0.052, 0.8, 1, ("roof", box(0.9, 0.9)), ("roof_shade", box(0.45, 0.9, 0.45, 0))),
-    "tree": _shape(0.055, 0.9, 1, ("crown", ellipse(1, 1)), ("crown_light", ellipse(0.5, 0.5, -0.2, -0.2))),
-    "pool": _shape(0.058, 0.0, 1, ("rim", box(0.78, 1)), ("pool", box(0.54, 0.76))),
+    "shed": (("roof", box(0.9, 0.9)), ("roof_shade", box(0.45, 0.9, 0.45, 0))),
+    "tree": (("crown", ellipse(1, 1)), ("crown_light", ellipse(0.5, 0.5, -0.2, -0.2))),
+    "pool": (("rim", box(0.78, 1)), ("pool", box(0.54, 0.76))),
 }
+# Scale, height and number of solid parts of each kind of object.
+_SIZES = {
+    "plane": (0.115, 0.6, 3),
+    "helicopter": (0.105, 0.6, 3),
+    "boat": (0.115, 0.5, 1),
+    "barge": (0.115, 0.4, 1),
+    "car": (0.09, 0.5, 1),
+    "bus": (0.135, 0.7, 1),
+    "tank": (0.1, 1.0, 1),
+    "field": (0.13, 0.0, 1),
+    "house": (0.095, 0.8, 1),
+    "court": (0.125, 0.0, 1),
+    "tent": (0.085, 0.7, 1),
+    "panel": (0.115, 0.4, 1),
+    "truck": (0.06, 0.7, 2),
+    "shed": (0.052, 0.8, 1),
+    "tree": (0.055, 0.9, 1),
+    "pool": (0.058, 0.0, 1),
+}
+SHAPES = {kind: Shape(parts, *_SIZES[kind]) for kind, parts in _PARTS.items()}
