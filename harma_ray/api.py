@@ -23,7 +23,8 @@ from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
 from harma_ray.data.transforms import eval_transform
 from harma_ray.errors import UserError
-from harma_ray.models.clip import DualEncoder, image_size
+from harma_ray.models.architectures import image_size
+from harma_ray.models.clip import DualEncoder
 from harma_ray.retrieval.encoding import encode_texts
 from harma_ray.runs import Run, open_run
 from harma_ray.task import Task

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing, write_errors
 from harma_ray.formats import ForeignFormat, Reading, as_lines
-from harma_ray.models.backbones import load_clip
-from harma_ray.models.clip import ClipBackbone
+from harma_ray.models.architectures import guess_architecture
+from harma_ray.models.backbones import ClipBackbone, load_clip
+from harma_ray.models.fingerprints import backbone_fingerprint, folder_fingerprint
 from harma_ray.models.foreign import ADAPTER_MARK, CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
-from harma_ray.models.shapes import describe_tensors, guess_architecture
-from harma_ray.models.weights import backbone_fingerprint, check_fit, save_clip
+from harma_ray.models.weights import check_fit, save_clip
 from harma_ray.recipes import FORMATS, make_task
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.settings import config_hash, flat_settings, show_override, to_dict
@@ -189,8 +191,9 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         run = path.absolute().parent.parent
         if (run / CONFIG_NAME).is_file():
             _check_settings(to_dict(open_run(run).config), config, path)
-        model = make_task(config).new_model()
-        load_weights(path, model, backbone=backbone_fingerprint(model))
+        task = make_task(config)
+        model = task.new_model()
+        load_weights(path, model, backbone=task.backbone.fingerprint(model))
         return model.eval()
     weights = read_foreign(path)
     known = _format_of(weights)
@@ -210,8 +213,9 @@ def _load_adapters(weights: ForeignWeights, config: Any) -> nn.Module:
             f"{path} is neither a released HarMA file (no name has `{ADAPTER_MARK}`) nor an adapter file of this "
             "program"
         )
-    model = make_task(config).new_model()
-    own, backbone = trainable_tensors(model), backbone_fingerprint(model)
+    task = make_task(config)
+    model = task.new_model()
+    own, backbone = trainable_tensors(model), task.backbone.fingerprint(model)
     _check_settings(json.loads(metadata.get("config", "{}")), config, path)
     if metadata.get("backbone", backbone) != backbone:
         raise UserError(
@@ -244,10 +248,14 @@ def describe_file(path: str | Path) -> str:
             f"checkpoint {path} of recipe {meta.recipe}, epoch {meta.epoch:g}, step {meta.step}",
             f"metrics     {figures or 'none'}",
             f"backbone    fingerprint {meta.backbone[:12]}",
-            describe_tensors(read_foreign(path / WEIGHTS_NAME).tensors),
+            _describe_tensors(read_foreign(path / WEIGHTS_NAME).tensors),
         ])  # fmt: skip
+    if any(path.glob("model*.safetensors")):
+        return f"Hugging Face folder {path}\nweights     fingerprint {folder_fingerprint(path)[:12]}"
     if path.is_dir() or not path.exists():
-        raise UserError(f"{path} does not exist, or is a folder that is neither a run nor a checkpoint")
+        raise UserError(
+            f"{path} does not exist, or is a folder that is neither a run, a checkpoint nor of Hugging Face"
+        )
     models = read_models(path)
     several = [f"{path} holds {len(models)} models that differ; checkpoint import takes one with --section"]
     return "\n".join((several if len(models) > 1 else []) + [_describe_weights(model) for model in models])
@@ -274,7 +282,20 @@ def _describe_weights(weights: ForeignWeights) -> str:
         )
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     lines += [f"BROKEN      NaN or infinity in {len(broken)} tensors, such as {broken[0]}"] if broken else []
-    return "\n".join([title, describe_tensors(state), *lines])
+    return "\n".join([title, _describe_tensors(state), *lines])
+
+
+def _describe_tensors(state: Mapping[str, Tensor]) -> str:
+    """Returns lines with counts, dtypes and the sizes of adapters, ours or the released ones."""
+    kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
+    lines = [f"tensors     {len(state)}, {sum(tensor.numel() for tensor in state.values()):,} numbers ({kinds})"]
+    downs = [t for name, t in state.items() if re.search(r"(img_proj_down|bottleneck\.down)\.weight$", name)]
+    shared = {len(t) for name, t in state.items() if re.search(r"(BiShareAdapterxx|shared)\.l1\.weight$", name)}
+    if downs:
+        widths = "/".join(str(width) for width in sorted({len(tensor) for tensor in downs}))
+        inner = "/".join(str(width) for width in sorted(shared)) or "none"
+        lines.append(f"adapters    {len(downs)}, width {widths}, shared width {inner}")
+    return "\n".join(lines)
 
 
 def _format_of(weights: ForeignWeights) -> ForeignFormat | None:

@@ -24,7 +24,6 @@ import harma_ray
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, output_path, write_text
-from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import to_yaml
 from harma_ray.shell import command_line, launch_command
@@ -129,7 +128,7 @@ class Run:
     def load_model(self, metric: str | None = None) -> nn.Module:
         """Returns the model with the best weights, see `best_checkpoint`, on CPU, in evaluation mode."""
         model = self.task.new_model()
-        load_weights(self.best_checkpoint(metric), model, backbone=backbone_fingerprint(model))
+        load_weights(self.best_checkpoint(metric), model, backbone=self.task.backbone.fingerprint(model))
         return model.eval()
 
 

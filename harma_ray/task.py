@@ -23,7 +23,7 @@ from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream, Worker
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
-from harma_ray.models.backbone import Backbone
+from harma_ray.models.backbones import Backbone
 from harma_ray.models.clip import DualEncoder
 from harma_ray.parallel import replicate
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from harma_ray.models.weights import backbone_fingerprint
+from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.recipes import make_task
 from harma_ray.runs import create_run
 from harma_ray.settings import config_hash

@@ -11,9 +11,10 @@ from harma_ray import exchange
 from harma_ray.errors import UserError
 from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
 from harma_ray.models import weights
-from harma_ray.models.clip import build_clip
+from harma_ray.models.backbones import build_clip
+from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import read_foreign
-from harma_ray.models.weights import backbone_fingerprint, save_clip
+from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
 from harma_ray.settings import build_config, config_hash
@@ -235,3 +236,11 @@ def test_show_names_broken_weights(tmp_path):
     state["visual.proj"][0, 0] = float("inf")
     torch.save(state, tmp_path / "broken.pt")
     assert "NaN or infinity in 1 tensors, such as visual.proj" in describe_file(tmp_path / "broken.pt")
+
+
+def test_show_knows_a_hugging_face_folder(tmp_path):
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    told = describe_file(tmp_path)
+    assert told.startswith(f"Hugging Face folder {tmp_path}\nweights     fingerprint ")
+    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    assert describe_file(tmp_path) != told

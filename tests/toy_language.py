@@ -10,7 +10,7 @@ from harma_ray.config import OptimConfig, RunConfig, TrainConfig
 from harma_ray.data.samples import RowTransform
 from harma_ray.distributed import sum_over_ranks
 from harma_ray.evaluation import Evaluation, Metrics
-from harma_ray.models.backbone import Backbone
+from harma_ray.models.backbones import Backbone
 from harma_ray.parallel import shard
 from harma_ray.task import Task
 

@@ -129,7 +129,7 @@ class GatedAdapter(nn.Module):
 
     Attributes:
         key_padding_mask: bool (B, L) or None; set only while a text block runs, see `masking`.
-        is_added: says that this is no part of the backbone, see `harma_ray.models.weights.backbone_fingerprint`.
+        is_added: says that this is no part of the backbone, see `harma_ray.models.weights.own_tensors`.
     """
 
     is_added = True

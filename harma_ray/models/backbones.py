@@ -1,30 +1,160 @@
-"""CLIP backbones by name: an open_clip architecture, and weights from a tag, a local file, or a seed."""
+"""Pretrained parts of models: what a recipe asks of one, and open_clip's CLIPs by name, file, tag or seed."""
 
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import open_clip
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harma_ray.errors import UserError
+from harma_ray.models.architectures import (
+    activation_twin,
+    clean_name,
+    computes_quick_gelu,
+    image_size,
+    outline_clip,
+    pixel_statistics,
+    quiet_root_logger,
+    tokenizer_of,
+)
+from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.foreign import ForeignWeights, fitted, read_foreign
 from harma_ray.models.weights import check_fit
 
 logger = logging.getLogger(__name__)
 
-_CONFIGS = Path(__file__).parent / "configs"
-_QUICK = "-quickgelu"
 Activation = Literal["", "gelu", "quick_gelu"]
 """What the user says that weights were trained with; nothing: what the file says."""
 RANDOM = "random"
 """Weights that are drawn."""
 _SPOKEN = {False: "plain GELU", True: "quick GELU"}
+
+
+class Backbone(ABC):
+    """A pretrained part: how it is called, built and fed, and what tells it from others."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is: backbones of equal names are built equal."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side of the square images that it takes, in pixels."""
+
+    @property
+    @abstractmethod
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of the RGB channels, in [0, 1], by which images are normalised."""
+
+    @abstractmethod
+    def tokenizer(self) -> Callable[..., Any]:
+        """Returns what turns a list of B texts into int64[B, L]."""
+
+    @abstractmethod
+    def build(self, *, writable: bool = True) -> nn.Module:
+        """Returns it on CPU, before anything is added or frozen.
+
+        Args:
+            writable: Whether its weights are going to be trained; where they are not they may be shared, read-only.
+
+        Raises:
+            UserError: If its weights cannot be read, or do not fit.
+        """
+
+    @abstractmethod
+    def outline(self) -> nn.Module:
+        """Returns it without its weights, on torch's meta device: names and sizes alone."""
+
+    @abstractmethod
+    def fingerprint(self, model: nn.Module) -> str:
+        """Returns what tells the weights with which `build` made (part of) a model from all others.
+
+        It need not look at the model's numbers, so it is asked before they are trained.
+        """
+
+    def check(self) -> None:  # noqa: B027
+        """Raises UserError for weights that cannot be its own, as far as shows without loading them."""
+
+    def require_named(self, recipe: str) -> None:  # noqa: B027
+        """Raises UserError unless somebody said which weights it has; for recipes that keep it frozen."""
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns what is done to find it in its file."""
+        return ()
+
+
+@dataclass(frozen=True)
+class ClipBackbone(Backbone):
+    """An open_clip architecture with weights from a tag, a file or a seed; see `build_clip`."""
+
+    architecture: str
+    pretrained: str
+    """As `build_clip` takes it; empty: nobody named any, and they are drawn."""
+    seed: int = 0
+    activation: Activation = ""
+
+    @property
+    def name(self) -> str:
+        """The architecture and the weights."""
+        drawn = f" of seed {self.seed}" if self.pretrained in ("", RANDOM) else ""
+        return f"{self.architecture}, {self.pretrained or RANDOM}{drawn}"
+
+    @property
+    def image_size(self) -> int:
+        """The architecture's."""
+        return image_size(self.architecture)
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """CLIP's."""
+        return pixel_statistics(self.architecture)
+
+    def tokenizer(self) -> Callable[..., Any]:
+        """Returns the architecture's."""
+        return tokenizer_of(self.architecture)
+
+    def build(self, *, writable: bool = True) -> nn.Module:
+        """Returns open_clip's model."""
+
+        def build() -> nn.Module:
+            return build_clip(self.architecture, self.pretrained or RANDOM, seed=self.seed, activation=self.activation)
+
+        return built_from([Path(self.pretrained)], build) if _is_file(self.architecture, self.pretrained) else build()
+
+    def outline(self) -> nn.Module:
+        """Returns open_clip's model without weights."""
+        return outline_clip(self.architecture)
+
+    def fingerprint(self, model: nn.Module) -> str:
+        """Returns the `backbone_fingerprint` of a model as it was built."""
+        return fingerprint_as_built(model)
+
+    def check(self) -> None:
+        """Raises UserError as `check_pretrained` does."""
+        check_pretrained(self.architecture, self.pretrained or RANDOM, self.activation)
+
+    def require_named(self, recipe: str, other_way: str = "") -> None:
+        """Raises UserError if nobody named any weights; `other_way` is one more way out."""
+        if not self.pretrained:
+            raise UserError(
+                f"recipe {recipe} keeps the backbone frozen, so its weights must be named; give {other_way}"
+                "--set model.pretrained=FILE (`checkpoint export --format open_clip` writes one), or "
+                "--set model.pretrained=random if a random backbone is what you want"
+            )
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns how the CLIP is found in a file; nothing for a tag, or a file with a bare state dict."""
+        is_file = _is_file(self.architecture, self.pretrained)
+        return read_foreign(self.pretrained, only="clip", data=False).notes if is_file else ()
 
 
 def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation: Activation = "") -> nn.Module:
@@ -47,30 +177,18 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation:
         UserError: unknown architecture or tag, a file that does not fit, weights of the other activation, no network.
     """
     _check_names(architecture, pretrained)
-    architecture = architecture.replace("/", "-")
-    if pretrained == "random":
+    if pretrained == RANDOM:
         return _create(architecture, None, seed)
-    if open_clip.is_pretrained_cfg(architecture, pretrained):
-        try:
-            return _create(architecture, pretrained, seed)
-        except (OSError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"the weights `{pretrained}` of `{architecture}` could not be loaded ({reason}); fetch them "
-                "where there is a network and give the file's path, or use `random`"
-            ) from error
-    return load_clip(architecture, read_foreign(pretrained, only="clip"), activation=activation)[0]
-
-
-def outline_clip(architecture: str) -> nn.Module:
-    """Build a CLIP without weights on torch's meta device: names and sizes alone, in about a second.
-
-    Raises:
-        UserError: unknown architecture.
-    """
-    _configuration(architecture)
-    with torch.device("meta"), _quiet_root_logger():
-        return open_clip.create_model(architecture.replace("/", "-"), device="meta")
+    if _is_file(architecture, pretrained):
+        return load_clip(architecture, read_foreign(pretrained, only="clip"), activation=activation)[0]
+    try:
+        return _create(architecture, pretrained, seed)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the weights `{pretrained}` of `{clean_name(architecture)}` could not be loaded ({reason}); fetch them "
+            "where there is a network and give the file's path, or use `random`"
+        ) from error
 
 
 def load_clip(
@@ -90,7 +208,7 @@ def load_clip(
         UserError: as `build_clip`.
     """
     _require_clip(architecture, weights, activation)
-    model = _create(architecture.replace("/", "-"), None, 0)
+    model = _create(architecture, None, 0)
     given, notes = fitted(model.state_dict(), weights.tensors)
     check_fit(model.state_dict(), given, f"{weights.path} (for `{architecture}`)")
     model.load_state_dict(given)
@@ -104,21 +222,29 @@ def check_pretrained(architecture: str, pretrained: str, activation: Activation 
         UserError: unknown architecture or tag, weights of the other activation, a file that is missing or no CLIP's.
     """
     _check_names(architecture, pretrained)
-    if pretrained != "random" and not open_clip.is_pretrained_cfg(architecture.replace("/", "-"), pretrained):
+    if _is_file(architecture, pretrained):
         _require_clip(architecture, read_foreign(pretrained, only="clip", data=False), activation)
 
 
+def _is_file(architecture: str, pretrained: str) -> bool:
+    """Return whether weights are those of a file; a tag goes before a file of its name."""
+    named = pretrained not in ("", RANDOM) and not open_clip.is_pretrained_cfg(clean_name(architecture), pretrained)
+    return named and Path(pretrained).is_file()
+
+
 def _check_names(architecture: str, pretrained: str) -> None:
-    config = _configuration(architecture)
-    architecture = architecture.replace("/", "-")
-    if pretrained == "random":
-        return
-    if open_clip.is_pretrained_cfg(architecture, pretrained):
-        _check_activation(architecture, config, pretrained)
-    elif not Path(pretrained).is_file():
+    quick, name = computes_quick_gelu(architecture), clean_name(architecture)
+    if open_clip.is_pretrained_cfg(name, pretrained):
+        trained = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+        if trained != quick:
+            raise UserError(
+                f"the weights `{pretrained}` were trained with {_SPOKEN[trained]}, but `{name}` computes "
+                f"{_SPOKEN[quick]}; use `{activation_twin(name)}`"
+            )
+    elif pretrained != RANDOM and not Path(pretrained).is_file():
         raise UserError(
             "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
-            f"{pretrained!r} for `{architecture}`; {_nearest(architecture, pretrained)}"
+            f"{pretrained!r} for `{name}`; {_nearest(name, pretrained)}"
         )
 
 
@@ -143,89 +269,12 @@ def _no_clip(weights: ForeignWeights) -> str:
     return f"its names are such as {', '.join(names[:3])}; choose another file"
 
 
-def require_named(recipe: str, pretrained: str, other_way: str = "") -> None:
-    """Raise UserError unless a frozen model's weights were named; drawn ones are, if somebody asked for them."""
-    if not pretrained:
-        raise UserError(
-            f"recipe {recipe} keeps the backbone frozen, so its weights must be named; give {other_way}"
-            "--set model.pretrained=FILE (`checkpoint export --format open_clip` writes one), or "
-            "--set model.pretrained=random if a random backbone is what you want"
-        )
-
-
-def tokenizer_of(architecture: str) -> Callable[..., Tensor]:
-    """Return an architecture's tokenizer: `tokenizer(list of str)` gives int64 (B, context length), padded with 0.
-
-    Captions that are too long are cut, the end-of-text token kept. No network is needed for open_clip's own tokenizer.
-    """
-    _configuration(architecture)
-    with _quiet_root_logger():
-        return open_clip.get_tokenizer(architecture.replace("/", "-"))
-
-
-def image_size(model: nn.Module | str) -> int:
-    """Return the side of the square images, in pixels, that a CLIP, a `DualEncoder` or an architecture (name) takes."""
-    if isinstance(model, str):
-        size = _configuration(model)["vision_cfg"].get("image_size", 224)
-    else:
-        clip: Any = getattr(model, "clip", model)
-        size = clip.visual.image_size
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise UserError(f"the images of a model must be square, got {size}; choose another architecture")
-    return sides.pop()
-
-
-def pixel_statistics(model: nn.Module | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the RGB channels, in [0, 1], by which images are normalised.
-
-    They are CLIP's, except for a model built from a tag that was trained with others.
-    """
-    if isinstance(model, str):
-        _configuration(model)
-        return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    visual = getattr(model, "clip", model).visual
-    settings = getattr(visual, "preprocess_cfg", {})
-    mean = settings.get("mean", open_clip.OPENAI_DATASET_MEAN)
-    return tuple(mean), tuple(settings.get("std", open_clip.OPENAI_DATASET_STD))
-
-
-def _configuration(architecture: str) -> dict:
-    """Return an architecture's open_clip configuration, this package's own architectures registered first."""
-    known = open_clip.list_models()
-    if not {path.stem for path in _CONFIGS.glob("*.json")} <= set(known):
-        open_clip.add_model_config(_CONFIGS)
-        known = open_clip.list_models()
-    cleaned = architecture.replace("/", "-")
-    if cleaned not in known:
-        close = difflib.get_close_matches(cleaned, known, n=3, cutoff=0.4) or ["ViT-B-32"]
-        raise UserError(f"the architecture must be one that open_clip knows, got {architecture!r}; near: {close}")
-    return open_clip.get_model_config(cleaned) or {}
-
-
 def _create(architecture: str, tag: str | None, seed: int) -> nn.Module:
     """Let open_clip build the model; only a forked CPU generator is drawn from."""
-    with torch.random.fork_rng(devices=[]), _quiet_root_logger():
+    name = clean_name(architecture)
+    with torch.random.fork_rng(devices=[]), quiet_root_logger():
         torch.default_generator.manual_seed(seed)
-        return open_clip.create_model(architecture, pretrained=tag, precision="fp32", device="cpu", weights_only=True)
-
-
-def _check_activation(architecture: str, config: dict, tag: str) -> None:
-    """Raise UserError if a tag's weights were trained with the other GELU than the architecture computes."""
-    trained_quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
-    if trained_quick != bool(config.get("quick_gelu", False)):
-        kind, other = ("quick", "plain") if trained_quick else ("plain", "quick")
-        right = architecture + _QUICK if trained_quick else architecture.removesuffix(_QUICK)
-        raise UserError(
-            f"the weights `{tag}` were trained with {kind} GELU, but `{architecture}` computes {other} GELU; "
-            f"use `{right}`"
-        )
-
-
-def has_quick_twin(architecture: str) -> bool:
-    """Tell whether an architecture computes plain GELU and open_clip has it with quick GELU too."""
-    quick = bool(_configuration(architecture).get("quick_gelu", False))
-    return not quick and architecture.replace("/", "-") + _QUICK in open_clip.list_models()
+        return open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu", weights_only=True)
 
 
 def check_file_activation(architecture: str, weights: ForeignWeights, activation: Activation = "") -> None:
@@ -241,10 +290,8 @@ def check_file_activation(architecture: str, weights: ForeignWeights, activation
     Raises:
         UserError: the file, or the user, says so. Where neither says anything, there is a warning, once.
     """
-    name = architecture.replace("/", "-")
-    quick = bool(_configuration(name).get("quick_gelu", False))
-    twin = name.removesuffix(_QUICK) if quick else name + _QUICK
-    if twin == name or twin not in open_clip.list_models():
+    name, quick, twin = clean_name(architecture), computes_quick_gelu(architecture), activation_twin(architecture)
+    if not twin:
         return
     path, trained, source = weights.path, weights.quick_gelu, weights.activation_source
     if activation:
@@ -275,17 +322,6 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def reading_notes(pretrained: str) -> tuple[str, ...]:
-    """Return what is done to find the CLIP in a file; nothing for a tag, or a file with a bare state dict."""
-    is_file = pretrained != "random" and Path(pretrained).is_file()
-    return read_foreign(pretrained, only="clip", data=False).notes if is_file else ()
-
-
-def knows_activation(path: str | Path) -> bool:
-    """Return whether a file tells which GELU its CLIP was trained with."""
-    return read_foreign(path, only="clip", data=False).quick_gelu is not None
-
-
 def _nearest(architecture: str, pretrained: str) -> str:
     """Say what the user may have meant by an unknown tag or a missing file."""
     if "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
@@ -295,20 +331,3 @@ def _nearest(architecture: str, pretrained: str) -> str:
         return f"this tag belongs to {', '.join(owners[:5])}"
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     return f"its nearest tags: {', '.join(difflib.get_close_matches(pretrained, tags, n=5, cutoff=0.0)) or 'none'}"
-
-
-@contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """Keep open_clip, which logs through the root logger, from speaking and from installing a handler there."""
-    root, handler = logging.getLogger(), logging.NullHandler()
-
-    def only_errors(record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR
-
-    root.addHandler(handler)
-    root.addFilter(only_errors)
-    try:
-        yield
-    finally:
-        root.removeFilter(only_errors)
-        root.removeHandler(handler)

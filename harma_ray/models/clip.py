@@ -1,10 +1,8 @@
-"""CLIP as a backbone, and the dual encoder that the recipes train: open_clip's CLIP plus temperatures.
+"""The dual encoder that the recipes train: open_clip's CLIP plus temperatures.
 
 Shape letters: B batch, L tokens, D width of the text tower, E embedding.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import open_clip
@@ -14,87 +12,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from harma_ray.errors import UserError
-from harma_ray.models.backbone import Backbone
-from harma_ray.models.backbones import (
-    RANDOM,
-    Activation,
-    build_clip,
-    check_pretrained,
-    image_size,
-    outline_clip,
-    pixel_statistics,
-    reading_notes,
-    require_named,
-    tokenizer_of,
-)
-from harma_ray.models.weights import backbone_fingerprint
-
-__all__ = [
-    "ClipBackbone",
-    "DualEncoder",
-    "build_clip",
-    "image_size",
-    "outline_clip",
-    "pixel_statistics",
-    "tokenizer_of",
-]
+from harma_ray.models.architectures import pixel_statistics
 
 TEXT_TOKENS = ("full", "trim")
-
-
-@dataclass(frozen=True)
-class ClipBackbone(Backbone):
-    """An open_clip architecture with weights from a tag, a file or a seed; see `build_clip`."""
-
-    architecture: str
-    pretrained: str
-    """As `build_clip` takes it; empty: nobody named any, and they are drawn."""
-    seed: int = 0
-    activation: Activation = ""
-
-    @property
-    def name(self) -> str:
-        """The architecture and the weights."""
-        drawn = f" of seed {self.seed}" if self.pretrained in ("", RANDOM) else ""
-        return f"{self.architecture}, {self.pretrained or RANDOM}{drawn}"
-
-    @property
-    def image_size(self) -> int:
-        """The architecture's."""
-        return image_size(self.architecture)
-
-    @property
-    def pixel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """CLIP's."""
-        return pixel_statistics(self.architecture)
-
-    def tokenizer(self) -> Callable[..., Any]:
-        """Returns the architecture's."""
-        return tokenizer_of(self.architecture)
-
-    def build(self, *, writable: bool = True) -> nn.Module:
-        """Returns open_clip's model."""
-        return build_clip(self.architecture, self.pretrained or RANDOM, seed=self.seed, activation=self.activation)
-
-    def outline(self) -> nn.Module:
-        """Returns open_clip's model without weights."""
-        return outline_clip(self.architecture)
-
-    def fingerprint(self, model: nn.Module) -> str:
-        """Returns `backbone_fingerprint`."""
-        return backbone_fingerprint(model)
-
-    def check(self) -> None:
-        """Raises UserError as `check_pretrained` does."""
-        check_pretrained(self.architecture, self.pretrained or RANDOM, self.activation)
-
-    def require_named(self, recipe: str, other_way: str = "") -> None:
-        """Raises UserError if nobody named any weights; `other_way` is one more way out."""
-        require_named(recipe, self.pretrained, other_way)
-
-    def notes(self) -> tuple[str, ...]:
-        """Returns how the CLIP is found in a file."""
-        return reading_notes(self.pretrained or RANDOM)
 
 
 class DualEncoder(nn.Module):

@@ -1,6 +1,5 @@
-"""Weights on disk and in memory: written, fitted strictly, fingerprinted."""
+"""Weights on disk and in memory: written, and fitted strictly."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,8 +22,7 @@ def save_clip(model: nn.Module, path: str | Path, *, says_activation: bool = Tru
         path: the file.
         says_activation: keep with it that the model's activation is the one that it was trained with.
     """
-    added = _added(model)
-    state = {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(added)}
+    state = {name: tensor.contiguous() for name, tensor in own_tensors(model).items()}
     activation = {ACTIVATION: QUICK_GELU if has_quick_gelu(model) else GELU}
     save_file(state, path, metadata=activation if says_activation else None)
 
@@ -73,32 +71,10 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sourc
         )
 
 
-def backbone_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a CLIP's own weights, the same before and after adapters are inserted.
-
-    Names, dtypes, shapes and bytes enter, in the order of the names, and whether the activation is quick GELU;
-    temperatures of a `DualEncoder` do not, nor do modules that say `is_added`. Another device changes nothing, another
-    dtype does. Hashing ViT-B/32 takes about a second.
-
-    Args:
-        model: an open_clip model, or a `DualEncoder` around one.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    clip_model = getattr(model, "clip", model)
-    added = _added(clip_model)
-    digest = hashlib.sha256(QUICK_GELU.encode() if has_quick_gelu(clip_model) else b"")
-    for name, tensor in sorted(clip_model.state_dict().items()):
-        if not name.startswith(added):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _added(model: nn.Module) -> tuple[str, ...]:
-    """Return how the names of tensors begin that are no part of the CLIP."""
-    return tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_added", False))
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a CLIP's state dict without modules that say `is_added`."""
+    added = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_added", False))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(added)}
 
 
 def _few(names: list[str]) -> str:

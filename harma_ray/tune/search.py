@@ -59,7 +59,9 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
         UserError: If the backbone cannot be built.
     """
     task = make_task(definition.config)
-    backbone = (task.backbone.name, ray.put(SharedModule.of(task.backbone.build())))
+    module = task.backbone.build()
+    task.backbone.fingerprint(module)  # noted on the module: no trial computes it again
+    backbone = (task.backbone.name, ray.put(SharedModule.of(module)))
     environment = json.dumps(describe_environment(sys.argv), indent=1)
     return TrialSetting(definition.objectives, plan.workers, backbone, environment)
 

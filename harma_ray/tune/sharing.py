@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harma_ray.models.backbone import Backbone
+from harma_ray.models.backbones import Backbone
 
 
 @dataclass(frozen=True)

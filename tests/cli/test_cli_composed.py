@@ -17,9 +17,10 @@ from harma_ray.data.kinds.base import BadRow
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.exchange import load_model
-from harma_ray.models.clip import build_clip
+from harma_ray.models.backbones import build_clip
 from harma_ray.models.combiner import Combiner
-from harma_ray.models.weights import backbone_fingerprint, save_clip
+from harma_ray.models.fingerprints import backbone_fingerprint
+from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config

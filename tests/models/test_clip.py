@@ -9,16 +9,10 @@ from torch.nn import functional as F
 
 from harma_ray.errors import UserError
 from harma_ray.models.adapters import insert_adapters
-from harma_ray.models.backbones import check_pretrained
-from harma_ray.models.clip import (
-    DualEncoder,
-    build_clip,
-    image_size,
-    pixel_statistics,
-    tokenizer_of,
-)
+from harma_ray.models.architectures import image_size, pixel_statistics, tokenizer_of
+from harma_ray.models.backbones import build_clip, check_pretrained
+from harma_ray.models.clip import DualEncoder
 from harma_ray.models.foreign import read_foreign
-from harma_ray.models.weights import backbone_fingerprint
 
 TINY = "scenes-tiny"
 
@@ -187,31 +181,12 @@ def test_a_file_that_is_known_to_need_quick_gelu_is_refused_with_plain_gelu(tmp_
     assert not caplog.text
 
 
-def test_fingerprint_tells_the_activations_apart():
-    plain, quick = small_clip(), small_clip(quick_gelu=True)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), quick.parameters(), strict=True))
-    assert backbone_fingerprint(plain) != backbone_fingerprint(quick)
-
-
 def test_weights_that_cannot_be_fetched_are_a_user_error(monkeypatch, tmp_path):
     constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="`commonpool_s_s13m_b4k` of `ViT-B-32` could not be loaded"):
         build_clip("ViT-B-32", "commonpool_s_s13m_b4k")
-
-
-def test_fingerprint_follows_the_backbone_alone():
-    model = small_clip()
-    before = backbone_fingerprint(model)
-    assert len(before) == 64
-    assert backbone_fingerprint(small_clip()) == before
-    assert backbone_fingerprint(small_clip(seed=9)) != before
-    insert_adapters(model, **ADAPTERS)
-    assert backbone_fingerprint(model) == before == backbone_fingerprint(DualEncoder(model))
-    with torch.no_grad():
-        model.logit_scale += 1e-6
-    assert backbone_fingerprint(model) != before
 
 
 def test_forward_gives_unit_vectors_and_temperatures():

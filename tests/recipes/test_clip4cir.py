@@ -17,8 +17,10 @@ from harma_ray.data.relative_captions import evaluation_text, training_texts
 from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
-from harma_ray.models.clip import DualEncoder, build_clip
+from harma_ray.models.backbones import build_clip
+from harma_ray.models.clip import DualEncoder
 from harma_ray.models.composed import ComposedRetriever
+from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.clip4cir.inputs import Inputs, TripletTransform
 from harma_ray.retrieval.composed import composed_recalls
@@ -348,6 +350,8 @@ def test_a_combiner_builds_on_what_fine_tuning_left(composed, tmp_path):
     assert {name.split(".")[0] for name, p in tuned.named_parameters() if p.requires_grad} == {"combiner"}
     seeded = settings(composed, "scenes-cir-combiner", model__tuned=str(last), seed=1)
     assert torch.equal(make_task(seeded).new_model().clip.ln_final.weight, tuned.clip.ln_final.weight)
+    fingerprint = make_task(second).backbone.fingerprint(tuned)
+    assert fingerprint == backbone_fingerprint(tuned) != backbone_fingerprint(build_clip("scenes-tiny", "random"))
     other = settings(composed, "scenes-cir-combiner", model__tuned=str(last), model__tuned_seed=1)
     with pytest.raises(UserError, match="was trained on a backbone with fingerprint"):
         make_task(other).new_model()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from harma_ray.models.clip import build_clip
+from harma_ray.models.backbones import build_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.tune.sharing import SharedBackbone, SharedModule

@@ -18,7 +18,7 @@ from harma_ray.data.padding import Padding, padded_transform
 from harma_ray.data.relative_captions import training_texts
 from harma_ray.data.samples import Array, RowTransform
 from harma_ray.errors import UserError
-from harma_ray.models.clip import tokenizer_of
+from harma_ray.models.architectures import tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import torch
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading
-from harma_ray.models.backbones import has_quick_twin, knows_activation
+from harma_ray.models.architectures import activation_twin, computes_quick_gelu
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.containers import read_container
-from harma_ray.models.foreign import ForeignWeights
-from harma_ray.models.weights import backbone_fingerprint, check_fit
+from harma_ray.models.fingerprints import backbone_fingerprint
+from harma_ray.models.foreign import ForeignWeights, read_foreign
+from harma_ray.models.weights import check_fit
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.settings import build_config
@@ -65,8 +66,9 @@ class Clip4CirFile(ForeignFormat):
         layers = {"combiner.projection_dim": "text_projection_layer.bias", "combiner.hidden_dim": "combiner_layer.bias"}
         sizes = {name: len(state[layer]) for name, layer in layers.items() if layer in state and state[layer].ndim}
         config = build_config(config, sizes, origin=str(path))
-        model, architecture = Clip4CirTask(config).new_model(), config.model.architecture
-        fingerprint, named = backbone_fingerprint(model), _trained_on(path)
+        task, architecture = Clip4CirTask(config), config.model.architecture
+        model = task.new_model()
+        fingerprint, named = task.backbone.fingerprint(model), _trained_on(path)
         _load_combiner(model, weights, named, fingerprint, source, architecture)
         is_kept = not open_clip.is_pretrained_cfg(architecture, config.model.pretrained) or bool(config.model.tuned)
         if is_kept:
@@ -84,7 +86,7 @@ class Clip4CirFile(ForeignFormat):
         """Writes the ``.pt``: a CLIP, or the Combiner."""
         assert isinstance(run.config, Clip4CirConfig)
         architecture = run.config.model.architecture
-        if model.combiner is None and has_quick_twin(architecture):
+        if model.combiner is None and activation_twin(architecture) and not computes_quick_gelu(architecture):
             raise UserError(
                 f"CLIP4Cir's own program takes every CLIP for one with quick GELU, but `{architecture}` computes plain "
                 "GELU; export it as `open_clip`"
@@ -109,7 +111,7 @@ def _paired(config: CombinerConfig, clip: StoredRun | str) -> tuple[CombinerConf
 def _knows_activation(clip: StoredRun | str) -> bool:
     """Tells whether it is known which activation a CLIP was trained with; of a file, if it says so."""
     file = Path(clip).expanduser() if isinstance(clip, str) else None
-    return file is None or not file.is_file() or knows_activation(file)
+    return not (file and file.is_file()) or read_foreign(file, only="clip", data=False).quick_gelu is not None
 
 
 def _load_combiner(

@@ -27,11 +27,12 @@ from harma_ray.data.stream import EvaluationStream
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
-from harma_ray.models.clip import ClipBackbone, DualEncoder, unit
+from harma_ray.models.backbones import ClipBackbone
+from harma_ray.models.clip import DualEncoder, unit
 from harma_ray.models.combiner import Combiner
 from harma_ray.models.composed import ComposedRetriever, Encoders
+from harma_ray.models.fingerprints import backbone_fingerprint, built_from
 from harma_ray.models.losses import composed_loss
-from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir.inputs import Inputs, ItemTransform, TripletTransform
 from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, QUERIES, compose
@@ -39,7 +40,7 @@ from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
 from harma_ray.retrieval.encoding import encode_texts
 from harma_ray.task import FeatureEncoder, StoredRun, Task
-from harma_ray.training.checkpoint import load_weights, read_meta
+from harma_ray.training.checkpoint import WEIGHTS_NAME, load_weights, read_meta
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,19 @@ class TunedClip(ClipBackbone):
 
     def build(self, *, writable: bool = True) -> nn.Module:
         """Returns open_clip's model, all parameters trainable."""
-        clip = super().build(writable=writable)
-        if self.tuned:
-            model = ComposedRetriever(DualEncoder(clip))
-            names = read_meta(Path(self.tuned)).trainable
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(name in names)
-            load_weights(Path(self.tuned), model, backbone=backbone_fingerprint(model))
-        return clip.requires_grad_(True)
+        clip, folder = super().build(writable=writable), Path(self.tuned)
+        if not self.tuned:
+            return clip
+        model, base = ComposedRetriever(DualEncoder(clip)), self.fingerprint(clip)
+        names = read_meta(folder).trainable
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+
+        def load() -> nn.Module:
+            load_weights(folder, model, backbone=base)
+            return clip
+
+        return built_from([folder / WEIGHTS_NAME], load, beneath=base).requires_grad_(True)
 
     def check(self) -> None:
         """Raises UserError as `check_pretrained` does, or if the checkpoint is none."""
@@ -268,7 +274,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     def _identity(self, model: ComposedRetriever) -> dict[str, Any]:
         preparation = self.config.preparation
         return {
-            "backbone": backbone_fingerprint(model),
+            "backbone": backbone_fingerprint(model) if self.trains_backbone else self.backbone.fingerprint(model),
             "padding": preparation.padding,
             "target_ratio": preparation.target_ratio if preparation.padding == "target" else 0,
             "random_captions": preparation.random_captions,

@@ -9,12 +9,12 @@ import torch
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading, as_lines
+from harma_ray.models.architectures import guess_architecture
 from harma_ray.models.backbones import check_file_activation
 from harma_ray.models.clip import DualEncoder
+from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import ADAPTER_MARK, ForeignWeights
 from harma_ray.models.released import from_released, to_released
-from harma_ray.models.shapes import guess_architecture
-from harma_ray.models.weights import backbone_fingerprint
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.recipes.harma.task import HarmaTask
 from harma_ray.settings import build_config, to_dict

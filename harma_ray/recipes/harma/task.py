@@ -24,7 +24,9 @@ from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gra
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.adapters import GatedAdapter, set_tuning
-from harma_ray.models.clip import ClipBackbone, DualEncoder, tokenizer_of
+from harma_ray.models.architectures import tokenizer_of
+from harma_ray.models.backbones import ClipBackbone
+from harma_ray.models.clip import DualEncoder
 from harma_ray.models.losses import (
     affiliation_loss,
     class_means,
