@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from harma_ray.errors import UserError
+from harma_ray.on_ray.quirks import find_running_cluster
 
 PATIENCE_SECONDS = 5.0
 """How long a head that does not answer yet is waited for: it may be starting."""
@@ -156,11 +157,8 @@ def _stranger(address: str, token: str | None) -> str | None:
 
 def _running_here() -> str:
     """Returns the address of the cluster that Ray finds by itself on this machine."""
-    from ray._private import services
-
     try:
-        services.find_gcs_addresses.cache_clear()
-        return services.canonicalize_bootstrap_address_or_die("auto")
+        return find_running_cluster()
     except ConnectionError as error:
         raise UserError(
             "`auto` joins a Ray cluster that runs on this machine, and there is none; start one "

@@ -7,24 +7,30 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
-import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harma_ray.errors import UserError
-from harma_ray.on_ray.address import find_address
+from harma_ray.on_ray.address import find_address, needs_token
 from harma_ray.on_ray.folder import choose_folder
-from harma_ray.on_ray.start import start_ray
+from harma_ray.on_ray.quirks import (
+    announced_dashboard,
+    end_failed_start,
+    heeding_interruptions,
+    is_late_start,
+    is_stranger,
+    keeping_handler,
+    quiet_errors,
+    set_variables,
+)
 from harma_ray.resources import Cluster
 
 OBJECT_STORE_LIMIT = 2 * 2**30
 LOOPBACK = "127.0.0.1"
 _logger = logging.getLogger(__name__)
-_DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
 @contextlib.contextmanager
@@ -44,7 +50,7 @@ def ray_cluster(
     prepare_environment(own_cluster=False)
     address = find_address(address)
     prepare_environment(own_cluster=not address)
-    with _dashboard_port() if dashboard and not address else contextlib.nullcontext() as port:
+    with announced_dashboard(LOOPBACK) if dashboard and not address else contextlib.nullcontext() as port:
         options = {"address": address} if address else _own_cluster(num_cpus, port)
         with _connection(options, address or "local") as cluster:
             yield cluster
@@ -66,33 +72,12 @@ def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _dashboard_port() -> Iterator[int]:
-    """Chooses a port for a dashboard and tells it to all processes that are started in the block.
-
-    Without being told, Ray Train's helpers look for the clusters of this machine and give up if there are two: trials
-    that are stopped would then keep their places for ever (Ray 2.60).
-    """
-    with socket.create_server((LOOPBACK, 0)) as free:
-        port = free.getsockname()[1]
-    before = os.environ.get(_DASHBOARD_VARIABLE)
-    os.environ[_DASHBOARD_VARIABLE] = f"http://{LOOPBACK}:{port}"
-    try:
-        yield port
-    finally:
-        os.environ.pop(_DASHBOARD_VARIABLE)
-        if before is not None:
-            os.environ[_DASHBOARD_VARIABLE] = before
-
-
-@contextlib.contextmanager
 def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
     import ray
 
-    _quiet_errors()
-    on_termination = signal.getsignal(signal.SIGTERM)
-    context = start_ray(options, address)
-    if on_termination is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_termination)  # Ray has put its own there
+    quiet_errors()
+    with keeping_handler(signal.SIGTERM), heeding_interruptions():
+        context = _initialise(options, address)
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -108,25 +93,58 @@ def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _quiet_errors() -> None:
-    """Keeps what Ray prints of dead workers, whatever ``log_to_driver`` says, out of the terminal (Ray 2.60).
+def _initialise(options: Mapping[str, Any], address: str) -> Any:
+    """Returns Ray's context; a start of its own that fails, as on a busy machine, is tried once more.
 
-    `harma_ray.on_ray.deaths` tells it in one line.
+    Args:
+        options: Arguments of ``ray.init``.
+        address: ``local``, or the cluster's.
+
+    Raises:
+        UserError: If Ray is not there then.
     """
-    import ray._private.worker
+    import ray
+    import ray.exceptions
 
-    def log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
-        _logger.info("%s", "\n".join(data["lines"]))
+    for tries_left in (1, 0):
+        try:
+            return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+        except ray.exceptions.AuthenticationError as error:
+            raise needs_token(address) from error
+        except ValueError as error:
+            raise UserError(f"Ray does not take its settings ({_reason(error)}); check those named RAY_...") from error
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            failure = error
+        except Exception as error:
+            if not is_late_start(error):
+                raise
+            failure = error
+        if address != "local":
+            raise _cannot_join(failure, address) from failure
+        if ray.is_initialized():
+            raise failure
+        logs = end_failed_start(failure, keep_logs=not tries_left)
+        if tries_left:
+            _logger.warning("Ray did not start (%s); trying once more", _reason(failure))
+            continue
+        raise UserError(
+            f"Ray did not start on this machine in two tries ({_reason(failure)}); it may be too busy, or short of "
+            f"memory or disk: try again{f', or look into {logs}' if logs else ''}"
+        ) from failure
+    raise AssertionError
 
-    ray._private.worker.print_to_stdstream = log
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
 
 
-def quiet_data() -> None:
-    """Keeps Ray Data's own chatter in its log files; it sets up its loggers when it is imported."""
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+def _cannot_join(error: BaseException, address: str) -> UserError:
+    if is_stranger(error):
+        return UserError(
+            f"this machine does not belong to the Ray cluster at {address}; run the command on one that does, or "
+            "submit it with `ray job submit`"
+        )
+    return UserError(f"cannot join the Ray cluster at {address} ({_reason(error)}); check --address and RAY_ADDRESS")
 
 
 def _shape(resources: Mapping[str, float]) -> tuple[float, float, float]:
@@ -207,15 +225,7 @@ def prepare_environment(*, own_cluster: bool) -> None:
         own_cluster: Whether a cluster will be started here. It gets a random access token, or Ray would write one to
             the home folder; too late once Ray is imported.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a report waits for the controller's next poll
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends a search as it ends a training
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # a trial keeps the record of any run
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the newer output cannot be silenced whole
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # a trial that failed has no metrics
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")  # a search goes on from its own records
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset, Ray warns of it
+    set_variables()
     chosen = any(os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if own_cluster and not chosen and "ray" not in sys.modules:
         os.environ["RAY_AUTH_MODE"] = "token"

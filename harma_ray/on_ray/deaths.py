@@ -17,10 +17,11 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from harma_ray.errors import WorkerDied, WorkerFailed
 from harma_ray.files import write_text
+from harma_ray.on_ray.quirks import cause_of_death, is_hanging
 
 PEER_SECONDS = 30
 """How long a worker that lost the connection to another keeps quiet, for Ray to find out which one died."""
@@ -108,14 +109,15 @@ def what_happened(failures: Mapping[int, BaseException], folder: Path) -> Worker
         failures: What Ray Train knows, by rank.
         folder: Where the workers left their notes.
     """
-    dead = {rank: error for rank, error in failures.items() if hasattr(error, "health_check_failure")}
-    hanging = {rank: error for rank, error in failures.items() if type(error).__name__.endswith("TimeoutError")}
+    causes = {rank: cause_of_death(error) for rank, error in failures.items()}
+    dead = {rank: cause for rank, cause in causes.items() if cause is not None}
+    hanging = {rank: error for rank, error in failures.items() if is_hanging(error)}
     rank, error = min((dead or hanging or failures).items())
     found = [note for note in read_notes(folder) if note.rank == rank]
     note = found[0] if found else None
     place = f" on {note.host} ({note.address})" if note else ""
     if rank in dead:
-        fate = f"died: {_why(getattr(error, 'health_check_failure', error), note, folder)}"
+        fate = f"died: {_why(error, note, folder)}"
     elif rank in hanging:
         fate = f"does not answer any more: {_first_line(error)}"
     else:
@@ -126,7 +128,7 @@ def what_happened(failures: Mapping[int, BaseException], folder: Path) -> Worker
     return kind(f"worker {rank}{place} {fate}{more}; {_logs(note, folder)}")
 
 
-def _why(error: Any, note: WorkerNote | None, folder: Path) -> str:
+def _why(error: BaseException, note: WorkerNote | None, folder: Path) -> str:
     """Returns why a worker's process has ended, as far as anything tells."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:

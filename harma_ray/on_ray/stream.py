@@ -5,13 +5,9 @@ Kept free of torch: the process of a read task starts in half the time and memor
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-import time
-import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -19,17 +15,14 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
-from ray.util.annotations import RayDeprecationWarning
 
 from harma_ray.data.order import Chunk, IndexedSplit
 from harma_ray.data.samples import RowTransform
 from harma_ray.errors import UserError
-from harma_ray.on_ray.cluster import quiet_data
+from harma_ray.on_ray.quirks import Pause, closing_batches, map_without_restarts, quiet_data
 
 if TYPE_CHECKING:
     from harma_ray.data.stream import Batches
-
-T = TypeVar("T")
 
 BATCHES_AT_ONCE = 4
 """Batches that Ray Data collates at once, each in a thread of its own, if as many are prefetched (Ray 2.60). Threads
@@ -50,7 +43,7 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     quiet_data()
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.custom_execution_callback_classes = [_Pause]  # type: ignore[list-item]  # its base is private
+    context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
     config = how.config
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
@@ -89,62 +82,15 @@ def map_in_actors(
     quiet_data()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     rows = ray.data.from_items(list(items), override_num_blocks=min(len(items), 200))
-    with warnings.catch_warnings():
-        # Actors that may be restarted make Ray print on the terminal that this could fail; in Ray 2.60 there is no
-        # other way to say that they may not.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return rows.map_batches(
-            function,
-            fn_constructor_kwargs=dict(settings),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            num_gpus=1 if use_gpu else 0,
-            max_restarts=0,
-        )
-
-
-@contextlib.contextmanager
-def closing_batches(iterable: Iterable[T]) -> Iterator[Iterator[T]]:
-    """Gives the batches of a Ray data set; on leaving, ends its execution and waits for the threads that served it.
-
-    One that asked for a block after Ray was shut down would end the whole process on the spot.
-    """
-    before = set(threading.enumerate())
-    batches = iter(iterable)
-    assert isinstance(batches, Generator)
-    try:
-        yield batches
-    finally:
-        batches.close()
-        for thread in set(threading.enumerate()) - before:
-            if thread.name == "iter_threaded":
-                thread.join(timeout=10)
-
-
-class _Pause:
-    """Rests between two steps of Ray Data's scheduling loop.
-
-    The loop waits for tasks with something to take, and does not take it while enough batches are ready: with the
-    data ahead of the training, as it should be, it would spin on a whole core of the worker (Ray 2.60). The rests are
-    short until the first chunks are there, then a fraction of what reading a chunk takes.
-    """
-
-    def __init__(self) -> None:
-        self._steps = 0
-
-    def before_execution_starts(self, executor: Any) -> None:
-        pass
-
-    def on_execution_step(self, executor: Any) -> None:
-        self._steps += 1
-        time.sleep(0.02 if self._steps < 100 else 0.1)
-
-    def after_execution_succeeds(self, executor: Any) -> None:
-        pass
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None:
-        pass
+    return map_without_restarts(
+        rows,
+        function,
+        fn_constructor_kwargs=dict(settings),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_gpus=1 if use_gpu else 0,
+    )
 
 
 class _ChunkSource(Datasource):

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from harma_ray.errors import UserError
-from harma_ray.on_ray.cluster import quiet_data
-from harma_ray.on_ray.stream import closing_batches
+from harma_ray.on_ray.quirks import closing_batches, quiet_data
 
 PlanT = TypeVar("PlanT")
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import tempfile
 import threading
 from collections import Counter
@@ -24,6 +23,7 @@ from harma_ray.evaluation import Evaluation
 from harma_ray.exchange import load_model
 from harma_ray.on_ray.cluster import node_cpus, require_shared_folder, require_visible
 from harma_ray.on_ray.deaths import drop_notes, leave_note, leave_trace, what_happened
+from harma_ray.on_ray.quirks import fit
 from harma_ray.preflight import Prepared
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
@@ -169,20 +169,14 @@ def _attempt(
             failure_config=FailureConfig(controller_failure_limit=3),
         ),
     )
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        return trainer.fit().return_value
-    except SystemExit as error:  # how Ray Train ends after Ctrl-C, once its workers are stopped
-        raise KeyboardInterrupt from error
+        return fit(trainer)
     except WorkerGroupError as error:
         told = [find_user_error(failure) for _, failure in sorted(error.worker_failures.items())]
         raise next(filter(None, told), None) or what_happened(error.worker_failures, notes) from error
     except ControllerError as error:
         reason = (str(error.controller_failure).splitlines() or [type(error.controller_failure).__name__])[0]
         raise WorkerFailed(f"the workers could not be started: {reason}") from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train leaves its own there
 
 
 def read_paths(config: RunConfig) -> list[Path]:

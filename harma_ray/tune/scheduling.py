@@ -12,6 +12,7 @@ import optuna
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from harma_ray.on_ray.quirks import Unpickled
 from harma_ray.settings import to_dict
 from harma_ray.tune.results import TrialResult
 from harma_ray.tune.space.definition import Scheduler, SearchDefinition
@@ -21,7 +22,7 @@ EPOCH, VALUE = "epoch", "value"
 """What schedulers look at: epochs of the first seed's training, and the best of the first objective so far."""
 
 
-class StudySearcher(Searcher):
+class StudySearcher(Unpickled, Searcher):
     """Lets Ray Tune take trials from a study.
 
     Ray's own `OptunaSearch` tells Optuna that a stopped trial is complete, leaves a trial that failed running for
@@ -80,10 +81,6 @@ class StudySearcher(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Restores nothing."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Keeps the study out of the pickles that Ray Tune writes and nobody reads."""
-        return {}
-
 
 def describe_crash(trace: str) -> str:
     """Returns in one line why a trial's process ended, from the trace that Ray gives."""
@@ -100,7 +97,7 @@ def report_of(result: dict[str, Any] | None) -> Report | None:
     return Report(**{**fields, "values": tuple(fields["values"])})
 
 
-class EarlyStopping(FIFOScheduler):
+class EarlyStopping(Unpickled, FIFOScheduler):
     """Stops trials that fall behind, as one of Optuna's pruners says.
 
     The pruner judges a study in memory, which holds the first objective alone and is filled from the trials' records:
@@ -152,10 +149,6 @@ class EarlyStopping(FIFOScheduler):
     def _complete(self, number: int, value: float) -> None:
         if number < len(self._trials):
             self._judged.tell(self._trials[number], value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Keeps the study out of the pickles that Ray Tune writes and nobody reads."""
-        return {}
 
 
 def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = ()) -> TrialScheduler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
+from harma_ray.on_ray.quirks import Unpickled, is_out_of_memory, start_side_by_side
 from harma_ray.on_ray.workers import train
 from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task
@@ -122,7 +122,7 @@ def _fit(
     traces = _Traces()
     searcher = StudySearcher(study, plan.concurrent, traces.read)
     traces.on_error = searcher.on_trial_complete
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.concurrent)  # else their processes start one after another
+    start_side_by_side(plan.concurrent)
     work = folder / WORK_FOLDER
     shutil.rmtree(work, ignore_errors=True)
     workers = plan.workers
@@ -151,7 +151,7 @@ def _fit(
     try:
         tuner.fit()
     except RuntimeError as error:
-        if isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise _OutOfMemory from error
         raise
     finally:
@@ -292,7 +292,7 @@ def _log_hparams(trial: TrialResult, results: SearchResults) -> None:
         write_hparams(writer, trial.params, {**metrics, "search/epochs": trial.epochs})
 
 
-class _Limits(ray.tune.Stopper):
+class _Limits(Unpickled, ray.tune.Stopper):
     """Ends a search at its limit of hours or epochs, or when nothing works; running trials can go on later."""
 
     def __init__(self, study: SearchStudy, searcher: StudySearcher):
@@ -306,12 +306,8 @@ class _Limits(ray.tune.Stopper):
         """Says whether the search is over."""
         return self._study.is_over() or self._study.failure_reason() is not None or self._searcher.error is not None
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Keeps the study out of Ray Tune's pickles."""
-        return {}
 
-
-class _Traces(ray.tune.Callback):
+class _Traces(Unpickled, ray.tune.Callback):
     """Knows where Ray Tune writes the trace of what ended a trial's process, and hears of every such end."""
 
     def __init__(self):
@@ -330,7 +326,3 @@ class _Traces(ray.tune.Callback):
         """Returns the trace, or nothing."""
         trial = self._trials.get(trial_id)
         return Path(trial.error_file).read_text() if trial is not None and trial.error_file else ""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Keeps the trials out of Ray Tune's pickles."""
-        return {}

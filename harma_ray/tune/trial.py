@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
 import statistics
 import time
 import traceback
@@ -25,6 +24,7 @@ from harma_ray.config import RunConfig
 from harma_ray.data.stream import Loader, Worker, prefetched_batches
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.files import write_text
+from harma_ray.on_ray.quirks import set_variables, wait_for_stopped_trials
 from harma_ray.on_ray.workers import enter_worker, on_workers, plain_errors
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import WorkerPlan
@@ -70,7 +70,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
         setting: What all trials have in common.
         report: `ray.tune.report`.
     """
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # for a stopped trial to leave the process to the next one
+    wait_for_stopped_trials()
     tally = _Tally(setting.objectives)
     folder = Path(assignment["runs"][0]["folder"])
 
@@ -214,7 +214,7 @@ def _run_on_workers(folder: Path, config: RunConfig, setting: TrialSetting, tall
     """Trains on the workers of Ray Train, whose reports go on to Ray Tune; returns the tally as it is then."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"  # this process is not the one that started Ray
+    set_variables()  # this process is not the one that started Ray
     settings = {"run": str(folder), "setting": setting, "tally": tally}
     return on_workers(
         _work, settings, config, setting.plan, folder, make_callbacks=lambda: [TuneReportCallback()],

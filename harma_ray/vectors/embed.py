@@ -148,7 +148,7 @@ def _items(data: Path, splits: list[str], found: FoundImages | None, batch_size:
 
 
 def _write(dataset: Any, path: Path, width: int, max_bad: int) -> tuple[dict[str, int], list[str]]:
-    from harma_ray.on_ray.stream import closing_batches
+    from harma_ray.on_ray.quirks import closing_batches
 
     counts, bad = {"image": 0, "text": 0}, []
     tables = closing_batches(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))

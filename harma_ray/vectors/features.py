@@ -170,7 +170,8 @@ class _Wanted:
 
 def _encode(config: RunConfig, items: Sequence[_Item], cluster: Cluster) -> Generator[dict[str, Any]]:
     """Yields for every item, in order, the bytes of its vectors and the identity of the encoders."""
-    from harma_ray.on_ray.stream import closing_batches, map_in_actors
+    from harma_ray.on_ray.quirks import closing_batches
+    from harma_ray.on_ray.stream import map_in_actors
 
     use_gpu = cluster.gpus >= 1 if config.scaling.use_gpu is None else config.scaling.use_gpu
     actors = int(cluster.gpus) if use_gpu else 1
