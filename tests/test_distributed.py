@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import run_on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -153,7 +154,7 @@ def work(rank, num_workers, folder):
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"workers{request.param}")
-    torch.multiprocessing.spawn(work, args=(request.param, str(folder)), nprocs=request.param)
+    run_on_ranks(work, request.param, request.param, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_on_ranks
 from toy_language import PackedTask, SpreadTask, toy_config
 
 from harma_ray.data.stream import Worker, local_batches
@@ -60,7 +61,7 @@ def work(rank, folder, data):
 @pytest.fixture(scope="module")
 def trained(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
-    torch.multiprocessing.spawn(work, args=(str(folder), str(scenes)), nprocs=2)
+    run_on_ranks(work, 2, str(folder), str(scenes))
     return folder
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_on_ranks
 
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import TrainingStream, Worker, local_batches
@@ -116,7 +117,7 @@ def data(scenes, composed):
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp(f"workers{request.param}")
-    torch.multiprocessing.spawn(work, args=(request.param, str(folder), data), nprocs=request.param)
+    run_on_ranks(work, request.param, request.param, str(folder), data)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
     found[0]["trained"] = folder
     return found
