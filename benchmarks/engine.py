@@ -16,6 +16,7 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
+from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.settings import build_config
@@ -50,7 +51,7 @@ def bare_loop(config, steps: int) -> list[float]:
 def inside_ray(config, cluster, folder: Path, name: str) -> list[float]:
     """Returns the seconds of each step after the first, waiting for data included, from the run's own record."""
     run = create_run(folder, name, config)
-    train(run, cluster, on_record=lambda record: None)
+    train(run, prepare(config).on(cluster), cluster, on_record=lambda record: None)
     steps = [record for record in read_records(run.path) if record["kind"] == "step"][1:]
     return [config.train.global_batch_size / record["pairs_per_second"] for record in steps]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
+from harma_ray.preflight import prepare
 from harma_ray.recipes import recipe_config
 from harma_ray.runs import create_run
 from harma_ray.settings import build_config
@@ -109,7 +110,8 @@ def main() -> None:
             }
             config = build_config(recipe_config("harma-scenes"), changes)
             with ray_cluster() as cluster, Watch() as watch:
-                report = train(create_run(folder, "run", config), cluster, on_record=lambda record: None)
+                run, prepared = create_run(folder, "run", config), prepare(config).on(cluster)
+                report = train(run, prepared, cluster, on_record=lambda record: None)
             peaks.append(watch.peak)
             print(f"{images} images, {stored / MIB:.0f} MiB of shards, {report['steps']} steps")
             print(f"  peak of all processes   {watch.peak / MIB:6.0f} MiB")

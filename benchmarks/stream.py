@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harma_ray.data.schema import open_split
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from harma_ray.config import DataConfig
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.order import chunk_samples, iterate_slices, read_samples, training_order
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import DecodeRows, TrainingStream, Worker
 from harma_ray.data.transforms import PUBLISHED
 from harma_ray.on_ray.cluster import ray_cluster
@@ -33,6 +33,7 @@ class Pairs(IterableDataset):
 
     def __iter__(self):
         worker = get_worker_info()
+        assert worker is not None  # it is read by DataLoader's processes alone
         for piece in self.pieces[worker.id :: worker.num_workers]:
             table = read_samples(self.order, piece.reshape(-1, 2), 0)
             for part in iterate_slices(len(table), self.order.global_batch_size):

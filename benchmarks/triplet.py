@@ -29,7 +29,7 @@ def main() -> None:
             image = normalize(torch.randn(size, WIDTH, generator=generator), dim=1)
             noise = normalize(torch.randn(size, WIDTH, generator=generator), dim=1)
             text = normalize(signal * image + noise, dim=1)
-            pair = [image.requires_grad_(), text.requires_grad_()]
+            pair = (image.requires_grad_(), text.requires_grad_())
             terms = [contrastive_loss(*pair, TEMPERATURE), weighted_triplet_loss(*pair, margin=MARGIN, gamma=GAMMA)]
             norms = [torch.cat([g.flatten() for g in torch.autograd.grad(term, pair)]).norm() for term in terms]
             excess = MARGIN + image @ text.T - (image * text).sum(dim=1)[:, None]

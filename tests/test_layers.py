@@ -53,14 +53,10 @@ def modules() -> dict[str, Path]:
 
 
 def run_time_imports(path: Path) -> set[str]:
-    """Returns this package's modules that a file imports, however it writes it, those inside functions too."""
+    """Returns what a file imports, inside functions too, but not what it imports for type checkers alone."""
     tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
+    for_types = (node for node in ast.walk(tree) if isinstance(node, ast.If) and _is_type_checking(node.test))
+    skipped = {id(inner) for node in for_types for statement in node.body for inner in ast.walk(statement)}
     named = set()
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -70,18 +66,49 @@ def run_time_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} imports relatively"
             named |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name.removeprefix("harma_ray.") for name in named if name.startswith("harma_ray.")}
+    return named
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def arrows() -> set[tuple[str, str]]:
     """Returns which module imports which, where they are not in one folder."""
-    known = modules()
-    pairs = ((name, other) for name, path in known.items() for other in run_time_imports(path) if other in known)
-    return {(name, other) for name, other in pairs if room_of(name) != room_of(other)}
+    known = {f"harma_ray.{name}": name for name in modules()}
+    pairs = ((name, known.get(other)) for name, path in modules().items() for other in run_time_imports(path))
+    return {(name, other) for name, other in pairs if other and room_of(name) != room_of(other)}
 
 
 def test_a_folder_imports_only_what_lies_below_it():
     assert not {(name, other) for name, other in arrows() if height_of(other) >= height_of(name)}
+
+
+def test_the_lower_layers_never_import_ray():
+    paths = [path for name, path in modules().items() if height_of(name) < WITHOUT_RAY]
+    assert not [path for path in paths for name in run_time_imports(path) if name.split(".")[0] == "ray"]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("if TYPE_CHECKING:\n    import ray", set()),
+        ("if not TYPE_CHECKING:\n    import ray", {"ray"}),
+        ("if TYPE_CHECKING:\n    import ray\nelse:\n    import ray.data", {"ray.data"}),
+        ("def late():\n    from harma_ray import cli", {"harma_ray", "harma_ray.cli"}),
+    ],
+)
+def test_imports_are_found_wherever_they_stand(tmp_path, source, found):
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert run_time_imports(path) == found
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["on_ray.stream", "on_ray.tasks", "data.convert.commands"])
+def test_what_only_hands_samples_on_imports_without_torch(name):
+    code = f"import sys; sys.modules['torch'] = None; import harma_ray.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.timeout(120)
