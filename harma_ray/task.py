@@ -99,7 +99,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def build_model(self, backbone: nn.Module) -> ModelT:
         """Returns the model on CPU, around what `Backbone.build` returned, with freezing applied.
 
-        Trainable parameters are those that require a gradient.
+        Trainable parameters are those that require a gradient. The backbone's own may be replaced here, but not
+        written into: trials of a search share them.
         """
 
     @abstractmethod
@@ -122,12 +123,17 @@ class Task(ABC, Generic[ConfigT, ModelT]):
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether weights of the backbone itself are trained, so that trials cannot share them."""
+        """Whether weights of the backbone itself are trained; see `require_backbone`."""
         return False
 
     def new_model(self) -> ModelT:
-        """Returns the model on CPU around a backbone of its own."""
-        return self.build_model(self.backbone.build(writable=self.trains_backbone))
+        """Returns the model on CPU; what a training writes into is its own, the rest of the backbone may be shared."""
+        model = self.build_model(self.backbone.build())
+        if self.backbone.is_shared:
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
+                    tensor.data = tensor.data.clone()
+        return model
 
     def baseline_model(self) -> ModelT:
         """Returns the model that a training is measured against: the pretrained part, without what is random yet."""

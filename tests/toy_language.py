@@ -57,7 +57,7 @@ class LettersBackbone(Backbone):
     def tokenizer(self):
         raise NotImplementedError
 
-    def build(self, *, writable=True):
+    def build(self):
         return Letters()
 
     def outline(self):
@@ -82,10 +82,6 @@ class ToyTask(Task[ToyConfig, Letters]):
         super().__init__(config)
         self.metrics = Metrics(("loss", "right"), objective="loss", lower_is_better=("loss",))
         self.backbone = LettersBackbone()
-
-    @property
-    def trains_backbone(self):
-        return True
 
     def build_model(self, backbone):
         return backbone

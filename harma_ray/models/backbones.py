@@ -40,6 +40,9 @@ _SPOKEN = {False: "plain GELU", True: "quick GELU"}
 class Backbone(ABC):
     """A pretrained part: how it is called, built and fed, and what tells it from others."""
 
+    is_shared: bool = False
+    """Whether what `build` returns lies in memory that nobody may write into."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -60,11 +63,8 @@ class Backbone(ABC):
         """Returns what turns a list of B texts into int64[B, L]."""
 
     @abstractmethod
-    def build(self, *, writable: bool = True) -> nn.Module:
+    def build(self) -> nn.Module:
         """Returns it on CPU, before anything is added or frozen.
-
-        Args:
-            writable: Whether its weights are going to be trained; where they are not they may be shared, read-only.
 
         Raises:
             UserError: If its weights cannot be read, or do not fit.
@@ -122,7 +122,7 @@ class ClipBackbone(Backbone):
         """Returns the architecture's."""
         return tokenizer_of(self.architecture)
 
-    def build(self, *, writable: bool = True) -> nn.Module:
+    def build(self) -> nn.Module:
         """Returns open_clip's model."""
 
         def build() -> nn.Module:

@@ -39,29 +39,31 @@ class SharedModule:
     def build(self) -> nn.Module:
         """Returns the module; its parameters and buffers are views of `arrays`, and read-only if these are."""
         module = pickle.loads(self.skeleton)
+        made: dict[int, Tensor] = {}  # one tensor under several names stays one
         for name, hollow in _tensors(module).items():
             owner_name, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(owner_name)
-            tensor = _tensor_of(self.arrays[name], hollow)
-            if isinstance(hollow, nn.Parameter):
-                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=hollow.requires_grad)
-            else:
-                owner._buffers[leaf] = tensor
+            tensor = made.get(id(hollow))
+            if tensor is None:
+                tensor = _tensor_of(self.arrays[name], hollow)
+                if isinstance(hollow, nn.Parameter):
+                    tensor = nn.Parameter(tensor, requires_grad=hollow.requires_grad)
+                made[id(hollow)] = tensor
+            setattr(module.get_submodule(owner_name), leaf, tensor)
         return module
 
 
 class SharedBackbone(Backbone):
     """A backbone whose numbers lie in Ray's object store."""
 
-    def __init__(self, original: Backbone, fetch: Callable[[], SharedModule], *, always_writable: bool = False):
+    def __init__(self, original: Backbone, fetch: Callable[[], SharedModule], *, is_shared: bool = True):
         """Takes another's place.
 
         Args:
             original: That other one, whose `build` is not called.
             fetch: Returns what that would have built.
-            always_writable: Whether every built module is a copy, frozen or not.
+            is_shared: Whether what is built is read-only; else it is a copy.
         """
-        self._original, self._fetch, self._always_writable = original, fetch, always_writable
+        self._original, self._fetch, self.is_shared = original, fetch, is_shared
 
     @property
     def name(self) -> str:
@@ -82,10 +84,10 @@ class SharedBackbone(Backbone):
         """Returns the original's."""
         return self._original.tokenizer()
 
-    def build(self, *, writable: bool = True) -> nn.Module:
-        """Returns the module; read-only unless it has to be `writable`."""
+    def build(self) -> nn.Module:
+        """Returns the module."""
         module = self._fetch().build()
-        return copy.deepcopy(module) if writable or self._always_writable else module
+        return module if self.is_shared else copy.deepcopy(module)
 
     def outline(self) -> nn.Module:
         """Returns the original's."""

@@ -248,7 +248,7 @@ def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -
     task = make_task(config)
     if setting.backbone is not None and setting.backbone[0] == task.backbone.name:
         shared = setting.backbone[1]
-        task.backbone = SharedBackbone(task.backbone, lambda: ray.get(shared), always_writable=writable)
+        task.backbone = SharedBackbone(task.backbone, lambda: ray.get(shared), is_shared=not writable)
     return task
 
 

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toy_language import ToyTask, toy_config
 
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.models.backbones import build_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
+from harma_ray.training.loop import run_training
 from harma_ray.tune.sharing import SharedBackbone, SharedModule
 
 
@@ -60,6 +63,28 @@ def test_dtypes_buffers_and_frozen_parameters_survive():
     assert not rebuilt.weight.requires_grad
     assert torch.equal(rebuilt.scale, module.scale)
     assert rebuilt.empty.shape == (0, 4)
+
+
+def test_a_parameter_with_two_names_stays_one():
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    rebuilt = SharedModule.of(module).build()
+    assert rebuilt[1].weight is rebuilt[0].weight
+    assert torch.equal(rebuilt[0].weight, module[0].weight)
+
+
+def test_a_task_of_six_members_trains_a_copy_of_what_is_shared(scenes, tmp_path):
+    task, plain = (ToyTask(build_config(toy_config(), {"data.path": str(scenes)})) for _ in range(2))
+    shared = read_only(SharedModule.of(task.backbone.build()))
+    before = {name: array.copy() for name, array in shared.arrays.items()}
+    task.backbone = SharedBackbone(task.backbone, lambda: shared)
+    own, expected = (
+        run_training(which, which.config, tmp_path / name, worker=Worker(), loader=local_batches)
+        for which, name in ((task, "shared"), (plain, "plain"))
+    )
+    assert own["metrics"] == expected["metrics"]
+    for name, array in shared.arrays.items():
+        assert np.array_equal(array, before[name]), name
 
 
 @pytest.mark.parametrize("tuning", ["adapters", "full", "none"])

@@ -55,9 +55,9 @@ class TunedClip(ClipBackbone):
         """The architecture and the weights."""
         return super().name + (f", tuned by {self.tuned}" if self.tuned else "")
 
-    def build(self, *, writable: bool = True) -> nn.Module:
+    def build(self) -> nn.Module:
         """Returns open_clip's model, all parameters trainable."""
-        clip, folder = super().build(writable=writable), Path(self.tuned)
+        clip, folder = super().build(), Path(self.tuned)
         if not self.tuned:
             return clip
         model, base = ComposedRetriever(DualEncoder(clip)), self.fingerprint(clip)
@@ -292,7 +292,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
 
     def feature_encoder(self, device: str) -> FeatureEncoder:
         """Builds the frozen encoders on a device."""
-        model = ComposedRetriever(DualEncoder(self.backbone.build(writable=False), text_tokens="trim")).to(device)
+        model = ComposedRetriever(DualEncoder(self.backbone.build(), text_tokens="trim")).to(device)
         inputs = self._inputs
 
         def encode_images(files: Sequence[bytes], names: Sequence[str]) -> Tensor:
