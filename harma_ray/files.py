@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
+            _flush(partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
@@ -63,18 +64,40 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def making(folder: Path) -> Iterator[Path]:
-    """Gives a folder to make, which becomes `folder` if nothing fails.
+    """Gives the name of a folder to make, which becomes `folder`, on disk, if nothing fails.
 
     Raises:
         UserError: If it cannot be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-            yield Path(work, folder.name)
-            Path(work, folder.name).rename(folder)
+        with atomic_folder(folder) as partial:
+            yield partial
     except OSError as error:
         raise _cannot_write(folder, error) from error
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Gives the name of a folder to make, which becomes `folder`, on disk, when the block ends without an error."""
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # of one that was killed
+    try:
+        work.mkdir(parents=True)
+        partial = work / folder.name
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from harma_ray.data.images import BadImage
 from harma_ray.errors import UserError
@@ -103,30 +105,13 @@ class Rendering:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the rule as JSON's types."""
-        limits = None if self.limits is None else {key: [list(p) for p in pairs] for key, pairs in self.limits.items()}
-        return {
-            "bands": None if self.bands is None else list(self.bands),
-            "stretch": self.stretch,
-            "parameters": list(self.parameters),
-            "nodata": None if self.nodata is None else [str(number) for number in self.nodata],
-            "statistics": self.statistics,
-            "limits": limits,
-        }
+        nodata = None if self.nodata is None else [str(number) for number in self.nodata]
+        return json.loads(json.dumps({**asdict(self), "nodata": nodata}))
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> Rendering:
         """Makes the rule of what `to_dict` returned."""
-        limits = raw["limits"]
-        if limits is not None:
-            limits = {key: tuple((low, high) for low, high in pairs) for key, pairs in limits.items()}
-        return Rendering(
-            bands=None if raw["bands"] is None else tuple(raw["bands"]),
-            stretch=raw["stretch"],
-            parameters=tuple(raw["parameters"]),
-            nodata=None if raw["nodata"] is None else tuple(map(float, raw["nodata"])),
-            statistics=raw["statistics"],
-            limits=limits,
-        )
+        return TypeAdapter(Rendering).validate_python(raw)
 
 
 @dataclass(frozen=True)

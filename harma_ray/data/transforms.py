@@ -10,6 +10,7 @@ state: all functions may be called from many threads. Division by 255 and normal
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,25 +27,27 @@ from harma_ray.data.images import BadImage as BadImage
 from harma_ray.data.images import crop
 from harma_ray.data.images import decode_stored as decode_stored
 
-OPERATIONS = (
-    "identity",
-    "autocontrast",
-    "equalize",
-    "brightness",
-    "sharpness",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-)
-"""What the augmentation draws from."""
-
 _MAX_LEVEL = 10
 _Part = Annotated[float, Field(gt=0, le=1)]
 _FILL = [128.0, 128.0, 128.0]
 _CROP_ATTEMPTS = 10
-_REFERENCE_SIZE = 224
+_SHIFT = 10 / 224  # of the side of an image
+
+# Strength lies in 0..1; signed, in -1..1, is that of what can go two ways.
+_OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+    "identity": lambda image, strength, signed: image,
+    "autocontrast": lambda image, strength, signed: F.autocontrast(image),
+    "equalize": lambda image, strength, signed: F.equalize(image),
+    "brightness": lambda image, strength, signed: F.adjust_brightness(image, 1.8 * strength + 0.1),
+    "sharpness": lambda image, strength, signed: F.adjust_sharpness(image, 1.8 * strength + 0.1),
+    "shear_x": lambda image, strength, signed: _affine(image, shear=(0.3 * signed, 0.0)),
+    "shear_y": lambda image, strength, signed: _affine(image, shear=(0.0, 0.3 * signed)),
+    "translate_x": lambda image, strength, signed: _affine(image, translate=(_SHIFT * signed * image.width, 0.0)),
+    "translate_y": lambda image, strength, signed: _affine(image, translate=(0.0, _SHIFT * signed * image.height)),
+    "rotate": lambda image, strength, signed: F.rotate(image, 30 * signed, InterpolationMode.BILINEAR, fill=_FILL),
+}
+OPERATIONS = tuple(_OPERATIONS)
+"""What the augmentation draws from."""
 
 
 @dataclass(frozen=True)
@@ -127,30 +130,10 @@ def apply_operation(image: Image.Image, name: str, level: float, *, negative: bo
         level: Strength, 0 to 10; has no meaning for identity, autocontrast and equalize.
         negative: Shear, shift or rotate the other way.
     """
+    if name not in _OPERATIONS:
+        raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
     strength = level / _MAX_LEVEL
-    signed = -strength if negative else strength
-    match name:
-        case "identity":
-            return image
-        case "autocontrast":
-            return F.autocontrast(image)
-        case "equalize":
-            return F.equalize(image)
-        case "brightness":
-            return F.adjust_brightness(image, 1.8 * strength + 0.1)
-        case "sharpness":
-            return F.adjust_sharpness(image, 1.8 * strength + 0.1)
-        case "shear_x":
-            return _affine(image, shear=(0.3 * signed, 0.0))
-        case "shear_y":
-            return _affine(image, shear=(0.0, 0.3 * signed))
-        case "translate_x":
-            return _affine(image, translate=(10 / _REFERENCE_SIZE * signed * image.width, 0.0))
-        case "translate_y":
-            return _affine(image, translate=(0.0, 10 / _REFERENCE_SIZE * signed * image.height))
-        case "rotate":
-            return F.rotate(image, 30 * signed, InterpolationMode.BILINEAR, fill=_FILL)
-    raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
+    return _OPERATIONS[name](image, strength, -strength if negative else strength)
 
 
 def _affine(

@@ -129,18 +129,20 @@ def composed_recalls(
         raise UserError(f"every query needs one target, but got {len(queries)} queries and {len(target)} targets")
     split = _split(reference, target, len(gallery), categories, gallery_categories, members)
     if split.members is not None:
-        answers, removed = _one_each(split.target), _one_each(split.reference)
-        ranks = rank_first_relevant(queries, gallery, answers, excluded=removed, chunk_size=chunk_size)
-        subset_ranks = rank_first_relevant(
-            queries, gallery, answers, excluded=removed, candidates=split.members, chunk_size=chunk_size
-        )
-        return ComposedResult(ranks, subset_ranks)
+        answers, removed = [_one_each(split.target)], _one_each(split.reference)
+        ranks = [
+            rank_first_relevant(
+                queries, gallery, answers, excluded=removed, candidates=candidates, chunk_size=chunk_size
+            )[0]
+            for candidates in (None, split.members)
+        ]
+        return ComposedResult(*ranks)
     ranks = torch.empty_like(split.target)
     items_of = _positions_by_key(split.gallery_categories)
     for category, rows in _positions_by_key(split.categories).items():
         items = items_of[category]
-        answers = _one_each(torch.searchsorted(items, split.target[rows]))
-        ranks[rows] = rank_first_relevant(queries[rows], gallery[items], answers, chunk_size=chunk_size)
+        answers = [_one_each(torch.searchsorted(items, split.target[rows]))]
+        (ranks[rows],) = rank_first_relevant(queries[rows], gallery[items], answers, chunk_size=chunk_size)
     return ComposedResult(ranks, categories=list(split.categories))
 
 

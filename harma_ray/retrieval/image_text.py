@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, rank_first_relevant_of_each
+from harma_ray.retrieval.ranking import Groups, rank_first_relevant
 
 RECALL_KS = (1, 5, 10)
 
@@ -141,12 +141,8 @@ def image_text_recalls(
         raise UserError(f"every text needs one image, but got {len(text_embeddings)} and {len(image_index_of_text)}")
     image_index_of_text = image_index_of_text.cpu()
     own_texts, own_image, equal_texts, equal_images = _relevance(image_index_of_text, text_keys, len(image_embeddings))
-    to_text = rank_first_relevant_of_each(
-        image_embeddings, text_embeddings, [own_texts, equal_texts], chunk_size=chunk_size
-    )
-    to_image = rank_first_relevant_of_each(
-        text_embeddings, image_embeddings, [own_image, equal_images], chunk_size=chunk_size
-    )
+    to_text = rank_first_relevant(image_embeddings, text_embeddings, [own_texts, equal_texts], chunk_size=chunk_size)
+    to_image = rank_first_relevant(text_embeddings, image_embeddings, [own_image, equal_images], chunk_size=chunk_size)
     return RetrievalResult(to_text[0], to_image[0], to_text[1], to_image[1], image_index_of_text)
 
 

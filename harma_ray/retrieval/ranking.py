@@ -175,12 +175,12 @@ def _on_device(device: torch.device, pairs: tuple[Tensor, Tensor]) -> tuple[Tens
 def rank_first_relevant(
     queries: Tensor,
     gallery: Tensor,
-    relevant: Groups,
+    relevants: Sequence[Groups],
     *,
     excluded: Groups | None = None,
     candidates: Groups | None = None,
     chunk_size: int | None = None,
-) -> Tensor:
+) -> list[Tensor]:
     """Ranks the gallery for each query by inner product and finds the best-placed relevant item.
 
     Ties count against the model: the rank is the number of items, neither relevant nor excluded, that score at least
@@ -190,33 +190,18 @@ def rank_first_relevant(
     Args:
         queries: [Q, E], any floating dtype and device; normalise for cosine similarity.
         gallery: [G, E]; the work is done on its device, in float64 (on the CPU if that device is MPS).
-        relevant: right answers of each query; at least one must be neither excluded nor outside the candidates.
+        relevants: for each of some notions of relevance, which share the scores, the right answers of each query; at
+            least one must be neither excluded nor outside the candidates.
         excluded: items taken out of a query's ranking, such as the query's own image; they may be relevant ones.
         candidates: if given, a query is ranked among these items alone.
         chunk_size: queries scored at a time, at about 13 bytes a score; by default as many as make 4 million scores.
 
     Returns:
-        0-based ranks, int64 [Q], on the CPU.
+        For each notion of relevance 0-based ranks, int64 [Q], on the CPU.
 
     Raises:
         UserError: a query without a usable relevant item, embeddings that are not finite, shapes that do not fit.
     """
-    ranks = rank_first_relevant_of_each(
-        queries, gallery, [relevant], excluded=excluded, candidates=candidates, chunk_size=chunk_size
-    )
-    return ranks[0]
-
-
-def rank_first_relevant_of_each(
-    queries: Tensor,
-    gallery: Tensor,
-    relevants: Sequence[Groups],
-    *,
-    excluded: Groups | None = None,
-    candidates: Groups | None = None,
-    chunk_size: int | None = None,
-) -> list[Tensor]:
-    """Does `rank_first_relevant` for several notions of relevance at once, over the same scores."""
     ranks = [torch.empty(len(queries), dtype=torch.int64) for _ in relevants]
     for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, chunk_size, relevants):
         for relevant, output in zip(relevants, ranks, strict=True):

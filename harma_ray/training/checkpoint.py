@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
+from harma_ray.files import atomic_folder
 from harma_ray.models.weights import check_fit
 from harma_ray.parallel import spread_like, whole
 
@@ -90,20 +91,13 @@ def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trainable_tensors(model).items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     final = checkpoint_path(run_dir, meta.step)
-    partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS_NAME)
-        torch.save(dict(state), partial / STATE_NAME)
-        (partial / META_NAME).write_text(json.dumps({**asdict(meta), "trainable": shapes}, indent=1))
-        for file in partial.iterdir():
-            _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        with atomic_folder(final) as partial:
+            partial.mkdir()
+            save_file(tensors, partial / WEIGHTS_NAME)
+            torch.save(dict(state), partial / STATE_NAME)
+            (partial / META_NAME).write_text(json.dumps({**asdict(meta), "trainable": shapes}, indent=1))
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is told in all three ways
-        shutil.rmtree(partial, ignore_errors=True)
         raise _write_error(final, error) from error
     return final
 
@@ -176,11 +170,6 @@ def prune_checkpoints(run_dir: Path, metrics: Metrics, num_best: int) -> None:
     for path in checkpoints:
         if path not in keep:
             shutil.rmtree(path)
-
-
-def _sync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def _write_error(path: Path, error: Exception) -> UserError:

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, _fixed_point, rank_first_relevant, rank_first_relevant_of_each, top_k
+from harma_ray.retrieval import ranking
+from harma_ray.retrieval.ranking import Groups, _fixed_point, top_k
 
 CHUNK_SIZES = (1, 2, 3, 7, 64, None)
+
+
+def rank_first_relevant(queries, gallery, relevant, **how):
+    (ranks,) = ranking.rank_first_relevant(queries, gallery, [relevant], **how)
+    return ranks
 
 
 def brute_force_ranks(scores, relevant, excluded=None, candidates=None):
@@ -71,7 +77,7 @@ def test_several_relevances_rank_as_each_alone():
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(9, 5, generator=generator), torch.randn(30, 5, generator=generator)
     relevants = [Groups.from_lists(random_lists(generator, 9, 30, 0.1, at_least_one=True)) for _ in range(3)]
-    together = rank_first_relevant_of_each(queries, gallery, relevants, chunk_size=4)
+    together = ranking.rank_first_relevant(queries, gallery, relevants, chunk_size=4)
     for relevant, ranks in zip(relevants, together, strict=True):
         assert torch.equal(ranks, rank_first_relevant(queries, gallery, relevant))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from harma_ray.data.convert.image_paths import image_root
@@ -57,14 +57,10 @@ def read_class_folders(
         UserError: If there are no class folders with images, there is one that seems to hold those that are meant, or
             the template or fractions make no sense.
     """
-    if caption_template is not None and LABEL_FIELD not in caption_template:
-        raise UserError(f"the caption template must contain {LABEL_FIELD}, got {caption_template!r}")
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise UserError(f"fractions of train, val, test must be 3 numbers >= 0 that add up to 1, got {fractions}")
+    _check_options(caption_template, fractions)
     root = image_root(images)
     found = find_images(root)
-    is_split = any(path.relative_to(root).parts[0] in SPLITS for path in found.images)
-    depth = 2 if is_split else 1
+    depth = 2 if any(path.relative_to(root).parts[0] in SPLITS for path in found.images) else 1
     found = found.once_per(lambda path: path.relative_to(root).parts[:depth])
     found.warn()
     _check_layout(found, depth)
@@ -73,17 +69,23 @@ def read_class_folders(
     for path in found.images:
         parts, name = path.relative_to(root).parts, found.name(path)
         class_name = readable_name(parts[depth - 1])
-        split = parts[0] if is_split else _draw_split(seed, found.name(first.get(path, path)), fractions)
+        split = parts[0] if depth == 2 else _draw_split(seed, found.name(first.get(path, path)), fractions)
         captions: tuple[str, ...] = ()
         if caption_template is not None:
             _check_class_name(root, parts[depth - 1])
             captions = clean_captions([caption_template.replace(LABEL_FIELD, class_name.replace("_", " "))], name)
         records.append((split, SourceRecord(len(records), name, name, path, captions=captions, label_name=class_name)))
     labelled = fill_labels([record for _, record in records], Mistakes())  # names alone cannot contradict each other
-    result: dict[str, list[SourceRecord]] = {}
-    for split in SPLITS:
-        result[split] = [new for new, (where, _) in zip(labelled, records, strict=True) if where == split]
-    return {split: rows for split, rows in result.items() if rows}
+    placed = [(split, record) for (split, _), record in zip(records, labelled, strict=True)]
+    rows_of = {split: [record for where, record in placed if where == split] for split in SPLITS}
+    return {split: rows for split, rows in rows_of.items() if rows}
+
+
+def _check_options(caption_template: str | None, fractions: Sequence[float]) -> None:
+    if caption_template is not None and LABEL_FIELD not in caption_template:
+        raise UserError(f"the caption template must contain {LABEL_FIELD}, got {caption_template!r}")
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise UserError(f"fractions of train, val, test must be 3 numbers >= 0 that add up to 1, got {fractions}")
 
 
 def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) -> dict[str, list[SourceRecord]]:
@@ -215,10 +217,7 @@ def _check_wrapping(root: Path, parts: Sequence[tuple[str, ...]], depth: int) ->
         parts: Parts of the images' paths from the class folder on.
         depth: Place of the class folder on a path below the root.
     """
-    first, last = min(parts), max(parts)  # what these two share at their beginnings, all between them share
-    shared = tuple(
-        one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
-    )
+    shared = Path(os.path.commonpath([Path(*names[:-1]) for names in parts])).parts
     inner = {names[len(shared)] for names in parts if len(names) > len(shared) + 1}
     if not shared or any(len(names) <= len(shared) + 1 for names in parts):
         return

@@ -25,17 +25,6 @@ LOOKED_AT = 200
 PERCENTS = (0, 5, 50, 95, 100)
 """Percentiles that are told of each distribution."""
 
-_SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"RIFF": "WEBP",
-    b"\0\0\0\x0cjP": "JPEG2000",
-}
-
 
 @dataclass(frozen=True)
 class Distribution:
@@ -135,7 +124,7 @@ class SplitFacts:
     queries: QueryFacts | None
     """The queries that go with the images or that the triplets hold; None without any."""
     formats: dict[str, int]
-    """Number of different images of each file format, by the first bytes."""
+    """Number of different images of each file format."""
     depths: dict[str, int]
     """Number of different images by what a pixel of the stored file is, such as ``3 x uint8``."""
     rendered: Rendered | None
@@ -326,7 +315,10 @@ def _tell_queries(queries: QueryFacts) -> str:
 
 
 def _name_format(data: bytes) -> str:
-    return next((name for signature, name in _SIGNATURES.items() if data.startswith(signature)), "other")
+    try:
+        return read_header(data).format
+    except BadImage:
+        return "unreadable"
 
 
 def _tell_decodable(facts: SplitFacts) -> str:

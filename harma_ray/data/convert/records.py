@@ -37,17 +37,9 @@ class SceneSpec:
 
 
 @dataclass(frozen=True)
-class MemberSpec:
-    """A generated image of composed retrieval, drawn when it is written."""
+class MemberSpec(SceneSpec):
+    """A generated image of composed retrieval, drawn when it is written; its index is the number of the query."""
 
-    seed: int
-    """Seed of the data set."""
-    index: int
-    """Number of the query; queries with different numbers differ."""
-    style: str
-    """Look of the scene, one of the styles of ``harma_ray.data.scenes``."""
-    size: int
-    """Height and width in pixels."""
     member: int
     """Position among the members of the query."""
 
