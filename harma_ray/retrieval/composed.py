@@ -130,13 +130,13 @@ def composed_recalls(
     split = _split(reference, target, len(gallery), categories, gallery_categories, members)
     if split.members is not None:
         answers, removed = [_one_each(split.target)], _one_each(split.reference)
-        ranks = [
+        in_gallery, among_members = (
             rank_first_relevant(
                 queries, gallery, answers, excluded=removed, candidates=candidates, chunk_size=chunk_size
             )[0]
             for candidates in (None, split.members)
-        ]
-        return ComposedResult(*ranks)
+        )
+        return ComposedResult(in_gallery, among_members)
     ranks = torch.empty_like(split.target)
     items_of = _positions_by_key(split.gallery_categories)
     for category, rows in _positions_by_key(split.categories).items():
