@@ -62,7 +62,7 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     data = config.data
     if not data.path:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
-    order = planned_order(config)
+    training = open_split(data.path, data.train_split)
     evaluated = [open_split(data.path, config.selecting_split)]
     notices = []
     if data.test_split not in list_splits(data.path):
@@ -70,8 +70,8 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     elif data.test_split != evaluated[0].name:
         evaluated.append(open_split(data.path, data.test_split))
     task = make_task(config)
-    task.check(order.split, evaluated, metrics)
-    return Prepared(config, task, order, tuple(notices))
+    task.check(training, evaluated, metrics)
+    return Prepared(config, task, planned_order(config), tuple(notices))
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

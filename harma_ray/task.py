@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.config import OptimConfig, RunConfig
+from harma_ray.data.kinds.base import RowKind
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream, Worker
@@ -80,6 +81,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     random: np.random.Generator
     """Draws alike on all workers in `losses`: the loop seeds it anew for every step, by the run's seed and the step."""
 
+    evaluated_kinds: Sequence[RowKind] = ()
+    """Kinds of rows that splits are evaluated of; empty: all."""
     unseen_settings: Sequence[str] = ()
     """Settings that change what weights compute but not their shapes."""
     feature_sections: Sequence[str] = ()
@@ -148,7 +151,14 @@ class Task(ABC, Generic[ConfigT, ModelT]):
             metrics: Metrics that a search compares, beside the objective.
         """
         self.backbone.check()
+        for split in evaluated:
+            self.check_evaluated(split)
         self.require_backbone()
+
+    def check_evaluated(self, split: Split) -> None:
+        """Raises UserError for a split whose rows are of a kind that is not evaluated; part of `check`."""
+        if self.evaluated_kinds:
+            split.require_kind(self.evaluated_kinds, f"evaluating recipe {self.config.recipe}")
 
     def require_backbone(self) -> None:
         """Raises UserError if a part stays frozen whose weights nobody named; part of `check`."""

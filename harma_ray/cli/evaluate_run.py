@@ -58,6 +58,7 @@ def evaluate_and_print(
     """
     config = absolute_paths(config)
     data, task = open_split(config.data.path, split), make_task(config)
+    task.check_evaluated(data)
     figures, folder = (output_path(path) if path else None for path in (json_file, report))
     if figures and not figures.parent.is_dir():
         raise UserError(f"the folder of `--json` {figures} does not exist")

@@ -28,7 +28,7 @@ from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import KIND, Finding, standing_findings
-from harma_ray.training.step import local_worker, parameters_without_gradient
+from harma_ray.training.step import check_batch, local_worker, parameters_without_gradient
 from harma_ray.training.tracking import read_records
 from harma_ray.vectors.features import with_features
 
@@ -189,6 +189,7 @@ def check_gradients(config: RunConfig) -> None:
     """
     config = absolute_paths(config)
     prepared, worker = prepare(config), local_worker(config)
+    check_batch(prepared.task, config.scaling.num_workers or 1)
     print_notices(prepared.notices)
     alone = WorkerPlan(1, worker.decode_threads, float(worker.device != "cpu"))
     print("\n".join(header_lines(dataclasses.replace(prepared, workers=alone))), flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from harma_ray.config import OnDisk, RunConfig
+from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.evaluation import Evaluation
@@ -91,6 +92,7 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
         UserError: For what the user can mend.
         WorkerFailed: If workers failed or died.
     """
+    make_task(config).check_evaluated(open_split(config.data.path, split))
     plan = plan_workers(config, cluster)
     weights = Path(file).expanduser().absolute() if file else None
     beside = weights or Path.cwd()

@@ -40,7 +40,7 @@ def test_a_missing_backbone_file_is_found_before_ray_starts(capsys, scenes):
 
 def test_a_batch_larger_than_the_data_is_found_before_ray_starts(capsys, scenes):
     error = refused(
-        capsys, "train", "--recipe", "harma-scenes", "--data", scenes, "--set", "train.global_batch_size=999"
+        capsys, "train", "--recipe", "harma-scenes", "--data", scenes, *SMALL, "--set", "train.global_batch_size=999"
     )
     assert "200 pairs" in error
 

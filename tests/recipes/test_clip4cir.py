@@ -229,7 +229,7 @@ def test_what_is_evaluated_later_and_compared_by_a_search_is_checked_before(comp
 
 
 def test_data_of_another_kind_is_refused(scenes, composed):
-    with pytest.raises(UserError, match=r"needs triplets or triplet vectors, but .* holds images"):
+    with pytest.raises(UserError, match=r"finetune needs triplets, but .* holds images"):
         make_task(settings(composed)).check(open_split(scenes, "train"))
     with pytest.raises(UserError, match=r"needs images, but .* holds triplets"):
         make_task(recipe_config("harma-scenes")).check(open_split(composed, "train"))

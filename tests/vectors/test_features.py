@@ -155,7 +155,7 @@ def test_vectors_of_other_encoders_are_refused(cached):
 
 def test_vectors_are_not_fine_tuned_on(cached):
     config = build_config(recipe_config("scenes-cir-finetune"), {"data.path": cached.data.path})
-    with pytest.raises(UserError, match=r"fine-tuning needs triplets, but .* holds triplet vectors"):
+    with pytest.raises(UserError, match=r"recipe scenes-cir-finetune needs triplets, but .* holds triplet vectors"):
         make_task(config).check(open_split(cached.data.path, "train"))
 
 

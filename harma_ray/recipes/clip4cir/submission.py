@@ -60,6 +60,7 @@ def predict_cirr(
     if name != Path(name).name:
         raise UserError(f"`--name` must be a plain part of a file's name, got `{name}`")
     opened = open_split(config.data.path, split)
+    task.check_evaluated(opened)
     queries = ComposedQueries.of(opened)
     subsets = _members(opened, queries)
     folder, model, worker = output_path(out), load(), local_worker(config)

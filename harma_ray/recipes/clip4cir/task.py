@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from harma_ray.data.kinds.images import IMAGE_VECTORS, IMAGES
 from harma_ray.data.kinds.triplets import TRIPLET_VECTORS, TRIPLETS
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.relative_captions import evaluation_text, training_texts
@@ -86,6 +87,7 @@ class TunedClip(ClipBackbone):
 class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     """Composed retrieval with CLIP4Cir, either stage."""
 
+    evaluated_kinds = (IMAGES, IMAGE_VECTORS)
     feature_sections = ("model", "preparation", "features")
 
     def __init__(self, config: Clip4CirConfig):
@@ -103,10 +105,13 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not fit, splits of another kind, metrics that they have not."""
         self.backbone.check()
-        training.require_kind([TRIPLETS, TRIPLET_VECTORS], f"recipe {self.config.recipe}")
-        if isinstance(self.config, FinetuneConfig):
-            training.require_kind([TRIPLETS], "fine-tuning")
+        recipe = f"recipe {self.config.recipe}"
+        training.require_kind([TRIPLETS] if self.trains_backbone else [TRIPLETS, TRIPLET_VECTORS], recipe)
+        encodes = self.trains_backbone or (self.caches_features and not training.kind.is_encoded)
         for split in evaluated:
+            self.check_evaluated(split)
+            if encodes:  # vectors would be another model's, or there would be nothing to compute them from
+                split.require_kind([IMAGES], f"{recipe}, trained on {training.kind.name},")
             ComposedQueries.of(split).require_targets()
         members = training.read(["members"]).column("members").combine_chunks().value_lengths().to_numpy()
         known = _names_of_protocol(bool(members.any()))

@@ -45,6 +45,7 @@ from harma_ray.task import Task
 class HarmaTask(Task[HarmaConfig, DualEncoder]):
     """Image-text retrieval with HarMA."""
 
+    evaluated_kinds = (IMAGES,)
     unseen_settings = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
 
     def __init__(self, config: HarmaConfig):
@@ -57,9 +58,9 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for weights that do not belong to the architecture, missing labels, missing captions."""
         self.backbone.check()
-        for split in (training, *evaluated):
-            split.require_kind([IMAGES], f"recipe {self.config.recipe}")
+        training.require_kind([IMAGES], f"recipe {self.config.recipe}")
         for split in evaluated:
+            self.check_evaluated(split)
             _require_captions(split.read(["captions"]).column("captions").to_pylist(), split.path)
         if self.config.loss.center_factor and training.read(["label"]).column("label").null_count:
             raise UserError(
