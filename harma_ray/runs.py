@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -106,23 +106,32 @@ class Run:
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, wait_seconds: float = 0) -> Iterator[None]:
         """Keeps other processes from training this run for the length of a block.
+
+        Args:
+            wait_seconds: How long another one, such as what an interruption left behind, may need to end.
 
         Raises:
             UserError: If another one does.
         """
+        deadline = time.monotonic() + wait_seconds
         try:
             file = (self.path / LOCK_NAME).open("wb")
         except OSError as error:
             raise UserError(f"cannot write into run {self.path} ({error.strerror})") from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"run {self.path} is being trained by another process; wait for its end") from error
-            except OSError as error:  # some network file systems have no locks
-                _logger.warning("%s cannot be locked (%s): train it in one process only", self.path, error.strerror)
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    if time.monotonic() < deadline:
+                        time.sleep(1)
+                        continue
+                    raise UserError(f"run {self.path} is being trained by another process; wait for its end") from error
+                except OSError as error:  # some network file systems have no locks
+                    _logger.warning("%s cannot be locked (%s): train it in one process only", self.path, error.strerror)
+                break
             yield
 
     def load_model(self, metric: str | None = None) -> nn.Module:
@@ -133,27 +142,27 @@ class Run:
 
 
 def create_run(runs: str | Path, name: str | None, config: RunConfig) -> Run:
-    """Makes the folder of a new run and writes its settings and environment.
-
-    Args:
-        runs: Folder of all runs; made if missing.
-        name: Name of the run; None makes one of recipe and time.
-        config: Full settings.
-
-    Raises:
-        UserError: If the name is taken or no folder name, or the folder cannot be written.
-    """
-    path = make_folder(runs, name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}", "run")
+    """Makes the folder of a new run and writes its settings and environment; arguments and errors of `make_folder`."""
+    path = make_folder(runs, name or timed_name(config.recipe), "run")
     write_text(path / CONFIG_NAME, to_yaml(config))
-    write_text(path / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))
     return Run(path, config)
 
 
+def timed_name(what: str) -> str:
+    """Returns a name for a run that is given none."""
+    return f"{what}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 def make_folder(runs: str | Path, name: str, kind: str) -> Path:
-    """Makes the folder of a new run or search (`kind`), and the folder of all runs if that is missing.
+    """Makes the folder of a new run or search, with what it was made by.
+
+    Args:
+        runs: Folder of all runs; made if missing.
+        name: Name of the new one.
+        kind: ``run`` or ``search``, for messages.
 
     Raises:
-        UserError: If the name is taken or no folder name, or the folder cannot be made.
+        UserError: If the name is taken or no folder name, or the folder cannot be written.
     """
     if name != Path(name).name or name.startswith("."):
         raise UserError(f"a {kind}'s name must be a plain folder name, got `{name}`")
@@ -165,6 +174,7 @@ def make_folder(runs: str | Path, name: str, kind: str) -> Path:
         raise UserError(f"{kind} {path} exists; {way_out}") from error
     except OSError as error:
         raise UserError(f"cannot make the {kind}'s folder {path} ({error.strerror}); choose another --runs") from error
+    write_text(path / ENVIRONMENT_NAME, describe_environment())
     return path
 
 
@@ -180,11 +190,11 @@ def open_run(path: str | Path) -> Run:
     return Run(path, load_config(path / CONFIG_NAME))
 
 
-def describe_environment(command: Sequence[str]) -> dict[str, Any]:
-    """Returns versions, machine, git commit and command line, so that a result can be traced."""
-    return {
+def describe_environment() -> str:
+    """Returns versions, machine, git commit and command line as JSON, so that a result can be traced."""
+    environment = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": list(command),
+        "command": sys.argv,
         "harma_ray": harma_ray.__version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
@@ -193,16 +203,15 @@ def describe_environment(command: Sequence[str]) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
+    return json.dumps(environment, indent=1)
 
 
 def _git_commit() -> str | None:
     """Returns the commit of the source tree this package runs from, with a plus if it was changed; None outside git."""
     folder = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None

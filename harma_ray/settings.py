@@ -1,4 +1,4 @@
-"""Settings: read from YAML and the command line, checked at the door, written, and told apart.
+"""Settings: read from YAML and the command line, checked at the door, written, and compared.
 
 Everything a user writes (YAML files, ``--set a.b=value``) goes through `build_config`, which refuses unknown keys,
 wrong types and values out of range, each with its dotted path, all problems at once.
@@ -97,16 +97,26 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         UserError: If the file cannot be read or is not a mapping; a syntax error names line and column.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file (UTF-8)") from error
+        raw = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of settings, got {type(raw).__name__}")
     return raw
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        UserError: If it cannot be read, or is none.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file (UTF-8)") from error
 
 
 def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:

@@ -127,5 +127,5 @@ def test_two_trials_of_a_search_share_a_gpu(config, tmp_path):
         steps = [record for record in read_records(results.trials[0].folder) if record["kind"] == "step"]
         assert all(record["gpu_memory_mb"] > 0 for record in steps)
         best = space.settings(dict(results.trials[results.best].params))
-        finish_best(tmp_path, results, setting, best)
+        finish_best(results, setting, best)
         assert set(read_search(tmp_path, space).final) == {"val", "test"}

@@ -10,15 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import harma_ray
-from harma_ray.cli.checkpoint import add_checkpoint
-from harma_ray.cli.convert import add_convert, add_inspect
-from harma_ray.cli.demo import add_demo
-from harma_ray.cli.evaluate import add_embed, add_evaluate, add_predict
-from harma_ray.cli.train import add_train
-from harma_ray.cli.tune import add_tune
+from harma_ray.cli import checkpoint, convert, demo, evaluate, train, tune
 from harma_ray.data.image_files import readable_name
 from harma_ray.errors import UserError, WorkerFailed
 
@@ -40,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
     try:
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         _check_encoding(sys.argv[1:] if arguments is None else arguments)
         options = make_parser().parse_args(arguments)
         options.started = started
@@ -75,10 +69,6 @@ def _check_encoding(arguments: Sequence[str]) -> None:
         )
 
 
-def _interrupt(signal_number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -88,13 +78,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"harma_ray {harma_ray.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add_demo(commands)
-    add_convert(commands)
-    add_inspect(commands)
-    add_train(commands)
-    add_tune(commands)
-    add_evaluate(commands)
-    add_embed(commands)
-    add_predict(commands)
-    add_checkpoint(commands)
+    for command in (demo, convert, train, tune, evaluate, checkpoint):
+        command.add_commands(commands)
     return parser

@@ -5,29 +5,29 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harma_ray.cli.options import add_metric, add_settings, make_command
+from harma_ray.cli import shared
 
 
-def add_checkpoint(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
     """Adds ``checkpoint import``, ``export`` and ``show``."""
     parser = commands.add_parser("checkpoint", help="import, export or show weights", description="Weights of others.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    made = make_command(verbs, "import", _import, "Turn a released HarMA, CLIP4Cir, GeoRSCLIP or open_clip file into a "
-                    "run or a backbone file.")  # fmt: skip
+    text = "Turn a released HarMA, CLIP4Cir, GeoRSCLIP or open_clip file into a run or a backbone file."
+    made = shared.make_command(verbs, "import", _import, text)
     made.add_argument("file", help=".pth, .pt or .safetensors")
     made.add_argument("--recipe", required=True, help="recipe that the weights belong to")
     made.add_argument("--out", required=True, help="folder to make")
     made.add_argument("--clip", metavar="FILE", help="for a Combiner: the CLIP that it was trained on; a file, a run "
                       "of the first stage, or openai")  # fmt: skip
     made.add_argument("--section", default="", metavar="NAME", help="which of several models in the file, such as ema")
-    add_settings(made)
-    made = make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
+    shared.add_settings(made)
+    made = shared.make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
     made.add_argument("--run", required=True, help="folder of the run")
     made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip"], help="layout")
     made.add_argument("--out", required=True, help="file to write")
     made.add_argument("--overwrite", action="store_true", help="replace the file")
-    add_metric(made)
-    made = make_command(verbs, "show", _show, "Print what a file or folder is.")
+    shared.add_metric(made)
+    made = shared.make_command(verbs, "show", _show, "Print what a file or folder is.")
     made.add_argument("path", help="file, checkpoint folder or run folder")
 
 

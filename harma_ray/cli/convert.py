@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harma_ray.cli.options import add_address, add_rendering, make_command, rendering_from
+from harma_ray.cli import shared
 
 if TYPE_CHECKING:
     from harma_ray.data.convert.composed import ComposedSource
@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from harma_ray.data.manifest import Manifest
 
 
-def add_convert(commands: Any) -> None:
-    """Adds ``convert`` with a sub-command for every kind of raw data set."""
+def add_commands(commands: Any) -> None:
+    """Adds ``convert``, with a sub-command for every kind of raw data set, and ``inspect``."""
+    _add_convert(commands)
+    _add_inspect(commands)
+
+
+def _add_convert(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="turn a raw data set into Parquet shards",
@@ -61,7 +66,7 @@ def add_convert(commands: Any) -> None:
 
 def _add_kind(kinds: Any, name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
     """Adds a sub-command with the options that all kinds have."""
-    made = make_command(kinds, name, _convert, text)
+    made = shared.make_command(kinds, name, _convert, text)
     made.set_defaults(kind=name)
     made.add_argument("--out", required=out_required, help="folder of the data set; each split becomes a folder in "
                       f"it{'' if out_required else ' (not needed with --annotations-only)'}")  # fmt: skip
@@ -74,8 +79,8 @@ def _add_kind(kinds: Any, name: str, text: str, *, out_required: bool = True) ->
     made.add_argument("--overwrite", action="store_true", help="replace a split that was made from other inputs")
     made.add_argument("--seed", type=int, default=0, help="seed of the order of rows (default: 0)")
     if not name.startswith("scenes"):
-        add_rendering(made, split=True)
-    add_address(made)
+        shared.add_rendering(made, split=True)
+    shared.add_address(made)
     return made
 
 
@@ -93,7 +98,7 @@ def _convert(options: argparse.Namespace) -> None:
         raise UserError("give the folder of the data set with --out")
     changes = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
     if not options.kind.startswith("scenes"):
-        changes["rendering"] = rendering_from(options)
+        changes["rendering"] = shared.rendering_from(options)
     settings = WriteSettings(
         resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
         map_tasks=map_with_ray, **changes,
@@ -129,8 +134,7 @@ def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Ma
     if options.kind == "cirr":
         return {options.split: convert.convert_cirr(options.root, options.split, options.out, settings=settings)}
     draw = convert.convert_scenes if options.kind == "scenes" else convert.convert_scenes_cir
-    counts = dict(zip(("train", "val", "test"), options.counts, strict=True))
-    counts = {split: count for split, count in counts.items() if count}
+    counts = {split: count for split, count in zip(("train", "val", "test"), options.counts, strict=True) if count}
     return draw(options.out, counts, style=options.style, size=options.size, settings=settings)
 
 
@@ -154,9 +158,8 @@ def _read_composed(options: argparse.Namespace) -> ComposedSource:
     return read_fashioniq(options.root, options.split, options.categories)
 
 
-def add_inspect(commands: Any) -> None:
-    """Adds ``inspect``."""
-    parser = make_command(
+def _add_inspect(commands: Any) -> None:
+    parser = shared.make_command(
         commands, "inspect", _inspect, "Print the facts of a converted data set and draw a contact sheet."
     )
     parser.add_argument("data", help="folder of the data set")

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from harma_ray.cli.options import make_command
+from harma_ray.cli import shared
 
 
-def add_demo(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
     """Adds ``demo``."""
-    parser = make_command(
+    parser = shared.make_command(
         commands, "demo", _demo,
         "Draw scenes, train a tiny CLIP on one style, adapt it to another with HarMA, print a results table.",
     )  # fmt: skip

@@ -8,26 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harma_ray.cli.options import (
-    add_address,
-    add_device,
-    add_metric,
-    add_precision,
-    add_rendering,
-    add_scaling,
-    add_settings,
-    changes_from,
-    config_from,
-    make_command,
-    precision_changes,
-    rendering_from,
-)
+from harma_ray.cli import shared
 from harma_ray.errors import UserError
 
 
-def add_evaluate(commands: Any) -> None:
-    """Adds ``evaluate``."""
-    parser = make_command(
+def add_commands(commands: Any) -> None:
+    """Adds ``evaluate``, ``embed`` and ``predict``."""
+    _add_evaluate(commands)
+    _add_embed(commands)
+    _add_predict(commands)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = shared.make_command(
         commands, "evaluate", _evaluate, "Evaluate a run or a checkpoint file on a split.",
         "examples:\n  launch.py evaluate --run runs/NAME --split test --report report\n"
         "  launch.py evaluate --checkpoint FILE --recipe harma-rsitmd-vit --data data/rsitmd --split test",
@@ -38,8 +31,8 @@ def add_evaluate(commands: Any) -> None:
     _add_query(parser, "all")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
-    add_scaling(parser, default="1")
-    add_address(parser)
+    shared.add_scaling(parser, default="1")
+    shared.add_address(parser)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +49,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     built = parser.add_mutually_exclusive_group()
     built.add_argument("--recipe", help="recipe of the checkpoint or backbone")
     built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
-    add_metric(parser)
-    add_precision(parser)
-    add_settings(parser)
+    shared.add_metric(parser)
+    shared.add_precision(parser)
+    shared.add_settings(parser)
 
 
 def _add_query(parser: argparse.ArgumentParser, *more: str) -> None:
@@ -85,9 +78,9 @@ def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
         run = open_run(options.run)
         if options.metric:
             weights = str(run.best_checkpoint(options.metric))
-        config = build_config(replace(run.config, scaling=ScalingConfig()), changes_from(options))
+        config = build_config(replace(run.config, scaling=ScalingConfig()), shared.changes_from(options))
     elif options.recipe or options.config:
-        config = config_from(options)
+        config = shared.config_from(options)
     else:
         raise UserError("`--checkpoint` and `--zero-shot` need --recipe or --config: how the model is built")
     return config, weights
@@ -103,13 +96,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def add_predict(commands: Any) -> None:
-    """Adds ``predict cirr-test``."""
+def _add_predict(commands: Any) -> None:
     parser = commands.add_parser(
         "predict", help="answer queries whose targets are not public", description="Files for evaluation servers."
     )
     kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
-    made = make_command(
+    made = shared.make_command(
         kinds, "cirr-test", _predict, "Write the two files of a submission to CIRR's server.",
         "examples:\n  launch.py predict cirr-test --run runs/STAGE2 --data data/cirr\n"
         "  launch.py predict cirr-test --zero-shot --recipe clip4cir-finetune --data data/cirr "
@@ -121,7 +113,7 @@ def add_predict(commands: Any) -> None:
     made.add_argument("--out", default="submission/CIRR", help="folder to write (default: submission/CIRR)")
     made.add_argument("--name", help="last part of the files' names (default: that of the run or file)")
     _add_query(made)
-    add_device(made)
+    shared.add_device(made)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -145,9 +137,8 @@ def _predict(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def add_embed(commands: Any) -> None:
-    """Adds ``embed``."""
-    parser = make_command(
+def _add_embed(commands: Any) -> None:
+    parser = shared.make_command(
         commands, "embed", _embed, "Write the vectors of a data set's images and captions, or of a folder's images, "
         "as Parquet.",
     )  # fmt: skip
@@ -157,12 +148,12 @@ def add_embed(commands: Any) -> None:
     parser.add_argument("--split", help="one split (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")
-    add_precision(parser)
+    shared.add_precision(parser)
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: the run's setting "
                         "data.max_pixels, or 100 million in a folder)")  # fmt: skip
-    add_rendering(parser, split=False)
-    add_scaling(parser, default="1")
-    add_address(parser)
+    shared.add_rendering(parser, split=False)
+    shared.add_scaling(parser, default="1")
+    shared.add_address(parser)
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -172,11 +163,11 @@ def _embed(options: argparse.Namespace) -> None:
     from harma_ray.vectors.embed import embed
 
     found = open_run(options.run)
-    changes = precision_changes(options)
+    changes = {"train.eval_precision": options.precision} if options.precision else {}
     if options.max_pixels is not None:
         changes["data.max_pixels"] = options.max_pixels
     run = Run(found.path, build_config(found.config, changes))
-    rendering = rendering_from(options)
+    rendering = shared.rendering_from(options)
     with ray_cluster(options.address) as cluster:
         require_visible([run.path, Path(options.data).expanduser()], cluster)
         summary = embed(

@@ -28,16 +28,16 @@ def header_lines(prepared: Prepared) -> list[str]:
     return [
         f"recipe     {config.recipe}, seed {config.seed}",
         f"backbone   {'; '.join((task.backbone.name, *task.backbone.notes()))}",
-        f"trains     {count_told(task)}",
+        f"trains     {describe_count(task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
         f"steps      {length} of {batch} samples{share}{parts}",
-        f"optimiser  {rate_told(config, prepared.total_steps)}",
-        f"precision  {precision_told(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
+        f"optimiser  {describe_rate(config, prepared.total_steps)}",
+        f"precision  {describe_precision(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
         f"workers    {plan.describe()}",
     ]
 
 
-def count_told(task: Task) -> str:
+def describe_count(task: Task) -> str:
     """Returns how many of a model's parameters train; no weights are made or read for it."""
     parameters = list(task.build_model(task.backbone.outline()).parameters())
     total = sum(parameter.numel() for parameter in parameters)
@@ -47,17 +47,16 @@ def count_told(task: Task) -> str:
     return f"{trained:,} of {total:,} parameters ({100 * trained / total:.3g} %)"
 
 
-def rate_told(config: RunConfig, total_steps: int) -> str:
+def describe_rate(config: RunConfig, total_steps: int) -> str:
     """Returns optimiser, peak learning rate and schedule."""
     optim = config.optim
     warmup = warmup_steps(total_steps, optim)
     climb = f"reached after {warmup} steps of warm-up, " if warmup else ""
-    then = {"linear": "then falls along a line to 0", "cosine": "then falls along a half cosine to 0",
-            "constant": "then stays"}[optim.schedule]  # fmt: skip
-    return f"{optim.name}, learning rate {optim.learning_rate:g}, {climb}{then}"
+    falls = {"linear": "falls along a line to 0", "cosine": "falls along a half cosine to 0", "constant": "stays"}
+    return f"{optim.name}, learning rate {optim.learning_rate:g}, {climb}then {falls[optim.schedule]}"
 
 
-def precision_told(train: TrainConfig, *, use_gpu: bool) -> str:
+def describe_precision(train: TrainConfig, *, use_gpu: bool) -> str:
     """Returns the precision of the steps on the workers' devices, as far as this machine can know it."""
     device = "GPU" if use_gpu else "CPU"
     if train.precision == "auto" and use_gpu and not torch.cuda.is_available():

@@ -5,24 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harma_ray.cli.options import (
-    add_address,
-    add_scaling,
-    add_settings,
-    add_source,
-    config_from,
-    data_change,
-    make_command,
-    scaling_changes,
-)
+from harma_ray.cli import shared
 from harma_ray.errors import UserError
 
 
-def add_train(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
     """Adds ``train``."""
     from harma_ray.recipes import RECIPES
 
-    parser = make_command(
+    parser = shared.make_command(
         commands, "train", _train, "Train a recipe on a converted data set.",
         "recipes: " + ", ".join(RECIPES) + "\n\nexamples:\n"
         "  launch.py train --recipe harma-rsitmd-vit --data data/rsitmd --set optim.learning_rate=2e-4\n"
@@ -33,7 +24,7 @@ def add_train(commands: Any) -> None:
     source.add_argument("--recipe", help="published settings to start from; see below")
     source.add_argument("--config", metavar="FILE", help="YAML settings, such as the config.yaml of a run")
     source.add_argument("--resume", metavar="RUN", help="continue a run from its last checkpoint")
-    add_source(parser)
+    shared.add_source(parser)
     parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume: where it lies now")
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the run (default: recipe and time)")
@@ -41,9 +32,9 @@ def add_train(commands: Any) -> None:
     parser.add_argument(
         "--check", action="store_true", help="one step only: list trainable parameters without gradient"
     )
-    add_settings(parser)
-    add_scaling(parser, default="one a GPU, or two on CPUs")
-    add_address(parser)
+    shared.add_settings(parser)
+    shared.add_scaling(parser, default="one a GPU, or two on CPUs")
+    shared.add_address(parser)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -53,12 +44,12 @@ def _train(options: argparse.Namespace) -> None:
         changed = ("source", "metric", "overrides", "seeds", "name", "runs", "check")
         if any(getattr(options, name) for name in changed):
             raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
-        changes = {**scaling_changes(options), **data_change(options)}
+        changes = shared.changes_from(options)
         resume_and_train(options.resume, changes, address=options.address, started=options.started)
         return
     if options.metric and not options.source:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
-    config = config_from(options)
+    config = shared.config_from(options)
     if options.check:
         check_gradients(config)
         return

@@ -23,7 +23,7 @@ from harma_ray.on_ray.workers import train
 from harma_ray.preflight import Prepared, absolute_paths, prepare
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, WorkerPlan
-from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run, timed_name
 from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
@@ -56,10 +56,8 @@ def train_seeds(
         print(f"[{time.perf_counter() - started:6.1f} s] Ray is up{dashboard}", flush=True)
         for prepared in [training.on(cluster) for training in trainings]:
             seeded = prepared.config
-            own_name = name and (f"{name}-seed{seeded.seed}" if len(seeds) > 1 else name)
-            if not name and len(seeds) > 1:
-                own_name = f"{seeded.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-seed{seeded.seed}"
-            run = create_run(runs, own_name, seeded)
+            own_name = name or timed_name(seeded.recipe)
+            run = create_run(runs, f"{own_name}-seed{seeded.seed}" if len(seeds) > 1 else own_name, seeded)
             made.append(run)
             train_and_print(run, prepared, cluster, started)
     if len(made) > 1:

@@ -5,22 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from harma_ray.cli.options import (
-    add_address,
-    add_scaling,
-    add_settings,
-    add_source,
-    changes_from,
-    data_change,
-    make_command,
-    stage_changes,
-)
+from harma_ray.cli import shared
 from harma_ray.errors import UserError
 
 
-def add_tune(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
     """Adds ``tune``."""
-    parser = make_command(
+    parser = shared.make_command(
         commands, "tune", _tune, "Search for better settings: Ray Tune runs trials, Optuna proposes them.",
         "examples:\n  launch.py tune search_spaces/harma.yaml --data data/rsitmd --hours 8\n"
         "  launch.py tune --resume runs/NAME --trials 80\n"
@@ -31,7 +22,7 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("what", nargs="*", metavar="FILE", help="YAML search space, such as search_spaces/harma.yaml; "
                         "or the word `report` and a search's folder: write its report as it stands")  # fmt: skip
     parser.add_argument("--resume", metavar="SEARCH", help="go on with a search; limits may be raised")
-    add_source(parser)
+    shared.add_source(parser)
     parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume, "
                         "where it lies now")  # fmt: skip
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
@@ -46,9 +37,9 @@ def add_tune(commands: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="where `report` writes, instead of the search's folder, which "
                         "is then left as it is")  # fmt: skip
     parser.add_argument("--no-dashboard", action="store_true", help="start Ray without its dashboard: a GiB less")
-    add_settings(parser)
-    add_scaling(parser, default="one a trial")
-    add_address(parser)
+    shared.add_settings(parser)
+    shared.add_scaling(parser, default="one a trial")
+    shared.add_address(parser)
 
 
 def _tune(options: argparse.Namespace) -> None:
@@ -59,21 +50,16 @@ def _tune(options: argparse.Namespace) -> None:
     for name, value in limits.items():
         if value is not None and value <= 0:
             raise UserError(f"`--{name}` must be above 0, got {value}")
-    how = SearchOptions(
-        trials=options.trials, hours=options.hours, epochs=options.epochs, concurrent=options.concurrent,
-        confirm=options.confirm or 0, address=options.address, dashboard=not options.no_dashboard,
-        started=options.started,
-    )  # fmt: skip
+    how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
     if options.metric and not options.source:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
-    overrides = changes_from(options)
+    overrides = shared.changes_from(options)
     if options.out and options.what[:1] != ["report"]:
         raise UserError("`--out` is the place of a `report`; a search lies in the folder of `--runs`")
     if options.resume:
-        place = data_change(options)
-        if options.what or overrides != place or options.runs or options.name or options.source:
+        if options.what or overrides.keys() - {"data.path"} or options.runs or options.name or options.source:
             raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
-        resume_search(options.resume, place, how)
+        resume_search(options.resume, overrides, how)
     elif len(options.what) == 2 and options.what[0] == "report":
         if overrides or any(value is not None for value in limits.values()):
             raise UserError("`tune report` only reads; use --resume to go on")
@@ -81,7 +67,7 @@ def _tune(options: argparse.Namespace) -> None:
     elif len(options.what) == 1:
         recipe = read_recipe(options.what[0]) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file
-            overrides = {**stage_changes(options, recipe), **overrides}
+            overrides = {**shared.stage_changes(options, recipe), **overrides}
         start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

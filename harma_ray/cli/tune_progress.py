@@ -84,9 +84,8 @@ class SearchProgress:
         )
 
     def _summary(self) -> str:
-        ended = [event for event in self._events.values() if event.state != "running"]
-        running = len(self._events) - len(ended)
-        parts = [f"{len(ended)} trials ended, {running} running"]
+        ended, running = self._split_events()
+        parts = [f"{len(ended)} trials ended, {len(running)} running"]
         if self._best and self._best.report:
             parts.append(f"best {self._objective.metric} {self._best.report.value:.2f} (trial {self._best.number})")
         left = self._seconds_left()
@@ -94,12 +93,17 @@ class SearchProgress:
             parts.append(f"about {_duration(left)} left")
         return "; ".join(parts)
 
+    def _split_events(self) -> tuple[list[Event], list[Event]]:
+        """Returns the last events of the trials that have ended, and of those that run."""
+        events = self._events.values()
+        return [event for event in events if event.state != "running"], [e for e in events if e.state == "running"]
+
     def _seconds_left(self) -> float | None:
         """Returns a guess from what the ended trials took and the limits that are set; None without any."""
         limits, grid = self._definition.limits, self._definition.sampler.name == "grid"
         trials = limits.trials or (len(self._definition.first_points) if grid else 0)
         elapsed = time.perf_counter() - self._began
-        ended = sum(event.state != "running" for event in self._events.values())
+        ended = len(self._split_events()[0])
         now = {number: event.report.trained for number, event in self._events.items() if event.report}
         in_all = sum({**self._past_epochs, **now}.values())
         trained = in_all - sum(self._past_epochs.values())
@@ -117,8 +121,8 @@ class SearchProgress:
         for name in ("trial", "state", "epoch", self._objective.metric):
             table.add_column(name, justify="right" if name != "state" else "left", no_wrap=True)
         table.add_column("settings", ratio=1)
-        running = [event for event in self._events.values() if event.state == "running"]
-        ended = [event for event in self._events.values() if event.state != "running"][-_ENDED_SHOWN:]
+        ended, running = self._split_events()
+        ended = ended[-_ENDED_SHOWN:]
         best = [self._best] if self._best and self._best not in [*running, *ended] else []
         epochs = self._definition.config.train.epochs
         for event in [*best, *ended, *running]:
@@ -144,10 +148,8 @@ def _event_of(trial: TrialResult | None) -> Event | None:
 
 def show_params(params: Mapping[str, Any]) -> str:
     """Returns settings on one line, each under the last part of its name."""
-    return " ".join(
-        f"{name.rpartition('.')[2]}={value:.3g}" if isinstance(value, float) else f"{name.rpartition('.')[2]}={value}"
-        for name, value in params.items()
-    )
+    texts = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in params.items()}
+    return " ".join(f"{name.rpartition('.')[2]}={text}" for name, text in texts.items())
 
 
 def _duration(seconds: float) -> str:

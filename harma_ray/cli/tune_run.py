@@ -57,8 +57,8 @@ class SearchOptions:
     hours: float | None = None
     epochs: int | None = None
     concurrent: int | None = None
-    confirm: int = 0
-    """Fresh seeds that the best and the published setting are trained with at the end."""
+    confirm: int | None = None
+    """Fresh seeds that the best and the published setting are trained with at the end; None = they are not."""
     address: str | None = None
     dashboard: bool = True
     started: float = 0
@@ -67,8 +67,8 @@ class SearchOptions:
 
 def start_search(
     file: str | Path, overrides: Mapping[str, Any], *, runs: str | Path, name: str | None, options: SearchOptions
-) -> Path:
-    """Starts a search, sees it through, and prints what it found; returns its folder."""
+) -> None:
+    """Starts a search, sees it through, and prints what it found."""
     definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
     _check_data(definition)
     output_path(runs)
@@ -78,10 +78,9 @@ def start_search(
         _require_same_data(folder, definition)
         with Run(folder, definition.config).locked():
             _search(folder, definition, cluster, plan, options)
-    return folder
 
 
-def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchOptions) -> Path:
+def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchOptions) -> None:
     """Goes on with a search: trials that were interrupted first; limits and the data set's place may change."""
     folder, definition = open_search(path)
     definition = _with_limits(dataclasses.replace(definition, config=build_config(definition.config, changes)), options)
@@ -92,10 +91,9 @@ def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchO
         with Run(folder, definition.config).locked():
             write_definition(folder, definition)
             _search(folder, definition, cluster, plan, options)
-    return folder
 
 
-def report_search(path: str | Path, out: str | Path | None = None) -> SearchResults:
+def report_search(path: str | Path, out: str | Path | None = None) -> None:
     """Writes the report of a search as it stands, and prints the table.
 
     Args:
@@ -115,7 +113,6 @@ def report_search(path: str | Path, out: str | Path | None = None) -> SearchResu
     except OSError as error:
         raise UserError(f"cannot make the folder {target} ({error.strerror}); choose another --out") from error
     _conclude(target, results)
-    return results
 
 
 def _absolute(definition: SearchDefinition) -> SearchDefinition:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 import torch
@@ -16,13 +17,24 @@ from harma_ray.data.transforms import eval_transform
 from harma_ray.evaluation import Evaluation, Projection, Section
 from harma_ray.report import page
 from harma_ray.report.figures import MAX_POINTS, draw_embeddings
-from harma_ray.report.pictures import read_images, retrieval_sheet
+from harma_ray.report.pictures import (
+    EQUAL,
+    RIGHT,
+    Colour,
+    read_images,
+    retrieval_sheet,
+    verdict_of_images,
+    verdict_of_texts,
+)
 from harma_ray.retrieval.image_text import ImageTextRetrieval
+from harma_ray.retrieval.ranking import top_k
 
 FIRST = 10
 """A query fails if its right answer is not among the first this many."""
 _MAX_FAILURES = 30
 _MAX_PROJECTED = 500
+_THUMB = 112
+_NUM_FOUND = 5
 
 
 @dataclass(frozen=True)
@@ -97,9 +109,9 @@ def _failures_section(retrieval: ImageTextRetrieval, split: Split) -> Section:
             "image's, with an equal caption; red: wrong. The number is the cosine."
         ),
         page.subsection(f"Text to image: {_count(failed_texts, retrieval.texts, 'captions')}"),
-        page.failed_texts(retrieval, split, failed_texts[:_MAX_FAILURES]),
+        _failed_texts(retrieval, split, failed_texts[:_MAX_FAILURES]),
         page.subsection(f"Image to text: {_count(failed_images, retrieval.image_embeddings, 'images')}"),
-        page.failed_images(retrieval, split, failed_images[:_MAX_FAILURES]),
+        _failed_images(retrieval, split, failed_images[:_MAX_FAILURES]),
     ]
     return Section("failures", "Failures", "\n".join(parts))
 
@@ -119,3 +131,88 @@ def _embeddings_section(png: bytes | None) -> Section:
     )
     html = page.picture(png, "t-SNE map of images and captions") + page.paragraph(note)
     return Section("embeddings", "Embeddings", html, {"embeddings.png": png})
+
+
+def _failed_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[int]) -> str:
+    """Returns captions whose own image was not found: the caption, its image, and the images found first."""
+    if not texts:
+        return ""
+    owners = retrieval.image_of_text[list(texts)].tolist()
+    num_found = min(_NUM_FOUND, len(retrieval.image_embeddings))
+    top_scores, top_items = top_k(retrieval.text_embeddings[list(texts)], retrieval.image_embeddings, num_found)
+    thumbs = _read_thumbs(split, {*owners, *top_items.flatten().tolist()})
+    sources = split.read(["source"]).column("source").to_pylist()
+    result, cards = retrieval.result, []
+    for text, owner, scores, items in zip(texts, owners, top_scores.tolist(), top_items.tolist(), strict=True):
+        own_score = float(retrieval.text_embeddings[text] @ retrieval.image_embeddings[owner])
+        colours = verdict_of_images(retrieval, text, items)
+        found = "".join(
+            _figure(thumbs[row], colour, f"{score:.3f}", sources[row])
+            for row, score, colour in zip(items, scores, colours, strict=True)
+        )
+        note = _note(result.text_to_image_ranks[text], result.text_to_image_ranks_by_text[text], "own image")
+        own = _figure(thumbs[owner], RIGHT, f"{own_score:.3f}", sources[owner], "own ")
+        query = f"<p>{escape(retrieval.texts[text])}</p>{note}"
+        cards.append(_card(query, "found", own + found))
+    return "\n".join(cards)
+
+
+def _failed_images(retrieval: ImageTextRetrieval, split: Split, rows: Sequence[int]) -> str:
+    """Returns images none of whose captions was found: the image, its best caption, and the captions found first."""
+    if not rows:
+        return ""
+    num_found = min(_NUM_FOUND, len(retrieval.texts))
+    top_scores, top_items = top_k(retrieval.image_embeddings[list(rows)], retrieval.text_embeddings, num_found)
+    thumbs = _read_thumbs(split, set(rows))
+    sources = split.read(["source"]).column("source").to_pylist()
+    result, cards = retrieval.result, []
+    for row, scores, items in zip(rows, top_scores.tolist(), top_items.tolist(), strict=True):
+        own = (retrieval.image_of_text == row).nonzero()[:, 0]
+        own_scores = retrieval.text_embeddings[own] @ retrieval.image_embeddings[row]
+        best = int(own[own_scores.argmax()])
+        lines = [_caption(retrieval.texts[best], RIGHT, float(own_scores.max())) + "<hr>"]
+        colours = verdict_of_texts(retrieval, row, items)
+        lines += [_caption(retrieval.texts[text], c, s) for text, c, s in zip(items, colours, scores, strict=True)]
+        note = _note(result.image_to_text_ranks[row], result.image_to_text_ranks_by_text[row], "best own caption")
+        query = f'<img alt="" src="{thumbs[row]}">{page.paragraph(sources[row])}{note}'
+        cards.append(_card(query, "captions", "".join(lines)))
+    return "\n".join(cards)
+
+
+def _card(query: str, kind: str, content: str) -> str:
+    return f'<div class="failure"><div class="query">{query}</div><div class="{kind}">{content}</div></div>'
+
+
+def _note(rank: object, rank_by_text: object, what: str) -> str:
+    """Tells 0-based ranks as people count."""
+    own, equal = int(rank) + 1, int(rank_by_text) + 1  # pyright: ignore[reportArgumentType]
+    more = f"; one with an equal caption at rank {equal:,}" if equal < own else ""
+    return page.paragraph(f"{what} at rank {own:,}{more}")
+
+
+def _figure(uri: str, colour: Colour, caption: str, description: str, kind: str = "") -> str:
+    return (
+        f'<figure class="{kind}{_verdict(colour)}"><img alt="{escape(description)}" title="{escape(description)}" '
+        f'src="{uri}">{escape(caption)}</figure>'
+    )
+
+
+def _caption(text: str, colour: Colour, score: float) -> str:
+    return f'<p class="{_verdict(colour)}"><span class="score">{score:.3f}</span>{escape(text)}</p>'
+
+
+def _verdict(colour: Colour) -> str:
+    return {RIGHT: "right", EQUAL: "equal"}.get(colour, "wrong")
+
+
+def _read_thumbs(split: Split, rows: set[int]) -> dict[int, str]:
+    """Returns small images as data URIs, by row."""
+    wanted = sorted(rows)
+    images = read_images(split, wanted, longest_side=_THUMB)
+    return {row: page.data_uri(_jpeg(image), "jpeg") for row, image in zip(wanted, images, strict=True)}
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Pieces of a self-contained HTML page: style, tables, pictures as data, and lists of failed queries.
+"""A self-contained HTML page and its pieces: style, tables, pictures as data.
 
 Every function escapes the texts it is given and returns HTML.
 """
@@ -6,29 +6,13 @@ Every function escapes the texts it is given and returns HTML.
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
-from harma_ray.data.splits import Split
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Section
-from harma_ray.report.pictures import (
-    EQUAL,
-    RIGHT,
-    Colour,
-    ImageTextRetrieval,
-    read_images,
-    verdict_of_images,
-    verdict_of_texts,
-)
-from harma_ray.retrieval.ranking import top_k
 
-_THUMB = 112
-_NUM_FOUND = 5
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1e22; --faint: #656c75; --rule: #dcdfe3; --page: #fff; --card: #f5f6f8;
@@ -157,93 +141,9 @@ def _row(tag: str, cells: Iterable[str], kinds: Sequence[str], attributes: str =
 
 def picture(png: bytes, description: str) -> str:
     """Returns a PNG file as an image of the page."""
-    return f'<img class="picture" alt="{escape(description)}" src="{_data_uri(png, "png")}">'
+    return f'<img class="picture" alt="{escape(description)}" src="{data_uri(png, "png")}">'
 
 
-def failed_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[int]) -> str:
-    """Returns captions whose own image was not found: the caption, its image, and the images found first."""
-    if not texts:
-        return ""
-    owners = retrieval.image_of_text[list(texts)].tolist()
-    num_found = min(_NUM_FOUND, len(retrieval.image_embeddings))
-    top_scores, top_items = top_k(retrieval.text_embeddings[list(texts)], retrieval.image_embeddings, num_found)
-    thumbs = _read_thumbs(split, {*owners, *top_items.flatten().tolist()})
-    sources = split.read(["source"]).column("source").to_pylist()
-    result, cards = retrieval.result, []
-    for text, owner, scores, items in zip(texts, owners, top_scores.tolist(), top_items.tolist(), strict=True):
-        own_score = float(retrieval.text_embeddings[text] @ retrieval.image_embeddings[owner])
-        colours = verdict_of_images(retrieval, text, items)
-        found = "".join(
-            _figure(thumbs[row], colour, f"{score:.3f}", sources[row])
-            for row, score, colour in zip(items, scores, colours, strict=True)
-        )
-        note = _note(result.text_to_image_ranks[text], result.text_to_image_ranks_by_text[text], "own image")
-        own = _figure(thumbs[owner], RIGHT, f"{own_score:.3f}", sources[owner], "own ")
-        query = f"<p>{escape(retrieval.texts[text])}</p>{note}"
-        cards.append(_card(query, "found", own + found))
-    return "\n".join(cards)
-
-
-def failed_images(retrieval: ImageTextRetrieval, split: Split, rows: Sequence[int]) -> str:
-    """Returns images none of whose captions was found: the image, its best caption, and the captions found first."""
-    if not rows:
-        return ""
-    num_found = min(_NUM_FOUND, len(retrieval.texts))
-    top_scores, top_items = top_k(retrieval.image_embeddings[list(rows)], retrieval.text_embeddings, num_found)
-    thumbs = _read_thumbs(split, set(rows))
-    sources = split.read(["source"]).column("source").to_pylist()
-    result, cards = retrieval.result, []
-    for row, scores, items in zip(rows, top_scores.tolist(), top_items.tolist(), strict=True):
-        own = (retrieval.image_of_text == row).nonzero()[:, 0]
-        own_scores = retrieval.text_embeddings[own] @ retrieval.image_embeddings[row]
-        best = int(own[own_scores.argmax()])
-        lines = [_caption(retrieval.texts[best], RIGHT, float(own_scores.max())) + "<hr>"]
-        colours = verdict_of_texts(retrieval, row, items)
-        lines += [_caption(retrieval.texts[text], c, s) for text, c, s in zip(items, colours, scores, strict=True)]
-        note = _note(result.image_to_text_ranks[row], result.image_to_text_ranks_by_text[row], "best own caption")
-        query = f'<img alt="" src="{thumbs[row]}">{paragraph(sources[row])}{note}'
-        cards.append(_card(query, "captions", "".join(lines)))
-    return "\n".join(cards)
-
-
-def _card(query: str, kind: str, content: str) -> str:
-    return f'<div class="failure"><div class="query">{query}</div><div class="{kind}">{content}</div></div>'
-
-
-def _note(rank: object, rank_by_text: object, what: str) -> str:
-    """Tells 0-based ranks as people count."""
-    own, equal = int(rank) + 1, int(rank_by_text) + 1  # pyright: ignore[reportArgumentType]
-    more = f"; one with an equal caption at rank {equal:,}" if equal < own else ""
-    return paragraph(f"{what} at rank {own:,}{more}")
-
-
-def _figure(uri: str, colour: Colour, caption: str, description: str, kind: str = "") -> str:
-    return (
-        f'<figure class="{kind}{_verdict(colour)}"><img alt="{escape(description)}" title="{escape(description)}" '
-        f'src="{uri}">{escape(caption)}</figure>'
-    )
-
-
-def _caption(text: str, colour: Colour, score: float) -> str:
-    return f'<p class="{_verdict(colour)}"><span class="score">{score:.3f}</span>{escape(text)}</p>'
-
-
-def _verdict(colour: Colour) -> str:
-    return {RIGHT: "right", EQUAL: "equal"}.get(colour, "wrong")
-
-
-def _read_thumbs(split: Split, rows: set[int]) -> dict[int, str]:
-    """Returns small images as data URIs, by row."""
-    wanted = sorted(rows)
-    images = read_images(split, wanted, longest_side=_THUMB)
-    return {row: _data_uri(_jpeg(image), "jpeg") for row, image in zip(wanted, images, strict=True)}
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
-
-
-def _data_uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
+    """Returns an image file as an address that holds it; `kind` is ``png`` or ``jpeg``."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

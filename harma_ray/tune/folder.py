@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harma_ray.config import EmptyMeant
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, write_text
-from harma_ray.runs import ENVIRONMENT_NAME, describe_environment, make_folder
+from harma_ray.runs import make_folder, timed_name
 from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
@@ -38,22 +36,12 @@ _STATES: dict[TrialState, State] = {
 
 
 def create_search(runs: str | Path, name: str | None, definition: SearchDefinition) -> Path:
-    """Makes the folder of a new search and writes its definition and environment.
-
-    Args:
-        runs: Folder of all runs; made if missing.
-        name: Name of the search; None makes one of recipe and time.
-        definition: The search.
-
-    Raises:
-        UserError: If the name is taken or no folder name, or the folder cannot be written.
-    """
-    name = name or f"tune-{definition.config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Makes the folder of a new search and writes its definition; arguments and errors of `make_folder`."""
+    name = name or timed_name(f"tune-{definition.config.recipe}")
     if definition.storage:
         definition = dataclasses.replace(definition, study=name)  # stays when the folder is renamed
         require_new_study(definition)
     folder = make_folder(runs, name, "search")
-    write_text(folder / ENVIRONMENT_NAME, json.dumps(describe_environment(sys.argv), indent=1))
     write_definition(folder, definition)
     return folder
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -62,8 +61,7 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
     module = task.backbone.build()
     task.backbone.fingerprint(module)  # noted on the module: no trial computes it again
     backbone = (task.backbone.name, ray.put(SharedModule.of(module)))
-    environment = json.dumps(describe_environment(sys.argv), indent=1)
-    return TrialSetting(definition.objectives, plan.workers, backbone, environment)
+    return TrialSetting(definition.objectives, plan.workers, backbone, describe_environment())
 
 
 def run_search(

@@ -30,11 +30,10 @@ def open_study(folder: Path, definition: SearchDefinition, *, read_only: bool = 
         UserError: If the storage cannot be reached, or holds another kind of study under this name.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url, name = storage_url(folder, definition), study_name(folder, definition)
+    url, name = storage_url(folder, definition, read_only=read_only), study_name(folder, definition)
     directions: list[Any] = [target.direction for target in definition.objectives]
     try:
         if read_only:
-            url = definition.storage or _file_url(folder / STORAGE_NAME, read_only=True)
             study = optuna.load_study(storage=url, study_name=name)
         else:
             study = optuna.create_study(storage=url, study_name=name, directions=directions, load_if_exists=True)
@@ -93,23 +92,20 @@ def cause_of(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def storage_url(folder: Path, definition: SearchDefinition) -> str:
-    """Returns the URL of a search's Optuna storage."""
-    return definition.storage or _file_url(folder / STORAGE_NAME)
+def storage_url(folder: Path, definition: SearchDefinition, *, read_only: bool = False) -> str:
+    """Returns the URL of a search's Optuna storage; that of a file in its folder may be read-only.
+
+    `?`, `#`, `%` and braces in a path, which mean something in a URL, are quoted.
+    """
+    path, query = folder / STORAGE_NAME, {"mode": "ro", "uri": "true"} if read_only else {}
+    database = path.as_uri() if read_only else str(path)
+    own = sqlalchemy.engine.URL.create("sqlite", database=database, query=query)
+    return definition.storage or own.render_as_string()
 
 
 def study_name(folder: Path, definition: SearchDefinition) -> str:
     """Returns the name of a search's study; a search's own storage holds no other."""
     return (definition.study or folder.name) if definition.storage else "search"
-
-
-def _file_url(path: Path, *, read_only: bool = False) -> str:
-    """Returns the URL of a SQLite file; `?`, `#`, `%` and braces, which mean something in a URL, are quoted."""
-    if read_only:
-        url = sqlalchemy.engine.URL.create("sqlite", database=path.as_uri(), query={"mode": "ro", "uri": "true"})
-    else:
-        url = sqlalchemy.engine.URL.create("sqlite", database=str(path))
-    return url.render_as_string()
 
 
 def make_sampler(definition: SearchDefinition, num_trials: int = 0) -> optuna.samplers.BaseSampler:

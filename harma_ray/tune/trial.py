@@ -10,12 +10,11 @@ import contextlib
 import gc
 import math
 import statistics
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -44,6 +43,7 @@ ERROR_NAME = "error.txt"
 RESTARTS = 2
 """How often a trial is started again from its checkpoint after a process of it died."""
 _LOCK_SECONDS = 60
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             if setting.plan.num_workers > 1:
                 tally = _run_on_workers(folder, config, setting, tally)
                 continue
-            worker = single_worker(config, setting.plan)
-            with _alone(Run(folder, config)):
-                run_trial(
-                    _task(config, setting), config, folder, worker=worker, loader=_loader(config), callback=callback
-                )
+            _alone(run_trial, folder, config, setting, callback=callback)
         report(asdict(replace(tally.report(), finished=True)))
     except Exception as error:
         mistake = find_user_error(error)
@@ -112,11 +108,7 @@ def finish(
     folder: Path, config: RunConfig, setting: TrialSetting, hparams: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Ends a trial's run: test is evaluated with its best weights. One worker is enough; returns the final report."""
-    with _alone(Run(folder, config)):
-        return finish_training(
-            _task(config, setting), config, folder, worker=single_worker(config, setting.plan), loader=_loader(config),
-            hparams=hparams,
-        )  # fmt: skip
+    return _alone(finish_training, folder, config, setting, hparams=hparams)
 
 
 def evaluate_baseline(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
@@ -129,10 +121,7 @@ def evaluate_baseline(config: RunConfig, setting: TrialSetting) -> dict[str, flo
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
     """Trains a run of one worker to its end, test included; returns the final report."""
     prepare_folder(folder, config, setting)
-    with _alone(Run(folder, config)):
-        return run_training(
-            _task(config, setting), config, folder, worker=single_worker(config, setting.plan), loader=_loader(config)
-        )
+    return _alone(run_training, folder, config, setting)
 
 
 def prepare_folder(folder: Path, config: RunConfig, setting: TrialSetting) -> None:
@@ -260,17 +249,10 @@ def _loader(config: RunConfig) -> Loader:
     return ray_batches
 
 
-@contextlib.contextmanager
-def _alone(run: Run) -> Iterator[None]:
-    """Waits until no other process trains a run: one that an interruption left behind may need a moment to end."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(run.locked())
-                break
-            except UserError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(1)
-        yield
+def _alone(
+    function: Callable[..., ResultT], folder: Path, config: RunConfig, setting: TrialSetting, **more: Any
+) -> ResultT:
+    """Calls one of the loop's functions for a run of one worker, which is this process."""
+    worker = single_worker(config, setting.plan)
+    with Run(folder, config).locked(wait_seconds=_LOCK_SECONDS):
+        return function(_task(config, setting), config, folder, worker=worker, loader=_loader(config), **more)

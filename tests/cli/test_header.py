@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from harma_ray.cli.header import count_told, header_lines, precision_told, rate_told
+from harma_ray.cli.header import describe_count, describe_precision, describe_rate, header_lines
 from harma_ray.data.order import planned_order
 from harma_ray.models.backbones import build_clip
 from harma_ray.preflight import Prepared
@@ -28,17 +28,17 @@ def test_counts_without_weights_are_those_of_the_model(recipe, changes):
     total, trained = (
         sum(p.numel() for p in chosen) for chosen in (parameters, [p for p in parameters if p.requires_grad])
     )
-    assert count_told(make_task(config)).startswith(f"{trained:,} of {total:,} parameters (")
+    assert describe_count(make_task(config)).startswith(f"{trained:,} of {total:,} parameters (")
 
 
 def test_the_published_harma_trains_the_papers_share_and_nothing_is_downloaded_for_it():
     config = recipe_config("harma-rsitmd-vit")
-    assert count_told(make_task(config)) == "5,934,397 of 157,211,710 parameters (3.77 %)"
+    assert describe_count(make_task(config)) == "5,934,397 of 157,211,710 parameters (3.77 %)"
 
 
 def test_a_training_of_nothing_says_so():
     config = build_config(recipe_config("harma-scenes"), {"model.tuning": "none", "loss.contrastive": False})
-    assert count_told(make_task(config)).startswith("nothing of ")
+    assert describe_count(make_task(config)).startswith("nothing of ")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_training_of_nothing_says_so():
     ],
 )
 def test_rate_and_schedule_are_told(changes, told):
-    assert rate_told(build_config(recipe_config("harma-scenes"), changes), 100) == told
+    assert describe_rate(build_config(recipe_config("harma-scenes"), changes), 100) == told
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_rate_and_schedule_are_told(changes, told):
 )
 def test_precision_is_told_as_it_will_be(precision, told):
     train = build_config(recipe_config("harma-scenes"), {"train.precision": precision}).train
-    assert precision_told(train, use_gpu=False) == told
+    assert describe_precision(train, use_gpu=False) == told
 
 
 def announced(config, workers):

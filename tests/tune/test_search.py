@@ -165,17 +165,17 @@ def test_confirmation_uses_fresh_seeds_for_the_best_and_the_published_setting(re
     from harma_ray.tune.search import confirm
 
     space, results, setting = real
-    plan, told = plan_trials(space.config, ray_cluster), []
-    best = 1
-    results = replace(results, best=best)
-    assert not confirm(results.folder, space, results, plan, setting, ray_cluster, 1, told.append)
-    assert len(told) == 2
-    confirm(results.folder, space, results, plan, setting, ray_cluster, 1, told.append)
-    assert len(told) == 2  # they are there
+    plan, lines = plan_trials(space.config, ray_cluster), []
+    published, second, *rest = results.trials
+    results = replace(results, trials=(published, replace(second, values=(100.0,)), *rest))
+    assert not confirm(results, plan, setting, ray_cluster, 1, lines.append)
+    assert len(lines) == 2
+    confirm(results, plan, setting, ray_cluster, 1, lines.append)
+    assert len(lines) == 2  # they are there
     for number, name in ((1, "00001-seed1"), (0, "00000-seed1")):
         own = results.folder / "confirm" / name
         assert open_run(own).config == build_config(space.settings(dict(results.trials[number].params)), {"seed": 1})
-        read = {c.number: c for c in _read_confirmations(results.folder, best)}[number]
+        read = {c.number: c for c in _read_confirmations(results.folder, 1)}[number]
         report = json.loads((own / "report.json").read_text())["metrics"]
         assert read.metrics["test r_mean"] == (report["test"]["r_mean"],)
         first, other = (

@@ -12,20 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harma_ray.report.figures import new_figure, to_png
-from harma_ray.tune.report.drawing import (
-    BEST,
-    COMPLETE,
-    INK,
-    PUBLISHED,
-    WIDTH,
-    dress,
-    label,
-    note,
-    plain,
-    shorten,
-    strength,
-    wrap,
-)
+from harma_ray.tune.report import drawing
 from harma_ray.tune.report.scale import place_of, short_names, ticks
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.space.parameters import Choices, Parameter, Range
@@ -52,11 +39,12 @@ def draw_importance(shares: Mapping[str, float] | None) -> bytes | None:
     figure = new_figure(7.6, 0.9 + 0.3 * len(shares))
     axes = figure.add_subplot()
     shorts = short_names(list(shares))
-    bars = axes.barh(range(len(shares)), [100 * share for share in shares.values()], color=COMPLETE, height=0.68)
-    axes.bar_label(bars, [f"{100 * share:.1f}" for share in shares.values()], padding=4, fontsize=8, color=INK)
-    axes.set_yticks(range(len(shares)), [plain(shorts[name], 40) for name in shares])
+    percent = [100 * share for share in shares.values()]
+    bars = axes.barh(range(len(shares)), percent, color=drawing.COMPLETE, height=0.68)
+    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=8, color=drawing.INK)
+    axes.set_yticks(range(len(shares)), [drawing.plain(shorts[name], 40) for name in shares])
     axes.invert_yaxis()
-    dress(axes, "share of the explained variance (%)", "")
+    drawing.dress(axes, "share of the explained variance (%)", "")
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.08)
@@ -77,7 +65,7 @@ def draw_parallel(results: SearchResults) -> bytes | None:
     low, high = sorted((values[int(_WORST_SHARE * len(values))], values[-1]))
     norm = Normalize(low, high, clip=True)
     colours = matplotlib.colormaps["viridis_r" if first.maximize else "viridis"]
-    figure = new_figure(min(WIDTH, 4 + 1.6 * len(searched)), 4.6)
+    figure = new_figure(min(drawing.WIDTH, 4 + 1.6 * len(searched)), 4.6)
     axes = figure.add_subplot()
     num_best = max(1, min(5, len(trials) // 5))
     for rank, (trial, value) in enumerate(zip(trials, values, strict=True)):
@@ -85,19 +73,19 @@ def draw_parallel(results: SearchResults) -> bytes | None:
         places = [place_of(parameter, trial) for parameter in searched]
         line = [*(_UNUSED if place is None else place for place in places), (value - min(values)) / np.ptp(values)]
         axes.plot(line, color=colours(norm(value)), linewidth=2.4 if is_best else 0.9, zorder=3 if is_best else 2,
-                  alpha=1.0 if is_best else strength(len(trials)), solid_joinstyle="round")  # fmt: skip
+                  alpha=1.0 if is_best else drawing.strength(len(trials)), solid_joinstyle="round")  # fmt: skip
     for index, parameter in enumerate(searched):
         _draw_axis(axes, index, _marks(parameter, trials, 14))
     _draw_axis(axes, len(searched), ticks(objective), side="right")
     shorts = short_names([parameter.name for parameter in searched])
-    titles = [*map(wrap, shorts.values()), wrap(label(first), " ")]
+    titles = [*map(drawing.wrap, shorts.values()), drawing.wrap(drawing.label(first), " ")]
     axes.set_xticks(range(len(titles)), titles, fontsize=8.5)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set(yticks=[], xlim=(-0.06 * len(titles), 1.04 * len(titles) - 1))
     axes.spines[:].set_visible(False)
     extend = "neither" if low == min(values) and high == max(values) else "min" if first.maximize else "max"
-    _draw_colours(figure, axes, norm, colours, label(first), extend=extend)
+    _draw_colours(figure, axes, norm, colours, drawing.label(first), extend=extend)
     return to_png(figure)
 
 
@@ -112,7 +100,7 @@ def draw_slices(results: SearchResults) -> bytes | None:
 
     num_rows = math.ceil(len(searched) / _MAX_COLUMNS)
     num_columns = math.ceil(len(searched) / num_rows)
-    figure = new_figure(min(WIDTH, 1.2 + 3.8 * num_columns), 0.4 + 2.6 * num_rows)
+    figure = new_figure(min(drawing.WIDTH, 1.2 + 3.8 * num_columns), 0.4 + 2.6 * num_rows)
     grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
     colours = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.25, 1, 256)))
     norm = Normalize(0, max(1, trials[-1].number))
@@ -120,20 +108,21 @@ def draw_slices(results: SearchResults) -> bytes | None:
     values, numbers = [trial.value for trial in trials], [trial.number for trial in trials]
     for parameter, axes in zip(searched, grid.flat, strict=False):
         places = [_spread(parameter, trial) for trial in trials]
-        axes.scatter(places, values, c=numbers, cmap=colours, norm=norm, s=20, linewidths=0.4, edgecolors="white",
-                     zorder=3)  # fmt: skip
+        dots = {"s": 20, "linewidths": 0.4, "edgecolors": "white", "zorder": 3}
+        axes.scatter(places, values, c=numbers, cmap=colours, norm=norm, **dots)
         for place, value, number in zip(places, values, numbers, strict=True):
             if number == results.best:
-                axes.scatter(place, value, s=120, marker="*", c=BEST, zorder=4, linewidths=0, label="best")
+                axes.scatter(place, value, s=120, marker="*", c=drawing.BEST, zorder=4, linewidths=0, label="best")
             if number == 0:
-                axes.scatter(place, value, s=80, facecolors="none", edgecolors=PUBLISHED, linewidths=1.3, zorder=5,
-                             label="published")  # fmt: skip
+                ring = {"facecolors": "none", "edgecolors": drawing.PUBLISHED, "linewidths": 1.3}
+                axes.scatter(place, value, s=80, zorder=5, label="published", **ring)
         room = _ROOM // (len(parameter.choices) + 1) if isinstance(parameter, Choices) else _ROOM
         marks = _marks(parameter, trials, max(10, room))
         axes.set_xticks([place for place, _ in marks], [text for _, text in marks])
         axes.set_xlim(min(0.0, marks[0][0]) - 0.07, 1.07)
         axes.margins(y=0.1)
-        dress(axes, plain(shorts[parameter.name], _ROOM), label(results.objective) if axes in grid[:, 0] else "")
+        y_label = drawing.label(results.objective) if axes in grid[:, 0] else ""
+        drawing.dress(axes, drawing.plain(shorts[parameter.name], _ROOM), y_label)
         if sum(len(text) + 1 for _, text in marks) > _ROOM:
             axes.tick_params(axis="x", labelrotation=30)
     for axes in grid.flat[len(searched) :]:
@@ -147,7 +136,7 @@ def draw_slices(results: SearchResults) -> bytes | None:
 def _marks(parameter: Parameter, trials: list[TrialResult], room: int) -> list[tuple[float, str]]:
     """Returns the marks of a parameter, and one for trials that lack it if there are any."""
     places, texts = zip(*ticks(parameter), strict=True)
-    marks = list(zip(places, shorten(texts, room), strict=True))
+    marks = list(zip(places, drawing.shorten(texts, room), strict=True))
     lacking = any(parameter.name not in trial.params for trial in trials)
     return [(_UNUSED, _UNUSED_LABEL), *marks] if lacking else marks
 
@@ -155,10 +144,10 @@ def _marks(parameter: Parameter, trials: list[TrialResult], room: int) -> list[t
 def _draw_axis(axes: Axes, index: int, marks: list[tuple[float, str]], side: str = "left") -> None:
     """Draws a vertical axis of parallel coordinates with its marks on one side."""
     offset, align = ((5, 0), "left") if side == "right" else ((-5, 0), "right")
-    axes.vlines(index, 0, 1, color=INK, linewidth=1, zorder=4)
+    axes.vlines(index, 0, 1, color=drawing.INK, linewidth=1, zorder=4)
     for place, text in marks:
-        axes.plot(index, place, "_", color=INK, markersize=7, zorder=4)
-        note(axes, text, (index, place), offset, ha=align, va="center", fontsize=7.5)
+        axes.plot(index, place, "_", color=drawing.INK, markersize=7, zorder=4)
+        drawing.note(axes, text, (index, place), offset, ha=align, va="center", fontsize=7.5)
 
 
 def _draw_colours(figure: Figure, axes: Any, norm: Normalize, colours: Colormap, title: str, **style: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from itertools import combinations, islice, product
+from itertools import combinations, product
 from typing import Any
 
 from harma_ray.errors import UserError
@@ -100,7 +100,7 @@ def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
         for parameter in endless:
             text = "the sampler grid needs `step` or `points` for a range of type float, got neither; add points: 5"
             yield ("space", parameter.name), text
-        if not endless and sum(1 for _ in islice(definition.combinations(of_grid=True), MAX_GRID + 1)) > MAX_GRID:
+        if not endless and (definition.size or MAX_GRID + 1) > MAX_GRID:
             yield where, f"the sampler grid takes at most {MAX_GRID} settings, the space has more; use tpe-multivariate"
 
 
@@ -141,19 +141,13 @@ def _find_refused_points(definition: SearchDefinition) -> Mistakes:
     for size in (1, 2):
         for group in combinations(definition.parameters, size):
             names = [parameter.name for parameter in group]
-            if refused.isdisjoint(names) and (found := _first_refused(group, refusal)):
+            points = product(*(parameter.ends for parameter in group))
+            reasons = (refusal(dict(zip(names, point, strict=True))) for point in points)
+            if refused.isdisjoint(names) and (reason := next(filter(None, reasons), None)):
                 refused.update(names)
-                yield ("space", names[0]), found
+                yield ("space", names[0]), reason
     if not refused:
         yield from _find_refused_random_point(definition, refusal)
-
-
-def _first_refused(group: tuple[Parameter, ...], refusal: Callable[[Mapping[str, Any]], str | None]) -> str | None:
-    for ends in product(*(parameter.ends for parameter in group)):
-        values = {parameter.name: end for parameter, end in zip(group, ends, strict=True)}
-        if reason := refusal(values):
-            return reason
-    return None
 
 
 def _refusal(definition: SearchDefinition, values: Mapping[str, Any]) -> str | None:

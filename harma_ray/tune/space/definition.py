@@ -8,11 +8,12 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from harma_ray.config import RunConfig
 from harma_ray.settings import build_config, flat_settings, to_dict
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first
+from harma_ray.tune.space.urls import require_lasting
 
 if TYPE_CHECKING:
     import optuna
@@ -122,13 +123,13 @@ class SearchDefinition:
     """One or two; the first decides about stopping."""
     limits: Limits = field(default_factory=Limits)
     """When the search ends."""
-    seeds: int = 1
+    seeds: Annotated[int, Field(strict=True, ge=1)] = 1
     """Trainings of each setting, with different seeds; its value is their mean."""
-    concurrent: int = 0
+    concurrent: Annotated[int, Field(strict=True, ge=0)] = 0
     """Trials at a time; 0 = as many as the cluster holds."""
-    storage: str | None = None
+    storage: Annotated[str | None, BeforeValidator(require_lasting)] = None
     """URL of a shared Optuna database."""
-    study: str | None = None
+    study: Annotated[str | None, Field(strict=True)] = None
     """Name of the search's study in it, which a new search is given; None = that of its folder."""
 
     @property

@@ -1,13 +1,13 @@
-"""The file that describes a search: read with all its mistakes told at once, and written."""
+"""The file that describes a search: read with all its mistakes listed at once, and written."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, get_type_hints
 
-from pydantic import Field
+from pydantic import TypeAdapter
 
 from harma_ray.config import RunConfig, SharedByTrials
 from harma_ray.errors import UserError
@@ -18,7 +18,6 @@ from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.lines import Location, YamlFile, dump_yaml, explain_unknown
 from harma_ray.tune.space.parameters import Choices, Parameter, Range
-from harma_ray.tune.space.urls import is_lasting
 
 _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective", "limits", "seeds", "concurrent",
          "storage", "study")  # fmt: skip
@@ -33,6 +32,7 @@ _SAME_FOR_ALL = {
 }
 """Settings of `train` that are no part of what is compared, and why."""
 _DEFAULT_LIMITS = Limits(trials=20)
+_PARAMETER = TypeAdapter[Parameter](Parameter)
 
 
 def load_search(path: str | Path, *, overrides: Mapping[str, Any] = {}) -> SearchDefinition:
@@ -64,8 +64,11 @@ def to_yaml(definition: SearchDefinition) -> str:
     raw = {
         "recipe": definition.config.recipe,
         "fixed": {name: value for name, value in definition.configured.items() if value != published[name]},
-        "space": {parameter.name: _to_entry(parameter) for parameter in definition.parameters},
-        "start": list(definition.enqueued),
+        "space": {
+            parameter.name: _PARAMETER.dump_python(parameter, by_alias=True, exclude_defaults=True, exclude={"name"})
+            for parameter in definition.parameters
+        },
+        "start": definition.enqueued,
         "sampler": dataclasses.asdict(definition.sampler),
         "scheduler": dataclasses.asdict(definition.scheduler),
         "objective": [dataclasses.asdict(target) for target in definition.objectives],
@@ -75,18 +78,6 @@ def to_yaml(definition: SearchDefinition) -> str:
     }
     raw |= {name: value for name in ("storage", "study") if (value := getattr(definition, name))}
     return dump_yaml(raw)
-
-
-def _to_entry(parameter: Parameter) -> dict[str, Any]:
-    if isinstance(parameter, Choices):
-        entry: dict[str, Any] = {"choices": list(parameter.choices)}
-    else:
-        optional = {"step": parameter.step, "log": parameter.log, "points": parameter.points}
-        entry = {"type": parameter.kind, "low": parameter.low, "high": parameter.high}
-        entry |= {name: value for name, value in optional.items() if value}
-    if parameter.when:
-        entry["when"] = {name: list(values) for name, values in parameter.when.items()}
-    return entry
 
 
 class _SearchReader:
@@ -132,13 +123,11 @@ class _SearchReader:
             "scheduler": self._read_scheduler(),
             "objectives": self._read_objectives(make_task(config).metrics if config else None),
             "limits": limits,
-            "seeds": self._file.parse(Annotated[int, Field(strict=True, ge=1)], ("seeds",), self._raw.get("seeds", 1)),
-            "concurrent": self._file.parse(
-                Annotated[int, Field(strict=True, ge=0)], ("concurrent",), self._raw.get("concurrent", 0)
-            ),
-            "storage": self._read_storage(),
-            "study": self._file.parse(Annotated[str | None, Field(strict=True)], ("study",), self._raw.get("study")),
         }
+        hints = get_type_hints(SearchDefinition, include_extras=True)
+        for key in ("seeds", "concurrent", "storage", "study"):
+            if key in self._raw:
+                plan[key] = self._file.parse(hints[key], (key,), self._raw[key])
         return {name: part for name, part in plan.items() if part is not None}
 
     def _parse_named(self, shape: Any, key: str) -> Any:
@@ -167,16 +156,6 @@ class _SearchReader:
             where = ("objective", index) if isinstance(raw, list) else ("objective",)
             targets.append(self._file.parse(Target, where, entry))
         return None if None in targets else tuple(targets)
-
-    def _read_storage(self) -> str | None:
-        storage = self._raw.get("storage")
-        if storage is not None and not (isinstance(storage, str) and is_lasting(storage)):
-            text = (
-                f"`storage` must be the URL of a database that lasts, got {storage!r}; for example sqlite:///trials.db"
-            )
-            self._file.add_mistake(("storage",), text)
-            return None
-        return storage
 
     # --- Settings ---
 

@@ -1,4 +1,4 @@
-"""YAML that remembers where everything stands, its check against types, and its mistakes, told all at once."""
+"""YAML that remembers where everything stands, its check against types, and its mistakes, listed all at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from harma_ray.errors import UserError
-from harma_ray.settings import explain_rule
+from harma_ray.settings import explain_rule, read_text
 
 Location = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
@@ -34,19 +34,17 @@ class _Loader(yaml.SafeLoader):
     """Knows 1e-5, and no aliases: with them, a value would stand in several places, or in itself."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases are not read here; write the value out", self._event_mark())
-        return super().compose_node(parent, index)
-
-    def _event_mark(self) -> Any:
         event = self.peek_event()
-        return event.start_mark if event else None
+        if isinstance(event, yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases are not read here; write the value out", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
+    """Quotes text that `_Loader` would take for a number; tuples are lists."""
 
 
+_Dumper.add_representer(tuple, _Dumper.represent_list)
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
@@ -73,13 +71,9 @@ class YamlFile:
         self._positions: dict[Location, Position] = {}
         self._mistakes: list[tuple[Position | None, str]] = []
         try:
-            loader = _Loader(Path(path).read_text(encoding="utf-8"))
+            loader = _Loader(read_text(path))
             node = loader.get_single_node()
             self.value = None if node is None else self._read(loader, node, ())
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a text file (UTF-8)") from error
         except RecursionError as error:
             raise UserError(f"{path} is nested too deeply") from error
         except yaml.MarkedYAMLError as error:

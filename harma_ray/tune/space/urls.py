@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy
 import sqlalchemy.exc
 
@@ -14,6 +16,18 @@ def absolute_url(url: str) -> str:
     if parsed is None or parsed.get_backend_name() != "sqlite" or not parsed.database or "uri" in parsed.query:
         return url
     return parsed.set(database=str(output_path(parsed.database))).render_as_string(hide_password=False)
+
+
+def require_lasting(url: Any) -> str | None:
+    """Returns what is the URL of a database that lasts, or None.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if url is not None and not (isinstance(url, str) and is_lasting(url)):
+        rule = f"`storage` must be the URL of a database that lasts, got {url!r}"
+        raise ValueError(f"{rule}; for example sqlite:///trials.db")
+    return url
 
 
 def is_lasting(url: str) -> bool:

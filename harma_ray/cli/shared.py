@@ -51,10 +51,8 @@ def rendering_from(options: argparse.Namespace) -> Any:
     """Returns the rule that the options of `add_rendering` make, None if none is given."""
     from harma_ray.data.rendering import Rendering
 
-    return Rendering.parse(
-        bands=options.bands, stretch=options.stretch, nodata=options.nodata,
-        statistics=getattr(options, "statistics", None),
-    )  # fmt: skip
+    statistics = getattr(options, "statistics", None)
+    return Rendering.parse(bands=options.bands, stretch=options.stretch, nodata=options.nodata, statistics=statistics)
 
 
 def add_scaling(parser: argparse.ArgumentParser, *, default: str) -> None:
@@ -123,31 +121,22 @@ def stage_changes(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
 
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the settings that options change, by dotted name."""
+    """Returns the settings that options change, by dotted name.
+
+    Raises:
+        UserError: If an assignment of ``--set`` or the number of ``--workers`` is none.
+    """
     from harma_ray.settings import parse_overrides
 
-    overrides = parse_overrides(options.overrides)
-    return {**overrides, **scaling_changes(options), **precision_changes(options), **data_change(options)}
-
-
-def data_change(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the setting that ``--data`` changes."""
-    return {"data.path": str(Path(options.data).expanduser().absolute())} if options.data else {}
-
-
-def precision_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the setting that ``--precision`` changes."""
-    precision = getattr(options, "precision", None)
-    return {"train.eval_precision": precision} if precision else {}
-
-
-def scaling_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the settings that ``--workers``, ``--gpu`` and ``--cpu`` change."""
-    changes: dict[str, Any] = {}
+    changes = parse_overrides(options.overrides)
     if getattr(options, "workers", None) is not None:
         if options.workers < 1:
             raise UserError(f"`--workers` must be at least 1, got {options.workers}")
         changes["scaling.num_workers"] = options.workers
     if options.gpu or options.cpu:
         changes["scaling.use_gpu"] = options.gpu
+    if getattr(options, "precision", None):
+        changes["train.eval_precision"] = options.precision
+    if options.data:
+        changes["data.path"] = str(Path(options.data).expanduser().absolute())
     return changes
