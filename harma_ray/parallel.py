@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from harma_ray.distributed import rank
 from harma_ray.errors import UserError
+
+KeyT = TypeVar("KeyT")
 
 
 def replicate(model: nn.Module, device: str) -> nn.Module:
@@ -52,6 +55,19 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Mod
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor that may be spread over the workers as every worker can use it; called on all of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_tensors(tensors: Mapping[KeyT, Tensor]) -> dict[KeyT, Tensor]:
+    """Returns tensors that may be spread over the workers, whole and on CPU, on worker 0; on the others nothing.
+
+    Called on all of them; one tensor at a time is whole on their devices.
+    """
+    gathered: dict[KeyT, Tensor] = {}
+    for key, tensor in tensors.items():
+        found = whole(tensor.detach())
+        if rank() == 0:
+            gathered[key] = found.cpu()
+    return gathered
 
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:

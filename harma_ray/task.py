@@ -188,8 +188,9 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def parallelise(self, model: nn.Module, worker: Worker) -> nn.Module:
         """Returns what the steps call where there are several workers: it averages gradients over them.
 
-        By default every worker holds all of the model. One that is too large for that is spread over them by
-        `harma_ray.parallel.shard`; checkpoints are the same either way.
+        By default every worker holds all of the model. `harma_ray.parallel.shard` spreads one over them that could not
+        be trained so: its weights, gradients and optimiser's state; in evaluations and for `monitor` its weights alone
+        are whole on every worker. Checkpoints are the same either way. Only the default goes with ``train.compile``.
 
         Args:
             model: The model on this worker's device; its parameters may be replaced by their parts, in place.
@@ -218,7 +219,10 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         return None
 
     def monitor(self, model: ModelT) -> dict[str, float]:
-        """Returns values worth watching, such as the temperature and the gates."""
+        """Returns values worth watching, such as the temperature and the gates; worker 0's are recorded.
+
+        Called on every worker with the (unwrapped) model, whole and without gradients.
+        """
         return {}
 
     def losses_at_equal_scores(self) -> Mapping[str, float]:

@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from harma_ray.distributed import rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.files import atomic_folder
 from harma_ray.models.weights import check_fit
-from harma_ray.parallel import spread_like, whole
+from harma_ray.parallel import gather_tensors, spread_like
 
 FOLDER = "checkpoints"
 WEIGHTS_NAME = "trainable.safetensors"
@@ -59,11 +60,8 @@ class CheckpointMeta:
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the trainable parameters of an (unwrapped) model by name, detached and whole; shared ones once.
-
-    Called on every worker, if the model is spread over them.
-    """
-    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    """Returns the trainable parameters of an (unwrapped) model by name, detached; shared ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -77,20 +75,22 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state: Mapping[str, Any]) -> Path:
-    """Writes a checkpoint.
+    """Writes a checkpoint; called on every worker if the model is spread over them, worker 0 writes.
 
     Args:
         run_dir: The run's folder.
         meta: Where the run stands; ``trainable`` is filled in here.
-        model: The unwrapped model; if it is spread over workers, the others call `trainable_tensors` meanwhile.
+        model: The unwrapped model.
         state: Tensors and plain values: optimiser, schedule, random states.
 
     Raises:
         UserError: If the disk is full or the folder cannot be written; older checkpoints are untouched.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in trainable_tensors(model).items()}
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     final = checkpoint_path(run_dir, meta.step)
+    tensors = {name: tensor.contiguous() for name, tensor in gather_tensors(trainable_tensors(model)).items()}
+    if rank() != 0:
+        return final
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     try:
         with atomic_folder(final) as partial:
             partial.mkdir()
@@ -131,7 +131,7 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
             f"checkpoint {path} was trained on a backbone with fingerprint {meta.backbone[:12]}, but this model's is "
             f"{backbone[:12]}; build it with the settings in the run's config.yaml"
         )
-    own = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = trainable_tensors(model)
     try:
         tensors = load_file(path / WEIGHTS_NAME)
     except (OSError, SafetensorError) as error:
@@ -144,13 +144,15 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Reads the optimiser's and the loop's state of a checkpoint; nothing in the file is executed.
+    """Opens the optimiser's and the loop's state of a checkpoint, whose tensors are read as they are used.
+
+    Nothing in the file is executed.
 
     Raises:
         UserError: If the file is damaged or holds code.
     """
     try:
-        return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        return torch.load(path / STATE_NAME, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged or hostile file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path / STATE_NAME} cannot be read ({reason}); use an older checkpoint") from error

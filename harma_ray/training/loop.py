@@ -38,7 +38,6 @@ from harma_ray.training.checkpoint import (
     prune_checkpoints,
     read_meta,
     save_checkpoint,
-    trainable_tensors,
 )
 from harma_ray.training.health import health_watch
 from harma_ray.training.state import Progress, TrainState
@@ -276,6 +275,8 @@ class _Training:
             return self._task.evaluate(self._model, stream)
 
     def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
+        with whole_model(self._model), torch.no_grad():
+            watched = self._task.monitor(self._model)
         if self._tracker is None:
             return
         terms = {f"loss_{name}": float(loss) for name, loss in losses.items()}
@@ -288,21 +289,18 @@ class _Training:
         }
         step = self._progress.step
         self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)
-        self._tracker.log("monitor", step, self._task.monitor(self._model), prefix="model/")
+        self._tracker.log("monitor", step, watched, prefix="model/")
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
-        state = self._state.state_dict()
+        config, step = self._config, self._progress.step
+        meta = CheckpointMeta(
+            step, self._epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe,
+            self._backbone, data=self._identity,
+        )  # fmt: skip
+        save_checkpoint(self._run_dir, meta, self._model, self._state.state_dict())
         if self._worker.rank == 0:
-            config, step = self._config, self._progress.step
-            meta = CheckpointMeta(
-                step, self._epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe,
-                self._backbone, data=self._identity,
-            )  # fmt: skip
-            save_checkpoint(self._run_dir, meta, self._model, state)
             prune_checkpoints(self._run_dir, self._task.metrics, config.train.keep_checkpoints)
-        else:
-            trainable_tensors(self._model)  # puts a model that is spread over the workers together
         barrier()
 
     def _restore(self, path: Path) -> list[str]:

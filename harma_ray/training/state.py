@@ -12,7 +12,7 @@ import torch
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import Worker
 from harma_ray.distributed import gather_rows
-from harma_ray.parallel import spread_like, whole
+from harma_ray.parallel import gather_tensors, spread_like
 from harma_ray.task import ParameterGroup
 from harma_ray.training.optim import build_optimizer, build_schedule
 
@@ -52,30 +52,27 @@ class TrainState:
         _seed_worker(config.seed, worker.rank)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of all workers but the progress, which `progress_dict` gives; called on every worker."""
+        """Returns the state of all workers but the progress, which `progress_dict` gives; called on every worker.
+
+        Only worker 0 gets the optimiser's.
+        """
         cuda_rng = None
         if self.device.type == "cuda":
             cuda_rng = gather_rows(torch.cuda.get_rng_state(self.device)[None].to(self.device)).cpu()
+        optimizer = self.optimizer.state_dict()
+        moments = {number: gather_tensors(own) for number, own in optimizer["state"].items()}
         return {
-            "optimizer": self._whole_optimizer(),
+            "optimizer": {**optimizer, "state": moments},
             "schedule": self.schedule.state_dict(),
             "rng": gather_rows(torch.get_rng_state()[None].to(self.device)).cpu(),
             "cuda_rng": cuda_rng,
         }
 
-    def _whole_optimizer(self) -> dict[str, Any]:
-        """Returns the optimiser's state as if it were not spread over the workers."""
-        state = self.optimizer.state_dict()
-        moments = {
-            number: {name: whole(value) for name, value in own.items()} for number, own in state["state"].items()
-        }
-        return {**state, "state": moments}
-
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = {
             number: {
-                name: spread_like(value, trained[number]) if value.shape == trained[number].shape else value
+                name: (spread_like(value, trained[number]) if value.shape == trained[number].shape else value).clone()
                 for name, value in own.items()
             }
             for number, own in state["state"].items()

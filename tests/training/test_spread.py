@@ -9,13 +9,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from toy_language import PackedTask, SpreadTask, toy_config
+from toy_language import Letters, PackedTask, SpreadTask, toy_config
 
 from harma_ray.data.stream import Worker, local_batches
+from harma_ray.parallel import gather_tensors, shard
 from harma_ray.settings import build_config
-from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state
+from harma_ray.training.checkpoint import STATE_NAME, WEIGHTS_NAME, list_checkpoints, load_state
 from harma_ray.training.loop import run_training
 from harma_ray.training.tracking import read_records
+
+WATCHED = ("sum", "mean", "largest")
+
+
+class Watched:
+    """Watches values that need all of a parameter, of one in a block and of one outside."""
+
+    def monitor(self, model):
+        head, block = model.head.weight, model.blocks[0].weight
+        return dict(
+            zip(WATCHED, (float(head.square().sum()), block.mean().item(), float(head.abs().max())), strict=True)
+        )
+
+
+class Whole(Watched, PackedTask):
+    pass
+
+
+class Spread(Watched, SpreadTask):
+    pass
 
 
 class Stop(Exception):
@@ -28,10 +49,10 @@ def stop(metrics):
 
 
 RUNS = {
-    "whole": [(PackedTask, None)],
-    "spread": [(SpreadTask, None)],
-    "whole, then spread": [(PackedTask, stop), (SpreadTask, None)],
-    "spread, then whole": [(SpreadTask, stop), (PackedTask, None)],
+    "whole": [(Whole, None)],
+    "spread": [(Spread, None)],
+    "whole, then spread": [(Whole, stop), (Spread, None)],
+    "spread, then whole": [(Spread, stop), (Whole, None)],
 }
 
 
@@ -55,6 +76,9 @@ def work(rank, folder, data):
                     callback=callback or (lambda metrics: None),
                 )  # fmt: skip
             dist.barrier()
+    model = Letters()
+    shard(model, model.blocks, "cpu")
+    torch.save(gather_tensors(dict(model.named_parameters())), f"{folder}/gathered{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -81,6 +105,29 @@ def test_workers_have_the_losses_of_one(trained, scenes, tmp_path):
     run_training(PackedTask(config), config, tmp_path, worker=Worker(), loader=local_batches)
     for kind in ("step", "evaluation"):
         assert losses(trained / "whole", kind) == pytest.approx(losses(tmp_path, kind), rel=1e-4)
+
+
+def test_what_is_watched_of_a_spread_model_is_that_of_a_whole_one(trained):
+    whole, spread = (
+        [[record[name] for name in WATCHED] for record in read_records(trained / run) if record["kind"] == "monitor"]
+        for run in ("whole", "spread")
+    )
+    assert len(whole) == 20
+    for expected, found in zip(whole, spread, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_checkpoint_is_gathered_on_one_worker_alone(trained):
+    first, second = (torch.load(trained / f"gathered{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert not second
+    torch.testing.assert_close(first, {name: p.detach() for name, p in Letters().named_parameters()}, rtol=0, atol=0)
+
+
+def test_a_state_is_not_read_into_memory_before_it_is_used(trained):
+    file = list_checkpoints(trained / "whole")[-1] / STATE_NAME
+    state = load_state(file.parent)
+    assert str(file) in Path("/proc/self/maps").read_text()
+    assert state["optimizer"]["state"]
 
 
 def test_checkpoints_of_both_have_one_form(trained):
