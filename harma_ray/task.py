@@ -188,8 +188,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def parallelise(self, model: nn.Module, worker: Worker) -> nn.Module:
         """Returns what the steps call where there are several workers: it averages gradients over them.
 
-        By default every worker holds all of the model. `harma_ray.parallel.shard` spreads one over them that could not
-        be trained so: its weights, gradients and optimiser's state; in evaluations and for `monitor` its weights alone
+        By default every worker holds all of the model. `harma_ray.parallel.shard` spreads one over them that is too
+        large for that: its weights, gradients and optimiser's state; in evaluations and for `monitor` its weights alone
         are whole on every worker. Checkpoints are the same either way. Only the default goes with ``train.compile``.
 
         Args:
