@@ -14,6 +14,11 @@ from harma_ray.data.splits import Split
 ItemT = TypeVar("ItemT")
 
 
+def show_figure(value: float, decimals: int = 2, *, percent: bool) -> str:
+    """Returns a percentage with so many decimals, anything else (a loss) with four significant digits."""
+    return f"{value:.{decimals}f}" if percent else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Metrics:
     """The figures of a task's evaluations on which choices rest, and which way is better."""
@@ -25,7 +30,9 @@ class Metrics:
     also_keep: Sequence[str] = ()
     """Those whose best checkpoints are kept too."""
     lower_is_better: Sequence[str] = ()
-    """Those that are losses; of all others more is better."""
+    """Those that are losses, without a unit; all others are percentages, and more is better."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What names stand for, for tables, such as ``image to text R@1``."""
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -33,8 +40,12 @@ class Metrics:
         return (self.objective, *self.also_keep)
 
     def title(self, metric: str) -> str:
-        """Returns a metric's name with its unit: losses have none, all others are percentages."""
+        """Returns a metric's name with its unit."""
         return metric if metric in self.lower_is_better else f"{metric} (%)"
+
+    def show(self, metric: str, value: float, decimals: int = 2) -> str:
+        """Returns a value of a metric as text."""
+        return show_figure(value, decimals, percent=metric not in self.lower_is_better)
 
     def is_better(self, metric: str, value: float, other: float) -> bool:
         """Tells whether a value of a metric is better than another."""

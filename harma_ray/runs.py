@@ -100,9 +100,10 @@ class Run:
         best = next(iter(metrics.ranked(metric, seen, lambda record: record)), None)
         if best is not None and metrics.is_better(metric, best[metric], kept.metrics[metric]):
             raise UserError(
-                f"the checkpoint of {self.path} that was best by `{metric}` ({best[metric]:.2f}, epoch "
-                f"{best['epoch']:g}) was not kept; of those kept the best has {kept.metrics[metric]:.2f} (epoch "
-                f"{kept.epoch:g}): leave out --metric, or train again with --set 'selection.also_keep=[{metric}]'"
+                f"the checkpoint of {self.path} that was best by `{metric}` "
+                f"({metrics.show(metric, best[metric])}, epoch {best['epoch']:g}) was not kept; "
+                f"of those kept the best has {metrics.show(metric, kept.metrics[metric])} (epoch {kept.epoch:g}): "
+                f"leave out --metric, or train again with --set 'selection.also_keep=[{metric}]'"
             )
 
     @contextlib.contextmanager

@@ -74,7 +74,7 @@ def evaluate_and_print(
     compared = evaluation.by_query if query == "all" else {}
     evaluation = evaluation.by_query.get(query or "", evaluation)
     print(f"{data.path}: {data.describe()}, {config.train.eval_precision}, {time.perf_counter() - started:.1f} s")
-    outcome = _print_figures(evaluation, compared, config, data, file)
+    outcome = _print_figures(evaluation, compared, task, data, file)
     if figures:
         write_text(figures, json.dumps(outcome, indent=1))
         print(f"figures    {figures}")
@@ -84,9 +84,10 @@ def evaluate_and_print(
 
 
 def _print_figures(
-    evaluation: Evaluation, compared: Mapping[str, Evaluation], config: RunConfig, data: Split, file: str | None
+    evaluation: Evaluation, compared: Mapping[str, Evaluation], task: Task, data: Split, file: str | None
 ) -> dict[str, Any]:
     """Prints the tables of an evaluation and, if there are several kinds of queries, of them; returns the figures."""
+    config = task.config
     identity, trained_on = data_identity(config.data.path, [data.name])[data.name], _trained_on(file)
     outcome: dict[str, Any] = {
         "split": data.name,
@@ -101,7 +102,7 @@ def _print_figures(
     }
     if evaluation.note:
         print(evaluation.note)
-    print(_results_table(outcome))
+    print(_results_table(task, outcome))
     if trained_on and trained_on.get(data.name, identity) != identity:
         print(f"notice: the run was begun on another `{data.name}` than this one")
     if evaluation.query:
@@ -110,7 +111,7 @@ def _print_figures(
         outcome["queries"] = {
             name: {"metrics": found.metrics, "interval_95": found.intervals()} for name, found in compared.items()
         }
-        print(f"\n{_comparison_table(outcome)}")
+        print(f"\n{_comparison_table(task, outcome)}")
     return outcome
 
 
@@ -126,14 +127,14 @@ def _write_page(
     """Writes the page of an evaluation whose figures are known; returns its file."""
     sections, file = evaluation.sections(data), outcome["weights"]
     if "queries" in outcome:
-        sections.insert(0, Section("queries", "Kinds of queries", _comparison_table(outcome).to_html()))
+        sections.insert(0, Section("queries", "Kinds of queries", _comparison_table(task, outcome).to_html()))
     about = f"{data.path.parent.name}/{data.name}: {data.describe()}"
     measured = f"measured in {config.train.eval_precision}"
     return write_report(
         folder,
         title=f"{config.recipe} on {data.name}",
         subtitle="; ".join(filter(None, [about, evaluation.note, measured])),
-        results=_results_table(outcome),
+        results=_results_table(task, outcome),
         sections=sections,
         model=model,
         settings=dataclasses.asdict(config),
@@ -142,14 +143,14 @@ def _write_page(
     )
 
 
-def _results_table(outcome: Mapping[str, Any]) -> FiguresTable:
-    return results_table(outcome["metrics"], outcome["interval_95"], outcome["chance"])
+def _results_table(task: Task, outcome: Mapping[str, Any]) -> FiguresTable:
+    return results_table(task.metrics, outcome["metrics"], outcome["interval_95"], outcome["chance"])
 
 
-def _comparison_table(outcome: Mapping[str, Any]) -> FiguresTable:
+def _comparison_table(task: Task, outcome: Mapping[str, Any]) -> FiguresTable:
     kinds = outcome["queries"].items()
     metrics, intervals = ({name: kind[key] for name, kind in kinds} for key in ("metrics", "interval_95"))
-    return comparison_table(metrics, intervals)
+    return comparison_table(task.metrics, metrics, intervals)
 
 
 def _trained_on(file: str | None) -> Identity | None:

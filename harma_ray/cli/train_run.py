@@ -17,6 +17,7 @@ from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError, WorkerFailed
+from harma_ray.evaluation import Metrics
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
@@ -100,7 +101,7 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
             ready = with_features(config, run.path, cluster)
             if ready is not config:  # the training reads vectors in place of images
                 prepared = prepare(ready).on(cluster)
-            progress = _Progress(prepared.total_steps, started, prepared.task.metrics.objective)
+            progress = _Progress(prepared.total_steps, started, prepared.task.metrics)
             train(run, prepared, cluster, on_record=progress)
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: {_resume_command(run)}")
@@ -145,7 +146,7 @@ def print_report(run: Run) -> None:
           + (f"; figures in {report['eval_precision']}" if "eval_precision" in report else ""))  # fmt: skip
     print(f"checkpoint {run.path / report['checkpoint']} ({size:.1f} MB)")
     for split, metrics in report["metrics"].items():
-        print(f"\n{split}\n{results_table(metrics)}")
+        print(f"\n{split}\n{results_table(run.task.metrics, metrics)}")
     if findings:
         print("\nthe training is done, but these figures are not those of one that worked:")
         print("\n".join(_finding_lines(findings)))
@@ -171,9 +172,11 @@ def print_spread(runs: Sequence[Run]) -> None:
         rows = []
         for name in reports[0]["metrics"][split]:
             values = [report["metrics"][split][name] for report in reports]
-            rows.append([name, statistics.mean(values), statistics.stdev(values), *values])
+            figures = (statistics.mean(values), statistics.stdev(values), *values)
+            rows.append([name, *(runs[0].task.metrics.show(name, value) for value in figures)])
         headers = [split, "mean", "std", *(f"seed {run.config.seed}" for run in runs)]
-        print("\n" + tabulate(rows, headers=headers, floatfmt=".2f"))
+        align = ["left", *["right"] * (len(headers) - 1)]
+        print("\n" + tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
     for run, report in zip(runs, reports, strict=True):
         for entry in report.get("health", []):
             print(f"WARNING    {run.path.name}: {Finding.of(entry).message}")
@@ -200,9 +203,9 @@ def check_gradients(config: RunConfig) -> None:
 class _Progress:
     """Prints the run's record as it grows."""
 
-    def __init__(self, total_steps: int, started: float, objective: str):
+    def __init__(self, total_steps: int, started: float, metrics: Metrics):
         self._total, self._started, self._first = total_steps, started, None
-        self._shown = dict.fromkeys((objective, "r_mean", "r_mean_text"))
+        self._metrics, self._shown = metrics, dict.fromkeys((metrics.objective, "r_mean", "r_mean_text"))
         self._printed = -math.inf
 
     def __call__(self, record: dict[str, Any]) -> None:
@@ -229,5 +232,5 @@ class _Progress:
             lines = [f"better     {finding.message}"] if finding.over else _finding_lines([finding])
             print("\n".join([f"{clock} step {record['step']}/{self._total}", *lines]), flush=True)
         elif record["kind"] == "evaluation":
-            figures = "  ".join(f"{k} {record[k]:.2f}" for k in self._shown if k in record)
-            print(f"{clock} epoch {record['epoch']}  {record['split']}  {figures}", flush=True)
+            figures = "  ".join(f"{k} {self._metrics.show(k, record[k])}" for k in self._shown if k in record)
+            print(f"{clock} epoch {record['epoch']:.4g}  {record['split']}  {figures}", flush=True)

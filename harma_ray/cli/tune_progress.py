@@ -78,16 +78,15 @@ class SearchProgress:
         assert event.report is not None
         where = "" if event.state == "complete" else f" at epoch {event.report.epoch:g}"
         best = f"best: trial {self._best.number}" if self._best else ""
-        return (
-            f"trial {event.number} {event.state}{where}: {self._objective.metric} {event.report.value:.2f} ({best})  "
-            f"{show_params(event.params)}"
-        )
+        value = f"{self._objective.metric} {self._objective.show(event.report.value)}"
+        return f"trial {event.number} {event.state}{where}: {value} ({best})  {show_params(event.params)}"
 
     def _summary(self) -> str:
         ended, running = self._split_events()
         parts = [f"{len(ended)} trials ended, {len(running)} running"]
         if self._best and self._best.report:
-            parts.append(f"best {self._objective.metric} {self._best.report.value:.2f} (trial {self._best.number})")
+            value = self._objective.show(self._best.report.value)
+            parts.append(f"best {self._objective.metric} {value} (trial {self._best.number})")
         left = self._seconds_left()
         if left is not None:
             parts.append(f"about {_duration(left)} left")
@@ -132,7 +131,7 @@ class SearchProgress:
                 f"{event.number}{' *' if is_best else ''}",
                 event.state,
                 f"{report.epoch:g}/{epochs}" if report else f"0/{epochs}",
-                f"{report.value:.2f}" if report and report.values else "",
+                self._objective.show(report.value) if report and report.values else "",
                 show_params(event.params),
                 style="bold" if is_best else "dim" if event.state in ("stopped", "failed") else "",
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import statistics
 import time
@@ -263,19 +262,27 @@ def _conclude(folder: Path, results: SearchResults) -> None:
     if planned:
         spent = sum(trial.epochs for trial in results.trials)
         print(f"{spent:g} epochs trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' epochs")
-    objective = results.objective
+    objective, targets = results.objective, results.definition.objectives
     rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
     rows = [
-        [trial.number, trial.state, trial.epochs, *(trial.values or ()), show_params(trial.params)]
+        [
+            trial.number,
+            trial.state,
+            f"{trial.epochs:g}",
+            *(target.show(value) for target, value in zip(targets, trial.values or (), strict=True)),
+            show_params(trial.params),
+        ]
         for trial in sorted(rated, key=lambda trial: -objective.merit(trial.value))[:5]
     ]
-    headers = ["trial", "", "epochs", *(target.metric for target in results.definition.objectives), "settings"]
-    print(tabulate(rows, headers=headers, floatfmt=".2f"))
+    headers = ["trial", "", "epochs", *(target.metric for target in targets), "settings"]
+    align = ["right", "left", *["right"] * (len(targets) + 1), "left"]
+    print(tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
     for split, metrics in results.final.items():
-        print(f"\n{results.final_title} on {split}\n{results_table(metrics)}")
+        print(f"\n{results.final_title} on {split}\n{results_table(results.metrics, metrics)}")
     metric, best = objective.metric, results.best_trial
     if metric in results.baseline:
-        print(f"\nbefore any training: {metric} {results.baseline[metric]:.2f} on the same split as the trials")
+        untrained = objective.show(results.baseline[metric])
+        print(f"\nbefore any training: {metric} {untrained} on the same split as the trials")
         if best is not None and objective.merit(best.value - results.baseline[metric]) <= 0:
             print("notice     no trial is better than the model before any training")
     _print_confirmations(results)
@@ -296,8 +303,10 @@ def _print_confirmations(results: SearchResults) -> None:
     for confirmation in results.confirmations:
         for name in names:
             values = confirmation.metrics[name]
-            spread = statistics.stdev(values) if len(values) > 1 else math.nan
-            rows.append([confirmation.title, name, statistics.mean(values), spread, len(values)])
+            spread = results.objective.show(statistics.stdev(values)) if len(values) > 1 else "nan"
+            rows.append(
+                [confirmation.title, name, results.objective.show(statistics.mean(values)), spread, len(values)]
+            )
     if rows:
         print("\nwith fresh seeds")
-        print(tabulate(rows, headers=["", "", "mean", "std", "seeds"], floatfmt=".2f"))
+        print(tabulate(rows, headers=["", "", "mean", "std", "seeds"], disable_numparse=True))

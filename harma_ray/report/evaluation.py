@@ -17,23 +17,6 @@ from harma_ray.settings import flat_settings
 from harma_ray.training.health import Finding, standing_findings
 
 PAGE_NAME = "index.html"
-_LABELS = {
-    **{f"txt_r{k}": f"image to text R@{k}" for k in (1, 5, 10)},
-    **{f"img_r{k}": f"text to image R@{k}" for k in (1, 5, 10)},
-    **{f"recall_at{k}": f"R@{k}" for k in (1, 5, 10, 50)},
-    **{f"group_recall_at{k}": f"R_subset@{k}" for k in (1, 2, 3)},
-    **{f"average_recall_at{k}": f"R@{k}, mean of the categories" for k in (10, 50)},
-    "arithmetic_mean": "of the seven",
-    "sum_r_mean": "by the sum of both",
-    "image_only_r_mean": "by the reference alone",
-    "text_only_r_mean": "by the text alone",
-}
-_R_MEAN_LABELS = {
-    "img_r1": "mean of the six",
-    "arithmetic_mean": "arithmetic mean of the seven",
-    "average_recall": "mean of R@10 and R@50",
-}
-"""What r_mean is the mean of, by a metric that stands beside it."""
 _VARIANTS = {"": "own pair right", "_text": "equal captions right too"}
 _Bounds = Mapping[str, tuple[float, float]]
 
@@ -85,55 +68,65 @@ def _block(title: str, columns: Mapping[str, list[str]], *, left: bool = False) 
 
 
 def results_table(
-    metrics: Mapping[str, float], intervals: _Bounds | None = None, chance: Mapping[str, float] | None = None
+    metrics: Metrics,
+    found: Mapping[str, float],
+    intervals: _Bounds | None = None,
+    chance: Mapping[str, float] | None = None,
 ) -> FiguresTable:
-    """Returns the recalls, in percent, as a table of at most 100 columns on a terminal.
+    """Returns the figures of an evaluation as a table of at most 100 columns on a terminal.
 
     A metric and its duplicate-aware variant ``NAME_text``, for which equal captions are right too, share a row.
 
     Args:
-        metrics: Names and values, as `RetrievalResult.metrics`.
+        metrics: The task's.
+        found: Names and values, as `Evaluation.metrics`.
         intervals: 95 % interval of each; None or empty leaves the columns out, as below.
         chance: Expected values of rankings drawn at random.
     """
-    names = [name for name in metrics if not name.endswith("_text")]
+    names = [name for name in found if name.removesuffix("_text") not in found.keys() - {name}]
     variants = {title: [name + suffix for name in names] for suffix, title in _VARIANTS.items()}
     groups = [
-        (title, _columns(keys, metrics, intervals, chance))
+        (title, _columns(metrics, keys, found, intervals, chance))
         for title, keys in variants.items()
-        if not metrics.keys().isdisjoint(keys)
+        if not found.keys().isdisjoint(keys)
     ]
     if len(groups) == 1:
         groups = [("", groups[0][1])]
-    mean = next((label for name, label in _R_MEAN_LABELS.items() if name in metrics), "")
-    labels = [mean if name == "r_mean" else _LABELS.get(name, "") for name in names]
-    return FiguresTable({"metric": names, "": labels}, groups)
+    return FiguresTable({"metric": names, "": [metrics.labels.get(name, "") for name in names]}, groups)
 
 
-def comparison_table(metrics: Mapping[str, Mapping[str, float]], intervals: Mapping[str, _Bounds]) -> FiguresTable:
-    """Returns the recalls of several kinds of queries side by side, in percent.
+def comparison_table(
+    metrics: Metrics, found: Mapping[str, Mapping[str, float]], intervals: Mapping[str, _Bounds]
+) -> FiguresTable:
+    """Returns the figures of several kinds of queries side by side.
 
     Args:
-        metrics: Names and values by kind; those that all kinds have are shown.
+        metrics: The task's.
+        found: Names and values by kind; those that all kinds have are shown.
         intervals: Their 95 % intervals by kind.
     """
-    names = [name for name in next(iter(metrics.values())) if all(name in found for found in metrics.values())]
-    groups = [(kind, _columns(names, found, intervals[kind])) for kind, found in metrics.items()]
+    names = [name for name in next(iter(found.values())) if all(name in other for other in found.values())]
+    groups = [(kind, _columns(metrics, names, figures, intervals[kind])) for kind, figures in found.items()]
     return FiguresTable({"metric": names}, groups)
 
 
 def _columns(
+    metrics: Metrics,
     names: Sequence[str],
-    metrics: Mapping[str, float],
+    found: Mapping[str, float],
     intervals: _Bounds | None,
     chance: Mapping[str, float] | None = None,
 ) -> dict[str, list[str]]:
     """Returns the cells of some metrics by the titles of their columns; what a metric lacks stays empty."""
-    columns = {"%": [f"{metrics[name]:.1f}" if name in metrics else "" for name in names]}
+
+    def cells(values: Mapping[str, Sequence[float]]) -> list[str]:
+        return ["-".join(metrics.show(name, value, 1) for value in values.get(name, ())) for name in names]
+
+    columns = {"figure" if metrics.lower_is_better else "%": cells({name: [value] for name, value in found.items()})}
     if intervals:
-        columns["95 % CI"] = ["{:.1f}-{:.1f}".format(*intervals[name]) if name in intervals else "" for name in names]
+        columns["95 % CI"] = cells(intervals)
     if chance:
-        columns["chance"] = [f"{chance[name]:.1f}" if name in chance else "" for name in names]
+        columns["chance"] = cells({name: [value] for name, value in chance.items()})
     return columns
 
 

@@ -34,6 +34,15 @@ from harma_ray.retrieval.ranking import Groups, rank_first_relevant
 CATEGORY_KS: tuple[int, ...] = (10, 50)
 GALLERY_KS: tuple[int, ...] = (1, 5, 10, 50)
 MEMBER_KS: tuple[int, ...] = (1, 2, 3)
+LABELS: Mapping[str, str] = {
+    **{f"recall_at{k}": f"R@{k}" for k in GALLERY_KS},
+    **{f"group_recall_at{k}": f"R_subset@{k}" for k in MEMBER_KS},
+    **{f"average_recall_at{k}": f"R@{k}, mean of the categories" for k in CATEGORY_KS},
+    "average_recall": "mean of R@10 and R@50",
+    "arithmetic_mean": "of the seven",
+    "r_mean": "the mean that the split is judged by",
+}
+"""What metrics stand for."""
 _NOT_LINEAR = ("harmonic_mean", "geometric_mean")
 
 

@@ -67,6 +67,12 @@ class RetrievalResult:
         for name in (*(f"{side}_r{k}" for side in ("txt", "img") for k in RECALL_KS), "r_mean")
     )
     """Names of `metrics`, in their order."""
+    LABELS: ClassVar[Mapping[str, str]] = {
+        **{f"txt_r{k}": f"image to text R@{k}" for k in RECALL_KS},
+        **{f"img_r{k}": f"text to image R@{k}" for k in RECALL_KS},
+        "r_mean": "mean of the six",
+    }
+    """What they stand for."""
 
     @property
     def metrics(self) -> dict[str, float]:

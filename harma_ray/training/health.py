@@ -174,17 +174,18 @@ class HealthWatch:
             return None
         standing, what = self._standing.get("epochs"), f"{record['split']} {objective}"
         best, epoch = self._best
+        untrained, reached = (self._metrics.show(objective, value) for value in (self._baseline, best))
         if is_better(objective, best, self._baseline):
             return standing and Finding(
                 standing.problem, standing.since,
-                f"epoch {epoch:g} is better than the untrained model ({what} {best:.2f} against {self._baseline:.2f})",
+                f"epoch {epoch:g} is better than the untrained model ({what} {reached} against {untrained})",
                 over=True,
             )  # fmt: skip
         if standing is None and record["step"] >= self._total_steps / 2:
             return Finding(
                 "no better than untrained", 0,
-                f"no epoch is better than the untrained model ({what} {self._baseline:.2f}; the best since, in epoch "
-                f"{epoch:g}, {best:.2f})", self._advice,
+                f"no epoch is better than the untrained model ({what} {untrained}; the best since, in epoch "
+                f"{epoch:g}, {reached})", self._advice,
             )  # fmt: skip
         return None
 

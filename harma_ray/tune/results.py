@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from harma_ray.evaluation import Metrics
+from harma_ray.recipes import make_task
 from harma_ray.shell import launch_command
 from harma_ray.tune.space.definition import SearchDefinition, Target
 
@@ -84,6 +86,11 @@ class SearchResults:
     def objective(self) -> Target:
         """The first objective, which decides."""
         return self.definition.objectives[0]
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the recipe measures."""
+        return make_task(self.definition.config).metrics
 
     @cached_property
     def measured(self) -> list[TrialResult]:

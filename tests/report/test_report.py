@@ -17,7 +17,7 @@ from harma_ray.report.figures import draw_curves, draw_embeddings, project
 from harma_ray.report.image_text import ImageTextEvaluation, find_failures
 from harma_ray.retrieval.image_text import bootstrap_interval, chance_recalls
 
-METRICS = Metrics(("r_mean",), objective="r_mean")
+METRICS = Metrics(("r_mean",), objective="r_mean", labels={"txt_r1": "image to text R@1"})
 CAPTIONS = [[f"caption {i}", f"a second one of {i}"] for i in range(24)]
 RECORDS = [
     *({"kind": "step", "step": i, "epoch": i / 5, "loss": 2 / i, "loss_triplet": 1 / i, "loss_contrastive": None,
@@ -40,7 +40,7 @@ def write(folder, split, retrieval, **changes):
     chance = chance_recalls(retrieval.image_of_text, retrieval.texts, num_images=num_images)
     options = {
         "title": "a title",
-        "results": results_table(retrieval.result.metrics, bootstrap_interval(retrieval.result, 50), chance),
+        "results": results_table(METRICS, retrieval.result.metrics, bootstrap_interval(retrieval.result, 50), chance),
         "model": nn.Linear(2, 3),
         "settings": {"optim": {"learning_rate": 0.001}, "seed": 7},
         "records": RECORDS,
@@ -166,7 +166,7 @@ def test_page_of_a_tiny_split_without_labels_intervals_and_records(tmp_path, siz
     captions = [[f"only {i}"] for i in range(size)]
     split = write_split(tmp_path, captions)
     retrieval = random_retrieval(captions)
-    results = results_table(retrieval.result.metrics)
+    results = results_table(METRICS, retrieval.result.metrics)
     path = write(tmp_path / "page", split, retrieval, results=results, records=[])
     assert "No training is on record here." in Page(path).text
     assert (path.parent / "embeddings.png").exists() == (size > 1)
@@ -222,7 +222,7 @@ def test_parameter_table_adds_up():
 def test_results_table_fits_a_terminal():
     retrieval = perfect(CAPTIONS)
     metrics, intervals = retrieval.result.metrics, bootstrap_interval(retrieval.result, 10)
-    lines = str(results_table(metrics, intervals, metrics)).splitlines()
+    lines = str(results_table(METRICS, metrics, intervals, metrics)).splitlines()
     assert max(map(len, lines)) <= 100
     assert len(lines) == 10
     assert lines[3].split() == ["txt_r1", "image", "to", "text", "R@1", *["100.0", "100.0-100.0", "100.0"] * 2]
@@ -230,10 +230,22 @@ def test_results_table_fits_a_terminal():
 
 
 def test_results_table_leaves_out_what_is_unknown():
-    assert str(results_table({"txt_r1": 12.345, "score": 3.0})).splitlines() == [
+    assert str(results_table(METRICS, {"txt_r1": 12.345, "score": 3.0})).splitlines() == [
         "metric                         %",
         "--------------------------------",
         "txt_r1  image to text R@1   12.3",
         "score                        3.0",
     ]
-    assert "chance" not in str(results_table({"r_mean": 1.0}, None, {}))
+    assert "chance" not in str(results_table(METRICS, {"r_mean": 1.0}, None, {}))
+
+
+def test_a_loss_is_no_percentage_and_its_name_is_its_own():
+    metrics = Metrics(("loss_text", "right"), objective="loss_text", lower_is_better=("loss_text",))
+    table = results_table(metrics, {"loss_text": 0.0034567, "right": 12.345, "right_text": 13.0})
+    assert str(table).splitlines() == [
+        "            own pair right   equal captions right too",
+        "metric              figure                     figure",
+        "-----------------------------------------------------",
+        "loss_text         0.003457",
+        "right                 12.3                       13.0",
+    ]

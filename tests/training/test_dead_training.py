@@ -78,7 +78,7 @@ def test_a_page_shows_what_is_wrong_and_what_to_try(dead, tmp_path):
         tmp_path / "page",
         title="t",
         subtitle="s",
-        results=results_table(report["metrics"]["val"]),
+        results=results_table(task.metrics, report["metrics"]["val"]),
         sections=[],
         model=task.new_model(),
         settings={},

@@ -13,6 +13,7 @@ from torch import Tensor
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
+from harma_ray.retrieval import composed
 
 QUERIES: Mapping[str, str] = {
     "combiner": "the Combiner's",
@@ -27,6 +28,13 @@ BASELINE_METRICS: Mapping[str, str] = {
     "text": "text_only_r_mean",
 }
 """Where an evaluation of the model's own queries has the `r_mean` of others."""
+LABELS: Mapping[str, str] = {
+    **composed.LABELS,
+    "sum_r_mean": "by the sum of both",
+    "image_only_r_mean": "by the reference alone",
+    "text_only_r_mean": "by the text alone",
+}
+"""What metrics stand for."""
 
 
 def compose(

@@ -36,7 +36,7 @@ from harma_ray.models.fingerprints import backbone_fingerprint, built_from
 from harma_ray.models.losses import composed_loss
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir.inputs import Inputs, ItemTransform, TripletTransform
-from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, QUERIES, compose
+from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, QUERIES, compose
 from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
 from harma_ray.retrieval.encoding import encode_texts
@@ -94,7 +94,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
         selection, model = config.selection, config.model
-        self.metrics = Metrics(get_args(Criterion), objective=selection.criterion, also_keep=selection.also_keep)
+        self.metrics = Metrics(get_args(Criterion), selection.criterion, selection.also_keep, labels=LABELS)
         tuned = model.tuned if isinstance(model, TunedClipConfig) else ""
         seed = model.tuned_seed if isinstance(model, TunedClipConfig) and tuned else config.seed
         self.backbone = TunedClip(model.architecture, model.pretrained, seed, model.activation, tuned)

@@ -51,7 +51,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
     def __init__(self, config: HarmaConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
-        self.metrics = Metrics(RetrievalResult.METRICS, objective="r_mean")
+        self.metrics = Metrics(RetrievalResult.METRICS, objective="r_mean", labels=RetrievalResult.LABELS)
         model = config.model
         self.backbone = ClipBackbone(model.architecture, model.pretrained, config.seed, model.activation)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from harma_ray.report import page
 from harma_ray.tune.results import Confirmation, SearchResults
@@ -21,11 +22,12 @@ def confirmed_section(results: SearchResults) -> str:
         )
         return page.paragraph(text) + page.command(command)
     names = list(dict.fromkeys(name for confirmation in results.confirmations for name in confirmation.metrics))
+    shows = {name: partial(results.metrics.show, name.split(" ")[1]) for name in names}
     columns, groups = [("metric", names)], []
     for confirmation in results.confirmations:
-        seeds = [confirmation.metrics.get(name, ()) for name in names]
-        columns += [("mean ± s.d.", [_mean_and_deviation(values) for values in seeds])]
-        columns += [("each seed", [", ".join(f"{value:.2f}" for value in values) for values in seeds])]
+        seeds = [(confirmation.metrics.get(name, ()), show) for name, show in shows.items()]
+        columns += [("mean ± s.d.", [_mean_and_deviation(values, show) for values, show in seeds])]
+        columns += [("each seed", [", ".join(map(show, values)) for values, show in seeds])]
         groups.append((confirmation.title, 2))
     parts = [page.table(columns, num_text_columns=1, groups=groups)]
     published = next((c for c in results.confirmations if c.number == 0), None)
@@ -48,7 +50,8 @@ def _compare(other: Confirmation, published: Confirmation, objective: Target) ->
     for name in [name for name in shared if name.endswith(f" {objective.metric}")]:
         first, second = other.metrics[name], published.metrics[name]
         difference = statistics.fmean(first) - statistics.fmean(second)
-        text = f"{name}, {other.title} against {published.title}: the difference of {difference:+.2f} points is "
+        shown = objective.show(difference, sign=True) + (" points" if objective.maximize else "")
+        text = f"{name}, {other.title} against {published.title}: the difference of {shown} is "
         errors = standard_errors(first, second)
         if errors is None:
             text += "of unknown worth, because its spread is unknown; confirm with more seeds."
@@ -71,8 +74,8 @@ def standard_errors(first: Sequence[float], second: Sequence[float]) -> float | 
     return (statistics.fmean(first) - statistics.fmean(second)) / error if error else None
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
+def _mean_and_deviation(values: Sequence[float], show: Callable[[float], str]) -> str:
     if not values:
         return "–"
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
+    deviation = f" ± {show(statistics.stdev(values))}" if len(values) > 1 else ""
+    return f"{show(statistics.fmean(values))}{deviation}"

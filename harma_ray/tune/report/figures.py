@@ -49,15 +49,15 @@ def draw_history(results: SearchResults) -> bytes | None:
         axes.plot(failed, [0.0] * len(failed), "x", color=drawing.FAILED, markersize=6, clip_on=False, label="failed",
                   transform=axes.get_xaxis_transform(), zorder=4)  # fmt: skip
     for trial in trials:
-        value = trial.value
+        value, shown = trial.value, results.objective.show(trial.value)
         if trial.number == results.best:
             axes.scatter(trial.number, value, s=130, marker="*", c=drawing.BEST, zorder=5, linewidths=0)
             side = "right" if trial.number > 0.75 * last > 0 else "left"
-            text = f"{_name(trial, results)}: {value:.2f}"
+            text = f"{_name(trial, results)}: {shown}"
             drawing.note(axes, text, (trial.number, value), (0, 8), ha=side, va="bottom")
         elif trial.number == 0:
             axes.axhline(value, color=drawing.PUBLISHED, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-            text, edge = f"trial 0\n(published)\n{value:.2f}", axes.get_yaxis_transform()
+            text, edge = f"trial 0\n(published)\n{shown}", axes.get_yaxis_transform()
             drawing.note(axes, text, (1, value), (5, 0), ha="left", va="center", xycoords=edge)
     axes.margins(x=0.02, y=0.12)
     drawing.dress(axes, "trial", drawing.label(results.objective), whole=True)

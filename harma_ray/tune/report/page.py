@@ -18,7 +18,6 @@ from harma_ray.tune.report.importance import MIN_TRIALS, importance, partial_par
 from harma_ray.tune.report.parameter_figures import draw_importance, draw_parallel, draw_slices
 from harma_ray.tune.report.scale import end_of_range, short_names, show
 from harma_ray.tune.results import SearchResults, State, TrialResult
-from harma_ray.tune.space.definition import Target
 from harma_ray.tune.space.parameters import Choices, Parameter
 
 PAGE_NAME = "report.html"
@@ -67,12 +66,12 @@ def _best_section(results: SearchResults, file: Path) -> str:
     best, objective, published = results.best_trial, results.objective, results.published
     if best is None:
         return page.paragraph("No trial has come to a value yet.")
-    text = f"{label(objective)}: trial {best.number} ({best.state}) reached {_show_value(best.value, objective)}"
+    text = f"{label(objective)}: trial {best.number} ({best.state}) reached {objective.show(best.value)}"
     if best.number == 0:
         text += ". It is the published setting itself; none that ran to its end was better."
     elif published is not None and published.state != "failed" and published.values:
-        difference = _show_value(best.value - published.value, objective, sign=True)
-        text += f", the published setting (trial 0) {_show_value(published.value, objective)}: {difference}."
+        difference = objective.show(best.value - published.value, sign=True)
+        text += f", the published setting (trial 0) {objective.show(published.value)}: {difference}."
     else:
         text += "; the published setting (trial 0) has no value to compare with."
     searched = results.definition.parameters
@@ -82,7 +81,8 @@ def _best_section(results: SearchResults, file: Path) -> str:
         command = launch_command("train", "--config", file, "--data", results.definition.config.data.path)
         parts += [page.paragraph("To train with it:"), page.command(command)]
     if results.final:
-        parts += [page.subsection(f"Final metrics of {results.final_title} (%)"), _final_table(results)]
+        unit = "" if results.metrics.lower_is_better else " (%)"
+        parts += [page.subsection(f"Final metrics of {results.final_title}{unit}"), _final_table(results)]
     return "\n".join(parts)
 
 
@@ -108,9 +108,10 @@ def _warn_of_ends(searched: Sequence[Parameter], best: TrialResult) -> list[str]
 def _final_table(results: SearchResults) -> str:
     groups = {**results.final, **({"before training": results.baseline} if results.baseline else {})}
     names = list(dict.fromkeys(name for metrics in results.final.values() for name in metrics))
+    kinds = results.metrics
     columns = [("metric", names)]
-    for title, metrics in groups.items():
-        columns.append((title, [f"{metrics[name]:.2f}" if name in metrics else _NO_VALUE for name in names]))
+    for title, found in groups.items():
+        columns.append((title, [kinds.show(name, found[name]) if name in found else _NO_VALUE for name in names]))
     table = page.table(columns, num_text_columns=1)
     if not results.baseline:
         return table
@@ -187,7 +188,7 @@ def _trials_section(results: SearchResults) -> str:
         ("state", [trial.state for trial in trials]),
     ]
     for index, objective in enumerate(results.definition.objectives):
-        cells = [_show_value(trial.values[index], objective) if trial.values else _NO_VALUE for trial in trials]
+        cells = [objective.show(trial.values[index]) if trial.values else _NO_VALUE for trial in trials]
         columns.append((label(objective), cells))
     columns.append(("epochs", [f"{trial.epochs:g}" for trial in trials]))
     columns.append(("seconds", [f"{trial.seconds:,.0f}" for trial in trials]))
@@ -220,11 +221,6 @@ def _best_first(results: SearchResults) -> list[TrialResult]:
 def _show_number(trial: TrialResult, results: SearchResults) -> str:
     names = [*(["published"] if trial.number == 0 else []), *(["best"] if trial.number == results.best else [])]
     return f"{trial.number}\N{NO-BREAK SPACE}({', '.join(names)})" if names else str(trial.number)
-
-
-def _show_value(value: float, objective: Target, *, sign: bool = False) -> str:
-    digits = 0 if objective.metric in ("trainable_parameters", "seconds") else 2
-    return f"{value:{'+' if sign else ''},.{digits}f}"
 
 
 def _show_parameter(parameter: Parameter, trial: TrialResult | None) -> str:
