@@ -19,7 +19,7 @@ from tabulate import tabulate
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.stream import local_batches
-from harma_ray.exchange import export_checkpoint
+from harma_ray.import_export import export_checkpoint
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials

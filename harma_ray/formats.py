@@ -1,13 +1,18 @@
-"""What a recipe says of the files in which other programs keep its weights."""
+"""What a recipe says of the files in which other programs keep its weights.
+
+A recipe needs a format only if its paper's own program has files: what is trained is written and read, and a plain CLIP
+exported, for every recipe alike (`harma_ray.import_export`).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
 from harma_ray.models.foreign import ForeignWeights
@@ -37,16 +42,22 @@ class ForeignFormat(ABC):
 
     settings: type[RunConfig]
     """Of runs that are written in this format."""
-    needs_clip = False
-    """Whether a file holds a part of a model alone, which goes on top of a CLIP that is given beside it."""
+    mark: str = ""
+    """A tensor that its models have and nothing else; empty: they are found as CLIPs."""
+    part: str = ""
+    """What of a model a file holds, if that goes on top of a CLIP which is given beside it; empty: all of it."""
 
     @abstractmethod
-    def recognise(self, weights: ForeignWeights) -> bool:
-        """Tells whether a file is one of these."""
+    def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
+        """Returns a file's weights under the names of the paper's program, if it is one of these, else None."""
 
     @abstractmethod
     def describe(self, weights: ForeignWeights) -> str:
         """Says in a line what a file is."""
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Returns lines on the sizes of what the paper adds, under its program's names or this one's."""
+        return []
 
     @abstractmethod
     def load(self, weights: ForeignWeights, config: RunConfig) -> nn.Module:
@@ -61,17 +72,16 @@ class ForeignFormat(ABC):
         """Builds what an import makes a run of.
 
         Args:
-            weights: The file's.
+            weights: What `claim` returned.
             config: Settings, of any recipe; sizes are taken from the file.
             kept: Where the model's CLIP will lie if the run is to keep it.
-            clip: The CLIP beneath, for a format that needs one: a run, a file, or a tag of open_clip.
+            clip: The CLIP beneath, for a `part` that needs one: a run, a file, or a tag of open_clip.
 
         Raises:
             UserError: As `load`, or if the CLIP is missing or another one.
         """
 
-    @abstractmethod
-    def check_export(self, run: StoredRun, format: str) -> None:
+    def check_export(self, run: StoredRun, format: str) -> None:  # noqa: B027
         """Raises UserError if a run cannot be written as ``released``, ``adapter`` or ``open_clip``."""
 
     @abstractmethod
@@ -81,8 +91,3 @@ class ForeignFormat(ABC):
         Raises:
             UserError: If the paper's program could not read it right.
         """
-
-
-def as_lines(notes: list[str]) -> str:
-    """Returns notes as lines."""
-    return "".join(f"{note}\n" for note in notes)

@@ -2,8 +2,6 @@
 
 import torch
 
-from harma_ray.models.fingerprints import backbone_fingerprint
-from harma_ray.recipes import make_task
 from harma_ray.runs import create_run
 from harma_ray.settings import config_hash
 from harma_ray.training.checkpoint import CheckpointMeta, save_checkpoint
@@ -12,8 +10,8 @@ from harma_ray.training.checkpoint import CheckpointMeta, save_checkpoint
 def make_random_run(runs, name, config):
     """Makes a run with one checkpoint, in which 0.1 x noise is added to all that its recipe trains."""
     run = create_run(runs, name, config)
-    model = make_task(config).new_model()
-    backbone, generator = backbone_fingerprint(model), torch.Generator().manual_seed(1)
+    model = run.task.new_model()
+    backbone, generator = run.task.backbone.fingerprint(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

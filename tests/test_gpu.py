@@ -8,7 +8,7 @@ import torch
 
 from harma_ray.config import TrainConfig
 from harma_ray.data.stream import Worker, local_batches
-from harma_ray.exchange import load_model
+from harma_ray.import_export import load_model
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints

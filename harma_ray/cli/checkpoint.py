@@ -12,13 +12,13 @@ def add_commands(commands: Any) -> None:
     """Adds ``checkpoint import``, ``export`` and ``show``."""
     parser = commands.add_parser("checkpoint", help="import, export or show weights", description="Weights of others.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    text = "Turn a released HarMA, CLIP4Cir, GeoRSCLIP or open_clip file into a run or a backbone file."
+    text = "Turn a file that a paper's program, GeoRSCLIP or open_clip wrote into a run or a backbone file."
     made = shared.make_command(verbs, "import", _import, text)
     made.add_argument("file", help=".pth, .pt or .safetensors")
     made.add_argument("--recipe", required=True, help="recipe that the weights belong to")
     made.add_argument("--out", required=True, help="folder to make")
-    made.add_argument("--clip", metavar="FILE", help="for a Combiner: the CLIP that it was trained on; a file, a run "
-                      "of the first stage, or openai")  # fmt: skip
+    made.add_argument("--clip", metavar="FILE", help="for a part of a model: the CLIP that it was trained on; a file, "
+                      "a run of an earlier stage, or a tag such as openai")  # fmt: skip
     made.add_argument("--section", default="", metavar="NAME", help="which of several models in the file, such as ema")
     shared.add_settings(made)
     made = shared.make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from harma_ray.exchange import import_checkpoint
+    from harma_ray.import_export import import_checkpoint
     from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import recipe_config
     from harma_ray.settings import build_config, parse_overrides
@@ -42,7 +42,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from harma_ray.exchange import export_checkpoint
+    from harma_ray.import_export import export_checkpoint
     from harma_ray.runs import open_run
 
     path = export_checkpoint(
@@ -52,6 +52,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from harma_ray.exchange import describe_file
+    from harma_ray.import_export import describe_file
 
     print(describe_file(options.path))

@@ -15,8 +15,8 @@ from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
-from harma_ray.exchange import export_checkpoint
 from harma_ray.files import output_path
+from harma_ray.import_export import export_checkpoint
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare

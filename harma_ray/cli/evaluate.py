@@ -117,7 +117,7 @@ def _add_predict(commands: Any) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from harma_ray.exchange import load_model
+    from harma_ray.import_export import load_model
     from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task
     from harma_ray.recipes.clip4cir.queries import QUERIES

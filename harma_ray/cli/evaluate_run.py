@@ -17,8 +17,8 @@ from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Section
-from harma_ray.exchange import load_model
 from harma_ray.files import output_path, write_text
+from harma_ray.import_export import load_model
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import evaluate_on_workers
 from harma_ray.preflight import absolute_paths
@@ -45,7 +45,7 @@ def evaluate_and_print(
 
     Args:
         config: Settings of the model and the data.
-        file: A run's folder or another file of weights, see `harma_ray.exchange.load_model`; None = as built.
+        file: A run's folder or another file of weights, see `harma_ray.import_export.load_model`; None = as built.
         split: Name of the split.
         json_file: Where the figures go.
         report: Folder of the page.

@@ -25,7 +25,7 @@ from harma_ray.models.architectures import (
     tokenizer_of,
 )
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
-from harma_ray.models.foreign import ForeignWeights, fitted, read_foreign
+from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, fitted, read_foreign
 from harma_ray.models.weights import check_fit
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ Activation = Literal["", "gelu", "quick_gelu"]
 """What the user says that weights were trained with; nothing: what the file says."""
 RANDOM = "random"
 """Weights that are drawn."""
+_SHOW = "launch.py checkpoint show"
 _SPOKEN = {False: "plain GELU", True: "quick GELU"}
 
 
@@ -154,7 +155,7 @@ class ClipBackbone(Backbone):
     def notes(self) -> tuple[str, ...]:
         """Returns how the CLIP is found in a file; nothing for a tag, or a file with a bare state dict."""
         is_file = _is_file(self.architecture, self.pretrained)
-        return read_foreign(self.pretrained, only="clip", data=False).notes if is_file else ()
+        return read_foreign(self.pretrained, data=False).notes if is_file else ()
 
 
 def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation: Activation = "") -> nn.Module:
@@ -180,7 +181,7 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation:
     if pretrained == RANDOM:
         return _create(architecture, None, seed)
     if _is_file(architecture, pretrained):
-        return load_clip(architecture, read_foreign(pretrained, only="clip"), activation=activation)[0]
+        return load_clip(architecture, read_foreign(pretrained), activation=activation)[0]
     try:
         return _create(architecture, pretrained, seed)
     except (OSError, RuntimeError) as error:
@@ -222,8 +223,16 @@ def check_pretrained(architecture: str, pretrained: str, activation: Activation 
         UserError: unknown architecture or tag, weights of the other activation, a file that is missing or no CLIP's.
     """
     _check_names(architecture, pretrained)
-    if _is_file(architecture, pretrained):
-        _require_clip(architecture, read_foreign(pretrained, only="clip", data=False), activation)
+    if not _is_file(architecture, pretrained):
+        return
+    weights, expected = read_foreign(pretrained, data=False), outline_clip(architecture).state_dict()
+    _require_clip(architecture, weights, activation)
+    strange = [name for name in fitted(expected, weights.tensors)[0] if name not in expected]
+    if strange:
+        raise UserError(
+            f"{weights.path} does not fit `{architecture}`: {len(strange)} tensors are unexpected, such as "
+            f"{strange[0]}; choose the model it was made for ({_SHOW} says what it holds)"
+        )
 
 
 def _is_file(architecture: str, pretrained: str) -> bool:
@@ -250,7 +259,7 @@ def _check_names(architecture: str, pretrained: str) -> None:
 
 def _require_clip(architecture: str, weights: ForeignWeights, activation: Activation) -> None:
     """Raise UserError unless a file's weights are those of a CLIP with the architecture's activation."""
-    if weights.kind != "clip":
+    if weights.mark != CLIP_MARK:
         raise UserError(f"{weights.path} must hold a CLIP under open_clip's names; {_no_clip(weights)}")
     check_file_activation(architecture, weights, activation)
     if weights.beside:
@@ -259,14 +268,10 @@ def _require_clip(architecture: str, weights: ForeignWeights, activation: Activa
 
 def _no_clip(weights: ForeignWeights) -> str:
     """Say what a file holds instead of a CLIP, and the way out."""
-    if weights.kind == "released":
-        return "it is a released HarMA file, whose CLIP has adapters: launch.py checkpoint import, or --checkpoint"
-    if weights.kind == "combiner":
-        return "it is a CLIP4Cir Combiner, which goes on top of one: launch.py checkpoint import"
     names = list(weights.tensors)
     if any("vision_model." in name for name in names):
         return "its names are those of Hugging Face's transformers; take the file for open_clip of the same model"
-    return f"its names are such as {', '.join(names[:3])}; choose another file"
+    return f"its names are such as {', '.join(names[:3])}; choose another file ({_SHOW} says what this one holds)"
 
 
 def _create(architecture: str, tag: str | None, seed: int) -> nn.Module:

@@ -7,10 +7,10 @@ known by names that every model of its kind has, so any section and any prefix w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,8 @@ from harma_ray.errors import UserError
 from harma_ray.models.containers import Container, read_container
 from harma_ray.models.inert import Inert
 
-Kind = Literal["clip", "released", "combiner", "other"]
-
 CLIP_MARK = "token_embedding.weight"
 """A tensor that every CLIP has, beside those under `visual.`."""
-COMBINER_MARK = "combiner_layer.weight"
-"""A tensor that every Combiner has, and nothing else."""
-ADAPTER_MARK = ".mmadapter."
-"""In names of released HarMA weights."""
 OWN_FORMAT = "harma_ray adapter"
 """What an adapter file of this program says of itself."""
 ACTIVATION = "activation"
@@ -49,24 +43,32 @@ class ForeignWeights:
 
     path: Path
     """The file."""
-    kind: Kind
-    """A CLIP, a CLIP with HarMA's adapters as released, a Combiner, or something else."""
     tensors: Mapping[str, Tensor]
-    """Under the names that open_clip, HarMA's or CLIP4Cir's code gives them; on the CPU, in the file's dtypes."""
+    """Under the names that the model's own program gives them; on the CPU, in the file's dtypes."""
+    mark: str = ""
+    """The tensor by which the model was found, such as `CLIP_MARK`; empty: by none, it is of no known kind."""
     section: str = ""
     """Where in the file they lie, such as ``state_dict``; empty: at the top."""
     prefix: str = ""
     """What stood before every name."""
-    beside: tuple[str, ...] = ()
-    """Tensors beside the model that were left out."""
-    notes: tuple[str, ...] = ()
-    """What was done to read it."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of the same section that do not belong to the model."""
+    container_notes: tuple[str, ...] = ()
+    """What was done to get at the section."""
     quick_gelu: bool | None = None
     """Whether it was trained with quick GELU; None: the file does not say."""
     activation_source: str = ""
     """How the file says so."""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    """Texts that a safetensors file carries beside its tensors."""
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    """What the file says beside its tensors: texts of a safetensors file, plain values and mappings of one of torch."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done to read it."""
+        prefix = (f"prefix `{self.prefix}` taken off the names",) if self.prefix else ()
+        names = list(self.beside)
+        left_out = (f"{len(names)} tensors without that prefix left out: {_few(names)}",) if names else ()
+        return (*self.container_notes, *prefix, *left_out)
 
     @property
     def label(self) -> str:
@@ -85,12 +87,14 @@ class _Section:
     classes: frozenset[str] = frozenset()
 
 
-def read_foreign(path: str | Path, *, only: Kind | None = None, section: str = "", data: bool = True) -> ForeignWeights:
+def read_foreign(
+    path: str | Path, marks: Sequence[str] = (CLIP_MARK,), *, section: str = "", data: bool = True
+) -> ForeignWeights:
     """Reads the model of a file without executing anything in it.
 
     Args:
         path: The file; its content counts, not its suffix.
-        only: Leave models of other kinds aside.
+        marks: Names of tensors by which models are known; models of other kinds are left aside.
         section: Which of several models, by its section, its prefix, or both (``ema``, ``student``).
         data: Whether the numbers are wanted, see `harma_ray.models.containers.read_container`.
 
@@ -98,16 +102,14 @@ def read_foreign(path: str | Path, *, only: Kind | None = None, section: str = "
         UserError: If the file is missing, damaged, holds code, no tensors, or several models and none is chosen.
     """
     path = Path(path).expanduser()
-    models = read_models(path, data=data)
-    if only:
-        models = [model for model in models if model.kind == only] or models
+    models = read_models(path, marks, data=data)
     if section:
         chosen = [m for m in models if section in (m.label, m.section, m.prefix.rstrip("."))]
         if len(chosen) != 1:
             raise UserError(f"{path} has no single model `{section}`; there are {_labels(models)}")
         return chosen[0]
     if len(models) > 1 and not data:
-        return read_foreign(path, only=only)  # equal copies are one model, which only the numbers tell
+        return read_foreign(path, marks)  # equal copies are one model, which only the numbers tell
     if len(models) > 1:
         raise UserError(
             f"{path} holds {len(models)} models that differ: {_labels(models)}; take one out with launch.py checkpoint "
@@ -116,20 +118,22 @@ def read_foreign(path: str | Path, *, only: Kind | None = None, section: str = "
     return models[0]
 
 
-def read_models(path: Path, *, data: bool = True) -> list[ForeignWeights]:
+def read_models(path: Path, marks: Sequence[str] = (CLIP_MARK,), *, data: bool = True) -> list[ForeignWeights]:
     """Reads all models of a file, equal copies once; arguments and errors as for `read_foreign`."""
     container = read_container(path, data=data)
     sections = list(_sections(container.content))
     if not sections:
         raise UserError(f"{path} must hold tensors under their names, got {_describe(container.content)}")
+    found = [model for section in sections for model in _models_of(path, container, section, marks)]
     if container.metadata.get("format") == OWN_FORMAT:
-        return [ForeignWeights(path, "other", sections[0].tensors, metadata=container.metadata)]
-    found = [model for section in sections for model in _models_of(path, container, section)]
+        found, sections = [], sections[:1]
     if not found:
         plain = [section for section in sections if not any(word in ".".join(section.path) for word in _TRAINING)]
         if len(plain) != 1:
             listed = ", ".join(f"`{'.'.join(section.path)}`" for section in plain or sections)
-            raise UserError(f"{path} holds tensors in several sections, and no CLIP or Combiner in any: {listed[:200]}")
+            raise UserError(
+                f"{path} holds tensors in several sections, and no CLIP or other known model in any: {listed[:200]}"
+            )
         return [_unknown(path, container, plain[0])]
     different: list[ForeignWeights] = []
     for model in found:
@@ -138,39 +142,27 @@ def read_models(path: Path, *, data: bool = True) -> list[ForeignWeights]:
     return different
 
 
-def _models_of(path: Path, container: Container, section: _Section) -> Iterator[ForeignWeights]:
+def _models_of(path: Path, container: Container, section: _Section, marks: Sequence[str]) -> Iterator[ForeignWeights]:
     """Finds the models in a section by the names that their kinds have."""
-    marks: tuple[tuple[Kind, str], ...] = (("clip", CLIP_MARK), ("combiner", COMBINER_MARK))
-    for kind, mark in marks:
+    for mark in marks:
         for name in section.tensors:
             prefix = name.removesuffix(mark)
             if not name.endswith(mark) or (prefix and not prefix.endswith(".")):
                 continue
             own = {n.removeprefix(prefix): t for n, t in section.tensors.items() if n.startswith(prefix)}
-            if kind == "clip" and not any(n.startswith("visual.") for n in own):
+            if mark == CLIP_MARK and not any(n.startswith("visual.") for n in own):
                 continue
-            yield _model(path, container, section, kind, prefix, own)
-
-
-def _model(
-    path: Path, container: Container, section: _Section, kind: Kind, prefix: str, own: dict[str, Tensor]
-) -> ForeignWeights:
-    strange = [n for n in section.others if n.startswith(prefix) and "." in n.removeprefix(prefix)]
-    if strange:
-        raise UserError(f"{path} must hold tensors alone in its state dict, got other things under {_few(strange)}")
-    beside = [name for name in section.tensors if not name.startswith(prefix)]
-    if any(ADAPTER_MARK in name for name in own):
-        kind = "released"
-        own = {f"model.{name}": tensor for name, tensor in own.items()}
-        own |= {name.rpartition(".")[2]: section.tensors[name] for name in beside if _is_temperature(name)}
-        own |= {name: section.tensors[name] for name in beside if not _is_temperature(name)}  # nothing may be left over
-        beside = []
-        prefix = prefix.removesuffix("model.").removesuffix("clip.")
-    quick_gelu, source = _activation(path, container, section, own)
-    return ForeignWeights(
-        path, kind, own, ".".join(section.path), prefix, tuple(beside), _notes(container, section, prefix, beside),
-        quick_gelu, source, container.metadata,
-    )  # fmt: skip
+            strange = [n for n in section.others if n.startswith(prefix) and "." in n.removeprefix(prefix)]
+            if strange:
+                raise UserError(
+                    f"{path} must hold tensors alone in its state dict, got other things under {_few(strange)}"
+                )
+            quick_gelu, source = _activation(path, container, section, own)
+            yield ForeignWeights(
+                path, own, mark, ".".join(section.path), prefix,
+                {n: tensor for n, tensor in section.tensors.items() if not n.startswith(prefix)},
+                _container_notes(container, section), quick_gelu, source, _entries(container),
+            )  # fmt: skip
 
 
 def _unknown(path: Path, container: Container, section: _Section) -> ForeignWeights:
@@ -179,10 +171,15 @@ def _unknown(path: Path, container: Container, section: _Section) -> ForeignWeig
     for wrapper in _WRAPPERS * 2:
         if all(name.startswith(wrapper) for name in tensors):
             tensors, prefix = {name.removeprefix(wrapper): t for name, t in tensors.items()}, prefix + wrapper
-    notes = _notes(container, section, prefix, [])
-    return ForeignWeights(
-        path, "other", tensors, ".".join(section.path), prefix, notes=notes, metadata=container.metadata
-    )
+    notes, where = _container_notes(container, section), ".".join(section.path)
+    return ForeignWeights(path, tensors, "", where, prefix, container_notes=notes, entries=_entries(container))
+
+
+def _entries(container: Container) -> dict[str, Any]:
+    content = container.content if isinstance(container.content, Mapping) else {}
+    kinds = (str, int, float, Mapping)
+    plain = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, kinds)}
+    return {**plain, **container.metadata}
 
 
 def _sections(content: Any, path: tuple[str, ...] = ()) -> Iterator[_Section]:
@@ -240,14 +237,10 @@ def _activation(
         return "QuickGELU" in section.classes, "holds its layers' classes"
     if path.name.startswith(_GEORSCLIP):
         return True, "is GeoRSCLIP's, by its name"
-    settings = container.content.get("config") if isinstance(container.content, Mapping) else None
-    model = settings.get("model") if isinstance(settings, Mapping) and "recipe" in settings else None
-    if isinstance(model, Mapping) and isinstance(model.get("architecture"), str):
-        return model["architecture"].endswith("-quickgelu"), "names its architecture"
     return None, ""
 
 
-def _notes(container: Container, section: _Section, prefix: str, beside: list[str]) -> tuple[str, ...]:
+def _container_notes(container: Container, section: _Section) -> tuple[str, ...]:
     notes = []
     if section.module and container.form == "TorchScript":
         notes.append("TorchScript archive: its tensors were read as data, its code was not run")
@@ -262,10 +255,6 @@ def _notes(container: Container, section: _Section, prefix: str, beside: list[st
         notes += [f"left out beside it: {_few(rest)}"] if rest else []
     elif section.others:
         notes.append(f"left out what is no tensor: {_few(list(section.others))}")
-    if prefix:
-        notes.append(f"prefix `{prefix}` taken off the names")
-    if beside:
-        notes.append(f"{len(beside)} tensors without that prefix left out: {_few(beside)}")
     return tuple(notes)
 
 
@@ -304,21 +293,17 @@ def fitted(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple
 def _is_no_weight(name: str, tensor: Tensor) -> bool:
     """Tells whether a tensor is a constant or serves a loss: OpenAI's sizes, masks, positions, SigLIP's bias."""
     leaf = name.rpartition(".")[2]
-    if name.removeprefix("model.") in (*_OPENAI_EXTRAS, "logit_bias", "temp2"):
+    if name.removeprefix("model.") in (*_OPENAI_EXTRAS, "logit_bias"):
         return tensor.numel() == 1
     if leaf == "position_ids":
-        return torch.equal(tensor.flatten().long(), torch.arange(tensor.numel()))
+        return tensor.is_meta or torch.equal(tensor.flatten().long(), torch.arange(tensor.numel()))
     if leaf == "attn_mask" and tensor.ndim == 2 and tensor.is_floating_point():
-        return torch.equal(tensor.float(), torch.full(tensor.shape, -torch.inf).triu(1))
+        return tensor.is_meta or torch.equal(tensor.float(), torch.full(tensor.shape, -torch.inf).triu(1))
     return False
 
 
-def _is_temperature(name: str) -> bool:
-    return name.rpartition(".")[2] in ("temp", "temp2")
-
-
 def _same(one: ForeignWeights, other: ForeignWeights) -> bool:
-    if one.kind != other.kind or one.tensors.keys() != other.tensors.keys():
+    if one.mark != other.mark or one.tensors.keys() != other.tensors.keys():
         return False
     return all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
 

@@ -21,7 +21,7 @@ from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker
 from harma_ray.errors import UserError, WorkerDied, WorkerFailed, find_user_error
 from harma_ray.evaluation import Evaluation
-from harma_ray.exchange import load_model
+from harma_ray.import_export import load_model
 from harma_ray.on_ray.cluster import node_cpus, require_shared_folder, require_visible
 from harma_ray.on_ray.deaths import drop_notes, leave_note, leave_trace, what_happened
 from harma_ray.on_ray.quirks import fit
@@ -83,8 +83,8 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
 
     Args:
         config: Settings; ``data.path`` is the data set.
-        file: The weights; see `harma_ray.exchange.load_model`. Ray Train's own files lie beside them meanwhile, and
-            traces of workers that failed stay there.
+        file: The weights; see `harma_ray.import_export.load_model`. Ray Train's own files lie beside them meanwhile,
+            and traces of workers that failed stay there.
         split: Name of the split.
         cluster: Where.
 

@@ -16,7 +16,7 @@ from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.kinds.base import BadRow
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.splits import list_splits, open_split
-from harma_ray.exchange import load_model
+from harma_ray.import_export import load_model
 from harma_ray.models.backbones import build_clip
 from harma_ray.models.combiner import Combiner
 from harma_ray.models.fingerprints import backbone_fingerprint

@@ -16,7 +16,7 @@ from small_clip import small_clip
 from torch import nn
 
 from harma_ray.errors import UserError
-from harma_ray.models.foreign import fitted, read_foreign, read_models
+from harma_ray.models.foreign import CLIP_MARK, fitted, read_foreign, read_models
 from harma_ray.models.weights import check_fit
 
 STATE = small_clip().state_dict()
@@ -56,7 +56,7 @@ def test_a_model_is_found_under_any_section_and_prefix(tmp_path, content, sectio
     torch.save(content, tmp_path / "file.bin")
     found = read_foreign(tmp_path / "file.bin")
     assert equals_state(found.tensors)
-    assert (found.kind, found.section, found.prefix) == ("clip", section, prefix)
+    assert (found.mark, found.section, found.prefix) == (CLIP_MARK, section, prefix)
     told = "; ".join(found.notes)
     assert all(word in told for word in (section, prefix))
     assert all(name in told for name in content if "." not in name and name not in (*STATE, section.split(".")[0]))
@@ -111,7 +111,7 @@ def test_tensors_beside_the_model_are_left_out_by_name(tmp_path):
     torch.save({**prefixed("clip."), "head.weight": torch.ones(2)}, tmp_path / "probe.pt")
     found = read_foreign(tmp_path / "probe.pt")
     assert equals_state(found.tensors)
-    assert found.beside == ("head.weight",)
+    assert found.beside.keys() == {"head.weight"}
     assert "1 tensors without that prefix left out: head.weight" in found.notes
 
 

@@ -9,7 +9,7 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
-from harma_ray.exchange import load_model
+from harma_ray.import_export import load_model
 from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.recipes import RECIPES, make_task, recipe_config
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig

@@ -1,11 +1,10 @@
 """CLIP4Cir's released files, in and out: a fine-tuned CLIP under ``CLIP``, a Combiner under ``Combiner``.
 
-A CLIP comes in as a backbone, like any other (`harma_ray.exchange`); a Combiner is read here.
+A CLIP comes in as a backbone, like any other (`harma_ray.import_export`); a Combiner is read here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import activation_twin, computes_quick_gelu
 from harma_ray.models.composed import ComposedRetriever
-from harma_ray.models.containers import read_container
 from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import ForeignWeights, read_foreign
 from harma_ray.models.weights import check_fit
@@ -28,17 +26,17 @@ from harma_ray.shell import launch_command
 from harma_ray.task import StoredRun
 
 _TRAINED_ON = "trained_on"
-"""Where a Combiner's file names the CLIP that it was trained on, by its fingerprint."""
+"""Where a Combiner's file names the CLIP that it was trained on, by its fingerprint; those of the paper name none."""
 
 
 class Clip4CirFile(ForeignFormat):
     """A Combiner, which is one with the CLIP that it was trained on; written, a fine-tuned CLIP as well."""
 
-    settings, needs_clip = Clip4CirConfig, True
+    settings, mark, part = Clip4CirConfig, "combiner_layer.weight", "a Combiner"
 
-    def recognise(self, weights: ForeignWeights) -> bool:
-        """Tells whether a file holds a Combiner."""
-        return weights.kind == "combiner"
+    def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
+        """Returns a Combiner as it is."""
+        return weights if weights.mark == self.mark else None
 
     def describe(self, weights: ForeignWeights) -> str:
         """Says its sizes."""
@@ -68,7 +66,7 @@ class Clip4CirFile(ForeignFormat):
         config = build_config(config, sizes, origin=str(path))
         task, architecture = Clip4CirTask(config), config.model.architecture
         model = task.new_model()
-        fingerprint, named = task.backbone.fingerprint(model), _trained_on(path)
+        fingerprint, named = task.backbone.fingerprint(model), str(weights.entries.get(_TRAINED_ON, ""))
         _load_combiner(model, weights, named, fingerprint, source, architecture)
         is_kept = not open_clip.is_pretrained_cfg(architecture, config.model.pretrained) or bool(config.model.tuned)
         if is_kept:
@@ -111,7 +109,7 @@ def _paired(config: CombinerConfig, clip: StoredRun | str) -> tuple[CombinerConf
 def _knows_activation(clip: StoredRun | str) -> bool:
     """Tells whether it is known which activation a CLIP was trained with; of a file, if it says so."""
     file = Path(clip).expanduser() if isinstance(clip, str) else None
-    return not (file and file.is_file()) or read_foreign(file, only="clip", data=False).quick_gelu is not None
+    return not (file and file.is_file()) or read_foreign(file, data=False).quick_gelu is not None
 
 
 def _load_combiner(
@@ -133,13 +131,6 @@ def _load_combiner(
     assert model.combiner is not None
     check_fit(model.combiner.state_dict(), state, f"{path} (for `{architecture}`)")
     model.combiner.load_state_dict(dict(state))
-
-
-def _trained_on(path: Path) -> str:
-    """Returns the fingerprint of the CLIP that a Combiner's file names; files of CLIP4Cir's own program name none."""
-    content = read_container(path, data=False).content
-    named = content.get(_TRAINED_ON) if isinstance(content, Mapping) else None
-    return named if isinstance(named, str) else ""
 
 
 def _sizes(weights: ForeignWeights) -> str:

@@ -1,24 +1,56 @@
-"""HarMA's released files in and out; their tensors' names are `harma_ray.models.released`'s."""
+"""HarMA's released files in and out.
+
+A released file is `{"model": state dict, "config": ...}`. The names in the state dict are `model.`, open_clip's own
+names, `...resblocks.{i}.mmadapter.` and `...resblocks.{i}.gate1`, and `temp`: 650 tensors for ViT-B/32, and the
+temperature. The released code knows one size (width 128, shared width 64, 8 heads) and attends to all 77 positions
+(`text_tokens: full`); the number of heads is not in the file.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
-from harma_ray.formats import ForeignFormat, Reading, as_lines
+from harma_ray.formats import ForeignFormat, Reading
+from harma_ray.models.adapters import GatedAdapter
 from harma_ray.models.architectures import guess_architecture
 from harma_ray.models.backbones import check_file_activation
 from harma_ray.models.clip import DualEncoder
 from harma_ray.models.fingerprints import backbone_fingerprint
-from harma_ray.models.foreign import ADAPTER_MARK, ForeignWeights
-from harma_ray.models.released import from_released, to_released
+from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, fitted
+from harma_ray.models.weights import check_fit
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.recipes.harma.task import HarmaTask
 from harma_ray.settings import build_config, to_dict
 from harma_ray.task import StoredRun
+
+_MARK = ".mmadapter."
+"""In names of released weights, and no others."""
+_PREFIX = "model."
+_ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+_LINEAR = ("weight", "bias")
+_SHARED = "mmadapter.BiShareAdapterxx"
+
+# Names inside a block: after `mlp.adapter.` here, after `resblocks.{i}.` there.
+_NAMES = {
+    "gate": "gate1",
+    "bottleneck.gate": "mmadapter.gate1",
+    **{f"bottleneck.down.{part}": f"mmadapter.img_proj_down.{part}" for part in _LINEAR},
+    **{f"bottleneck.up.{part}": f"mmadapter.img_proj_up.{part}" for part in _LINEAR},
+    **{f"bottleneck.attention.{part}": f"mmadapter.multihead_attention.{part}" for part in _ATTENTION},
+    "bottleneck.shared.gate": f"{_SHARED}.gate1",
+    **{f"bottleneck.shared.l1.{part}": f"{_SHARED}.l1.{part}" for part in _LINEAR},
+    **{f"bottleneck.shared.l2.{part}": f"{_SHARED}.l2.{part}" for part in _LINEAR},
+    **{f"bottleneck.shared.attention.{part}": f"{_SHARED}.multihead_attention1.{part}" for part in _ATTENTION},
+}
+_TEMPERATURES = {"temperature": "temp", "affiliation_temperature": "temp2"}
 
 
 class HarmaFile(ForeignFormat):
@@ -26,13 +58,37 @@ class HarmaFile(ForeignFormat):
 
     settings = HarmaConfig
 
-    def recognise(self, weights: ForeignWeights) -> bool:
-        """Tells whether a file is one of these."""
-        return weights.kind == "released"
+    def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
+        """Returns a CLIP with HarMA's adapters under the released names, the temperatures beside it with it."""
+        if weights.mark != CLIP_MARK or not any(_MARK in name for name in weights.tensors):
+            return None
+        tensors = {_PREFIX + name: tensor for name, tensor in weights.tensors.items()}
+        for name, tensor in weights.beside.items():  # nothing may be left over
+            leaf = name.rpartition(".")[2]
+            tensors[leaf if leaf in _TEMPERATURES.values() else name] = tensor
+        prefix = weights.prefix.removesuffix(_PREFIX).removesuffix("clip.")
+        found = replace(weights, tensors=tensors, prefix=prefix, beside={})
+        config = weights.entries.get("config")
+        model = config.get("model") if isinstance(config, Mapping) and "recipe" in config else None
+        name = model.get("architecture") if isinstance(model, Mapping) else None
+        if weights.quick_gelu is not None or not isinstance(name, str):
+            return found
+        return replace(found, quick_gelu=name.endswith("-quickgelu"), activation_source="names its architecture")
 
     def describe(self, weights: ForeignWeights) -> str:
         """Says which architectures it can be."""
         return f"released HarMA file {weights.path}: {guess_architecture(weights.tensors)}"
+
+    def sizes(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Returns how many adapters there are, and their widths."""
+
+        def widths(pattern: str) -> list[int]:
+            return [len(tensor) for name, tensor in tensors.items() if re.search(pattern, name)]
+
+        adapters = widths(r"(img_proj_down|bottleneck\.down)\.weight$")
+        shared = widths(r"(BiShareAdapterxx|shared)\.l1\.weight$")
+        width, inner = ("/".join(str(width) for width in sorted(set(found))) for found in (adapters, shared))
+        return [f"adapters    {len(adapters)}, width {width}, shared width {inner or 'none'}"] if adapters else []
 
     def load(self, weights: ForeignWeights, config: RunConfig) -> DualEncoder:
         """Builds the dual encoder, adapters and all."""
@@ -41,25 +97,24 @@ class HarmaFile(ForeignFormat):
     def read(self, weights: ForeignWeights, config: RunConfig, kept: Path, clip: StoredRun | str | None) -> Reading:
         """Builds the dual encoder and the settings with its sizes."""
         model, config, notes = _build(weights, config)
-        fingerprint = backbone_fingerprint(model)
+        fingerprint, adapter = backbone_fingerprint(model), config.adapter
+        told = (
+            f"{len(weights.tensors)} tensors; adapters of width {adapter.width}, shared width {adapter.shared_width}; "
+            f"backbone fingerprint {fingerprint[:12]}"
+        )
         return Reading(
             model,
             build_config(config, {"model.pretrained": str(kept)}),
             fingerprint,
-            as_lines([*weights.notes, *notes])
-            + f"{len(weights.tensors)} tensors; adapters of width {config.adapter.width}, shared width "
-            f"{config.adapter.shared_width}; backbone fingerprint {fingerprint[:12]}",
+            "\n".join([*weights.notes, *notes, told]),
             knows_activation=weights.quick_gelu is not None or bool(config.model.activation),
         )
 
     def check_export(self, run: StoredRun, format: str) -> None:
-        """Raises UserError for a plain CLIP of a model with adapters, and for what was trained of none."""
+        """Raises UserError for a plain CLIP of a model with adapters."""
         assert isinstance(run.config, HarmaConfig)
-        tuning = run.config.model.tuning
-        if format == "open_clip" and tuning == "adapters":
+        if format == "open_clip" and run.config.model.tuning == "adapters":
             raise UserError("a model with adapters is no plain CLIP; export it as `released` or `adapter`")
-        if format == "adapter" and tuning == "none":
-            raise UserError(f"run {run.path} trained nothing (model.tuning is none); export it as `open_clip`")
 
     def write(self, model: DualEncoder, run: StoredRun, epoch: float, path: Path) -> None:
         """Writes the ``.pth``: all weights, and the settings."""
@@ -71,7 +126,7 @@ def _build(weights: ForeignWeights, config: RunConfig) -> tuple[DualEncoder, Har
     """Builds the model of a file, settings with the sizes that its shapes show, and what was left out."""
     if not isinstance(config, HarmaConfig):
         raise UserError(f"{weights.path} is a released HarMA file; give a recipe of HarMA, got {config.recipe}")
-    adapters = {n.rpartition(ADAPTER_MARK)[2]: t for n, t in weights.tensors.items() if ADAPTER_MARK in n}
+    adapters = {n.rpartition(_MARK)[2]: t for n, t in weights.tensors.items() if _MARK in n}
     sizes = {name: len(tensor) for name, tensor in adapters.items() if tensor.ndim}
     changes = {
         "model.pretrained": "random",
@@ -86,3 +141,61 @@ def _build(weights: ForeignWeights, config: RunConfig) -> tuple[DualEncoder, Har
         return model, config, from_released(weights.tensors, model)
     except UserError as error:
         raise UserError(f"{weights.path}: {error}") from error
+
+
+def to_released(model: DualEncoder) -> dict[str, Tensor]:
+    """Return a model's tensors under the released names.
+
+    Args:
+        model: a dual encoder with adapters, S in the text tower only.
+
+    Returns:
+        Name to tensor; the tensors are the model's own, detached, not copies.
+
+    Raises:
+        UserError: the model has no adapters, or shares S across modalities, which the released layout cannot say.
+    """
+    names = _released_names(model)
+    return {names[name]: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def from_released(state_dict: Mapping[str, Tensor], model: DualEncoder) -> list[str]:
+    """Load released weights, the backbone included; nothing may be missing and nothing left over.
+
+    Args:
+        state_dict: the `model` part of a released file; names under `model.` and `temp`.
+        model: a dual encoder with adapters of the same size; changed in place, only if everything fits.
+
+    Returns:
+        What was left out because it is no weight of this model, such as the temperature of a loss that is off.
+
+    Raises:
+        UserError: lists the missing, the left-over and the misshapen tensors by their released names.
+    """
+    names = _released_names(model)
+    own = model.state_dict()
+    expected = {names[name]: tensor for name, tensor in own.items()}
+    unused = [name for name in _TEMPERATURES.values() if name in state_dict and name not in expected]
+    given, notes = fitted(expected, {name: tensor for name, tensor in state_dict.items() if name not in unused})
+    check_fit(expected, given, "the released state dict")
+    with torch.no_grad():
+        model.load_state_dict({name: given[names[name]] for name in own})
+    return [*notes, *(f"left out, as no loss here uses it: {name}" for name in unused)]
+
+
+def _released_names(model: DualEncoder) -> dict[str, str]:
+    """Map every name of the model's state dict to its released name."""
+    names = {name: name for name in model.state_dict()}
+    stages = [(name, stage) for name, stage in model.named_modules() if isinstance(stage, GatedAdapter)]
+    if not stages:
+        raise UserError("released weights belong to a model with adapters, got one without; insert them first")
+    for path, stage in stages:
+        if path.startswith("clip.visual.") and stage.bottleneck.shared is not None:
+            raise UserError(
+                "the released layout has no shared adapter in the image tower, but this model has "
+                "`share_across_modalities`; build it without"
+            )
+        block = path.removesuffix(".mlp.adapter")
+        names.update({f"{path}.{part}": f"{block}.{_NAMES[part]}" for part in stage.state_dict()})
+    renamed = {name: _PREFIX + new.removeprefix("clip.") for name, new in names.items()}
+    return renamed | {name: new for name, new in _TEMPERATURES.items() if name in renamed}

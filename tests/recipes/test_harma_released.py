@@ -7,7 +7,7 @@ from harma_ray.errors import UserError
 from harma_ray.models.adapters import set_tuning
 from harma_ray.models.clip import DualEncoder
 from harma_ray.models.foreign import read_foreign
-from harma_ray.models.released import from_released, to_released
+from harma_ray.recipes.harma.released import HarmaFile, from_released, to_released
 
 ATTENTION = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 
@@ -103,8 +103,9 @@ def test_a_released_file_is_understood_under_other_prefixes(tmp_path, prefix):
     outer = prefix.removesuffix("model.").removesuffix("clip.")
     wrapped = {prefix + n.removeprefix("model.") if n != "temp" else f"{outer}temp": t for n, t in released.items()}
     torch.save({"model": wrapped, "config": {"batch_size": 4}}, tmp_path / "harma.pth")
-    found = read_foreign(tmp_path / "harma.pth")
-    assert (found.kind, found.prefix) == ("released", outer)
+    found = HarmaFile().claim(read_foreign(tmp_path / "harma.pth"))
+    assert found.prefix == outer
+    assert not any("left out: temp" in note or "model." in note for note in found.notes)
     from_released(found.tensors, model)
     assert torch.equal(to_released(model)["model.visual.proj"], released["model.visual.proj"])
 

@@ -4,12 +4,14 @@ import shutil
 
 import pytest
 import torch
+from random_runs import make_random_run
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from toy_language import register, toy_config
 
-from harma_ray import exchange
+from harma_ray import import_export
 from harma_ray.errors import UserError
-from harma_ray.exchange import describe_file, export_checkpoint, import_checkpoint, load_model
+from harma_ray.import_export import describe_file, export_checkpoint, import_checkpoint, load_model
 from harma_ray.models import weights
 from harma_ray.models.backbones import build_clip
 from harma_ray.models.fingerprints import backbone_fingerprint
@@ -183,7 +185,7 @@ def test_a_full_disk_leaves_nothing_half_made(random_run, released, tmp_path, mo
     def full(*arguments, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    for module in (exchange, weights):
+    for module in (import_export, weights):
         monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         import_checkpoint(released, random_run.config, tmp_path / "imported")
@@ -244,3 +246,27 @@ def test_show_knows_a_hugging_face_folder(tmp_path):
     assert told.startswith(f"Hugging Face folder {tmp_path}\nweights     fingerprint ")
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
     assert describe_file(tmp_path) != told
+
+
+def test_a_recipe_without_files_of_its_paper_exports_what_it_trained(monkeypatch, tmp_path, random_run):
+    register(monkeypatch)
+    run = make_random_run(tmp_path, "toy", toy_config())
+    path = export_checkpoint(run, "adapter", tmp_path / "toy.safetensors")
+    trained, again = run.load_model().state_dict(), load_model(path, run.config).state_dict()
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+    assert f"adapter file {path} of recipe toy, for letters with fingerprint letters" in describe_file(path)
+    with pytest.raises(UserError, match="recipe toy has no files of its own here; export it as `adapter`"):
+        export_checkpoint(run, "released", tmp_path / "toy.pth")
+    with pytest.raises(UserError, match="recipe toy is not built on a CLIP"):
+        export_checkpoint(run, "open_clip", tmp_path / "clip.safetensors")
+    zero_shot = make_random_run(tmp_path, "none", build_config(random_run.config, {"model.tuning": "none"}))
+    with pytest.raises(UserError, match="trained nothing; export it as `open_clip`"):
+        export_checkpoint(zero_shot, "adapter", tmp_path / "nothing.safetensors")
+
+
+def test_a_released_file_says_its_activation_by_the_architecture_that_it_names(released, tmp_path):
+    content = torch.load(released, weights_only=True)
+    assert "activation  GELU (it names its architecture)" in describe_file(released)
+    content["config"]["model"]["architecture"] = "ViT-B-32-quickgelu"
+    torch.save(content, tmp_path / "quick.pth")
+    assert "activation  quick GELU (it names its architecture)" in describe_file(tmp_path / "quick.pth")

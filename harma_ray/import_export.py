@@ -1,9 +1,8 @@
-"""Weights in and out: this program's adapter files, plain CLIPs, and the formats that the recipes know."""
+"""Weights imported and exported: this program's adapter files, plain CLIPs, and the formats that the recipes know."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,17 @@ from torch import Tensor, nn
 
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, replacing, write_errors
-from harma_ray.formats import ForeignFormat, Reading, as_lines
+from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import guess_architecture
 from harma_ray.models.backbones import ClipBackbone, load_clip
 from harma_ray.models.fingerprints import backbone_fingerprint, folder_fingerprint
-from harma_ray.models.foreign import ADAPTER_MARK, CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
+from harma_ray.models.foreign import CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
 from harma_ray.models.weights import check_fit, save_clip
 from harma_ray.recipes import FORMATS, make_task
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.settings import config_hash, flat_settings, show_override, to_dict
 from harma_ray.shell import command_line, launch_command
+from harma_ray.task import Task
 from harma_ray.training.checkpoint import (
     META_NAME,
     WEIGHTS_NAME,
@@ -39,7 +39,7 @@ from harma_ray.training.checkpoint import (
 EXPORTS = ("released", "adapter", "open_clip")
 BACKBONE_NAME = "backbone.safetensors"
 """The file of a CLIP in the folder of what was imported."""
-_OWN_ADAPTER_MARK = ".mlp.adapter."
+_MARKS = (CLIP_MARK, *(known.mark for known in FORMATS if known.mark))
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,19 @@ def export_checkpoint(
         raise UserError(f"the format must be one of {', '.join(EXPORTS)}, got `{format}`")
     meta, model = read_meta(run.best_checkpoint(metric)), run.load_model(metric)
     own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
-    if own is None:
-        raise UserError(f"recipe {run.config.recipe} writes no files for other programs")
-    own.check_export(run, format)
+    if own is not None:
+        own.check_export(run, format)
+    elif format == "released":
+        raise UserError(f"the paper of recipe {run.config.recipe} has no files of its own here; export it as `adapter`")
+    if format == "adapter" and not meta.trainable:
+        raise UserError(f"run {run.path} trained nothing; export it as `open_clip`")
+    if format == "open_clip":
+        _clip_of(run.config)
     with replacing(path) as partial:
-        if format == "released":
-            own.write(model, run, meta.epoch, partial)
-        elif format == "adapter":
+        if format == "adapter":
             _write_adapters(model, run, meta.backbone, partial)
+        elif format == "released" and own:
+            own.write(model, run, meta.epoch, partial)
         else:
             clip: Any = model.clip
             save_clip(clip, partial)
@@ -95,10 +100,11 @@ def export_checkpoint(
 
 def _write_adapters(model: nn.Module, run: Run, backbone: str, path: Path) -> None:
     """Writes what is trained, and what it belongs to."""
+    of = make_task(run.config).backbone
     metadata = {
         "format": OWN_FORMAT,
         "recipe": run.config.recipe,
-        "architecture": _clip_of(run.config).architecture,
+        "architecture": of.architecture if isinstance(of, ClipBackbone) else of.name,
         "backbone": backbone,
         "config": json.dumps(to_dict(run.config)),
     }
@@ -110,14 +116,13 @@ def import_checkpoint(
 ) -> Imported:
     """Turns a file of others into something this program uses.
 
-    What a recipe's format knows (a released HarMA file, a Combiner) becomes a run; GeoRSCLIP's, CLIP4Cir's or another
-    CLIP becomes a backbone file.
+    What a recipe's format knows becomes a run, another CLIP a backbone file.
 
     Args:
         file: What to read; nothing in it is executed.
         config: Settings of the recipe it belongs to; sizes are taken from the file.
         out: Folder to make; written whole or not at all.
-        clip: The CLIP that a Combiner was trained on: a run, a file, or a tag; see `ForeignFormat.read`.
+        clip: The CLIP that a part of a model was trained on: a run, a file, or a tag; see `ForeignFormat.read`.
         section: Which of several models in the file, see `harma_ray.models.foreign.read_foreign`.
 
     Raises:
@@ -126,15 +131,15 @@ def import_checkpoint(
     path, folder = Path(file).expanduser(), output_path(out)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
-    weights = read_foreign(path, section=section)
-    known = _format_of(weights)
-    if clip is not None and not (known and known.needs_clip):
-        raise UserError(f"`--clip` is for a Combiner, which {path} is not; leave it out")
+    known, weights = _recognised(read_foreign(path, _MARKS, section=section))
+    if clip is not None and not (known and known.part):
+        parts = " or ".join(other.part for other in FORMATS if other.part)
+        raise UserError(f"`--clip` is for {parts}, which {path} is not; leave it out")
     if known:
         is_run = (Path(clip or "").expanduser() / CONFIG_NAME).is_file()
         beneath = open_run(clip) if clip and is_run else clip and str(clip)
         return _make_run(folder, known.read(weights, config, folder / BACKBONE_NAME, beneath))
-    if any(_OWN_ADAPTER_MARK in name for name in weights.tensors):
+    if weights.entries.get("format") == OWN_FORMAT:
         way_out = f"evaluate it with {command_line('--checkpoint', path)}"
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
     backbone = _clip_of(config)
@@ -143,13 +148,11 @@ def import_checkpoint(
         made.mkdir()
         knows_activation = weights.quick_gelu is not None or bool(backbone.activation)
         save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation)
-    return Imported(
-        folder / BACKBONE_NAME,
-        as_lines([*weights.notes, *notes])
-        + f"{len(model.state_dict())} tensors of `{backbone.architecture}`, fingerprint "
-        f"{backbone_fingerprint(model)[:12]}\n"
-        f"use it with {command_line('--set', show_override('model.pretrained', str(folder / BACKBONE_NAME)))}",
-    )
+    kept = folder / BACKBONE_NAME
+    count, fingerprint = len(model.state_dict()), backbone_fingerprint(model)[:12]
+    told = f"{count} tensors of `{backbone.architecture}`, fingerprint {fingerprint}"
+    way_on = f"use it with {command_line('--set', show_override('model.pretrained', str(kept)))}"
+    return Imported(kept, "\n".join([*weights.notes, *notes, told, way_on]))
 
 
 def _make_run(folder: Path, found: Reading) -> Imported:
@@ -171,8 +174,8 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
 
     Args:
         file: A run's folder (its best checkpoint), a checkpoint's folder, an adapter file (``.safetensors``), or a
-            released HarMA ``.pth``, which holds its own backbone and says how wide its adapters are. None = no file:
-            the recipe's backbone as it is, see `Task.baseline_model`.
+            file that a recipe's format knows. None = no file: the recipe's backbone as it is, see
+            `Task.baseline_model`.
         config: Settings that the weights were trained with.
 
     Returns:
@@ -181,9 +184,10 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     Raises:
         UserError: If the file does not fit, listing what does not, or belongs to another backbone.
     """
+    task = make_task(config)
     if file is None:
-        make_task(config).require_backbone()
-        return make_task(config).baseline_model().eval()
+        task.require_backbone()
+        return task.baseline_model().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()
@@ -191,32 +195,29 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         run = path.absolute().parent.parent
         if (run / CONFIG_NAME).is_file():
             _check_settings(to_dict(open_run(run).config), config, path)
-        task = make_task(config)
         model = task.new_model()
         load_weights(path, model, backbone=task.backbone.fingerprint(model))
         return model.eval()
-    weights = read_foreign(path)
-    known = _format_of(weights)
+    known, weights = _recognised(read_foreign(path, _MARKS))
     if known:
         return known.load(weights, config).eval()
-    if weights.kind == "clip":
+    if weights.mark == CLIP_MARK:
         way_out = command_line("--zero-shot", "--set", show_override("model.pretrained", str(path)))
         raise UserError(f"{path} is a plain CLIP; evaluate it with {way_out}")
-    return _load_adapters(weights, config).eval()
+    return _load_adapters(weights, task).eval()
 
 
-def _load_adapters(weights: ForeignWeights, config: Any) -> nn.Module:
-    """Builds a recipe's model with the weights of an adapter file; UserError if it is none, or another backbone's."""
-    path, metadata = weights.path, weights.metadata
+def _load_adapters(weights: ForeignWeights, task: Task) -> nn.Module:
+    """Builds a task's model with the weights of an adapter file; UserError if it is none, or another backbone's."""
+    path, metadata = weights.path, weights.entries
     if metadata.get("format") != OWN_FORMAT:
         raise UserError(
-            f"{path} is neither a released HarMA file (no name has `{ADAPTER_MARK}`) nor an adapter file of this "
-            "program"
+            f"{path} is neither an adapter file of this program nor a released one that a recipe knows (launch.py "
+            "checkpoint show says what it holds)"
         )
-    task = make_task(config)
     model = task.new_model()
     own, backbone = trainable_tensors(model), task.backbone.fingerprint(model)
-    _check_settings(json.loads(metadata.get("config", "{}")), config, path)
+    _check_settings(json.loads(metadata.get("config", "{}")), task.config, path)
     if metadata.get("backbone", backbone) != backbone:
         raise UserError(
             f"{path} was trained on a backbone with fingerprint {metadata['backbone'][:12]}, but this model's is "
@@ -256,51 +257,46 @@ def describe_file(path: str | Path) -> str:
         raise UserError(
             f"{path} does not exist, or is a folder that is neither a run, a checkpoint nor of Hugging Face"
         )
-    models = read_models(path)
+    models = read_models(path, _MARKS)
     several = [f"{path} holds {len(models)} models that differ; checkpoint import takes one with --section"]
-    return "\n".join((several if len(models) > 1 else []) + [_describe_weights(model) for model in models])
+    return "\n".join((several if len(models) > 1 else []) + [_describe_weights(*_recognised(m)) for m in models])
 
 
-def _describe_weights(weights: ForeignWeights) -> str:
+def _describe_weights(known: ForeignFormat | None, weights: ForeignWeights) -> str:
     """Says what one model of a file is, what was done to read it, its tensors and its activation."""
-    path, state, metadata = weights.path, weights.tensors, weights.metadata
+    path, state, said = weights.path, weights.tensors, weights.entries
     lines = [f"read        {note}" for note in weights.notes]
-    if metadata.get("format") == OWN_FORMAT:
+    if known:
+        title = known.describe(weights)
+    elif said.get("format") == OWN_FORMAT:
         title = (
-            f"adapter file {path} of recipe {metadata.get('recipe')}, for {metadata.get('architecture')} with "
-            f"fingerprint {metadata.get('backbone', 'unknown')[:12]}"
+            f"adapter file {path} of recipe {said.get('recipe')}, for {said.get('architecture')} with fingerprint "
+            f"{said.get('backbone', 'unknown')[:12]}"
         )
-    elif weights.kind == "other":
-        title = f"state dict {path}, not of a CLIP"
+    elif weights.mark == CLIP_MARK:
+        title = f"open_clip state dict {path}: {guess_architecture(state)}"
     else:
-        known = _format_of(weights)
-        title = known.describe(weights) if known else f"open_clip state dict {path}: {guess_architecture(state)}"
-    if weights.kind != "other" and any(name.endswith(CLIP_MARK) for name in state):
-        told = {None: "not told by the file", True: "quick GELU", False: "GELU"}[weights.quick_gelu]
-        lines.append(
-            f"activation  {told}" + (f" (it {weights.activation_source})" if weights.activation_source else "")
-        )
+        title = f"state dict {path}, not of a CLIP"
+    if weights.mark == CLIP_MARK:
+        activation = {None: "not told by the file", True: "quick GELU", False: "GELU"}[weights.quick_gelu]
+        source = f" (it {weights.activation_source})" if weights.activation_source else ""
+        lines.append(f"activation  {activation}{source}")
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     lines += [f"BROKEN      NaN or infinity in {len(broken)} tensors, such as {broken[0]}"] if broken else []
     return "\n".join([title, _describe_tensors(state), *lines])
 
 
 def _describe_tensors(state: Mapping[str, Tensor]) -> str:
-    """Returns lines with counts, dtypes and the sizes of adapters, ours or the released ones."""
+    """Returns lines with counts, dtypes and the sizes of what a paper adds to its backbone."""
     kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
     lines = [f"tensors     {len(state)}, {sum(tensor.numel() for tensor in state.values()):,} numbers ({kinds})"]
-    downs = [t for name, t in state.items() if re.search(r"(img_proj_down|bottleneck\.down)\.weight$", name)]
-    shared = {len(t) for name, t in state.items() if re.search(r"(BiShareAdapterxx|shared)\.l1\.weight$", name)}
-    if downs:
-        widths = "/".join(str(width) for width in sorted({len(tensor) for tensor in downs}))
-        inner = "/".join(str(width) for width in sorted(shared)) or "none"
-        lines.append(f"adapters    {len(downs)}, width {widths}, shared width {inner}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(line for known in FORMATS for line in known.sizes(state))])
 
 
-def _format_of(weights: ForeignWeights) -> ForeignFormat | None:
-    """Returns the recipe's format that a file has; None: of none."""
-    return next((known for known in FORMATS if known.recognise(weights)), None)
+def _recognised(weights: ForeignWeights) -> tuple[ForeignFormat | None, ForeignWeights]:
+    """Returns the recipe's format that a file has (None: of none), and the weights under that format's names."""
+    claims = ((known, known.claim(weights)) for known in FORMATS)
+    return next(((known, claimed) for known, claimed in claims if claimed is not None), (None, weights))
 
 
 def _clip_of(config: Any) -> ClipBackbone:
