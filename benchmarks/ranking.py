@@ -21,7 +21,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texts-per-image", type=int, default=5, help="captions of each image")
     parser.add_argument("--distinct-texts", type=int, default=30_000, help="different captions among them, at most")
     parser.add_argument("--width", type=int, default=512, help="embedding width")
-    parser.add_argument("--chunk-size", type=int, help="queries scored at a time; not given: chosen by the ranking")
     parser.add_argument("--device", default="cpu", help="device of the embeddings, such as cpu or cuda")
     return parser.parse_args()
 
@@ -41,7 +40,7 @@ def main() -> None:
     before = _peak_gib()
 
     started = time.perf_counter()
-    result = image_text.image_text_recalls(images, texts, image_of_text, keys, chunk_size=arguments.chunk_size)
+    result = image_text.image_text_recalls(images, texts, image_of_text, keys)
     ranking_seconds = time.perf_counter() - started
     peak = _peak_gib()
     started = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +54,16 @@ class ComposedQueries:
         labels = labels if categories else [None] * len(names)
         rows: dict[tuple[str | None, str], int] = {key: row for row, key in enumerate(zip(labels, names, strict=True))}
 
-        def find(wanted: Iterable[str | None], category: str | None) -> list[int]:
-            return [-1 if name is None else rows.get((category, name), -2) for name in wanted]
+        def row_of(name: str | None, category: str | None = None) -> int:
+            return -1 if name is None else rows.get((category, name), -2)
 
         own = categories or [None] * len(table)
-        reference, target = (
-            [find([name], category)[0] for name, category in zip(columns[side], own, strict=True)]
-            for side in ("reference", "target")
-        )
-        members = [find(names, None) for names in columns["members"]]
+        reference, target = (list(map(row_of, columns[side], own)) for side in ("reference", "target"))
+        members = [list(map(row_of, names)) for names in columns["members"]]
         unknown = [
             source
-            for source, own_reference, own_target, others in zip(
-                columns["source"], reference, target, members, strict=True
-            )
-            if own_reference < 0 or -2 in (own_target, *others)
+            for source, *found in zip(columns["source"], reference, target, members, strict=True)
+            if found[0] < 0 or -2 in (found[1], *found[2])
         ]
         if unknown:
             raise UserError(

@@ -100,7 +100,7 @@ def _read(
     keyed = header.palette or (header.format == "PNG" and not header.is_wide)
     tags = [None if keyed else dataset.nodatavals[band - 1] for band in bands]
     numbers = [[*extra, *([] if tag is None else [tag])] for tag in tags]
-    guarded = rule is not None and rule.nodata is None and header.kind != "uint" and _rests_on_statistics(rule)
+    guarded = rule is not None and rule.nodata is None and header.kind != "uint" and rule.rests_on_data
     palette = _read_palette(dataset, bands[0]) if header.palette else None
     read = [*bands, *([alpha] if alpha is not None and palette is None else [])]
     values, valid = [], []
@@ -245,10 +245,6 @@ def _is_valid(values: np.ndarray, nodata: Sequence[float | None]) -> np.ndarray:
         with np.errstate(over="ignore"):
             valid &= values != values.dtype.type(number)
     return valid
-
-
-def _rests_on_statistics(rule: Rendering) -> bool:
-    return rule.stretch == "percentile" or (rule.stretch in ("minmax", "bits") and not rule.parameters)
 
 
 def _refuse_hidden_nodata(values: np.ndarray, known: list[list[float]]) -> None:

@@ -83,10 +83,12 @@ class Rendering:
     @property
     def needs_split(self) -> bool:
         """Whether the images of a split must be read once before any can be rendered."""
-        if self.limits is not None or self.stretch in (None, "none"):
-            return False
-        found = self.stretch == "percentile" or not self.parameters
-        return found and (self.stretch == "bits" or self.statistics == "split")
+        return self.limits is None and self.rests_on_data and (self.stretch == "bits" or self.statistics == "split")
+
+    @property
+    def rests_on_data(self) -> bool:
+        """Whether the numbers that are found, of an image or of a split, decide what becomes 0 and 255."""
+        return self.stretch == "percentile" or (self.stretch in ("bits", "minmax") and not self.parameters)
 
     @property
     def options(self) -> str:

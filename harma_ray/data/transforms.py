@@ -22,10 +22,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from harma_ray.config import Count, Fraction
-from harma_ray.data.images import MAX_PIXELS as MAX_PIXELS
-from harma_ray.data.images import BadImage as BadImage
 from harma_ray.data.images import crop
-from harma_ray.data.images import decode_stored as decode_stored
 
 _MAX_LEVEL = 10
 _Part = Annotated[float, Field(gt=0, le=1)]

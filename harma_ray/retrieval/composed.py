@@ -24,7 +24,6 @@ from harma_ray.data.queries import ComposedQueries
 from harma_ray.errors import UserError
 from harma_ray.retrieval.image_text import (
     chance_recall_at,
-    check_resampling,
     percentile_intervals,
     recall_at,
     resampled_sums,
@@ -112,7 +111,6 @@ def composed_recalls(
     categories: Sequence[str] | None = None,
     gallery_categories: Sequence[str] | None = None,
     members: Sequence[Sequence[int]] | None = None,
-    chunk_size: int | None = None,
 ) -> ComposedResult:
     """Ranks the gallery for every query; `.metrics` of the result holds the recalls.
 
@@ -127,7 +125,6 @@ def composed_recalls(
         gallery_categories: one a gallery image; given if and only if `categories` are.
         members: gallery positions for each query, its reference and its target among them, in any order; not to be
             given together with categories.
-        chunk_size: as in `rank_first_relevant`.
 
     Raises:
         UserError: a reference or target outside the gallery or of another category; with members, a target that is
@@ -140,9 +137,7 @@ def composed_recalls(
     if split.members is not None:
         answers, removed = [_one_each(split.target)], _one_each(split.reference)
         in_gallery, among_members = (
-            rank_first_relevant(
-                queries, gallery, answers, excluded=removed, candidates=candidates, chunk_size=chunk_size
-            )[0]
+            rank_first_relevant(queries, gallery, answers, excluded=removed, candidates=candidates)[0]
             for candidates in (None, split.members)
         )
         return ComposedResult(in_gallery, among_members)
@@ -151,7 +146,7 @@ def composed_recalls(
     for category, rows in _positions_by_key(split.categories).items():
         items = items_of[category]
         answers = [_one_each(torch.searchsorted(items, split.target[rows]))]
-        (ranks[rows],) = rank_first_relevant(queries[rows], gallery[items], answers, chunk_size=chunk_size)
+        (ranks[rows],) = rank_first_relevant(queries[rows], gallery[items], answers)
     return ComposedResult(ranks, categories=list(split.categories))
 
 
@@ -194,9 +189,9 @@ def chance_composed_recalls(
 
 
 def bootstrap_composed(
-    result: ComposedResult, num_samples: int = 1000, seed: int = 0, level: float = 0.95
+    result: ComposedResult, num_samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap interval of every metric in `result.metrics`: the spread over test sets of the same size.
+    """95 % percentile bootstrap interval of each of `result.metrics`: the spread over test sets of the same size.
 
     Queries are resampled one by one, within their categories and with both of their ranks, although some share an
     image. The galleries are not resampled: ranks stay as they are. The spread over training seeds is not in it.
@@ -205,18 +200,16 @@ def bootstrap_composed(
         result: ranks to resample.
         num_samples: S.
         seed: of the resampling; the same seed gives the same interval.
-        level: share of the samples inside the interval, between 0 and 1.
     """
-    check_resampling(num_samples, level)
     generator = np.random.default_rng(seed)
     if result.subset_ranks is not None:
         rankings = [(result.ranks, GALLERY_KS), (result.subset_ranks, MEMBER_KS)]
-        return percentile_intervals(_named_with_members(*_resampled_recalls(rankings, num_samples, generator)), level)
+        return percentile_intervals(_named_with_members(*_resampled_recalls(rankings, num_samples, generator)))
     by_category = {
         category: _resampled_recalls([(result.ranks[rows], CATEGORY_KS)], num_samples, generator)[0]
         for category, rows in _positions_by_key(result.categories or []).items()
     }
-    return percentile_intervals(_named_by_category(by_category), level)
+    return percentile_intervals(_named_by_category(by_category))
 
 
 def _resampled_recalls(

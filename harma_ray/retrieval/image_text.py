@@ -17,6 +17,7 @@ from harma_ray.errors import UserError
 from harma_ray.retrieval.ranking import Groups, rank_first_relevant
 
 RECALL_KS = (1, 5, 10)
+_TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
 
 
 def recall_at(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
@@ -128,8 +129,6 @@ def image_text_recalls(
     text_embeddings: Tensor,
     image_index_of_text: Tensor,
     text_keys: Sequence[Hashable] | Tensor,
-    *,
-    chunk_size: int | None = None,
 ) -> RetrievalResult:
     """Ranks the texts for every image and the images for every text; `.metrics` of the result holds the recalls.
 
@@ -138,7 +137,6 @@ def image_text_recalls(
         text_embeddings: [M, E], L2-normalised.
         image_index_of_text: int64 [M], 0..N-1; every image has at least one text.
         text_keys: [M]; equal keys mean word for word equal captions after cleaning, so the caption itself will do.
-        chunk_size: as in `rank_first_relevant`.
 
     Raises:
         UserError: an image without a text, embeddings that are not finite, lengths that do not fit.
@@ -147,8 +145,8 @@ def image_text_recalls(
         raise UserError(f"every text needs one image, but got {len(text_embeddings)} and {len(image_index_of_text)}")
     image_index_of_text = image_index_of_text.cpu()
     own_texts, own_image, equal_texts, equal_images = _relevance(image_index_of_text, text_keys, len(image_embeddings))
-    to_text = rank_first_relevant(image_embeddings, text_embeddings, [own_texts, equal_texts], chunk_size=chunk_size)
-    to_image = rank_first_relevant(text_embeddings, image_embeddings, [own_image, equal_images], chunk_size=chunk_size)
+    to_text = rank_first_relevant(image_embeddings, text_embeddings, [own_texts, equal_texts])
+    to_image = rank_first_relevant(text_embeddings, image_embeddings, [own_image, equal_images])
     return RetrievalResult(to_text[0], to_image[0], to_text[1], to_image[1], image_index_of_text)
 
 
@@ -164,9 +162,9 @@ def chance_recalls(
 
 
 def bootstrap_interval(
-    result: RetrievalResult, num_samples: int = 1000, seed: int = 0, level: float = 0.95
+    result: RetrievalResult, num_samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap interval of every metric in `result.metrics`: the spread over test sets of the same size.
+    """95 % percentile bootstrap interval of each of `result.metrics`: the spread over test sets of the same size.
 
     Images are resampled with all their captions, because captions of one image fail and succeed together. The gallery
     is not resampled: ranks stay as they are. The spread over training seeds is not in it.
@@ -175,9 +173,7 @@ def bootstrap_interval(
         result: ranks to resample.
         num_samples: bootstrap samples.
         seed: of the resampling; the same seed gives the same interval.
-        level: share of the samples inside the interval, between 0 and 1.
     """
-    check_resampling(num_samples, level)
     num_images = len(result.image_to_text_ranks)
     image_of_query = (np.arange(num_images), result.image_index_of_text.numpy()) * 2
     columns = []  # of each image: its number of queries, then their hits at each k; for each kind of ranks
@@ -188,13 +184,7 @@ def bootstrap_interval(
     counts = sums.reshape(-1, 4, 1 + len(RECALL_KS))
     recalls = 100.0 * counts[:, :, 1:] / counts[:, :, :1]
     samples = _named_recalls([dict(zip(RECALL_KS, recalls[:, kind].T, strict=True)) for kind in range(4)])
-    return percentile_intervals(samples, level)
-
-
-def check_resampling(num_samples: int, level: float) -> None:
-    """Raises UserError unless a bootstrap of so many samples can give an interval of this level."""
-    if num_samples < 1 or not 0 < level < 1:
-        raise UserError(f"`num_samples` >= 1 and 0 < `level` < 1 must hold, but got {num_samples} and {level}")
+    return percentile_intervals(samples)
 
 
 def resampled_sums(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -217,10 +207,9 @@ def resampled_sums(values: np.ndarray, num_samples: int, generator: np.random.Ge
     return sums
 
 
-def percentile_intervals(samples: Mapping[str, np.ndarray], level: float) -> dict[str, tuple[float, float]]:
-    """Bounds of the middle part of each metric's bootstrap samples that holds the share `level` of them."""
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    intervals = {name: np.quantile(values, tails) for name, values in samples.items()}
+def percentile_intervals(samples: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """Bounds of the middle part of each metric's bootstrap samples that holds 95 % of them."""
+    intervals = {name: np.quantile(values, _TAILS) for name, values in samples.items()}
     return {name: (float(low), float(high)) for name, (low, high) in intervals.items()}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harma_ray.errors import UserError
 
-_SCORES_PER_CHUNK = 2**22  # 32 MiB as float64: the default size of the one chunk of the score matrix in memory
+_SCORES_PER_CHUNK = 2**22  # of the one part of the score matrix that is in memory: at about 13 bytes a score
 _FRACTION_BITS = 26  # see _fixed_point
 _MAX_NORM = 2.0**63  # the product of two such norms still fits float32
 
@@ -131,15 +131,12 @@ def _score_chunks(
     gallery: Tensor,
     excluded: Groups | None,
     candidates: Groups | None,
-    chunk_size: int | None,
     relevants: Sequence[Groups] = (),
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yields (start, stop, scores float32 [C, G]); minus infinity where an item is excluded or no candidate."""
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         shapes = f"{list(queries.shape)} and {list(gallery.shape)}"
         raise UserError(f"`queries` [Q, E] and `gallery` [G, E] must have the same width, but have shapes {shapes}")
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"`chunk_size` must be at least 1, but got {chunk_size}")
     num_queries, num_items = len(queries), len(gallery)
     for groups in (excluded, candidates, *relevants):
         if groups is not None:
@@ -147,7 +144,7 @@ def _score_chunks(
     device = torch.device("cpu") if gallery.device.type == "mps" else gallery.device  # MPS has no float64
     columns = _fixed_point(gallery.to(device), "gallery").T
     rows = _fixed_point(queries.to(device), "queries")
-    chunk_size = chunk_size or max(1, _SCORES_PER_CHUNK // max(1, num_items))
+    chunk_size = max(1, _SCORES_PER_CHUNK // max(1, num_items))
     for start in range(0, num_queries, chunk_size):
         stop = min(start + chunk_size, num_queries)
         scores = (rows[start:stop] @ columns).float()
@@ -179,7 +176,6 @@ def rank_first_relevant(
     *,
     excluded: Groups | None = None,
     candidates: Groups | None = None,
-    chunk_size: int | None = None,
 ) -> list[Tensor]:
     """Ranks the gallery for each query by inner product and finds the best-placed relevant item.
 
@@ -194,7 +190,6 @@ def rank_first_relevant(
             least one must be neither excluded nor outside the candidates.
         excluded: items taken out of a query's ranking, such as the query's own image; they may be relevant ones.
         candidates: if given, a query is ranked among these items alone.
-        chunk_size: queries scored at a time, at about 13 bytes a score; by default as many as make 4 million scores.
 
     Returns:
         For each notion of relevance 0-based ranks, int64 [Q], on the CPU.
@@ -203,7 +198,7 @@ def rank_first_relevant(
         UserError: a query without a usable relevant item, embeddings that are not finite, shapes that do not fit.
     """
     ranks = [torch.empty(len(queries), dtype=torch.int64) for _ in relevants]
-    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, chunk_size, relevants):
+    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, relevants):
         for relevant, output in zip(relevants, ranks, strict=True):
             pairs = _on_device(scores.device, relevant.pairs(start, stop))
             relevant_scores = scores[pairs]
@@ -227,7 +222,6 @@ def top_k(
     *,
     excluded: Groups | None = None,
     candidates: Groups | None = None,
-    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Finds the k items with the highest inner product for each query; equal scores in the order of the gallery.
 
@@ -244,7 +238,7 @@ def top_k(
     top_scores = torch.empty(len(queries), k)
     top_items = torch.empty(len(queries), k, dtype=torch.int64)
     descending_position = None
-    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, chunk_size):
+    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates):
         if descending_position is None:
             descending_position = torch.arange(len(gallery) - 1, -1, -1, device=scores.device)
         # torch.topk picks among equal values at will, so it gets distinct integers: the score's bits, made to increase

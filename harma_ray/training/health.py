@@ -28,9 +28,6 @@ EQUAL_STEPS, CHANCE_STEPS, LEAST_VALUES = 20, 50, 3
 """Steps after the warm-up, and recorded losses among them, that a finding rests on; half of a short training's."""
 
 Problem = Literal["equal scores", "no better than chance", "no better than untrained"]
-_SUBJECTS: Mapping[str, str] = {
-    "equal scores": "loss", "no better than chance": "loss", "no better than untrained": "epochs",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,11 @@ class Finding:
     """What to try, the most promising first."""
     over: bool = False
     """Whether it has passed."""
+
+    @property
+    def subject(self) -> Literal["epochs", "loss"]:
+        """What is wrong; of each there is one finding at a time."""
+        return "epochs" if self.problem == "no better than untrained" else "loss"
 
     def as_record(self) -> dict[str, Any]:
         """Returns the keys of a line of the record, or of an entry of the report."""
@@ -99,11 +101,7 @@ class HealthWatch:
             finding = None
         if finding is None:
             return []
-        subject = _SUBJECTS[finding.problem]
-        if finding.over:
-            del self._standing[subject]
-        else:
-            self._standing[subject] = finding
+        _note(self._standing, finding)
         return [finding]
 
     def _read_step(self, record: Mapping[str, Any]) -> Finding | None:
@@ -126,8 +124,8 @@ class HealthWatch:
             if equal or standing is None:
                 return equal or self._loss_is_no_better(step)
         if all(min(ratios.values()) < 1 - BETTER_FRACTION for ratios in self._ratios(self._span(EQUAL_STEPS))):
-            told = f"the loss is better than chance again ({self._told(known)})"
-            return Finding(standing.problem, standing.since, told, over=True)
+            message = f"the loss is better than chance again ({self._beside_chance(known)})"
+            return Finding(standing.problem, standing.since, message, over=True)
         return None
 
     def _scores_are_equal(self, step: int) -> Finding | None:
@@ -137,11 +135,11 @@ class HealthWatch:
         within = [values for at, values in self._recent if at >= since]
         if len(within) < LEAST_VALUES:
             return None
-        return Finding(
-            "equal scores", since,
-            f"all scores of a batch have been equal since step {since} ({self._told(within[-1])}): the embeddings have "
-            "collapsed into one, and nothing is learned from them", self._advice,
-        )  # fmt: skip
+        message = (
+            f"all scores of a batch have been equal since step {since} ({self._beside_chance(within[-1])}): the "
+            "embeddings have collapsed into one, and nothing is learned from them"
+        )
+        return Finding("equal scores", since, message, self._advice)
 
     def _loss_is_no_better(self, step: int) -> Finding | None:
         since = self._recent[0][0]
@@ -154,11 +152,10 @@ class HealthWatch:
         falling = any(later[name] < earlier[name] * (1 - BETTER_FRACTION) for name in means)
         if not no_better or falling:
             return None
-        return Finding(
-            "no better than chance", since,
-            f"the loss has been no better than chance since step {since} (on average {self._told(means)})",
-            self._advice,
-        )  # fmt: skip
+        message = (
+            f"the loss has been no better than chance since step {since} (on average {self._beside_chance(means)})"
+        )
+        return Finding("no better than chance", since, message, self._advice)
 
     def _read_evaluation(self, record: Mapping[str, Any]) -> Finding | None:
         objective, is_better = self._metrics.objective, self._metrics.is_better
@@ -174,19 +171,16 @@ class HealthWatch:
             return None
         standing, what = self._standing.get("epochs"), f"{record['split']} {objective}"
         best, epoch = self._best
-        untrained, reached = (self._metrics.show(objective, value) for value in (self._baseline, best))
+        shown, baseline = (self._metrics.show(objective, value) for value in (best, self._baseline))
         if is_better(objective, best, self._baseline):
-            return standing and Finding(
-                standing.problem, standing.since,
-                f"epoch {epoch:g} is better than the untrained model ({what} {reached} against {untrained})",
-                over=True,
-            )  # fmt: skip
+            message = f"epoch {epoch:g} is better than the untrained model ({what} {shown} against {baseline})"
+            return standing and Finding(standing.problem, standing.since, message, over=True)
         if standing is None and record["step"] >= self._total_steps / 2:
-            return Finding(
-                "no better than untrained", 0,
-                f"no epoch is better than the untrained model ({what} {untrained}; the best since, in epoch "
-                f"{epoch:g}, {reached})", self._advice,
-            )  # fmt: skip
+            message = (
+                f"no epoch is better than the untrained model ({what} {baseline}; the best since, in epoch {epoch:g}, "
+                f"{shown})"
+            )
+            return Finding("no better than untrained", 0, message, self._advice)
         return None
 
     def _span(self, steps: int) -> int:
@@ -199,7 +193,7 @@ class HealthWatch:
             if last - step <= span:
                 yield {name: value / self._equal[name] for name, value in values.items()}
 
-    def _told(self, values: Mapping[str, float]) -> str:
+    def _beside_chance(self, values: Mapping[str, float]) -> str:
         return "; ".join(
             f"{name} {value:.4g}, with equal scores {self._equal[name]:.4g}" for name, value in values.items()
         )
@@ -214,11 +208,15 @@ def standing_findings(records: Iterable[Mapping[str, Any]]) -> list[Finding]:
     standing: dict[str, Finding] = {}
     for record in records:
         if record["kind"] == KIND:
-            finding = Finding.of(record)
-            standing.pop(_SUBJECTS[finding.problem], None)
-            if not finding.over:
-                standing[_SUBJECTS[finding.problem]] = finding
+            _note(standing, Finding.of(record))
     return list(standing.values())
+
+
+def _note(standing: dict[str, Finding], finding: Finding) -> None:
+    """Puts a finding in the place of what was wrong with its subject before."""
+    standing.pop(finding.subject, None)
+    if not finding.over:
+        standing[finding.subject] = finding
 
 
 def health_watch(task: Task, total_steps: int) -> HealthWatch:

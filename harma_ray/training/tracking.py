@@ -39,20 +39,20 @@ class Tracker:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_NAME
-        known = self._path.exists()
+        goes_on = self._path.exists()
         first = 0 if last_step is None else last_step + 1
         kept = [record for record in read_records(run_dir) if record["step"] < first and record["kind"] != "final"]
-        if known:
+        if goes_on:
             write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         with self._writing():
             self._file = self._path.open("a", buffering=1)
-        self._writer = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=first if known else None, flush_secs=10)
+        self._writer = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=first if goes_on else None, flush_secs=10)
         self._watch = watch
         if watch is not None:
             for record in kept:
                 watch.read(record)
-            told = standing_findings(kept)
-            self._log_findings(first - 1, [finding for finding in watch.standing if finding not in told])
+            known = standing_findings(kept)
+            self._log_findings(first - 1, [finding for finding in watch.standing if finding not in known])
 
     def log(self, kind: str, step: int, values: Mapping[str, float], *, prefix: str = "", **more: Any) -> None:
         """Records values.
@@ -64,16 +64,13 @@ class Tracker:
             prefix: Group of the tags in TensorBoard, such as ``train/``.
             more: Further keys of the JSON line.
         """
-        with self._writing():
-            self._log(kind, step, values, prefix, more)
-
-    def _log(self, kind: str, step: int, values: Mapping[str, float], prefix: str, more: Mapping[str, Any]) -> None:
         record = {"kind": kind, "step": step, **more, **{key: _finite(value) for key, value in values.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        for key, value in values.items():
-            self._writer.add_scalar(prefix + key, value, step)
-        if self._watch is not None:
-            self._log_findings(step, self._watch.read(record))
+        with self._writing():
+            self._file.write(json.dumps(record) + "\n")
+            for key, value in values.items():
+                self._writer.add_scalar(prefix + key, value, step)
+            if self._watch is not None:
+                self._log_findings(step, self._watch.read(record))
 
     def _log_findings(self, step: int, findings: Sequence[Finding]) -> None:
         for finding in findings:

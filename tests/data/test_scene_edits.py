@@ -8,9 +8,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from harma_ray.data.scenes import STYLES, ComposedScene, SceneContent, composed_scene, draw, sample_content
+from harma_ray.data.scenes import SceneContent, composed_scene, draw, sample_content
 from harma_ray.data.scenes.content import LABELS, MAX_EXTRAS, MAX_MAIN
-from harma_ray.data.scenes.edits import NUM_MEMBERS
+from harma_ray.data.scenes.edits import NUM_MEMBERS, ComposedScene
+from harma_ray.data.scenes.looks import STYLES
 from harma_ray.errors import UserError
 
 NUM_SAMPLES = 500
@@ -208,7 +209,8 @@ def made() -> dict[str, list[ComposedScene]]:
 def test_queries_are_identical_in_another_process():
     wanted = [composed_scene(5, index, style) for style in STYLES for index in range(5)]
     script = (
-        "from harma_ray.data.scenes import STYLES, composed_scene\n"
+        "from harma_ray.data.scenes import composed_scene\n"
+        "from harma_ray.data.scenes.looks import STYLES\n"
         "print([composed_scene(5, index, style) for style in STYLES for index in range(5)])"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -7,9 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from harma_ray.data.scenes import LABEL_NAMES, STYLES, SceneContent, captions, draw, sample_content, scene
+from harma_ray.data.scenes import LABEL_NAMES, SceneContent, captions, draw, sample_content, scene
 from harma_ray.data.scenes import content as scene_content
 from harma_ray.data.scenes import phrasing as scene_phrasing
+from harma_ray.data.scenes.looks import STYLES
 from harma_ray.errors import UserError
 
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
@@ -17,7 +18,8 @@ NUM_SAMPLES = 200
 
 DIGEST = """
 import hashlib
-from harma_ray.data.scenes import STYLES, scene
+from harma_ray.data.scenes import scene
+from harma_ray.data.scenes.looks import STYLES
 digest = hashlib.sha256()
 for style in STYLES:
     for index in range(4):

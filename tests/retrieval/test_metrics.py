@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 from call_count import num_calls
+from chunks import scores_at_a_time
 
 from harma_ray.errors import UserError
 from harma_ray.retrieval.image_text import (
@@ -79,8 +80,9 @@ def test_recalls_of_a_case_worked_out_by_hand():
 def test_recalls_equal_brute_force_amid_ties_and_repeated_captions_whatever_the_chunk_size(seed):
     images, texts, image_of_text, keys = random_retrieval(seed)
     expected = brute_force_recalls((images @ texts.T).tolist(), image_of_text.tolist(), keys)
-    for chunk_size in (1, 7, 64, None):
-        metrics = image_text_recalls(images, texts, image_of_text, keys, chunk_size=chunk_size).metrics
+    for count in (1, 70, 640, None):
+        with scores_at_a_time(count):
+            metrics = image_text_recalls(images, texts, image_of_text, keys).metrics
         assert metrics == pytest.approx(expected)
     numbers = torch.tensor([int(key.split()[1]) for key in keys])
     assert image_text_recalls(images, texts, image_of_text, numbers).metrics == metrics
@@ -151,8 +153,6 @@ def test_interval_holds_the_point_estimate_and_repeats_with_the_seed():
     assert 0 < intervals["r_mean"][1] - intervals["r_mean"][0] < 30
     assert bootstrap_interval(result, num_samples=300, seed=4) == intervals
     assert bootstrap_interval(result, num_samples=300, seed=5) != intervals
-    narrow = bootstrap_interval(result, num_samples=300, seed=4, level=0.5)
-    assert narrow["r_mean"][1] - narrow["r_mean"][0] < intervals["r_mean"][1] - intervals["r_mean"][0]
 
 
 def test_interval_of_a_perfect_retrieval_has_no_width():
@@ -175,10 +175,3 @@ def test_interval_of_a_large_split_calls_no_more_functions_than_that_of_a_small_
 
     few, many = (num_calls(bootstrap_interval, result(size), num_samples=20) for size in (50, 5000))
     assert few <= many <= few + 50
-
-
-def test_interval_refuses_impossible_settings():
-    with pytest.raises(UserError, match=r"got 0 and 0\.95"):
-        bootstrap_interval(perfect_result(), num_samples=0)
-    with pytest.raises(UserError, match="got 10 and 95"):
-        bootstrap_interval(perfect_result(), num_samples=10, level=95)

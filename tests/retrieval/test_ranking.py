@@ -2,17 +2,24 @@ import math
 
 import pytest
 import torch
+from chunks import scores_at_a_time
 
 from harma_ray.errors import UserError
 from harma_ray.retrieval import ranking
-from harma_ray.retrieval.ranking import Groups, _fixed_point, top_k
+from harma_ray.retrieval.ranking import Groups, _fixed_point
 
 CHUNK_SIZES = (1, 2, 3, 7, 64, None)
 
 
-def rank_first_relevant(queries, gallery, relevant, **how):
-    (ranks,) = ranking.rank_first_relevant(queries, gallery, [relevant], **how)
+def rank_first_relevant(queries, gallery, relevant, chunk_size=None, **how):
+    with scores_at_a_time(chunk_size and chunk_size * len(gallery)):
+        (ranks,) = ranking.rank_first_relevant(queries, gallery, [relevant], **how)
     return ranks
+
+
+def top_k(queries, gallery, k, chunk_size=None, **how):
+    with scores_at_a_time(chunk_size and chunk_size * len(gallery)):
+        return ranking.top_k(queries, gallery, k, **how)
 
 
 def brute_force_ranks(scores, relevant, excluded=None, candidates=None):
@@ -77,7 +84,8 @@ def test_several_relevances_rank_as_each_alone():
     generator = torch.Generator().manual_seed(0)
     queries, gallery = torch.randn(9, 5, generator=generator), torch.randn(30, 5, generator=generator)
     relevants = [Groups.from_lists(random_lists(generator, 9, 30, 0.1, at_least_one=True)) for _ in range(3)]
-    together = ranking.rank_first_relevant(queries, gallery, relevants, chunk_size=4)
+    with scores_at_a_time(4 * 30):
+        together = ranking.rank_first_relevant(queries, gallery, relevants)
     for relevant, ranks in zip(relevants, together, strict=True):
         assert torch.equal(ranks, rank_first_relevant(queries, gallery, relevant))
 
@@ -185,8 +193,6 @@ def test_inputs_that_do_not_fit_are_refused():
         rank_first_relevant(two, three, Groups.from_lists([[0]]))
     with pytest.raises(UserError, match=r"positions 0\.\.2, but hold 3"):
         rank_first_relevant(two, three, Groups.from_lists([[0], [3]]))
-    with pytest.raises(UserError, match="`chunk_size` must be at least 1, but got 0"):
-        rank_first_relevant(two, three, Groups.from_lists([[0], [0]]), chunk_size=0)
 
 
 @pytest.mark.parametrize("k", [1, 4, 17])

@@ -99,28 +99,15 @@ def find_shared(
     Raises:
         UserError: If a split cannot be read.
     """
-
-    def attempt(name: str, read: Callable[[], _T]) -> _T | None:
-        try:
-            return read()
-        except UserError as error:
-            if not skips_unreadable:
-                raise
-            _logger.warning("split %s is not compared with the others: %s", name, error)
-            return None
-
-    opened = [attempt(name, functools.partial(open_split, data, name)) for name in list_splits(data)]
-    there = [split for split in opened if split is not None and split.kind.images]
+    opened = _read_each(list_splits(data), functools.partial(open_split, data), skips_unreadable)
+    there = {name: split for name, split in opened.items() if split.kind.images}
     if len(there) < 2:
         return []
     # Of images that were made smaller without keeping hashes, nothing but what is stored can be compared.
     as_stored = any(
-        not (split.path / HASHES_NAME).is_file() and split.manifest.options.get("resize") for split in there
+        not (split.path / HASHES_NAME).is_file() and split.manifest.options.get("resize") for split in there.values()
     )
-    found = {
-        split.name: attempt(split.name, functools.partial(read_hashes, split, as_stored=as_stored)) for split in there
-    }
-    hashes = {name: each for name, each in found.items() if each is not None}
+    hashes = _read_each(there, lambda name: read_hashes(there[name], as_stored=as_stored), skips_unreadable)
     pairs = [
         (later, earlier)
         for earlier, later in combinations(hashes, 2)
@@ -128,6 +115,19 @@ def find_shared(
     ]
     shared = [_compare(later, hashes[later], earlier, hashes[earlier]) for later, earlier in pairs]
     return [each for each in shared if each.pairs]
+
+
+def _read_each(names: Iterable[str], read: Callable[[str], _T], skips_unreadable: bool) -> dict[str, _T]:
+    """Returns what is read of each split; see `find_shared`."""
+    found: dict[str, _T] = {}
+    for name in names:
+        try:
+            found[name] = read(name)
+        except UserError as error:
+            if not skips_unreadable:
+                raise
+            _logger.warning("split %s is not compared with the others: %s", name, error)
+    return found
 
 
 def warn_of_shared(data: str | Path, written: Collection[str]) -> None:

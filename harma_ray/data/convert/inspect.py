@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -180,7 +181,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
                 looks.add(decode_stored(data, max_pixels=max_pixels))
         except BadImage as error:
             undecodable.append(BadRow(source, str(error)))
-    facts = SplitFacts(
+    return SplitFacts(
         name=split.name,
         path=split.path,
         kind=kind.name,
@@ -197,24 +198,23 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         bad=manifest.bad,
         verified=verify,
         undecodable=tuple(undecodable) if verify else (),
+        **(_describe_images(table) if kind.is_image else {}),
     )
-    return _add_images(facts, table) if kind.is_image else facts
 
 
-def _add_images(facts: SplitFacts, table: pa.Table) -> SplitFacts:
-    """Returns the facts with those of the columns that only images have."""
+def _describe_images(table: pa.Table) -> dict[str, Any]:
+    """Returns the facts about the columns that only images have."""
     heights, widths = table.column("height").to_numpy(), table.column("width").to_numpy()
     labels, names = table.column("label").to_pylist(), table.column("label_name").to_pylist()
     classes = Counter(
         (label, name or str(label)) for label, name in zip(labels, names, strict=True) if label is not None
     )
-    return replace(
-        facts,
-        classes={name: count for (_, name), count in sorted(classes.items())},
-        heights=Distribution.of(heights),
-        widths=Distribution.of(widths),
-        sizes=dict(Counter(zip(widths.tolist(), heights.tolist(), strict=True)).most_common(5)),
-    )
+    return {
+        "classes": {name: count for (_, name), count in sorted(classes.items())},
+        "heights": Distribution.of(heights),
+        "widths": Distribution.of(widths),
+        "sizes": dict(Counter(zip(widths.tolist(), heights.tolist(), strict=True)).most_common(5)),
+    }
 
 
 def render_facts(facts: SplitFacts) -> str:

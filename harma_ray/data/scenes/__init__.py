@@ -14,22 +14,8 @@ from PIL import Image
 
 from harma_ray.data.scenes.content import LABEL_NAMES, SceneContent, sample_content
 from harma_ray.data.scenes.drawing import draw
-from harma_ray.data.scenes.edits import ComposedScene, composed_scene
-from harma_ray.data.scenes.looks import STYLES
+from harma_ray.data.scenes.edits import composed_scene as composed_scene
 from harma_ray.data.scenes.phrasing import captions
-
-__all__ = [
-    "LABEL_NAMES",
-    "STYLES",
-    "ComposedScene",
-    "Scene",
-    "SceneContent",
-    "captions",
-    "composed_scene",
-    "draw",
-    "sample_content",
-    "scene",
-]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harma_ray.data.images import decode_stored
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
-from harma_ray.data.transforms import Augmentation, decode_stored, eval_transform, train_transform
+from harma_ray.data.transforms import Augmentation, eval_transform, train_transform
 from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
