@@ -62,8 +62,8 @@ class ComposedQueries:
         members = [list(map(row_of, names)) for names in columns["members"]]
         unknown = [
             source
-            for source, *found in zip(columns["source"], reference, target, members, strict=True)
-            if found[0] < 0 or -2 in (found[1], *found[2])
+            for source, changed, answer, others in zip(columns["source"], reference, target, members, strict=True)
+            if changed < 0 or -2 in (answer, *others)
         ]
         if unknown:
             raise UserError(
