@@ -2,116 +2,144 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError
 
 from harma_ray.errors import UserError
 
 TEMPORARY_PREFIX = ".tmp-"
-"""Files of this prefix are being written, or were when their writer died."""
+"""In folders of this prefix something is being written, or was when its writer died."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors that mean so."""
 
 _JOB_COPY = "working_dir_files"
 """Folder in which Ray keeps the copies of working folders that jobs run in."""
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears under its name, on disk, only when the block ends without an error."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
+def atomic(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives a name for a file or folder to be made, which becomes `path`, on disk, if the block ends without an error.
+
+    What earlier writers of `path` left when they were killed is deleted.
+
+    Args:
+        path: Where it goes; a file there is replaced.
+        overwrite: Whether a folder there is replaced, too.
+
+    Raises:
+        OSError: If it cannot be made or moved to its place; see `making` for the user's error.
+    """
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _work_folder(path) as work:
+        made = work / path.name
+        yield made
+        for each in [made, *made.rglob("*")]:
+            _flush(each)
+        if overwrite and path.is_dir():
+            swap(made, path, work / "replaced")
+        else:
+            os.replace(made, path)
+            _flush(path.parent)
+
+
+@contextmanager
+def making(path: Path) -> Iterator[Path]:
+    """Gives a name for a file or folder to be made, as `atomic` does.
+
+    Raises:
+        UserError: If it cannot be written; all other errors of the block stay what they are.
+    """
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with atomic(path) as made:
+            yield made
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_writing(error, path):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot write {path} ({reason}); check the folder and its free space") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file; what was there before stays if it cannot be written.
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file; what was there before stays if it cannot be written.
 
     Raises:
         UserError: If the disk is full or the folder cannot be written.
     """
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); free some space or choose another place") from error
+    with making(path) as made:
+        made.write_bytes(data)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a file to write, which takes the place of `path` if nothing fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield partial
-            _flush(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as `write_bytes` does."""
+    write_bytes(path, text.encode())
 
 
-@contextmanager
-def making(folder: Path) -> Iterator[Path]:
-    """Gives the name of a folder to make, which becomes `folder`, on disk, if nothing fails.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
-    try:
-        with atomic_folder(folder) as partial:
-            yield partial
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Gives the name of a folder to make, which becomes `folder`, on disk, when the block ends without an error."""
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)  # of one that was killed
-    try:
-        work.mkdir(parents=True)
-        partial = work / folder.name
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _flush(path)
+def swap(made: Path, folder: Path, old: Path) -> None:
+    """Moves a finished folder to its place, on disk; what was there before goes to `old` and is deleted after that."""
+    with ExitStack() as undo:
         if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+            os.rename(folder, old)
+            undo.callback(os.rename, old, folder)
+        os.rename(made, folder)
+        undo.pop_all()
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """Makes a folder beside a path, locked and deleted in the end; deletes those of writers that have died."""
+    prefix = f"{TEMPORARY_PREFIX}{path.name}-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):  # its writer lives if it is locked
+            if any(left.iterdir()):  # an empty one may be about to be locked
+                shutil.rmtree(left)
+    temporary = tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True)
+    with temporary as work, ExitStack() as stack:
+        with suppress(OSError):  # some network file systems have no locks
+            stack.enter_context(_locked(Path(work), fcntl.LOCK_EX))
+        yield Path(work)
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Makes the user's error of what goes wrong in writing weights."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the others on a full disk
-        raise _cannot_write(path, error) from error
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-    return UserError(f"cannot write {path} ({reason}); check the folder and its free space")
+def _is_of_writing(error: Exception, path: Path) -> bool:
+    """Tells whether something went wrong in making a file or folder by `atomic`, not in reading what goes into it."""
+    if isinstance(error, RuntimeError):
+        return "inline_container" in str(error)  # of torch, on a full disk
+    if not isinstance(error, OSError) or error.errno in DISK_FULL:
+        return True
+    if not error.filename:
+        return False
+    place = Path(os.fsdecode(error.filename))
+    work = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-")
+    return path.is_relative_to(place) or str(place).startswith(str(work))
 
 
 def output_path(path: str | Path) -> Path:

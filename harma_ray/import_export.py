@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.files import making, output_path, replacing, write_errors
+from harma_ray.files import making, output_path
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import guess_architecture
 from harma_ray.models.backbones import ClipBackbone, load_clip
@@ -87,7 +87,7 @@ def export_checkpoint(
         raise UserError(f"run {run.path} trained nothing; export it as `open_clip`")
     if format == "open_clip":
         _clip_of(run.config)
-    with replacing(path) as partial:
+    with making(path) as partial:
         if format == "adapter":
             _write_adapters(model, run, meta.backbone, partial)
         elif format == "released" and own:
@@ -144,7 +144,7 @@ def import_checkpoint(
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
     backbone = _clip_of(config)
     model, notes = load_clip(backbone.architecture, weights, activation=backbone.activation)
-    with write_errors(folder), making(folder) as made:
+    with making(folder) as made:
         made.mkdir()
         knows_activation = weights.quick_gelu is not None or bool(backbone.activation)
         save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation)
@@ -158,7 +158,7 @@ def import_checkpoint(
 def _make_run(folder: Path, found: Reading) -> Imported:
     """Makes the folder of a run of a model that was read."""
     config, clip = found.config, found.model.clip
-    with write_errors(folder), making(folder) as made:
+    with making(folder) as made:
         run = create_run(made.parent, made.name, config)
         if found.keeps_clip:
             assert isinstance(clip, nn.Module)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.files import atomic_file
+from harma_ray.files import atomic
 from harma_ray.models.weights import QUICK_GELU, has_quick_gelu, own_tensors
 
 _SETTLED_SECONDS = 2.0
@@ -143,10 +143,8 @@ def _remembered(source: str, compute: Callable[[], str]) -> str:
         if re.fullmatch("[0-9a-f]{64}", known):
             return known
     fingerprint = compute()
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as opened:
-            opened.write(fingerprint.encode())
+    with contextlib.suppress(OSError), atomic(file) as made:
+        made.write_text(fingerprint)
     return fingerprint
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from harma_ray.errors import WorkerDied, WorkerFailed
+from harma_ray.errors import UserError, WorkerDied, WorkerFailed
 from harma_ray.files import write_text
 from harma_ray.on_ray.quirks import cause_of_death, is_hanging
 
@@ -97,7 +97,8 @@ def leave_trace(error: BaseException) -> None:
     If it tells of the end of another worker, it waits a while: that one is to be named.
     """
     if _trace_path is not None:
-        _trace_path.write_text("".join(traceback.format_exception(error)))
+        with contextlib.suppress(UserError):  # a full disk may be why it failed
+            write_text(_trace_path, "".join(traceback.format_exception(error)))
     if _PEER_LOST.search(str(error)):
         time.sleep(PEER_SECONDS)
 

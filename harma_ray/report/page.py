@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from harma_ray.errors import UserError
 from harma_ray.evaluation import Section
+from harma_ray.files import write_bytes
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -73,12 +73,8 @@ def write_page(folder: Path, name: str, title: str, subtitle: str, sections: Seq
         + "\n</body>\n</html>\n"
     )
     pictures = {picture: data for part in sections for picture, data in part.pictures.items()}
-    try:
-        for file, data in {**pictures, name: text.encode()}.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder} ({error.strerror}); choose another folder") from error
+    for file, data in {**pictures, name: text.encode()}.items():
+        write_bytes(folder / file, data)
     return folder / name
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from harma_ray.distributed import rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
-from harma_ray.files import atomic_folder
+from harma_ray.files import atomic
 from harma_ray.models.weights import check_fit
 from harma_ray.parallel import gather_tensors, spread_like
 
@@ -92,7 +92,7 @@ def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state
         return final
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     try:
-        with atomic_folder(final) as partial:
+        with atomic(final, overwrite=True) as partial:
             partial.mkdir()
             save_file(tensors, partial / WEIGHTS_NAME)
             torch.save(dict(state), partial / STATE_NAME)

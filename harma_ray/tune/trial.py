@@ -95,8 +95,8 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
         reason = str(mistake) if mistake else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if setting.plan.num_workers > 1:
             list(tally.catch_up())  # the workers have heard more than this process
-        with contextlib.suppress(OSError):  # a full disk may be why it failed
-            (folder / ERROR_NAME).write_text("".join(traceback.format_exception(error)))
+        with contextlib.suppress(UserError):  # a full disk may be why it failed
+            write_text(folder / ERROR_NAME, "".join(traceback.format_exception(error)))
         report(asdict(replace(tally.report(), failed=reason)))
     finally:
         gc.collect()

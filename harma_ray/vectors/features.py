@@ -23,7 +23,7 @@ from tqdm import tqdm
 from harma_ray import __version__
 from harma_ray.config import RunConfig
 from harma_ray.data.convert.shards import disk_error, write_table
-from harma_ray.data.convert.staging import lock, swap, work_folder
+from harma_ray.data.convert.staging import lock, put_in_place, work_folder
 from harma_ray.data.kinds.base import RowKind
 from harma_ray.data.kinds.queries import QUERY_SCHEMA, QUERY_VECTOR_SCHEMA
 from harma_ray.data.manifest import (
@@ -38,7 +38,7 @@ from harma_ray.data.manifest import (
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.splits import Split, index_rows, list_splits, open_split
 from harma_ray.errors import UserError, find_user_error
-from harma_ray.files import atomic_file, output_path
+from harma_ray.files import atomic, output_path
 from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import Cluster
@@ -274,9 +274,9 @@ def _write(wanted: _Wanted, vectors: _Vectors, identity: dict[str, Any], out: Pa
             kind=kind.name,
             queries=beside,
         )
-        with atomic_file(work / MANIFEST_NAME) as file:
-            file.write(manifest.to_json().encode())
-        swap(work, out)
+        with atomic(work / MANIFEST_NAME) as file:
+            file.write_text(manifest.to_json())
+        put_in_place(work, out)
 
 
 def _write_shards(rows: pa.Table, folder: Path) -> Iterator[Shard]:

@@ -181,7 +181,7 @@ def test_page_is_deterministic(tmp_path, split):
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path, split):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another folder"):
+    with pytest.raises(UserError, match="check the folder and its free space"):
         write(tmp_path / "file", split, perfect(CAPTIONS))
 
 

@@ -16,7 +16,7 @@ from harma_ray.data.raster_statistics import SplitStatistics
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
-from harma_ray.files import atomic_file
+from harma_ray.files import atomic
 
 _TRAIN = SPLITS[0]
 
@@ -68,8 +68,8 @@ def measure_shard(plan: ShardPlan) -> Measured:
                 if raster is not None:
                     statistics.add(raster)
     try:
-        with atomic_file(path) as file:
-            file.write(statistics.to_bytes())
+        with atomic(path) as file:
+            file.write_bytes(statistics.to_bytes())
     except OSError as error:
         raise disk_error(path, error) from error
     return Measured(plan.path.name, path)

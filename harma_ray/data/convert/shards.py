@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +17,7 @@ from harma_ray.data.convert.rows import Found, ImageSettings, make_row
 from harma_ray.data.kinds.base import Record
 from harma_ray.data.manifest import ROW_GROUP_BYTES, Shard
 from harma_ray.errors import UserError
-from harma_ray.files import atomic_file
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from harma_ray.files import DISK_FULL, atomic
 
 
 @dataclass(frozen=True)
@@ -97,15 +95,15 @@ def write_shard(plan: ShardPlan) -> ShardResult:
     captions = rows = 0
     kind = plan.records[0].kind
     try:
-        with atomic_file(plan.path) as file, _open_writer(file, kind.schema) as writer:
+        with _open_writer(plan.path, kind.schema) as writer:
             for group in _row_groups(plan, found):
                 writer.write_table(pa.Table.from_pylist(group, schema=kind.schema), row_group_size=len(group))
                 rows += len(group)
                 captions += sum(len(kind.texts(row)) for row in group)
         size = plan.path.stat().st_size
         result = ShardResult(plan.path.name, rows, captions, size, plan.fingerprint, found)
-        with atomic_file(_result_path(plan.path)) as file:
-            file.write(json.dumps(asdict(result)).encode())
+        with atomic(_result_path(plan.path)) as file:
+            file.write_text(json.dumps(asdict(result)))
     except OSError as error:
         raise disk_error(plan.path, error) from error
     return result
@@ -113,7 +111,7 @@ def write_shard(plan: ShardPlan) -> ShardResult:
 
 def write_table(table: pa.Table, path: Path, *, row_group_size: int | None = None) -> Shard:
     """Writes a table as one file of a split, whole or not at all."""
-    with atomic_file(path) as file, _open_writer(file, table.schema) as writer:
+    with _open_writer(path, table.schema) as writer:
         writer.write_table(table, row_group_size)
     return Shard(path.name, table.num_rows, path.stat().st_size)
 
@@ -132,20 +130,16 @@ def find_finished(plan: ShardPlan) -> ShardResult | None:
 def disk_error(path: Path, error: OSError) -> UserError:
     """Returns the user's message for a failed write."""
     reason = error.strerror or str(error)
-    if error.errno in _DISK_FULL:
+    if error.errno in DISK_FULL:
         return UserError(f"no room to write {path} ({reason}); free some and run the same command again: it continues")
     return UserError(f"cannot write {path} ({reason}); check the folder or choose another, and run the command again")
 
 
-def _open_writer(file: BinaryIO, schema: pa.Schema) -> pq.ParquetWriter:
-    return pq.ParquetWriter(
-        file,
-        schema,
-        compression="NONE",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
+@contextmanager
+def _open_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    options = {"compression": "NONE", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    with atomic(path) as made, made.open("wb") as file, pq.ParquetWriter(file, schema, **options) as writer:
+        yield writer
 
 
 def _row_groups(plan: ShardPlan, found: Found) -> Iterator[list[dict[str, Any]]]:

@@ -7,10 +7,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from harma_ray.errors import UserError
+from harma_ray.files import swap
 
 WORK_FOLDER = ".convert"
 """Folder beside the splits in which they are made."""
@@ -18,21 +19,9 @@ WORK_FOLDER = ".convert"
 _logger = logging.getLogger(__name__)
 
 
-def swap(work: Path, split: Path) -> None:
+def put_in_place(work: Path, split: Path) -> None:
     """Moves a finished folder to its place; what was there before is deleted after that."""
-    old = _old_folder(split)
-    with ExitStack() as undo:
-        if split.exists():
-            os.rename(split, old)
-            undo.callback(os.rename, old, split)
-        os.rename(work, split)
-        undo.pop_all()
-    descriptor = os.open(split.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
+    swap(work, split, _old_folder(split))
 
 
 @contextmanager

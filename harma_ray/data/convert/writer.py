@@ -34,7 +34,7 @@ from harma_ray.data.convert.shards import (
     write_shard,
     write_table,
 )
-from harma_ray.data.convert.staging import lock, swap, work_folder
+from harma_ray.data.convert.staging import lock, put_in_place, work_folder
 from harma_ray.data.kinds.base import BadRow, Record
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.manifest import (
@@ -50,7 +50,7 @@ from harma_ray.data.manifest import (
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import Split, open_split
 from harma_ray.errors import UserError
-from harma_ray.files import atomic_file, output_path
+from harma_ray.files import atomic, output_path
 
 MIN_SHARDS = 8
 """Splits are cut into this many shards even if they are small, so that several tasks write (and read) them."""
@@ -320,12 +320,12 @@ def _finish(
     if hashes:
         write_hashes(hashes, work)
         names.add(HASHES_NAME)
-    with atomic_file(work / MANIFEST_NAME) as file:
-        file.write(manifest.to_json().encode())
+    with atomic(work / MANIFEST_NAME) as file:
+        file.write_text(manifest.to_json())
     for path in work.iterdir():
         if path.name not in names:
-            path.unlink()
-    swap(work, job.split)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    put_in_place(work, job.split)
     if bad:
         images = [row for row in manifest.bad if row.source in job.images.names]
         others = f", and {len(bad) - len(images)} rows that need them," if len(bad) > len(images) else ""
