@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,6 +18,11 @@ ItemT = TypeVar("ItemT")
 def show_figure(value: float, decimals: int = 2, *, percent: bool) -> str:
     """Returns a percentage with so many decimals, anything else (a loss) with four significant digits."""
     return f"{value:.{decimals}f}" if percent else f"{value:.4g}"
+
+
+def merit(value: float, *, maximize: bool) -> float:
+    """Returns what is higher the better a value is; NaN is the worst."""
+    return -math.inf if math.isnan(value) else value if maximize else -value
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,19 @@ class Metrics:
         """Returns a value of a metric as text."""
         return show_figure(value, decimals, percent=metric not in self.lower_is_better)
 
+    def merit(self, metric: str, value: float) -> float:
+        """Returns `merit` of a value of a metric."""
+        return merit(value, maximize=metric not in self.lower_is_better)
+
     def is_better(self, metric: str, value: float, other: float) -> bool:
         """Tells whether a value of a metric is better than another."""
-        return value < other if metric in self.lower_is_better else value > other
+        return self.merit(metric, value) > self.merit(metric, other)
 
     def ranked(
         self, metric: str, items: Iterable[ItemT], figures_of: Callable[[ItemT], Mapping[str, float]]
     ) -> list[ItemT]:
         """Returns items by what their figures have under a metric, the best first, equal ones in their order."""
-        return sorted(items, key=lambda item: figures_of(item)[metric], reverse=metric not in self.lower_is_better)
+        return sorted(items, key=lambda item: self.merit(metric, figures_of(item)[metric]), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found. Worker 0 has all of it, as a class of the task's own; the others the metrics alone."""
+    """What an evaluation found, on worker 0; the others get its metrics alone."""
 
     metrics: dict[str, float]
-    """Metric names and values, such as ``r_mean`` in percent; the same on every worker."""
+    """Metric names and values, such as ``r_mean`` in percent; worker 0's are taken on all."""
     query: str = ""
     """How queries were made, where a task knows several ways, such as ``sum``; see `others`."""
     note: str = ""

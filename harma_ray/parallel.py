@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.distributed import rank
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 
 KeyT = TypeVar("KeyT")
 
@@ -41,10 +41,14 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Mod
         device: Where the model is.
 
     Raises:
-        UserError: If the model is compiled.
+        UserError: If a parameter has no dimension along which it could be spread.
     """
-    if hasattr(model, "_orig_mod"):
-        raise UserError("`train.compile` does not go with a model that is spread over workers; use train.compile=false")
+    scalars = [name for name, parameter in model.named_parameters() if not parameter.ndim]
+    if scalars:
+        raise UserError(
+            "a model that is spread over workers needs parameters with a dimension, which these have not: "
+            f"{first_few(scalars)}; give them the shape [1]"
+        )
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in modules:
         fully_shard(module, mesh=mesh)

@@ -9,6 +9,7 @@ from typing import Any
 
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
+from harma_ray.data.samples import check_decoding
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path
@@ -71,6 +72,8 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
         evaluated.append(open_split(data.path, data.test_split))
     task = make_task(config)
     task.check(training, evaluated, metrics)
+    for is_training in (True, False):
+        check_decoding(task.transform(training=is_training), data)
     return Prepared(config, task, planned_order(config), tuple(notices))
 
 

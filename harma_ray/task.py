@@ -32,6 +32,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
+_SHARED_DRAWS = (2**32 - 1,)
+"""Tells the draws that all workers share from those of samples, none of which has this number."""
 ParameterGroup = dict[str, Any]
 """Parameters under ``params``, and what torch's optimisers are told of them, such as ``weight_decay`` and ``lr``."""
 
@@ -79,7 +81,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     """The pretrained part, set by the constructor; trials of a search put a shared one in its place."""
 
     random: np.random.Generator
-    """Draws alike on all workers in `losses`: the loop seeds it anew for every step, by the run's seed and the step."""
+    """Draws alike on all workers in `losses`; see `begin_step`."""
 
     evaluated_kinds: Sequence[RowKind] = ()
     """Kinds of rows that splits are evaluated of; empty: all."""
@@ -95,6 +97,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def __init__(self, config: ConfigT):
         """Takes the settings; nothing is loaded yet."""
         self.config = config
+        self.begin_step(0)
 
     # --- what a paper writes, beside `metrics` and `backbone`
 
@@ -120,9 +123,13 @@ class Task(ABC, Generic[ConfigT, ModelT]):
 
     @abstractmethod
     def evaluate(self, model: ModelT, data: EvaluationStream) -> Evaluation:
-        """Evaluates the (unwrapped) model on a split; called on every worker."""
+        """Evaluates the (unwrapped) model on a split; called on every worker, what worker 0 returns counts."""
 
     # --- what has a default
+
+    def begin_step(self, step: int) -> None:
+        """Seeds what all workers draw from alike by the run's seed and a step, apart from all other draws."""
+        self.random = np.random.default_rng(np.random.SeedSequence([self.config.seed, step], spawn_key=_SHARED_DRAWS))
 
     @property
     def trains_backbone(self) -> bool:

@@ -198,6 +198,66 @@ def test_runs_made_before_later_settings_came_go_on():
     assert config_hash(later) not in told.values()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "told"),
+    [
+        (
+            "harma-rsitmd-vit",
+            {"optim.betas": [0.9, 0.99]},
+            "b2e118ec92eaf727480603985464cb36924993d23282778e8e9feab58969152f",
+        ),  # other coefficients of Adam
+        (
+            "harma-rsitmd-vit",
+            {"optim.learning_rate": 1},
+            "c36a92e8461811f9fc69e653b3f380176b509f1a85e1930702298204a1cee54d",
+        ),  # a whole number for a rate
+        (
+            "harma-rsicd-geo",
+            {"model.pretrained": "/a/b.pt"},
+            "fda715ece0cfd303bcde751f988f0e1be2287ae0808f8b89ee8781cad677cb43",
+        ),  # weights from a file
+        (
+            "harma-scenes",
+            {"train.captions": "one"},
+            "f354e317c89001e085b8c6bb268809d983e6c2c0d01b1bbf82b592f512e3adab",
+        ),  # one caption an epoch
+        (
+            "scenes-cir-finetune",
+            {"seed": 3},
+            "3f3f6fe2a833f37ff82f70644d10f1fc6e0c181ae891b750cc757d8a4ae6b934",
+        ),  # another seed
+        (
+            "harma-rsitmd-vit",
+            {"train.eval_precision": "bf16"},
+            "3a35846aae28ee98c825279f370e368fc0dc9ee28c59fa54c8be70afca6d7bd2",
+        ),  # bf16 in evaluations
+        (
+            "scenes-cir-combiner",
+            {"model.tuned": "/q/w"},
+            "7c7b5c453461ec32aa6bbaf8b41cfe4fc7e75cedec6d7b2d8c8814fdb9462b45",
+        ),  # a combiner over a fine-tuned CLIP
+        (
+            "scenes-cir-combiner",
+            {"features.cached": False},
+            "0d52ae33e6bffda4761ffe2482e1e29004bf9d7f1f159ef2c730edad1228abd8",
+        ),  # features that are not kept
+        (
+            "clip4cir-combiner",
+            {"selection.also_keep": ["r_mean"]},
+            "3479d51785e3889d2dcaf81ce17be33ac48f79b50e3b3040dcdc4abcfbc7e520",
+        ),  # one more best checkpoint
+        (
+            "scenes-pretrain",
+            {"data.prefetch_batches": 1, "data.chunk_mb": 1},
+            "1d9152762cebf1e2e803de691bc02e0aa5da6d21b0544cbe6f425a1fe8f8e469",
+        ),  # nothing but incidental settings
+    ],
+)
+def test_runs_with_settings_of_their_own_go_on(recipe, changes, told):
+    """Hashes that the code before steps, tasks of six members and shared ranges made of these settings."""
+    assert config_hash(build_config(recipe_config(recipe), changes)) == told
+
+
 @pytest.mark.parametrize(("select_on", "split"), [("val", "dev"), ("test-as-in-released-code", "test")])
 def test_the_split_that_selects_the_best_epoch_is_val_or_as_in_the_released_code_test(select_on, split):
     config = build_config(recipe_config("harma-scenes"), {"data.val_split": "dev", "train.select_on": select_on})

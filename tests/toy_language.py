@@ -102,12 +102,12 @@ class ToyTask(Task[ToyConfig, Letters]):
         return Evaluation({"loss": total / count, "right": 100 * right / count})
 
 
-def register(monkeypatch):
+def register(monkeypatch, task=ToyTask):
     """Makes the toy a recipe for the length of a test."""
     from harma_ray import recipes
 
     monkeypatch.setitem(recipes.RECIPES, "toy", toy_config)
-    monkeypatch.setitem(recipes._TASKS, ToyConfig, ToyTask)
+    monkeypatch.setitem(recipes._TASKS, ToyConfig, task)
 
 
 class WholeCaption(RowTransform):

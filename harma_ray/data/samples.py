@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-if (
-    TYPE_CHECKING
-):  # read tasks and converters hand samples on without torch: a third of the memory, a third of the start
+from harma_ray.config import DataConfig
+from harma_ray.errors import UserError
+
+if TYPE_CHECKING:  # read tasks and converters hand samples on without torch: a third of the memory and of the start
     from torch import Tensor
 
 Batch: TypeAlias = "dict[str, Tensor]"
@@ -45,3 +46,9 @@ class RowTransform(ABC):
         ``data.decode=tasks`` cannot take one.
         """
         return {name: np.stack([np.asarray(sample[name]) for sample in samples]) for name in samples[0]}
+
+
+def check_decoding(transform: RowTransform, config: DataConfig) -> None:
+    """Raises UserError for a transform whose samples cannot be decoded where the settings say."""
+    if config.decode == "tasks" and type(transform).collate is not RowTransform.collate:
+        raise UserError("`data.decode=tasks` takes samples of equal shapes only; use data.decode=worker")

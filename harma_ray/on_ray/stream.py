@@ -17,8 +17,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
 from harma_ray.data.order import Chunk, IndexedSplit
-from harma_ray.data.samples import RowTransform
-from harma_ray.errors import UserError
+from harma_ray.data.samples import check_decoding
 from harma_ray.on_ray.quirks import Pause, closing_batches, map_without_restarts, quiet_data
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
     config = how.config
+    check_decoding(how.decode.transform, config)
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
     )
@@ -55,8 +55,6 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         "batch_size": how.batch_size, "prefetch_batches": config.prefetch_batches, "device": how.device
     }  # fmt: skip
     if config.decode == "tasks":
-        if type(how.decode.transform).collate is not RowTransform.collate:
-            raise UserError("`data.decode=tasks` takes samples of equal shapes only; use data.decode=worker")
         dataset = dataset.map_batches(
             how.decode, batch_size=how.batch_size, batch_format="pyarrow", num_cpus=config.task_cpus
         )

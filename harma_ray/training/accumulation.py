@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from harma_ray.data.samples import Batch
 from harma_ray.distributed import sum_over_ranks, world_size
@@ -42,7 +43,7 @@ def summed_step(
         The terms of the loss of the whole global batch.
     """
     counts = torch.stack([task.counted(part) for part in parts]).float()
-    shares = counts / sum_over_ranks(counts.sum())
+    shares = counts / sum_over_ranks(counts.sum()).clamp(min=1)  # 0 in a batch that counts nothing
     sums: dict[str, Tensor] = {}
     for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
         with contextlib.nullcontext() if number == len(parts) - 1 else holding_gradients(model):
@@ -67,21 +68,29 @@ class PartialForward:
     (it may be 0 in every part at the start of a training and still pull on the parameters).
     """
 
-    def __init__(self, model: nn.Module, num_parts: int):
+    def __init__(self, model: nn.Module, num_parts: int, num_samples: int):
         """Wraps a model.
 
         Args:
-            model: Called with tensors only.
+            model: Called with tensors only, each of which has a row for each sample.
             num_parts: Parts of a batch; the last may be smaller.
+            num_samples: Samples of a batch.
         """
-        self._model, self._num_parts = model, num_parts
+        self._model, self._num_parts, self._num_samples = model, num_parts, num_samples
 
     def __call__(self, *args: Tensor) -> dict[str, Tensor]:
         """Returns the outputs of the whole batch as leaves that collect gradients.
 
         Raises:
-            UserError: If an output is not of the two kinds that can be put together from parts.
+            UserError: If an argument cannot be cut into parts, or an output is not of the two kinds that can be put
+                together from them.
         """
+        for arg in args:
+            if not arg.ndim or len(arg) != self._num_samples:
+                raise UserError(
+                    "`train.accumulation` above 1 needs a row for each sample in what the model is called with, got "
+                    f"shape {tuple(arg.shape)} for {self._num_samples} samples; use train.accumulation=1"
+                )
         self._parts = list(zip(*(arg.chunk(self._num_parts) for arg in args), strict=True))
         self._random_states, parts = [], []
         with torch.no_grad():
@@ -94,6 +103,11 @@ class PartialForward:
     def _join(self, name: str, values: Sequence[Tensor]) -> Tensor:
         """Returns an output of the whole batch, which collects gradients."""
         if not values[0].ndim:
+            if isinstance(self._model, FSDPModule):
+                raise UserError(
+                    "`train.accumulation` above 1 needs a row for each sample in all outputs of a model that is spread "
+                    f"over the workers, got the scalar `{name}`; expand it to the samples, or use train.accumulation=1"
+                )
             _require_same(name, "values", [_differs(value, values[0]) for value in values[1:]])
             return values[0].detach().clone().requires_grad_()
         for value, part in zip(values, self._parts, strict=True):

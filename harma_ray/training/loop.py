@@ -40,14 +40,14 @@ from harma_ray.training.checkpoint import (
     save_checkpoint,
 )
 from harma_ray.training.health import health_watch
+from harma_ray.training.optim import checked_groups
 from harma_ray.training.state import Progress, TrainState
 from harma_ray.training.step import (
     Meter,
     autocast_of,
     check_batch,
-    evaluating,
+    evaluate_stream,
     num_batches,
-    shared_draws,
     timed,
     train_step,
     update_weights,
@@ -146,7 +146,7 @@ class _Training:
         self._model.to(self._device)
         self._forward = wrap_model(task, self._model, config.train, worker)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._state = TrainState(task.parameter_groups(self._model, config.optim), config, self._total_steps, worker)
+        self._state = TrainState(checked_groups(task, self._model), config, self._total_steps, worker)
         self._autocast = autocast_of(config.train, self._device)
         self._identity = data_identity(data.path, used_splits(config))
         self._tracker: Tracker | None = None  # worker 0 keeps the record
@@ -188,7 +188,7 @@ class _Training:
         with contextlib.closing(stream.steps(progress.step, epochs, parts)) as batches:
             for step_batches in timed(zip(*[batches] * parts, strict=True), meter):
                 self._model.train()
-                self._task.random = shared_draws(self._config.seed, progress.step)
+                self._task.begin_step(progress.step)
                 losses = train_step(self._task, self._forward, step_batches, train, self._autocast)
                 grad_norm, learning_rate = update_weights(self._state, self._trainable, losses, self._config.optim)
                 meter.count(self._task.tokens(batch) for batch in step_batches)
@@ -270,9 +270,7 @@ class _Training:
         return 0 < self._config.train.early_stopping_patience <= self._progress.without_improvement
 
     def _evaluate(self, stream: EvaluationStream) -> Evaluation:
-        self._model.eval()
-        with whole_model(self._model), evaluating(self._config.train, self._device):
-            return self._task.evaluate(self._model, stream)
+        return evaluate_stream(self._task, self._config, self._model, stream, self._worker)
 
     def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
         with whole_model(self._model), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,27 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from harma_ray.config import OptimConfig
-from harma_ray.task import ParameterGroup
+from harma_ray.errors import UserError, first_few
+from harma_ray.task import ParameterGroup, Task
+
+
+def checked_groups(task: Task, model: nn.Module) -> list[ParameterGroup]:
+    """Returns a task's groups of parameters.
+
+    Raises:
+        UserError: If they are not exactly what is trainable, or name a parameter twice.
+    """
+    groups = [{**group, "params": [*group["params"]]} for group in task.parameter_groups(model, task.config.optim)]
+    held = Counter(id(parameter) for group in groups for parameter in group["params"])
+    wrong = [name for name, p in model.named_parameters() if held.pop(id(p), 0) != p.requires_grad]
+    if held:
+        wrong.append(f"{len(held)} that are none of the model's")
+    if wrong:
+        raise UserError(
+            "`parameter_groups` must hold every trainable parameter once and no other, which does not hold for "
+            f"{first_few(wrong)}; mend recipe {task.config.recipe}"
+        )
+    return groups
 
 
 def build_optimizer(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,27 +18,32 @@ from harma_ray.data.order import TrainingOrder
 from harma_ray.data.samples import Batch
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Worker
+from harma_ray.distributed import broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.models.precision import full_precision
-from harma_ray.parallel import whole
+from harma_ray.parallel import whole, whole_model
 from harma_ray.task import Task
 from harma_ray.training.accumulation import PartialForward, summed_step
 from harma_ray.training.state import TrainState
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
-_SHARED_DRAWS = 1
-"""Tells the draws that all workers share from those of the order of samples."""
 
 
 def check_batch(task: Task, world_size: int) -> None:
-    """Checks that a global batch can be shared out.
+    """Checks that several workers can train, and that a global batch can be shared out.
 
     Raises:
-        UserError: If it does not divide by the number of workers, or a worker's share into its parts.
+        UserError: If the model cannot be compiled for them, the batch does not divide by their number, or a worker's
+            share into its parts.
     """
     train = task.config.train
     size = train.global_batch_size
+    if world_size > 1 and train.compile and type(task).parallelise is not Task.parallelise:
+        raise UserError(
+            f"`train.compile` needs a model that is whole on every worker, but recipe {task.config.recipe} spreads its "
+            "own over them; use train.compile=false"
+        )
     if size % world_size:
         low = size - size % world_size
         raise UserError(
@@ -67,15 +71,10 @@ class TrainingDiverged(UserError):
     """The loss is not a finite number any more."""
 
 
-def shared_draws(seed: int, step: int) -> np.random.Generator:
-    """Returns what all workers draw from alike in a step; draws of other kinds are seeded by other sequences."""
-    return np.random.default_rng([seed, step, _SHARED_DRAWS])
-
-
 def update_weights(
     state: TrainState, trainable: Sequence[nn.Parameter], losses: dict[str, Tensor], optim: OptimConfig
 ) -> tuple[Tensor, float]:
-    """Moves the weights by their gradients; returns the norm of these, before clipping, and the learning rate.
+    """Moves the weights by their gradients; returns their norm, before clipping, and the largest learning rate.
 
     Args:
         state: Of the training; its step is counted.
@@ -94,7 +93,7 @@ def update_weights(
             f"({terms}, grad_norm={float(grad_norm)}); start a new run with a lower optim.learning_rate, with "
             "optim.clip_grad_norm, or with train.precision=fp32"
         )
-    learning_rate = float(state.schedule.get_last_lr()[0])
+    learning_rate = float(max(state.schedule.get_last_lr()))
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -125,7 +124,7 @@ def train_step(
             terms = task.losses(forward, batch)
         torch.stack(list(terms.values())).sum().backward()
     else:
-        partial = PartialForward(forward, train.accumulation)
+        partial = PartialForward(forward, train.accumulation, len(batch["row"]))
         with autocast():
             terms = task.losses(partial, batch)
         torch.stack(list(terms.values())).sum().backward()
@@ -169,7 +168,7 @@ def parameters_without_gradient(
     stream = TrainingStream(order, task.transform(training=True), config.data, worker, loader)
     parts = num_batches(task)
     batches = stream.steps(0, 1, parts)
-    task.random = np.random.default_rng(config.seed)
+    task.begin_step(0)
     first = [next(batches) for _ in range(parts)]
     train_step(task, model.train(), first, config.train, autocast_of(config.train, torch.device(worker.device)))
     batches.close()
@@ -189,11 +188,20 @@ def evaluate_split(
         worker: This worker.
         loader: Makes batches of rows.
     """
-    device = torch.device(worker.device)
-    model.to(device).eval()
+    model.to(worker.device)
     stream = EvaluationStream(open_split(config.data.path, split), config.data, worker, loader)
-    with evaluating(config.train, device):
-        return task.evaluate(model, stream)
+    return evaluate_stream(task, config, model, stream, worker)
+
+
+def evaluate_stream(
+    task: Task, config: RunConfig, model: nn.Module, stream: EvaluationStream, worker: Worker
+) -> Evaluation:
+    """Evaluates a model on the worker's device, which may be spread over the workers; all get worker 0's metrics."""
+    model.eval()
+    with whole_model(model), evaluating(config.train, torch.device(worker.device)):
+        found = task.evaluate(model, stream)
+    metrics = broadcast_object(found.metrics)
+    return found if worker.rank == 0 else Evaluation(metrics)
 
 
 def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:

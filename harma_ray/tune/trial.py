@@ -140,7 +140,7 @@ def past_evaluations(folder: Path) -> Iterator[dict[str, Any]]:
     last = read_meta(checkpoints[-1]).step if checkpoints else -1
     for record in read_records(folder):
         if record["kind"] == "evaluation" and record["step"] <= last:
-            yield record
+            yield {name: math.nan if value is None else value for name, value in record.items()}
 
 
 def single_worker(config: RunConfig, plan: WorkerPlan) -> Worker:

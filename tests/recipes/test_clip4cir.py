@@ -314,7 +314,7 @@ def test_accumulation_draws_the_same_dropout_twice(composed):
     from harma_ray.training.accumulation import PartialForward
 
     torch.manual_seed(3)
-    partial = PartialForward(model, 2)
+    partial = PartialForward(model, 2, len(batch["row"]))
     loss = task.losses(partial, batch)["contrastive"]
     loss.backward()
     partial.backward(torch.enable_grad)

@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 def gradients(scalar, parts, batch=BATCH):
     model = Model(scalar)
-    forward = PartialForward(model, parts)
+    forward = PartialForward(model, parts, len(batch))
     outputs = forward(batch)
     (outputs["scalar"] * outputs["rows"].sum()).backward()
     forward.backward(contextlib.nullcontext)
@@ -80,6 +80,12 @@ def test_a_scalar_whose_value_depends_on_the_samples_is_refused(scalar):
 def test_a_scalar_that_is_equal_by_chance_is_refused_by_its_gradient(scalar):
     with pytest.raises(UserError, match=r"other gradients of `scalar` in other parts"):
         gradients(scalar, 3)
+
+
+def test_an_argument_that_is_not_cut_by_samples_is_refused():
+    forward = PartialForward(Model(lambda model, rows: model.log_scale), 2, num_samples=3)
+    with pytest.raises(UserError, match=r"what the model is called with, got shape \(5, 1\) for 3 samples"):
+        forward(BATCH)
 
 
 def test_samples_that_are_all_alike_are_no_reason_to_refuse_nothing_is_wrong_then():

@@ -14,6 +14,7 @@ from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import HealthWatch
 from harma_ray.training.loop import run_training
+from harma_ray.tune.report.drawing import label
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import make_scheduler
 from harma_ray.tune.space.definition import Limits, Scheduler, SearchDefinition, Target
@@ -34,6 +35,54 @@ class ToldTask(ToyTask):
 
     def evaluate(self, model, data):
         return Evaluation({"loss": next(self._losses), "right": 1.0})
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_what_is_not_a_number_is_worse_than_everything(lower):
+    nan = float("nan")
+    metrics = Metrics(("loss",), "loss", lower_is_better=("loss",) if lower else ())
+    worst, best = (9.0, 1.0) if lower else (1.0, 9.0)
+    assert metrics.ranked("loss", [nan, worst, nan, best], lambda value: {"loss": value})[:2] == [best, worst]
+    assert metrics.is_better("loss", worst, nan)
+    assert not metrics.is_better("loss", nan, worst)
+    assert not metrics.is_better("loss", nan, nan)
+
+
+def test_a_loss_that_is_not_a_number_at_first_is_not_the_best_for_ever(scenes, tmp_path, monkeypatch):
+    register(monkeypatch)
+    config = build_config(toy_config(), {"data.path": str(scenes), "train.epochs": 3})
+    task = ToldTask(config, [float("nan"), 3.0, 2.0, float("nan"), 2.0, 2.0])
+    report = run_training(task, config, tmp_path, worker=Worker(), loader=local_batches)
+    assert report["best_epoch"] == 2
+    tally = _Tally((LOSS,))
+    tally.begin(tmp_path)
+    assert [report.value for report in tally.catch_up()][1:] == [3.0, 2.0, 2.0]
+    assert Run(tmp_path, config).best_checkpoint("loss").name == "step_00000020"
+
+
+class TwoLosses(ToldTask):
+    """Has another loss that was the lowest where the first was not."""
+
+    def __init__(self, config):
+        super().__init__(config, [3.0, 2.0, 1.5, 1.0, 1.0, 1.0])
+        self._errors = iter([1.0, 0.25, 0.75, 0.5, 0.5, 0.5])
+        self.metrics = Metrics(("loss", "error"), objective="loss", lower_is_better=("loss", "error"))
+
+    def evaluate(self, model, data):
+        return Evaluation({**super().evaluate(model, data).metrics, "error": next(self._errors)})
+
+
+def test_the_lowest_value_of_a_metric_whose_checkpoint_is_gone_is_missed(scenes, tmp_path, monkeypatch):
+    register(monkeypatch, TwoLosses)
+    config = build_config(toy_config(), {"data.path": str(scenes), "train.epochs": 3})
+    run_training(TwoLosses(config), config, tmp_path, worker=Worker(), loader=local_batches)
+    with pytest.raises(UserError, match=r"best by `error` \(0\.25, epoch 1\) was not kept; .* has 0\.50 \(epoch 3\)"):
+        Run(tmp_path, config).best_checkpoint("error")
+
+
+def test_what_is_minimised_is_no_percentage():
+    assert label(LOSS) == "val loss"
+    assert label(Target(metric="right")) == "val right (%)"
 
 
 @pytest.fixture

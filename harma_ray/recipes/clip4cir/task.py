@@ -25,7 +25,7 @@ from harma_ray.data.relative_captions import evaluation_text, training_texts
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
-from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
+from harma_ray.distributed import gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.backbones import ClipBackbone
@@ -235,8 +235,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
             found = measure(own)
             of_others = {BASELINE_METRICS[query]: other.metrics["r_mean"] for query, other in others.items()}
             found = replace(found, metrics={**found.metrics, **of_others}, others=others)
-        metrics = broadcast_object(found.metrics if found else {})
-        return found or Evaluation(metrics)
+        return found or Evaluation({})
 
     def encode(
         self, model: ComposedRetriever, data: EvaluationStream, queries: ComposedQueries

@@ -21,7 +21,7 @@ from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import Augmentation, eval_transform, train_transform
-from harma_ray.distributed import broadcast_object, gather_rows, gather_with_gradient, rank
+from harma_ray.distributed import gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.adapters import GatedAdapter, set_tuning
@@ -190,8 +190,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
             image_of_text = torch.repeat_interleave(torch.arange(len(captions)), counts)
             retrieval = ImageTextRetrieval.of(image_embeddings, text_embeddings, texts, image_of_text)
             found = ImageTextEvaluation.of(retrieval)
-        metrics = broadcast_object(found.metrics if found else {})
-        return found or Evaluation(metrics)
+        return found or Evaluation({})
 
     def monitor(self, model: DualEncoder) -> dict[str, float]:
         """Returns the temperature and, for every adapter, the shares (sigmoid of the gates) it lets through."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from harma_ray.config import RunConfig
-from harma_ray.evaluation import show_figure
+from harma_ray.evaluation import merit, show_figure
 from harma_ray.settings import build_config, flat_settings, to_dict
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first
 from harma_ray.tune.space.urls import require_lasting
@@ -88,8 +88,8 @@ class Target:
         return self.direction == "maximize"
 
     def merit(self, value: float) -> float:
-        """Returns what is higher the better a value is."""
-        return value if self.maximize else -value
+        """Returns what is higher the better a value is; NaN is the worst."""
+        return merit(value, maximize=self.maximize)
 
     def show(self, value: float, *, sign: bool = False) -> str:
         """Returns a value, or a difference with its sign, as text."""
