@@ -76,7 +76,7 @@ def test_the_lowest_value_of_a_metric_whose_checkpoint_is_gone_is_missed(scenes,
     register(monkeypatch, TwoLosses)
     config = build_config(toy_config(), {"data.path": str(scenes), "train.epochs": 3})
     run_training(TwoLosses(config), config, tmp_path, worker=Worker(), loader=local_batches)
-    with pytest.raises(UserError, match=r"best by `error` \(0\.25, epoch 1\) was not kept; .* has 0\.50 \(epoch 3\)"):
+    with pytest.raises(UserError, match=r"best by `error` \(0\.25, epoch 1\) was not kept; .* has 0\.5 \(epoch 3\)"):
         Run(tmp_path, config).best_checkpoint("error")
 
 
