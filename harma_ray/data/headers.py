@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -188,11 +188,9 @@ def _read_tiff(stream: BinaryIO) -> Header:
     fits = Image.MAX_IMAGE_PIXELS is None or width * height <= Image.MAX_IMAGE_PIXELS
     if max(bits) <= 8 and kind == "uint" and fits and known.get(photometric, False):
         stream.seek(0)
-        try:
+        with suppress(UnidentifiedImageError):
             open_header(stream)
             plain = True
-        except UnidentifiedImageError:
-            plain = False
     return Header(
         format="TIFF",
         width=width,

@@ -226,13 +226,10 @@ def _judge(entry: os.DirEntry[str], inner: _Folder | None) -> str | None:
         return HIDDEN if entry.name.startswith(".") else BY_PRODUCTS
     if inner is not None:
         return None
-    if entry.is_symlink():
-        dead, is_file = not os.path.exists(entry.path), os.path.isfile(entry.path)
-    else:
-        dead, is_file = False, entry.is_file()
+    dead = entry.is_symlink() and not os.path.exists(entry.path)
     if not is_image_name(entry.name):
         return DEAD_LINKS if dead else NO_IMAGES
-    return None if dead or is_file else NO_FILES
+    return None if dead or entry.is_file() else NO_FILES
 
 
 def _topmost_empty(root: Path, walked: Iterable[Path], images: Iterable[Path]) -> list[Path]:

@@ -93,12 +93,8 @@ class HealthWatch:
 
     def read(self, record: Mapping[str, Any]) -> list[Finding]:
         """Takes the next line of the record; returns what begins or ends with it."""
-        if record["kind"] == "step" and self._equal:
-            finding = self._read_step(record)
-        elif record["kind"] == "evaluation":
-            finding = self._read_evaluation(record)
-        else:
-            finding = None
+        read = {"step": self._read_step, "evaluation": self._read_evaluation}.get(record["kind"])
+        finding = read and read(record)
         if finding is None:
             return []
         _note(self._standing, finding)
@@ -107,7 +103,7 @@ class HealthWatch:
     def _read_step(self, record: Mapping[str, Any]) -> Finding | None:
         terms = {name: record.get(name) for name in self._equal}
         known = {name: value for name, value in terms.items() if value is not None}
-        if len(known) < len(terms) or record["step"] <= self._warmup_steps:
+        if not known or len(known) < len(terms) or record["step"] <= self._warmup_steps:
             return None
         step, recent = record["step"], self._recent
         recent.append((step, known))

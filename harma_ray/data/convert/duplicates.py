@@ -75,7 +75,7 @@ def read_hashes(split: Split, *, as_stored: bool = False) -> dict[bytes, str]:
         if path.is_file() and not as_stored:
             table = pq.read_table(path, schema=_SCHEMA)
             pairs: Iterable[tuple[bytes, str]] = zip(
-                table.column("sha256").to_pylist(), table.column("image").to_pylist(), strict=True
+                table["sha256"].to_pylist(), table["image"].to_pylist(), strict=True
             )
         else:
             pairs = ((hashlib.sha256(data).digest(), name) for name, data in iterate_images(split))

@@ -101,9 +101,8 @@ def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) 
         UserError: If a count, the style, the size or the seed is not valid.
     """
     scene(seed, 0, style, size)  # draws one to check the settings here, before anything starts
-    records: dict[str, list[SourceRecord]] = {}
-    for split, count in counts.items():
-        records[split] = [
+    return {
+        split: [
             SourceRecord(
                 number,
                 f"{style}/{split}/{number:06d}.png",
@@ -112,7 +111,8 @@ def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) 
             )
             for number, index in enumerate(_number_scenes(split, count))
         ]
-    return records
+        for split, count in counts.items()
+    }
 
 
 def list_composed_scenes(

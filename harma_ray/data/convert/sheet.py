@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from harma_ray.data.kinds.drawing import MARGIN
-from harma_ray.data.splits import Split, open_shard
+from harma_ray.data.order import IndexedSplit, read_samples
+from harma_ray.data.splits import Split, index_rows
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
 
@@ -36,10 +35,10 @@ def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0)
     if n < 1:
         raise UserError(f"a contact sheet needs 1 image or more, got {n}")
     split.require_images("a contact sheet")
-    rows = split.manifest.rows
-    chosen = set(np.random.default_rng(seed).permutation(rows)[:n].tolist())
-    samples = [row for number, row in enumerate(_iterate_rows(split, chosen)) if number in chosen]
-    cells = [split.kind.draw(row) for row in samples]
+    chosen = np.sort(np.random.default_rng(seed).permutation(split.manifest.rows)[:n])
+    samples = np.stack([chosen, np.zeros_like(chosen)], axis=1)
+    table = read_samples(IndexedSplit(split, index_rows(split)), samples, epoch=0)
+    cells = [split.kind.draw(row) for row in table.to_pylist()]
     columns, (width, height) = min(split.kind.cells_across, len(cells)), cells[0].size
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(cells) // columns) * height + MARGIN), "white")
     for position, cell in enumerate(cells):
@@ -53,17 +52,3 @@ def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0)
             f"cannot write the contact sheet {target} ({error.strerror or error}); choose another folder (--sheet)"
         ) from error
     return target
-
-
-def _iterate_rows(split: Split, wanted: set[int]) -> Iterator[dict[str, Any]]:
-    """Yields all rows in order; those of row groups without a wanted row are empty, because they are not read."""
-    start = 0
-    for path in split.shard_paths():
-        with open_shard(path) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if wanted.isdisjoint(range(start, start + rows)):
-                    yield from ({} for _ in range(rows))
-                else:
-                    yield from file.read_row_group(group).to_pylist()
-                start += rows
