@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from harma_ray.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -20,12 +22,16 @@ limits: {trials: 3}
 """The file of a search of three short trials."""
 
 
+ray_warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+"""For commands that use Ray in this process, which warns of its own settings."""
+
+
 def alone():
     """Returns the environment in which commands start a cluster of their own."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def launch(*arguments, timeout=200, environment=None):
+def launch(*arguments, timeout=280, environment=None):
     """Runs a command in a process of its own, with a cluster of its own unless the environment says otherwise."""
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment or alone())

@@ -20,10 +20,13 @@ from harma_ray.data.convert.commands import convert_scenes, convert_scenes_cir  
 from harma_ray.recipes import recipe_config  # noqa: E402
 from harma_ray.settings import build_config  # noqa: E402
 
+torch.set_num_threads(1)
 
-@pytest.fixture(scope="session", autouse=True)
+
+@pytest.fixture(autouse=True)
 def _one_thread():
-    """Small models are faster on one thread, and bit-for-bit comparisons need a fixed number."""
+    """Small models are faster on one thread, and bit-for-bit comparisons need a fixed number: commands take more."""
+    yield
     torch.set_num_threads(1)
 
 
@@ -69,6 +72,12 @@ def ray_cluster(cluster_address):
 def joined(cluster_address):
     """The environment in which commands join the cluster of `cluster_address`."""
     return {**os.environ, "RAY_ADDRESS": cluster_address}
+
+
+@pytest.fixture
+def joined_here(cluster_address, monkeypatch):
+    """Has commands that run in this process join the cluster of `cluster_address`."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster_address)
 
 
 @pytest.fixture(scope="session")

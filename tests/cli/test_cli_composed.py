@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import done, launch, refused
+from command_line import done, ray_warns, refused
 from random_runs import make_random_run
 from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
@@ -69,12 +69,13 @@ def combined(composed, runs):
 
 
 @pytest.mark.ray
-def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, joined, tmp_path):
-    result = launch("train", "--recipe", "scenes-cir-combiner", "--from", tuned.path, "--data", composed, "--runs",
-                    tmp_path, "--name", "second", "--workers", 1, *sets(SECOND), environment=joined)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+@ray_warns
+@pytest.mark.usefixtures("joined_here")
+def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, tmp_path):
+    printed = done(capsys, "train", "--recipe", "scenes-cir-combiner", "--from", tuned.path, "--data", composed,
+                   "--runs", tmp_path, "--name", "second", "--workers", 1, *sets(SECOND))  # fmt: skip
     for part in ("40 triplets", "2 epochs x 5 steps of 8 samples", "group_recall_at1", "recall_at10"):
-        assert part in result.stdout, part
+        assert part in printed, part
     run = open_run(tmp_path / "second")
     assert list_splits(run.path / "features") == ["train", "val", "test"]
     report = run.report
@@ -90,16 +91,16 @@ def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, 
     assert found["metrics"] == pytest.approx(report["metrics"]["test"], abs=1e-6)  # images here, vectors there
     assert found["chance"]["group_recall_at1"] == pytest.approx(20)
     assert "<img" in (tmp_path / "page" / "index.html").read_text()
-    resumed = launch("train", "--resume", run.path, environment=joined)
-    assert "is finished" in resumed.stdout, resumed.stderr
+    assert "is finished" in done(capsys, "train", "--resume", run.path)
 
 
 @pytest.mark.ray
-def test_a_search_over_the_second_stage_computes_features_once(composed, tuned, joined, tmp_path):
+@ray_warns
+@pytest.mark.usefixtures("joined_here")
+def test_a_search_over_the_second_stage_computes_features_once(capsys, composed, tuned, tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE)
-    result = launch("tune", tmp_path / "space.yaml", "--from", tuned.path, "--data", composed, "--runs", tmp_path,
-                    "--name", "found", "--no-dashboard", environment=joined)  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
+    done(capsys, "tune", tmp_path / "space.yaml", "--from", tuned.path, "--data", composed, "--runs", tmp_path,
+         "--name", "found", "--no-dashboard")  # fmt: skip
     folder = tmp_path / "found"
     trials = sorted(path for path in (folder / "trials").iterdir())
     assert len(trials) == 2
@@ -266,11 +267,11 @@ def test_the_best_by_another_metric_is_taken_if_it_was_kept(capsys, composed, tu
 
 
 @pytest.mark.ray
-def test_vectors_of_pairs_are_for_image_text_retrieval(scenes, tuned, tmp_path):
-    command = ["embed", "--run", tuned.path, "--data", scenes, "--out", tmp_path / "out"]
-    result = launch(*command)
-    assert result.returncode == 2
-    assert "which is not image-text retrieval" in result.stderr
+@ray_warns
+@pytest.mark.usefixtures("joined_here")
+def test_vectors_of_pairs_are_for_image_text_retrieval(capsys, scenes, tuned, tmp_path):
+    error = refused(capsys, "embed", "--run", tuned.path, "--data", scenes, "--out", tmp_path / "out")
+    assert "which is not image-text retrieval" in error
 
 
 def test_published_files_go_out_and_come_in(capsys, composed, tuned, combined, tmp_path):

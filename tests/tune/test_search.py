@@ -196,7 +196,7 @@ def test_a_diverging_trial_is_a_failure_with_its_reason_and_the_search_goes_on(s
 
 
 def test_a_search_in_which_nothing_works_ends_soon_and_says_why(scenes, ray_cluster, tmp_path):
-    space = definition(scenes, RATE, limits=Limits(trials=30))
+    space = definition(scenes, RATE, limits=Limits(trials=30), concurrent=1)
     space = replace(space, config=build_config(space.config, {"data.max_pixels": 10}))
     with pytest.raises(UserError, match=r"one trial after another failed, .*: row \d+ .*pixels"):
         search(tmp_path / "hopeless", space, ray_cluster)
