@@ -28,7 +28,6 @@ from harma_ray.training.tracking import read_records
 def bare_loop(config, steps: int) -> list[float]:
     """Returns the seconds of each step after the first."""
     worker = local_worker(config)
-    torch.set_num_threads(worker.decode_threads)
     task, device = make_task(config), torch.device(worker.device)
     model = task.new_model().to(device).train()
     optimizer = build_optimizer(task.parameter_groups(model, config.optim), config.optim, device)

@@ -61,7 +61,6 @@ def main() -> None:
             f"features of {options.triplets} triplets once, with a process's start: {time.perf_counter() - begin:.1f} s"
         )
         worker = local_worker(anew)
-        torch.set_num_threads(worker.decode_threads)
         seconds = {"anew": 0.0, "once": 0.0}
         for _ in range(2):  # in turns: the machine may be slower at one time than at another
             for kind, config in (("anew", anew), ("once", once)):

@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from tabulate import tabulate
 
 from harma_ray.data.convert.commands import convert_scenes
@@ -68,7 +67,6 @@ def pretrain(folder: Path, images: int) -> Path:
     config = build_config(recipe_config("scenes-pretrain"), {"data.path": str(folder / "summer")})
     run = create_run(folder, "pretrain", config)
     worker = local_worker(config)
-    torch.set_num_threads(worker.decode_threads)
     run_training(make_task(config), config, run.path, worker=worker, loader=local_batches)
     return export_checkpoint(run, "open_clip", folder / "backbone.safetensors")
 

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from pathlib import Path
 
-import torch
 from tabulate import tabulate
 
 from harma_ray.cli.train_run import train_and_print
@@ -74,7 +73,6 @@ def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
     config = adapted.config
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, tuning="none"))
     task, worker = make_task(frozen), local_worker(config)
-    torch.set_num_threads(worker.decode_threads)
     rows, results = [], {}
     for split in ("val", "test"):
         before = evaluate_split(task, frozen, task.new_model(), split, worker=worker, loader=local_batches)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from harma_ray.runs import Run
 from harma_ray.settings import marked_settings
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import evaluate_split
+from harma_ray.training.threads import use_threads
 from harma_ray.training.tracking import METRICS_NAME
 
 WORK_FOLDER = "ray"
@@ -135,7 +135,9 @@ def on_workers(
         UserError: If a worker raised one.
         WorkerFailed: If workers failed or died and no restart is left.
     """
-    for restart in itertools.count(1):
+    restart = 0
+    while True:
+        restart += 1
         try:
             return _attempt(function, settings, config, plan, folder, make_callbacks())
         except WorkerFailed as error:
@@ -143,7 +145,6 @@ def on_workers(
             if restart > limit:
                 raise
             on_restart(f"{error}; starting all workers again from the last checkpoint, restart {restart} of {limit}")
-    raise AssertionError("unreachable")
 
 
 def _attempt(
@@ -224,16 +225,13 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Worker]:
     context = ray.train.get_context()
     leave_note(Path(settings["notes"]), context.get_world_rank())
     device = get_device()
-    neighbours = context.get_local_world_size()
-    threads = max(1, node_cpus() // neighbours)
-    torch.set_num_threads(config.train.threads or threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     worker = Worker(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=str(device),
-        decode_threads=config.data.decode_threads or threads,
+        decode_threads=use_threads(config, node_cpus() / context.get_local_world_size()),
     )
     return config, worker
 

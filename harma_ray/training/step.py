@@ -26,6 +26,7 @@ from harma_ray.parallel import whole, whole_model
 from harma_ray.task import Task
 from harma_ray.training.accumulation import PartialForward, summed_step
 from harma_ray.training.state import TrainState
+from harma_ray.training.threads import use_threads
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
@@ -271,13 +272,13 @@ class Meter:
 
 
 def local_worker(config: RunConfig) -> Worker:
-    """Returns the only worker, which is this process: on a GPU if there is one and it is not refused.
+    """Returns the only worker, which is this process, with all CPUs: on a GPU if there is one and it is not refused.
 
     Raises:
         UserError: If a GPU is asked for and there is none.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     use_gpu = torch.cuda.is_available() if config.scaling.use_gpu is None else config.scaling.use_gpu
     if use_gpu and not torch.cuda.is_available():
         raise UserError("`scaling.use_gpu` is true, but torch finds no GPU here; use --cpu")
-    return Worker(device="cuda" if use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)
+    return Worker(device="cuda" if use_gpu else "cpu", decode_threads=use_threads(config, num_cpus))

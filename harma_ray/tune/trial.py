@@ -33,6 +33,7 @@ from harma_ray.task import Task
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.loop import finish_training, run_training, run_trial
 from harma_ray.training.step import evaluate_split
+from harma_ray.training.threads import use_threads
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.sharing import SharedBackbone
 from harma_ray.tune.space.definition import Target
@@ -145,11 +146,10 @@ def past_evaluations(folder: Path) -> Iterator[dict[str, Any]]:
 
 def single_worker(config: RunConfig, plan: WorkerPlan) -> Worker:
     """Returns the only worker of a trial, which is this process, and gives torch its share of the machine."""
-    threads = max(1, int(plan.cpus_per_worker))
-    torch.set_num_threads(config.train.threads or threads)
     if plan.use_gpu and not torch.cuda.is_available():
         raise UserError("Ray gave this trial a GPU, but torch finds none; check the driver, or use --cpu")
-    return Worker(device="cuda" if plan.use_gpu else "cpu", decode_threads=config.data.decode_threads or threads)
+    threads = use_threads(config, plan.cpus_per_worker)
+    return Worker(device="cuda" if plan.use_gpu else "cpu", decode_threads=threads)
 
 
 class _Tally:
