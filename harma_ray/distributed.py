@@ -32,7 +32,7 @@ def world_size() -> int:
     return dist.get_world_size() if _has_group() else 1
 
 
-def gather_with_gradient(x: Tensor, *, check_sizes: bool = True) -> Tensor:
+def gather_with_gradient(x: Tensor) -> Tensor:
     """Gather equally many rows from every rank, and let gradients flow back to the ranks they came from.
 
     The convention for losses over gathered features: every rank computes the whole global loss from the gathered
@@ -44,10 +44,8 @@ def gather_with_gradient(x: Tensor, *, check_sizes: bool = True) -> Tensor:
     The backward pass is a collective too: the result must reach the loss on every rank, or on none.
 
     Args:
-        x: [B, ...], any dtype; same B, trailing shape and dtype on every rank. Half-precision gradients are summed
-            in float32.
-        check_sizes: Compare the shapes of all ranks first. It costs one collective of 16 bytes a rank and, on a GPU,
-            a wait for the forward pass; without it, unequal shapes end in a hang or in wrong rows.
+        x: [B, ...], any dtype; same B, trailing shape and dtype on every rank, which are compared first. Half-precision
+            gradients are summed in float32.
 
     Returns:
         [W*B, ...], rows in rank order, on ``x``'s device; ``x`` itself in a world of one.
@@ -58,13 +56,12 @@ def gather_with_gradient(x: Tensor, *, check_sizes: bool = True) -> Tensor:
     _require_rows(x, "gather_with_gradient")
     if world_size() == 1:
         return x
-    if check_sizes:
-        counts = _row_counts(x, "gather_with_gradient")
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"gather_with_gradient needs as many rows on every rank, got {counts} (in rank order); "
-                "drop the last incomplete batch, or use gather_rows where no gradient is needed."
-            )
+    counts = _row_counts(x, "gather_with_gradient")
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"gather_with_gradient needs as many rows on every rank, got {counts} (in rank order); "
+            "drop the last incomplete batch, or use gather_rows where no gradient is needed."
+        )
     return _GatherWithGradient.apply(x)
 
 
@@ -107,37 +104,18 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total.to(x.device)
 
 
-def any_rank(flag: bool) -> bool:
-    """Tell every rank whether ``flag`` holds on at least one of them."""
-    if world_size() == 1:
-        return bool(flag)
-    signal = torch.tensor([int(flag)], dtype=torch.int32, device=_group_device())
-    dist.all_reduce(signal, op=dist.ReduceOp.MAX)
-    return bool(signal.item())
-
-
 def barrier() -> None:
     """Wait, on the host, until every rank has come here."""
     # Not dist.barrier: with nccl and no bound device it warns and may pick another rank's GPU.
-    any_rank(False)
+    sum_over_ranks(torch.zeros(1))
 
 
-def broadcast_object(value: T, source: int = 0) -> T:
-    """Return rank ``source``'s value on every rank.
-
-    Args:
-        value: Any picklable object; the values of the other ranks are ignored.
-        source: The rank whose value is sent.
-
-    Raises:
-        ValueError: ``source`` is not a rank of the group.
-    """
-    if not 0 <= source < world_size():
-        raise ValueError(f"`source` must be a rank, 0 <= source < {world_size()}, got {source}.")
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value, any object that can be pickled, on every rank."""
     if world_size() == 1:
         return value
-    box: list[Any] = [value if rank() == source else None]
-    dist.broadcast_object_list(box, src=source, device=_group_device())
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=_group_device())
     return box[0]
 
 

@@ -1,6 +1,7 @@
 """Real gloo processes: one group of two and one of three serve all tests; each rank leaves its results in a file."""
 
 import datetime
+import time
 import warnings
 
 import pytest
@@ -135,18 +136,19 @@ def work(rank, num_workers, folder):
     result["graph"] = distributed.gather_rows(torch.ones(1, requires_grad=True) * 2).requires_grad
     result["no rows"] = distributed.gather_rows(torch.zeros(0, 3))
 
-    result["any"] = [distributed.any_rank(rank == 1), distributed.any_rank(False), distributed.any_rank(True)]
-    result["object"] = distributed.broadcast_object({"sent by": rank} if rank == 1 else None, source=1)
+    result["object"] = distributed.broadcast_object({"sent by": rank} if rank == 0 else None)
 
     result["errors"] = [
         error_of(distributed.gather_with_gradient, torch.zeros(rank + 1, 2)),
         error_of(distributed.gather_rows, torch.zeros(1, rank + 2)),
         error_of(distributed.gather_rows, torch.zeros(1, dtype=torch.int64 if rank == 0 else torch.int32)),
-        error_of(distributed.broadcast_object, None, num_workers),
     ]
     # The group is still in step after the refusals.
-    result["unchecked"] = distributed.gather_with_gradient(torch.tensor([rank]), check_sizes=False)
+    result["in step"] = distributed.gather_with_gradient(torch.tensor([rank]))
+    time.sleep(0.3 * rank)
+    came = time.monotonic()
     distributed.barrier()
+    result["barrier"] = (came, time.monotonic())
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -223,15 +225,18 @@ def test_gather_rows_keeps_layout_shape_and_no_graph(results):
         assert result["no rows"].shape == (0, 3)
 
 
-def test_flags_and_objects_are_the_same_on_every_rank(results):
+def test_objects_are_the_same_on_every_rank_which_stay_in_step(results):
     for result in results:
-        assert result["any"] == [True, False, True]
-        assert result["object"] == {"sent by": 1}
-        assert result["unchecked"].tolist() == list(range(len(results)))
+        assert result["object"] == {"sent by": 0}
+        assert result["in step"].tolist() == list(range(len(results)))
+
+
+def test_no_rank_leaves_a_barrier_before_all_have_come(results):
+    assert min(result["barrier"][1] for result in results) >= max(result["barrier"][0] for result in results)
 
 
 def test_ranks_that_disagree_are_refused_on_every_rank(results):
-    patterns = ["as many rows", "same collective", "same collective", "must be a rank"]
+    patterns = ["as many rows", "same collective", "same collective"]
     for result in results:
         for message, pattern in zip(result["errors"], patterns, strict=True):
             assert message is not None
@@ -244,8 +249,6 @@ def test_without_a_group_the_world_is_one():
     assert distributed.gather_with_gradient(x) is x
     assert torch.equal(distributed.gather_rows(x), x)
     assert not distributed.gather_rows(x).requires_grad
-    assert distributed.any_rank(True)
-    assert not distributed.any_rank(False)
     assert distributed.broadcast_object("value") == "value"
     distributed.barrier()
 

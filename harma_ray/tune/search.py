@@ -119,7 +119,6 @@ def _fit(
     past = read_search(folder, definition, study.study).trials
     traces = _Traces()
     searcher = StudySearcher(study, plan.concurrent, traces.read)
-    traces.on_error = searcher.on_trial_complete
     start_side_by_side(plan.concurrent)
     work = folder / WORK_FOLDER
     shutil.rmtree(work, ignore_errors=True)
@@ -306,19 +305,14 @@ class _Limits(Unpickled, ray.tune.Stopper):
 
 
 class _Traces(Unpickled, ray.tune.Callback):
-    """Knows where Ray Tune writes the trace of what ended a trial's process, and hears of every such end."""
+    """Knows where Ray Tune writes the trace of what ended a trial's process."""
 
     def __init__(self):
         self._trials: dict[str, Any] = {}
-        self.on_error: Callable[..., None] = lambda trial_id, **result: None
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Remembers a trial."""
         self._trials[trial.trial_id] = trial
-
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        """Passes on an error of which Ray Tune may not have told the searcher."""
-        self.on_error(trial.trial_id, error=True)
 
     def read(self, trial_id: str) -> str:
         """Returns the trace, or nothing."""
