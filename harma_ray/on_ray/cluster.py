@@ -23,6 +23,7 @@ from harma_ray.on_ray.quirks import (
     is_late_start,
     is_stranger,
     keeping_handler,
+    machine_memory,
     quiet_errors,
     set_variables,
 )
@@ -65,7 +66,7 @@ def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, 
         "include_dashboard": dashboard_port is not None,
         "dashboard_host": LOOPBACK,
         "dashboard_port": dashboard_port,
-        "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * _memory_bytes())),
+        "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * machine_memory())),
         "_temp_dir": str(folder),
         **({"object_spilling_directory": str(spill)} if spill else {}),
     }
@@ -113,10 +114,8 @@ def _initialise(options: Mapping[str, Any], address: str) -> Any:
             raise needs_token(address) from error
         except ValueError as error:
             raise UserError(f"Ray does not take its settings ({_reason(error)}); check those named RAY_...") from error
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            failure = error
         except Exception as error:
-            if not is_late_start(error):
+            if not isinstance(error, OSError | RuntimeError | ray.exceptions.RayError) and not is_late_start(error):
                 raise
             failure = error
         if address != "local":
@@ -206,16 +205,6 @@ def node_cpus() -> int:
 
     own = ray.get_runtime_context().get_node_id()
     return max(1, int(next(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["NodeID"] == own)))
-
-
-def _memory_bytes() -> int:
-    """Returns this machine's memory, or its container's limit if that is less."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if os.path.isfile(file):
-            limit = Path(file).read_text().strip()
-            memory = min(memory, int(limit)) if limit.isdigit() else memory
-    return memory
 
 
 def prepare_environment(*, own_cluster: bool) -> None:

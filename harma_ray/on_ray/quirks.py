@@ -163,12 +163,26 @@ def end_failed_start(error: BaseException, *, keep_logs: bool) -> Path | None:
 
 
 def _remove(session: Path) -> None:
-    """Removes a folder into which processes that are being killed may still write."""
+    """Removes the folder of a cluster whose processes are ended, and ends those that it had just started.
+
+    They would make the folder again: their command lines name it.
+    """
     for _ in range(50):
+        late = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _names(path, session)]
+        for pid in late:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(session, ignore_errors=True)
-        if not session.exists():
+        if not late and not session.exists():
             return
         time.sleep(0.1)
+
+
+def _names(command_line: Path, folder: Path) -> bool:
+    try:
+        return os.fsencode(folder) in command_line.read_bytes()
+    except OSError:
+        return False
 
 
 def _descendants(pid: int) -> list[int]:
@@ -180,6 +194,16 @@ def _descendants(pid: int) -> list[int]:
     return children + [pid for child in children for pid in _descendants(child)]
 
 
+def machine_memory() -> int:
+    """Returns the bytes of this machine, or its container's limit if that is less.
+
+    Ray 2.60 has no public name for it, and takes more of it for objects than is needed here.
+    """
+    from ray._common.utils import get_system_memory
+
+    return get_system_memory()
+
+
 def find_running_cluster() -> str:
     """Returns the address of the cluster that Ray finds by itself on this machine; raises ConnectionError.
 
@@ -189,9 +213,6 @@ def find_running_cluster() -> str:
 
     services.find_gcs_addresses.cache_clear()
     return services.canonicalize_bootstrap_address_or_die("auto")
-
-
-# What Ray prints
 
 
 def quiet_errors() -> None:

@@ -132,6 +132,17 @@ def test_a_cluster_that_comes_up_late_is_told_by_a_bare_exception_and_left_runni
     assert not quirks.is_late_start(RuntimeError("another"))
 
 
+def test_a_process_that_had_just_been_started_is_ended_with_the_folder_that_it_names(tmp_path):
+    session = tmp_path / "session_1"
+    session.mkdir()
+    late = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", f"--session-dir={session}"])
+    threading.Thread(target=late.wait).start()
+    quirks._remove(session)
+    assert not session.exists()
+    late.wait(timeout=10)
+    assert late.returncode == -signal.SIGKILL
+
+
 def test_a_cluster_of_other_machines_is_told_in_words_alone():
     source = inspect.getsource(services.get_node_to_connect_for_driver)
     assert 'raise RuntimeError(\n            f"No node info found matching attributes' in source
@@ -145,6 +156,17 @@ def test_ray_has_no_public_name_for_the_cluster_it_finds_and_remembers_it(monkey
     monkeypatch.setattr(services, "canonicalize_bootstrap_address_or_die", lambda address: f"found {address}")
     assert quirks.find_running_cluster() == "found auto"
     assert forgotten
+
+
+def test_rays_own_measure_of_memory_heeds_a_containers_limit(tmp_path):
+    from ray._common.utils import get_system_memory
+    from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert get_system_memory(str(tmp_path / "no"), str(tmp_path / "memory.max")) == 2**30
+    assert 0 < quirks.machine_memory() <= installed
+    assert DEFAULT_OBJECT_STORE_MEMORY_PROPORTION > 0.2
 
 
 @pytest.mark.filterwarnings("ignore")
