@@ -5,6 +5,7 @@ leave in the run's folder.
 """
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -18,15 +19,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import ROOT, alone
+from command_line import ROOT, alone, ray_warns
 
+from harma_ray.cli import main
 from harma_ray.on_ray.deaths import read_notes
 from harma_ray.on_ray.workers import WORKERS_FOLDER
 from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state, read_meta
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.study import trial_folder
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
 OFTEN = {"train.epochs": 3, "train.checkpoint_every_steps": 2, "train.log_every_steps": 1, "train.threads": 1}
 HARMA = {
     **OFTEN, "model.pretrained": "random", "train.global_batch_size": 8, "adapter.width": 16, "adapter.shared_width": 8,
@@ -79,6 +81,14 @@ def done(arguments, environment):
     assert result.status == 0, result.error[-3000:]
     assert result.error == ""
     return result
+
+
+def done_here(arguments, environment):
+    """Runs a command that nobody disturbs in this process; returns what it printed."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("RAY_ADDRESS", environment["RAY_ADDRESS"])
+        assert main([str(argument) for argument in arguments]) == 0
+    return out.getvalue()
 
 
 def wait_until(process, reached):
@@ -160,7 +170,7 @@ def children(pid):
 @pytest.fixture(scope="module")
 def harma(joined, scenes, runs):
     """A run that nobody disturbs."""
-    done(train("harma-scenes", scenes, runs / "quiet", HARMA), joined)
+    done_here(train("harma-scenes", scenes, runs / "quiet", HARMA), joined)
     return runs / "quiet"
 
 
@@ -205,8 +215,8 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(harma, stopped,
     with started(resume(run, "--workers", 1), joined) as process:
         wait_until(process, at_step(run, last + 5, starts=3))
         interrupt(process, run)
-    result = done(resume(run, "--workers", 2), joined)
-    assert "notice: 2 worker(s) go on with what 1 began" in result.out
+    printed = done_here(resume(run, "--workers", 2), joined)
+    assert "notice: 2 worker(s) go on with what 1 began" in printed
     notices = [record["text"] for record in read_records(run) if record["kind"] == "notice"]
     assert [notice.partition(":")[0] for notice in notices] == [
         "1 worker(s) go on with what 2 began",
@@ -222,7 +232,7 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(harma, stopped,
 
 def test_both_stages_of_composed_retrieval_survive_dead_workers_ctrl_c_and_a_dead_driver(composed, joined, runs):
     quiet, run = runs / "stage 1", runs / "stage 1 disturbed"
-    done(train("scenes-cir-finetune", composed, quiet, FINETUNE), joined)
+    done_here(train("scenes-cir-finetune", composed, quiet, FINETUNE), joined)
     with started(train("scenes-cir-finetune", composed, run, FINETUNE), joined) as process:
         wait_until(process, at_step(run, 5))
         note = kill_worker(run, 1, signal.SIGSEGV)
@@ -238,12 +248,12 @@ def test_both_stages_of_composed_retrieval_survive_dead_workers_ctrl_c_and_a_dea
     with started(resume(run), joined) as process:
         wait_until(process, at_step(run, 20, starts=2))
         interrupt(process, run)
-    done(resume(run), joined)
+    done_here(resume(run), joined)
     assert_equal_to_the_bit(run, quiet)
     assert "Segmentation fault" in Path(crash).read_text()
 
     first, quiet, run = quiet, runs / "stage 2", runs / "stage 2 disturbed"
-    done_with_features(train("scenes-cir-combiner", composed, quiet, COMBINER, "--from", first), joined)
+    done_here(train("scenes-cir-combiner", composed, quiet, COMBINER, "--from", first), joined)
     again = train("scenes-cir-combiner", composed, run, COMBINER, "--from", first, "--set", "scaling.max_failures=1")
     with started(again, joined) as process:
         wait_until(process, at_step(run, 5))
@@ -253,14 +263,8 @@ def test_both_stages_of_composed_retrieval_survive_dead_workers_ctrl_c_and_a_dea
         out, _ = process.communicate(timeout=100)
     assert f"worker 1 on {note.host} ({note.address}) died: killed (SIGKILL)" in out
     assert "starting all workers again from the last checkpoint, restart 1 of 1" in out
-    done(resume(run), joined)
+    done_here(resume(run), joined)
     assert_equal_to_the_bit(run, quiet)
-
-
-def done_with_features(arguments, environment):
-    """A command that shows a bar of progress."""
-    with started(arguments, environment) as process:
-        assert ended(process).status == 0
 
 
 def test_a_trial_of_two_workers_ends_as_the_run_of_its_setting(harma, scenes, runs):
