@@ -41,14 +41,14 @@ def require_same_data(known: Identity, data: str, *, subject: str, way_out: str)
         way_out: What else the user can do than to put the data back.
 
     Raises:
-        UserError: If a split has other content or is not there; all such splits are told.
+        UserError: If a split has other content or is not there; all such splits are shown.
     """
     now = data_identity(data, known)
     changed = [name for name, split in known.items() if now.get(name, {}).get("fingerprint") != split["fingerprint"]]
     if changed:
-        told = "; ".join(f"`{name}` held {_show(known[name])} and holds {_show(now.get(name))}" for name in changed)
+        shown = "; ".join(f"`{name}` held {_show(known[name])} and holds {_show(now.get(name))}" for name in changed)
         raise UserError(
-            f"{subject} was begun on other data than lies in {data} now: {told}; put the data back as it was, or "
+            f"{subject} was begun on other data than lies in {data} now: {shown}; put the data back as it was, or "
             f"{way_out}"
         )
 

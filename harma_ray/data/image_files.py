@@ -84,15 +84,15 @@ class FoundImages:
         where = readable_name(self.root)
         if self.left_out:
             parts = [
-                f"{reason}: {len(names)} ({_tell_names(names, reason)})" for reason, names in self.left_out.items()
+                f"{reason}: {len(names)} ({_list_names(names, reason)})" for reason, names in self.left_out.items()
             ]
             _logger.warning("%s: left out: %s", where, "; ".join(parts))
         names = [path.relative_to(self.root).as_posix() for path in self.images]
         escaped = [readable for name in names if (readable := readable_name(name)) != name]
         if escaped:
-            told = _tell_names(escaped, "")
+            some = _list_names(escaped, "")
             _logger.warning(
-                "%s: %d names are not UTF-8; they are kept with \\xNN for such bytes: %s", where, len(escaped), told
+                "%s: %d names are not UTF-8; they are kept with \\xNN for such bytes: %s", where, len(escaped), some
             )
 
     def _group(self, group: Callable[[Path], Hashable]) -> list[list[Path]]:
@@ -243,7 +243,7 @@ def _topmost_empty(root: Path, walked: Iterable[Path], images: Iterable[Path]) -
     return sorted(path for path in walked if path not in full and path.parent in full)
 
 
-def _tell_names(names: list[str], reason: str) -> str:
+def _list_names(names: list[str], reason: str) -> str:
     """Returns a few of the names, of files that are no images how often each ending occurs."""
     if reason != NO_IMAGES or len(names) <= _EXAMPLES:
         return first_few(names, _EXAMPLES)

@@ -173,24 +173,24 @@ def _check_layout(found: FoundImages, depth: int) -> None:
         depth: Place of the class folder on a path below the root: 2 below splits, else 1.
     """
     root = found.root
-    told = readable_name(root)
+    where = readable_name(root)
     if not found.images:
         raise UserError(
-            f"{told} has no class folders with images; expected {told}/CLASS/IMAGE or {told}/train/CLASS/..."
+            f"{where} has no class folders with images; expected {where}/CLASS/IMAGE or {where}/train/CLASS/..."
         )
     parts = [path.relative_to(root).parts for path in found.images]
     tops = {names[0] for names in parts if len(names) > 1}
     others = tops.difference(SPLITS)
     if depth == 2 and others:
         mixed = f"splits ({', '.join(SPLITS)}) and other folders ({_list_some(others)})"
-        raise UserError(f"{told} mixes {mixed}; move one kind away")
+        raise UserError(f"{where} mixes {mixed}; move one kind away")
     loose = [path for path, names in zip(found.images, parts, strict=True) if len(names) <= depth]
     if loose:
         which = f"{len(loose)} images lie" if len(loose) > 1 else "an image lies"
         raise UserError(f"{which} in no class folder ({readable_name(loose[0])}); move every image into one")
     if depth == 1 and all(name.lower() in _LIKE_SPLITS for name in tops):
         raise UserError(
-            f"the folders of {told} look like splits ({', '.join(sorted(tops))}) but are not named "
+            f"the folders of {where} look like splits ({', '.join(sorted(tops))}) but are not named "
             f"{', '.join(SPLITS)}; rename them, or give a folder with links of these names to them"
         )
     below = [names[depth - 1 :] for names in parts]
@@ -200,7 +200,7 @@ def _check_layout(found: FoundImages, depth: int) -> None:
         way_out = "give one of the outer folders with --images" if depth == 1 else "move them up"
         _logger.warning(
             "%s: the %d classes are %s; the folders inside them, %s, are no classes: if they are meant to be, %s",
-            told, len(classes), _list_some(classes), _list_some(inner), way_out,
+            where, len(classes), _list_some(classes), _list_some(inner), way_out,
         )  # fmt: skip
 
 
