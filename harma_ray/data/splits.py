@@ -148,7 +148,7 @@ class RowIndex:
     num_samples: np.ndarray
     """int32[N], samples of an epoch, as the kind of row has them."""
     binary_bytes: int
-    """Bytes of all images or vectors, about."""
+    """Bytes of all images or vectors, about, and of the texts of a kind that weighs them."""
     group_in_shard: np.ndarray
     """int32[num row groups], number of the group inside its shard."""
 
@@ -188,14 +188,14 @@ def _index_files(kind: RowKind, files: tuple[tuple[Path, int], ...]) -> RowIndex
         with open_shard(path) as file:
             if not file.schema_arrow.equals(kind.schema):
                 raise UserError(f"{path} does not have the columns of {kind.name}; convert the split again")
-            binary = _binary_columns(file)
+            weighed = _weighed_columns(file, kind)
             for group in range(file.num_row_groups):
                 metadata = file.metadata.row_group(group)
                 shards.append(np.full(metadata.num_rows, number, np.int32))
                 groups.append(np.full(metadata.num_rows, len(group_in_shard), np.int32))
                 offsets.append(np.arange(metadata.num_rows))
                 group_in_shard.append(group)
-                total_bytes += sum(metadata.column(column).total_uncompressed_size for column in binary)
+                total_bytes += sum(metadata.column(column).total_uncompressed_size for column in weighed)
             counts.append(kind.count_samples(file))
     return RowIndex(
         shard=np.concatenate(shards),
@@ -207,7 +207,8 @@ def _index_files(kind: RowKind, files: tuple[tuple[Path, int], ...]) -> RowIndex
     )
 
 
-def _binary_columns(file: pq.ParquetFile) -> list[int]:
-    """Returns the numbers of the columns, as Parquet counts them, that hold images or vectors."""
+def _weighed_columns(file: pq.ParquetFile, kind: RowKind) -> list[int]:
+    """Returns the numbers of the columns, as Parquet counts them, that hold images, vectors or texts that weigh."""
+    types = [("BYTE_ARRAY", "NONE"), *([("BYTE_ARRAY", "STRING")] if kind.weighs_texts else [])]
     columns = [(number, file.schema.column(number)) for number in range(len(file.schema))]
-    return [n for n, column in columns if (column.physical_type, column.logical_type.type) == ("BYTE_ARRAY", "NONE")]
+    return [n for n, column in columns if (column.physical_type, column.logical_type.type) in types]

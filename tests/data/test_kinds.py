@@ -23,7 +23,7 @@ from harma_ray.data.kinds import KINDS
 from harma_ray.data.kinds.base import BadRow, Record, RowKind
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.manifest import Manifest
-from harma_ray.data.order import training_order
+from harma_ray.data.order import chunk_samples, training_order
 from harma_ray.data.samples import RowTransform
 from harma_ray.data.splits import index_rows, open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
@@ -161,6 +161,88 @@ def test_images_that_a_new_kind_shares_with_another_split_are_found(split, photo
     write([Walk("again", (photos[3],), ())], tmp_path / "data" / "val")
     (shared,) = find_shared(tmp_path / "data")
     assert [here for here, _ in shared.pairs] == ["3.png"]
+
+
+class Talks(RowKind):
+    """A row is what was said, as turns of speakers, about images that have names of their own, or about none."""
+
+    name = "talks"
+    schema = pa.schema([
+        ("source", pa.string()), ("names", pa.list_(pa.string())), ("images", pa.large_list(pa.large_binary())),
+        ("turns", pa.list_(pa.struct([("speaker", pa.string()), ("said", pa.string())]))),
+    ])  # fmt: skip
+    images: ClassVar[Mapping[str, str]] = {"images": "names"}
+
+    def texts(self, row):
+        return [turn["said"] for turn in row["turns"]]
+
+
+@dataclass(frozen=True)
+class Talk(Record):
+    kind: ClassVar[RowKind] = Talks()
+
+    source: str
+    turns: tuple[str, ...]
+    photos: tuple[Path, ...] = ()
+
+    @property
+    def images(self):
+        return [(photo.name, photo) for photo in self.photos]
+
+    @property
+    def annotation(self):
+        return self.turns
+
+    def make_row(self, images):
+        return {"source": self.source, "names": [photo.name for photo in self.photos],
+                "images": [image.data for image in images],
+                "turns": [{"speaker": "human", "said": said} for said in self.turns]}  # fmt: skip
+
+    def explain(self, lost):
+        return BadRow(self.source, f"without {lost}")
+
+
+def test_texts_without_images_are_cut_by_their_own_size(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "talks", Talk.kind)
+    records = [Talk(f"talk-{n:03}", ("What is it?" * 10, f"{n:03}" * 300)) for n in range(200)]
+    settings = WriteSettings(row_group_bytes=5_000, shard_bytes=60_000)
+    write_split(records, tmp_path / "train", options={"converter": "test"}, inputs={}, settings=settings)
+    split = open_split(tmp_path, "train")
+    texts = sum(len(text) for record in records for text in record.turns)
+    assert len(split.shard_paths()) == 8  # the least
+    groups = [pq.ParquetFile(path).metadata for path in split.shard_paths()]
+    sizes = [file.row_group(n).total_byte_size for file in groups for n in range(file.num_row_groups)]
+    assert len(sizes) >= texts / 5_000
+    assert max(sizes) < 6_000
+    index = index_rows(split)
+    assert texts <= index.binary_bytes < 1.2 * texts
+    order = training_order(split, seed=0, global_batch_size=8, shuffle_window_mb=texts / 4 / 2**20)
+    assert 40 < order.window_rows <= 50
+    assert 40 < chunk_samples(index, texts / 4 / 2**20) <= 50
+
+
+def test_images_of_a_list_keep_the_names_that_a_kind_gives_them(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "talks", Talk.kind)
+    for split, first in (("train", 0), ("val", 2)):
+        (tmp_path / split).mkdir()
+        records = [Talk(f"talk-{split}", ("Look.",), tuple(photos[first : first + 3])), Talk(f"none-{split}", ("No.",))]
+        write_split(records, tmp_path / split, options={"converter": "test"}, inputs={})
+    (shared,) = find_shared(tmp_path)
+    for split in ("train", "val"):
+        tmp_path.joinpath(split, "hashes.parquet").unlink()
+    assert find_shared(tmp_path) == [shared]
+    assert shared.pairs == [("2.png", "2.png")]
+
+
+@pytest.mark.parametrize("heavy", [
+    pa.binary(), pa.large_binary(), pa.list_(pa.binary()), pa.list_(pa.large_binary()), pa.large_list(pa.binary()),
+    pa.struct([("bytes", pa.binary()), ("path", pa.string())]), pa.list_(pa.struct([("bytes", pa.large_binary())])),
+], ids=str)  # fmt: skip
+def test_a_column_that_holds_images_anywhere_is_not_light(heavy):
+    class Kind(RowKind):
+        schema = pa.schema([("source", pa.string()), ("held", heavy), ("texts", pa.list_(pa.string()))])
+
+    assert Kind().light_columns == ["source", "texts"]
 
 
 def test_a_split_of_another_kind_or_of_none_is_refused(split, tmp_path):

@@ -64,7 +64,8 @@ class Examination:
         for record in records:
             needed = [name for name, _ in record.images if name in lost]
             if not needed:
-                present.append((record, sum(self.sizes[place] for _, place in record.images)))
+                text_bytes = len(repr(record.annotation)) if record.kind.weighs_texts else 0
+                present.append((record, sum(self.sizes[place] for _, place in record.images) + text_bytes))
             else:
                 left_out.append(record.explain(needed))
         return present, [row for row in left_out if row is not None]

@@ -145,12 +145,12 @@ def _open_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 def _row_groups(plan: ShardPlan, found: Found) -> Iterator[list[dict[str, Any]]]:
     """Yields rows in groups of about ``row_group_bytes``; adds what is met to ``found``."""
     group: list[dict[str, Any]] = []
-    size = 0
+    size, counted = 0, (bytes, str) if plan.records[0].kind.weighs_texts else (bytes,)
     for record in plan.records:
         row = make_row(record, plan.images, found)
         if row is None:
             continue
-        row_bytes = sum(map(_count_bytes, row.values()))
+        row_bytes = _count_bytes(row, counted)
         if group and size + row_bytes > plan.row_group_bytes:
             yield group
             group, size = [], 0
@@ -160,11 +160,13 @@ def _row_groups(plan: ShardPlan, found: Found) -> Iterator[list[dict[str, Any]]]
         yield group
 
 
-def _count_bytes(value: Any) -> int:
-    """Returns the size of the files in a field."""
+def _count_bytes(value: Any, counted: tuple[type, ...]) -> int:
+    """Returns the size of the values of some types in a field, about."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, list):
-        return sum(map(_count_bytes, value))
-    return len(value) if isinstance(value, bytes) else 0
+        return sum(_count_bytes(each, counted) for each in value)
+    return len(value) if isinstance(value, counted) else 0
 
 
 def _result_path(path: Path) -> Path:

@@ -107,7 +107,8 @@ class RowKind:
     schema: ClassVar[pa.Schema]
     """The columns of a shard; ``source`` names a row in messages."""
     images: ClassVar[Mapping[str, str]] = {}
-    """Columns that hold image files, each with the column of the image's name; none = the kind holds no images."""
+    """Columns that hold image files, each with the column of the image's name; none = the kind holds no images. For
+    lists of images that column holds lists of names, or a text by which they are numbered."""
     is_image: ClassVar[bool] = False
     """Whether a row is one image with ``height``, ``width``, ``label``, ``label_name``, and so can show a result."""
     is_query: ClassVar[bool] = False
@@ -116,13 +117,15 @@ class RowKind:
     """The kind with encoders' outputs in place of the images; None = there is none."""
     is_encoded: ClassVar[bool] = False
     """Whether it holds encoders' outputs in place of the images of another split."""
+    weighs_texts: ClassVar[bool] = True
+    """Whether shards, row groups and chunks are cut by the bytes of texts too, beside those of images and vectors."""
     cells_across: ClassVar[int] = 6
     """Most cells side by side on a contact sheet."""
 
     @property
     def light_columns(self) -> list[str]:
         """Names of the columns that hold no images or vectors."""
-        return [field.name for field in self.schema if not pa.types.is_binary(_value_type(field.type))]
+        return [field.name for field in self.schema if not _holds_binary(field.type)]
 
     def count_samples(self, shard: pq.ParquetFile) -> np.ndarray:
         """Returns how many samples of an epoch each row of a shard gives: int[N]; one unless a kind says otherwise."""
@@ -137,18 +140,22 @@ class RowKind:
         return row["captions"]
 
     def iterate_images(self, rows: pa.Table) -> Iterator[tuple[str, bytes]]:
-        """Yields names and bytes of the images of some rows, column by column; ``NAME#0`` and so on of a list."""
+        """Yields names and bytes of the images of some rows, column by column; see `images` for those of a list."""
         for column, name_column in self.images.items():
             for name, held in zip(rows.column(name_column).to_pylist(), rows.column(column), strict=True):
-                if isinstance(held, pa.ListScalar):
-                    yield from ((f"{name}#{number}", file.as_py()) for number, file in enumerate(held))
+                files = held.as_py()
+                if not isinstance(files, list):
+                    yield name, files
+                elif isinstance(name, list):
+                    yield from zip(name, files, strict=True)
                 else:
-                    yield name, held.as_py()
+                    yield from ((f"{name}#{number}", file) for number, file in enumerate(files))
 
     def draw(self, row: Mapping[str, Any]) -> Image.Image:
         """Draws a row for a contact sheet; all cells have one size. A kind with images has it."""
         raise NotImplementedError(f"rows of {self.name} cannot be drawn")
 
 
-def _value_type(type_: pa.DataType) -> pa.DataType:
-    return type_.value_type if pa.types.is_list(type_) else type_
+def _holds_binary(type_: pa.DataType) -> bool:
+    inner = [type_.field(number).type for number in range(type_.num_fields)]
+    return pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or any(map(_holds_binary, inner))

@@ -46,6 +46,8 @@ _CAPTION_LINES = 6
 class _Gallery(RowKind):
     """Images or their vectors, and the queries beside them if there are any."""
 
+    weighs_texts = False  # as in data sets that are there
+
     def describe(self, manifest: Manifest) -> str:
         queries = manifest.queries
         more = f"{queries.rows:,} queries" if queries else f"{manifest.captions:,} captions"

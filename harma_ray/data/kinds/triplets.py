@@ -41,6 +41,7 @@ class _Queries(RowKind):
     """Triplets or their vectors."""
 
     is_query = True
+    weighs_texts = False  # as in data sets that are there
 
     def describe(self, manifest: Manifest) -> str:
         return f"{manifest.rows:,} triplets"
