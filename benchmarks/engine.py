@@ -67,10 +67,14 @@ def main() -> None:
         images = -(-options.steps * options.batch // 5)
         convert_scenes(folder / "data", {"train": images, "val": 2}, style="summer", size=224)
         changes = {
-            "data.path": str(folder / "data"), "model.architecture": options.architecture, "model.pretrained": "random",
-            "train.epochs": 1, "train.global_batch_size": options.batch, "train.log_every_steps": 1,
+            "data.path": str(folder / "data"),
+            "model.architecture": options.architecture,
+            "model.pretrained": "random",
+            "train.epochs": 1,
+            "train.global_batch_size": options.batch,
+            "train.log_every_steps": 1,
             "scaling.num_workers": 1,
-        }  # fmt: skip
+        }
         config = build_config(recipe_config("harma-rsitmd-vit"), changes)
         trimmed = build_config(config, {"model.text_tokens": "trim"})
         bare, trim, ray_steps = [], [], []

@@ -51,9 +51,11 @@ def main() -> None:
         folder = Path(name)
         convert_scenes_cir(folder / "data", {"train": options.triplets, "val": 1}, style="summer", size=options.size)
         changes = {
-            "data.path": str(folder / "data"), "model.architecture": options.architecture, "model.pretrained": "random",
+            "data.path": str(folder / "data"),
+            "model.architecture": options.architecture,
+            "model.pretrained": "random",
             "train.global_batch_size": min(128, options.triplets),
-        }  # fmt: skip
+        }
         anew = build_config(recipe_config("scenes-cir-combiner"), changes)
         begin = time.perf_counter()
         once = with_features(anew, folder, cluster)

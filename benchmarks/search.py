@@ -85,9 +85,12 @@ def main() -> None:
         folder = Path(name)
         convert_scenes(folder / "summer", {"train": 1000, "val": 60}, style="summer", size=64)
         convert_scenes(
-            folder / "winter", {"train": options.images, "val": 100}, style="winter", size=64,
+            folder / "winter",
+            {"train": options.images, "val": 100},
+            style="winter",
+            size=64,
             settings=WriteSettings(seed=1),
-        )  # fmt: skip
+        )
         backbone = pretrain(folder, 1000)
         config = build_config(recipe_config("harma-scenes"), {
             "data.path": str(folder / "winter"), "model.pretrained": str(backbone), "train.epochs": EPOCHS,
@@ -96,7 +99,7 @@ def main() -> None:
         plan = plan_trials(config, cluster)
         grid = SearchDefinition(
             config=config, parameters=GRID, sampler=Sampler(name="grid"), scheduler=Scheduler(name="none")
-        )  # fmt: skip
+        )
         setting = prepare_trials(grid, plan)
 
         def measure(title: str, definition: SearchDefinition) -> Trace:
@@ -104,8 +107,11 @@ def main() -> None:
             (folder / title).mkdir()
             run_search(folder / title, definition, plan, setting, trace)
             spent, best = trace.best[-1]
-            print(f"[{time.perf_counter() - started:5.0f} s] {title}: {len(trace.trained)} trials, {spent:g} epochs, "
-                  f"best r_mean {best:.2f}, {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"[{time.perf_counter() - started:5.0f} s] {title}: {len(trace.trained)} trials, {spent:g} epochs, "
+                f"best r_mean {best:.2f}, {time.perf_counter() - begin:.0f} s",
+                flush=True,
+            )
             return trace
 
         published = replace(grid, parameters=PARAMETERS, limits=Limits(trials=1), sampler=Sampler(name="random"))
@@ -122,9 +128,12 @@ def main() -> None:
             traces = []
             for seed in range(options.seeds):
                 definition = replace(
-                    grid, parameters=PARAMETERS, limits=budget, scheduler=parts["scheduler"],
+                    grid,
+                    parameters=PARAMETERS,
+                    limits=budget,
+                    scheduler=parts["scheduler"],
                     sampler=Sampler(name=parts["sampler"], seed=seed + 1),
-                )  # fmt: skip
+                )
                 traces.append(measure(f"{method} {seed}", definition))
             reached = [trace.reaches(target) for trace in traces]
             shares = [float("inf") if spent is None else spent / total for spent in reached]
@@ -134,10 +143,13 @@ def main() -> None:
                 statistics.median(shares), ", ".join("not" if s == float("inf") else f"{s:.2f}" for s in shares),
             ])  # fmt: skip
     print(f"\npublished setting {base:.2f}; grid of {grid.size} settings, {total:g} epochs: {target:.2f}")
-    print(tabulate(
-        rows, floatfmt=".2f",
-        headers=["", "best at a quarter", "lowest", "highest", "share of the grid's epochs to its best", "by seed"],
-    ))  # fmt: skip
+    print(
+        tabulate(
+            rows,
+            floatfmt=".2f",
+            headers=["", "best at a quarter", "lowest", "highest", "share of the grid's epochs to its best", "by seed"],
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -57,15 +57,21 @@ def main() -> None:
             convert_scenes(folder / "data", {"train": 7, "val": 4}, style="summer", size=224)
             for concurrent in (1, options.concurrent):
                 changes = {
-                    "data.path": str(folder / "data"), "model.architecture": options.architecture,
-                    "model.pretrained": "random", "train.epochs": 1, "train.global_batch_size": 16,
+                    "data.path": str(folder / "data"),
+                    "model.architecture": options.architecture,
+                    "model.pretrained": "random",
+                    "train.epochs": 1,
+                    "train.global_batch_size": 16,
                     "scaling.cpus_per_worker": cluster.cpus / options.concurrent,
-                }  # fmt: skip
+                }
                 definition = SearchDefinition(
-                    config=build_config(recipe_config("harma-rsitmd-vit"), changes), parameters=(RATE,),
-                    sampler=Sampler(name="random"), scheduler=Scheduler(name="none"),
-                    limits=Limits(trials=max(3, concurrent)), concurrent=concurrent,
-                )  # fmt: skip
+                    config=build_config(recipe_config("harma-rsitmd-vit"), changes),
+                    parameters=(RATE,),
+                    sampler=Sampler(name="random"),
+                    scheduler=Scheduler(name="none"),
+                    limits=Limits(trials=max(3, concurrent)),
+                    concurrent=concurrent,
+                )
                 plan = plan_trials(definition.config, cluster, concurrent)
                 begin = time.perf_counter()
                 setting = prepare_trials(definition, plan)
@@ -79,8 +85,10 @@ def main() -> None:
                 if concurrent == 1:
                     _print_times(own, called, shared)
     several, one = peaks[options.concurrent], peaks[1]
-    print(f"memory of trials          {one:6.0f} MiB with one, {several:.0f} MiB with {options.concurrent} at a time: "
-          f"{several / (options.concurrent * one):.2f} of {options.concurrent} times one")  # fmt: skip
+    print(
+        f"memory of trials          {one:6.0f} MiB with one, {several:.0f} MiB with {options.concurrent} at a time: "
+        f"{several / (options.concurrent * one):.2f} of {options.concurrent} times one"
+    )
 
 
 def _print_times(folder: Path, called: float, shared: float) -> None:

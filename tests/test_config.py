@@ -93,9 +93,11 @@ ABOVE_ZERO = [
     "adapter.width", "adapter.shared_width", "adapter.num_heads", "augmentation.max_scale", "augmentation.min_scale",
 ]  # fmt: skip
 CLIP4CIR_LIMITS = {
-    "preparation.target_ratio": (1, None), "combiner.projection_dim": (1, None), "combiner.hidden_dim": (1, None),
+    "preparation.target_ratio": (1, None),
+    "combiner.projection_dim": (1, None),
+    "combiner.hidden_dim": (1, None),
     "combiner.dropout": (0, 0.99),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

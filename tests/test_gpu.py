@@ -25,8 +25,13 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def config(scenes):
-    small = {"train.global_batch_size": 20, "train.epochs": 2, "train.log_every_steps": 1, "data.path": str(scenes),
-             "optim.learning_rate": 1e-3}  # fmt: skip
+    small = {
+        "train.global_batch_size": 20,
+        "train.epochs": 2,
+        "train.log_every_steps": 1,
+        "data.path": str(scenes),
+        "optim.learning_rate": 1e-3,
+    }
     return build_config(recipe_config("harma-scenes"), small)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from harma_ray.cli import shared
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: shared.Commands) -> None:
     """Adds ``checkpoint import``, ``export`` and ``show``."""
     parser = commands.add_parser("checkpoint", help="import, export or show weights", description="Weights of others.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harma_ray.cli import shared
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from harma_ray.data.manifest import Manifest
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: shared.Commands) -> None:
     """Adds ``convert``, with a sub-command for every kind of raw data set, and ``inspect``."""
     _add_convert(commands)
     _add_inspect(commands)
 
 
-def _add_convert(commands: Any) -> None:
+def _add_convert(commands: shared.Commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="turn a raw data set into Parquet shards",
@@ -64,7 +64,7 @@ def _add_convert(commands: Any) -> None:
                           help=f"{noun} of each split (default: 2000 200 200)")  # fmt: skip
 
 
-def _add_kind(kinds: Any, name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
+def _add_kind(kinds: shared.Commands, name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
     """Adds a sub-command with the options that all kinds have."""
     made = shared.make_command(kinds, name, _convert, text)
     made.set_defaults(kind=name)
@@ -158,7 +158,7 @@ def _read_composed(options: argparse.Namespace) -> ComposedSource:
     return read_fashioniq(options.root, options.split, options.categories)
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(commands: shared.Commands) -> None:
     parser = shared.make_command(
         commands, "inspect", _inspect, "Print the facts of a converted data set and draw a contact sheet."
     )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from harma_ray.cli import shared
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: shared.Commands) -> None:
     """Adds ``demo``."""
     parser = shared.make_command(
         commands, "demo", _demo,

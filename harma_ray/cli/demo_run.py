@@ -20,7 +20,7 @@ from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.runs import create_run
+from harma_ray.runs import create_run, timed_name
 from harma_ray.settings import build_config
 from harma_ray.shell import command_line
 from harma_ray.training.step import evaluate_split, local_worker
@@ -33,20 +33,16 @@ LEAST_GAIN, LEAST_TIMES_CHANCE = 15, 10
 _METRICS = ("txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean")
 
 
-def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dict[str, float]]:
+def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> None:
     """Draws two data sets, trains a tiny CLIP whole on one, adapts it to the other with HarMA, and prints a table.
 
     Args:
         out: Folder for data, runs and picture.
         seed: Seed of everything.
         num_workers: Workers of both trainings; 0 = as for `train`.
-
-    Returns:
-        Metrics on the test split: ``chance``, ``step 0``, ``adapted``.
     """
     out = output_path(out)
     started = time.perf_counter()
-    stamp = time.strftime("%Y%m%d-%H%M%S")
     with ray_cluster() as cluster:
         print(f"[{time.perf_counter() - started:5.0f} s] Ray is up; drawing scenes in two styles")
         folders = {}
@@ -56,20 +52,19 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> dict[str, dic
             convert_scenes(folders[style], counts, style=style, size=64, settings=settings)
         print(f"[{time.perf_counter() - started:5.0f} s] training a tiny CLIP whole, from nothing, on {SOURCE_STYLE}")
         scaling = {"seed": seed, "scaling.num_workers": num_workers}
-        source = create_run(
-            out / "runs", f"pretrain-{stamp}",
-            build_config(recipe_config("scenes-pretrain"), {**scaling, "data.path": str(folders[SOURCE_STYLE])}),
-        )  # fmt: skip
+        changes = {**scaling, "data.path": str(folders[SOURCE_STYLE])}
+        whole = build_config(recipe_config("scenes-pretrain"), changes)
+        source = create_run(out / "runs", timed_name("pretrain"), whole)
         train_and_print(source, prepare(source.config).on(cluster), cluster, started)
         backbone = export_checkpoint(source, "open_clip", out / "backbone.safetensors", overwrite=True)
         print(f"\n[{time.perf_counter() - started:5.0f} s] adapting the frozen CLIP to {TARGET_STYLE} with HarMA")
         changes = {**scaling, "data.path": str(folders[TARGET_STYLE]), "model.pretrained": str(backbone)}
-        adapted = create_run(out / "runs", f"harma-{stamp}", build_config(recipe_config("harma-scenes"), changes))
+        adapted = create_run(out / "runs", timed_name("harma"), build_config(recipe_config("harma-scenes"), changes))
         train_and_print(adapted, prepare(adapted.config).on(cluster), cluster, started)
-    return _show(adapted, out, started)
+    _show(adapted, out, started)
 
 
-def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
+def _show(adapted, out: Path, started: float) -> None:
     config = adapted.config
     frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, tuning="none"))
     task, worker = make_task(frozen), local_worker(config)
@@ -98,4 +93,3 @@ def _show(adapted, out: Path, started: float) -> dict[str, dict[str, float]]:
             f"the adapted r_mean on test should be {LEAST_GAIN} points above step 0 and {LEAST_TIMES_CHANCE} times "
             f"chance, got {after:.1f}, {before:.1f} and {chance:.1f}; something is wrong here"
         )
-    return results

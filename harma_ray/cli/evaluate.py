@@ -6,20 +6,20 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from harma_ray.cli import shared
+from harma_ray.config import RunConfig, ScalingConfig
 from harma_ray.errors import UserError
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: shared.Commands) -> None:
     """Adds ``evaluate``, ``embed`` and ``predict``."""
     _add_evaluate(commands)
     _add_embed(commands)
     _add_predict(commands)
 
 
-def _add_evaluate(commands: Any) -> None:
+def _add_evaluate(commands: shared.Commands) -> None:
     parser = shared.make_command(
         commands, "evaluate", _evaluate, "Evaluate a run or a checkpoint file on a split.",
         "examples:\n  launch.py evaluate --run runs/NAME --split test --report report\n"
@@ -43,9 +43,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", help="adapter file, released .pth file or checkpoint folder; needs --recipe or --config"
     )
     source.add_argument(
-        "--zero-shot", action="store_true", help="the recipe's backbone as it is (model.pretrained); of composed "
-        "retrieval the sum of its features",
-    )  # fmt: skip
+        "--zero-shot",
+        action="store_true",
+        help="the recipe's backbone as it is (model.pretrained); of composed retrieval the sum of its features",
+    )
     built = parser.add_mutually_exclusive_group()
     built.add_argument("--recipe", help="recipe of the checkpoint or backbone")
     built.add_argument("--config", metavar="FILE", help="YAML settings of the checkpoint, instead of --recipe")
@@ -63,9 +64,8 @@ def _add_query(parser: argparse.ArgumentParser, *more: str) -> None:
     )  # fmt: skip
 
 
-def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
+def _read_model(options: argparse.Namespace) -> tuple[RunConfig, str | None]:
     """Returns the settings and the weights (None: none but the backbone's) of the model that is meant."""
-    from harma_ray.config import ScalingConfig
     from harma_ray.runs import open_run
     from harma_ray.settings import build_config
 
@@ -96,7 +96,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def _add_predict(commands: Any) -> None:
+def _add_predict(commands: shared.Commands) -> None:
     parser = commands.add_parser(
         "predict", help="answer queries whose targets are not public", description="Files for evaluation servers."
     )
@@ -137,7 +137,7 @@ def _predict(options: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def _add_embed(commands: Any) -> None:
+def _add_embed(commands: shared.Commands) -> None:
     parser = shared.make_command(
         commands, "embed", _embed, "Write the vectors of a data set's images and captions, or of a folder's images, "
         "as Parquet.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def evaluate_and_print(
     num_workers: int = 1,
     address: str | None = None,
     query: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Evaluates, prints a table with intervals and chance, writes JSON and the page if asked for.
 
     Args:
@@ -74,19 +74,18 @@ def evaluate_and_print(
     compared = evaluation.by_query if query == "all" else {}
     evaluation = evaluation.by_query.get(query or "", evaluation)
     print(f"{data.path}: {data.describe()}, {config.train.eval_precision}, {time.perf_counter() - started:.1f} s")
-    outcome = _print_figures(evaluation, compared, task, data, file)
+    outcome, tables = _print_figures(evaluation, compared, task, data, file)
     if figures:
         write_text(figures, json.dumps(outcome, indent=1))
         print(f"figures    {figures}")
     if folder:
-        print(f"report     {_write_page(folder, evaluation, outcome, task, config, data, model)}")
-    return outcome
+        print(f"report     {_write_page(folder, evaluation, tables, file, task, config, data, model)}")
 
 
 def _print_figures(
     evaluation: Evaluation, compared: Mapping[str, Evaluation], task: Task, data: Split, file: str | None
-) -> dict[str, Any]:
-    """Prints the tables of an evaluation and, if there are several kinds of queries, of them; returns the figures."""
+) -> tuple[dict[str, Any], list[FiguresTable]]:
+    """Prints the tables of an evaluation and, if there are several kinds of queries, of them; returns both."""
     config = task.config
     identity, trained_on = data_identity(config.data.path, [data.name])[data.name], _trained_on(file)
     outcome: dict[str, Any] = {
@@ -102,7 +101,8 @@ def _print_figures(
     }
     if evaluation.note:
         print(evaluation.note)
-    print(_results_table(task, outcome))
+    tables = [results_table(task.metrics, evaluation.metrics, outcome["interval_95"], outcome["chance"])]
+    print(tables[0])
     if trained_on and trained_on.get(data.name, identity) != identity:
         print(f"notice: the run was begun on another `{data.name}` than this one")
     if evaluation.query:
@@ -111,46 +111,38 @@ def _print_figures(
         outcome["queries"] = {
             name: {"metrics": found.metrics, "interval_95": found.intervals()} for name, found in compared.items()
         }
-        print(f"\n{_comparison_table(task, outcome)}")
-    return outcome
+        kinds = outcome["queries"].items()
+        metrics, intervals = ({name: kind[key] for name, kind in kinds} for key in ("metrics", "interval_95"))
+        tables.append(comparison_table(task.metrics, metrics, intervals))
+        print(f"\n{tables[1]}")
+    return outcome, tables
 
 
 def _write_page(
     folder: Path,
     evaluation: Evaluation,
-    outcome: Mapping[str, Any],
+    tables: Sequence[FiguresTable],
+    file: str | None,
     task: Task,
     config: RunConfig,
     data: Split,
     model: nn.Module,
 ) -> Path:
     """Writes the page of an evaluation whose figures are known; returns its file."""
-    sections, file = evaluation.sections(data), outcome["weights"]
-    if "queries" in outcome:
-        sections.insert(0, Section("queries", "Kinds of queries", _comparison_table(task, outcome).to_html()))
+    compared = [Section("queries", "Kinds of queries", table.to_html()) for table in tables[1:]]
     about = f"{data.path.parent.name}/{data.name}: {data.describe()}"
     measured = f"measured in {config.train.eval_precision}"
     return write_report(
         folder,
         title=f"{config.recipe} on {data.name}",
         subtitle="; ".join(filter(None, [about, evaluation.note, measured])),
-        results=_results_table(task, outcome),
-        sections=sections,
+        results=tables[0],
+        sections=[*compared, *evaluation.sections(data)],
         model=model,
         settings=dataclasses.asdict(config),
         metrics=task.metrics,
         records=list(read_records(Path(file))) if file else [],
     )
-
-
-def _results_table(task: Task, outcome: Mapping[str, Any]) -> FiguresTable:
-    return results_table(task.metrics, outcome["metrics"], outcome["interval_95"], outcome["chance"])
-
-
-def _comparison_table(task: Task, outcome: Mapping[str, Any]) -> FiguresTable:
-    kinds = outcome["queries"].items()
-    metrics, intervals = ({name: kind[key] for name, kind in kinds} for key in ("metrics", "interval_95"))
-    return comparison_table(task.metrics, metrics, intervals)
 
 
 def _trained_on(file: str | None) -> Identity | None:

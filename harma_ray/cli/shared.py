@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from harma_ray.errors import UserError
 
+if TYPE_CHECKING:
+    from harma_ray.config import RunConfig
+    from harma_ray.data.rendering import Rendering
 
-def make_command(commands: Any, name: str, function: Any, text: str, epilog: str = "") -> argparse.ArgumentParser:
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What `argparse` adds commands to."""
+
+
+def make_command(
+    commands: Commands, name: str, function: Callable[[argparse.Namespace], None], text: str, epilog: str = ""
+) -> argparse.ArgumentParser:
     """Adds a command that calls `function` with the parsed options."""
     parser = commands.add_parser(
         name, help=text[0].lower() + text[1:].rstrip("."), description=text, epilog=epilog,
@@ -22,9 +32,10 @@ def make_command(commands: Any, name: str, function: Any, text: str, epilog: str
 def add_address(parser: argparse.ArgumentParser) -> None:
     """Adds ``--address``."""
     parser.add_argument(
-        "--address", help="Ray cluster to join, such as auto (default: RAY_ADDRESS, or a cluster of "
+        "--address",
+        help="Ray cluster to join, such as auto (default: RAY_ADDRESS, or a cluster of "
         "this machine's own for as long as the command runs)",
-    )  # fmt: skip
+    )
 
 
 def add_rendering(parser: argparse.ArgumentParser, *, split: bool) -> None:
@@ -47,7 +58,7 @@ def add_rendering(parser: argparse.ArgumentParser, *, split: bool) -> None:
                            "before (default: image)")  # fmt: skip
 
 
-def rendering_from(options: argparse.Namespace) -> Any:
+def rendering_from(options: argparse.Namespace) -> Rendering | None:
     """Returns the rule that the options of `add_rendering` make, None if none is given."""
     from harma_ray.data.rendering import Rendering
 
@@ -92,7 +103,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def config_from(options: argparse.Namespace) -> Any:
+def config_from(options: argparse.Namespace) -> RunConfig:
     """Returns the configuration of ``--config`` or ``--recipe`` with the changes asked for."""
     from harma_ray.recipes import load_config, recipe_config
     from harma_ray.settings import build_config

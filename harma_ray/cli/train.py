@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: shared.Commands) -> None:
     """Adds ``train``."""
     from harma_ray.recipes import RECIPES
 

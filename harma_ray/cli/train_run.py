@@ -36,7 +36,7 @@ from harma_ray.vectors.features import with_features
 
 def train_seeds(
     config: RunConfig, seeds: Sequence[int], *, runs: str | Path, name: str | None, address: str | None, started: float
-) -> list[Run]:
+) -> None:
     """Trains a run for every seed and prints each, then mean and standard deviation.
 
     Args:
@@ -63,16 +63,15 @@ def train_seeds(
             train_and_print(run, prepared, cluster, started)
     if len(made) > 1:
         print_spread(made)
-    return made
 
 
-def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None, started: float) -> Run:
+def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None, started: float) -> None:
     """Continues a run; only its workers, and the place of its data set, may change. Arguments as for `train_seeds`."""
     run = open_run(path)
     if run.report is not None:
         print(f"run {run.path} is finished")
         print_report(run)
-        return run
+        return
     if changes:
         run = Run(run.path, build_config(run.config, changes))
     _check_same_data(run)
@@ -83,10 +82,9 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
         if changes:
             write_text(run.path / CONFIG_NAME, to_yaml(run.config))
         train_and_print(run, prepared, cluster, started)
-    return run
 
 
-def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: float) -> dict[str, Any]:
+def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: float) -> None:
     """Trains a run on a cluster that is there, with progress, and prints the results."""
     config = run.config
     print(f"\nrun        {run.path}")
@@ -113,7 +111,6 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
         )
         raise
     print_report(run)
-    return run.report or {}
 
 
 def _resume_command(run: Run) -> str:

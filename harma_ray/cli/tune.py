@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: shared.Commands) -> None:
     """Adds ``tune``."""
     parser = shared.make_command(
         commands, "tune", _tune, "Search for better settings: Ray Tune runs trials, Optuna proposes them.",
@@ -23,14 +22,14 @@ def add_commands(commands: Any) -> None:
                         "or the word `report` and a search's folder: write its report as it stands")  # fmt: skip
     parser.add_argument("--resume", metavar="SEARCH", help="go on with a search; limits may be raised")
     shared.add_source(parser)
-    parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume, "
-                        "where it lies now")  # fmt: skip
+    parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume, where it lies now")
     parser.add_argument("--runs", help="folder of all runs (default: runs)")
     parser.add_argument("--name", help="name of the search (default: recipe and time)")
     parser.add_argument("--trials", type=int, metavar="N", help="trials in all (default: the file's)")
     parser.add_argument("--hours", type=float, metavar="H", help="end after so many hours (default: the file's)")
-    parser.add_argument("--epochs", type=int, metavar="N", help="end after so many epochs over all trials (default: "
-                        "the file's)")  # fmt: skip
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="end after so many epochs over all trials (default: the file's)"
+    )
     parser.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (default: as many as fit)")
     parser.add_argument("--confirm", type=int, metavar="N", help="train the best and the published setting "
                         "with N fresh seeds at the end, and print mean and spread")  # fmt: skip

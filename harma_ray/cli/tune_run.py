@@ -37,7 +37,7 @@ from harma_ray.tune.folder import (
     read_search,
     write_best,
     write_definition,
-)  # fmt: skip
+)
 from harma_ray.tune.report.page import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space.definition import COSTS, SearchDefinition
@@ -228,11 +228,8 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     config, limits = definition.config, definition.limits
     order = planned_order(config)
     size = f", {definition.size:,} different settings" if definition.size else ""
-    ends = [
-        *([f"{limits.trials} trials"] if limits.trials else []),
-        *([f"{limits.hours:g} hours"] if limits.hours else []),
-        *([f"{limits.epochs} epochs in all"] if limits.epochs else []),
-    ]
+    units = {"trials": limits.trials, "hours": limits.hours, "epochs in all": limits.epochs}
+    ends = [f"{value:.9g} {unit}" for unit, value in units.items() if value]
     print(f"\nsearch     {folder}")
     print(f"recipe     {config.recipe}, {order.split.describe()}, {order.num_samples:,} samples and "
           f"{order.steps_per_epoch:,} steps an epoch")  # fmt: skip

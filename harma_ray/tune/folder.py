@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from harma_ray.config import EmptyMeant
 from harma_ray.errors import UserError
@@ -19,20 +19,17 @@ from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.training.tracking import REPORT_NAME, read_records
-from harma_ray.tune.results import Confirmation, SearchResults, State, TrialResult
+from harma_ray.tune.results import Confirmation, SearchResults, TrialResult
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.space.file import load_search, to_yaml
 from harma_ray.tune.storage import open_study, require_file, require_new_study
-from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, TRIALS_FOLDER, trial_folder
+from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, STATES, TRIALS_FOLDER, trial_folder
 
 SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
 BASELINE_NAME = "untrained.json"
 CONFIRM_FOLDER = "confirm"
-_STATES: dict[TrialState, State] = {
-    TrialState.COMPLETE: "complete", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-}  # fmt: skip
+_STATES = {known: state for state, known in STATES.items()}
 
 
 def create_search(runs: str | Path, name: str | None, definition: SearchDefinition) -> Path:

@@ -246,12 +246,10 @@ def _attempt(made: Run, train_it: Callable[[], Any], print_line: Callable[[str],
     try:
         train_it()
     except (UserError, *_LOST) as error:
-        reason = (
-            str(error)
-            if isinstance(error, UserError | WorkerFailed)
-            else "its process was killed, or its machine was lost"
-        )
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
+        reason = "its process was killed, or its machine was lost"
+        if isinstance(error, UserError | WorkerFailed):
+            reason = str(error)
+        elif isinstance(error, ray.exceptions.OutOfMemoryError):
             reason = "the machine ran out of memory"
         print_line(f"{made.path.name} failed: {reason}")
         return [f"{made.path.name}: {reason}"]

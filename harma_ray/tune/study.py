@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from harma_ray.errors import UserError
 from harma_ray.runs import Run
 from harma_ray.settings import build_config, config_hash
+from harma_ray.tune.results import State
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import open_study
 
@@ -30,6 +31,13 @@ RESULT, REASON, DUPLICATE, POINT = "result", "reason", "duplicate_of", "first_po
 the settings that are tried first."""
 FIRST_FAILURES, MANY_FAILURES = 3, 10
 """So many trials that fail one after another end a search: before any has worked, and later."""
+STATES: dict[State, TrialState] = {
+    "complete": TrialState.COMPLETE,
+    "stopped": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+}
+"""What Optuna calls the states of trials."""
 SECONDS = "seconds"
 """Name of what is kept with the study: the time spent, over all sessions."""
 DATA = "data"
@@ -207,17 +215,10 @@ class SearchStudy:
         reason = crashed or (report.failed if report else "it ended without a result")
         if reason:
             trial.set_user_attr(REASON, reason)
-            self.study.tell(trial, state=TrialState.FAIL)
-            state = "failed"
-            self.failures.append(reason)
-        elif report is not None and report.finished:
-            self.study.tell(trial, list(report.values))
-            state = "complete"
-        else:
-            self.study.tell(trial, state=TrialState.PRUNED)
-            state = "stopped"
-        if state != "failed":
-            self.failures = []
+        values = list(report.values) if report is not None and report.finished and not reason else None
+        state = "failed" if reason else "stopped" if values is None else "complete"
+        self.failures = [*self.failures, reason] if reason else []
+        self.study.tell(trial, values, STATES[state])
         self.listener(Event(number, state, trial.params, report, reason))
 
     def save_time(self) -> None:

@@ -65,8 +65,9 @@ def test_inspect_tells_the_facts_and_draws_a_sheet(capsys, scenes_copy):
 @pytest.fixture(scope="module")
 def one_worker(scenes, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    result = launch("train", "--recipe", "harma-scenes", "--data", scenes, "--runs", runs, "--name", "one",
-                    "--workers", 1, *SMALL)  # fmt: skip
+    result = launch(
+        "train", "--recipe", "harma-scenes", "--data", scenes, "--runs", runs, "--name", "one", "--workers", 1, *SMALL
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return runs / "one", result
 
@@ -118,9 +119,12 @@ def test_an_interruption_before_anything_has_begun_is_one_line(scenes, tmp_path,
     with tempfile.TemporaryDirectory(dir="/tmp") as folder, open(tmp_path / "stderr", "w") as errors:
         follow = moment is modules_are_there
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if follow else errors, text=True,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if follow else errors,
+            text=True,
             env={**os.environ, "RAY_TMPDIR": folder},
-        )  # fmt: skip
+        )
         moment(process, Path(folder))
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=120)

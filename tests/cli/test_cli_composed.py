@@ -84,8 +84,9 @@ def test_the_second_stage_builds_on_a_run_of_the_first(capsys, composed, tuned, 
     for name, tensor in first.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     figures = tmp_path / "figures.json"
-    printed = done(capsys, "evaluate", "--run", run.path, "--split", "test", "--json", figures, "--report",
-                   tmp_path / "page")  # fmt: skip
+    printed = done(
+        capsys, "evaluate", "--run", run.path, "--split", "test", "--json", figures, "--report", tmp_path / "page"
+    )
     assert "group_recall_at1" in printed
     found = json.loads(figures.read_text())
     assert found["metrics"] == pytest.approx(report["metrics"]["test"], abs=1e-6)  # images here, vectors there

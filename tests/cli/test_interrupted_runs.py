@@ -31,9 +31,13 @@ from harma_ray.tune.study import trial_folder
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
 OFTEN = {"train.epochs": 3, "train.checkpoint_every_steps": 2, "train.log_every_steps": 1, "train.threads": 1}
 HARMA = {
-    **OFTEN, "model.pretrained": "random", "train.global_batch_size": 8, "adapter.width": 16, "adapter.shared_width": 8,
+    **OFTEN,
+    "model.pretrained": "random",
+    "train.global_batch_size": 8,
+    "adapter.width": 16,
+    "adapter.shared_width": 8,
     "adapter.num_heads": 4,
-}  # fmt: skip
+}
 FINETUNE = {**OFTEN, "train.epochs": 6, "train.global_batch_size": 4}
 COMBINER = {**FINETUNE, "combiner.projection_dim": 32, "combiner.hidden_dim": 16}  # drops half of the activations
 TIMES = ("seconds", "pairs_per_second", "data_wait_fraction", "memory_mb", "training_seconds", "checkpoint_bytes")

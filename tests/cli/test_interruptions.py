@@ -52,9 +52,12 @@ def after_two_trials(folder):
 def start_and_stop(arguments, folder, moment, how):
     """Starts or resumes a search and stops its driver and with it its cluster at a moment; returns what it said."""
     process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=alone(),
+        command(*arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=alone(),
         start_new_session=True,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 200
     while not moment(folder):
         assert process.poll() is None, process.stderr.read().decode()[-3000:]

@@ -19,8 +19,12 @@ def words_of(line):
 def test_a_shell_reads_the_words_back():
     assert words_of(command_line(*ODD)) == list(ODD)
     assert words_of(launch_command("train", "--resume", "/runs/a b?")) == [
-        "python", "launch.py", "train", "--resume", "/runs/a b?"
-    ]  # fmt: skip
+        "python",
+        "launch.py",
+        "train",
+        "--resume",
+        "/runs/a b?",
+    ]
 
 
 @pytest.mark.parametrize("value", [*ODD, "1e-3", "true", "null", "a: b", "x #y", True, None, 3, 0.5, [1, "a b"]])

@@ -78,7 +78,7 @@ def _set(*path, to):
         ("split", lambda names: [*names, ""], "row 10: image paths must lie under"),
         ("split", lambda names: names[7:], r"lacks 7 names \('Dv0' of cap.dress.val.json row 1, .*row 4, \.\.\.\)"),
     ],
-)  # fmt: skip
+)
 def test_wrong_fashioniq_names_file_and_row(fashioniq, tmp_path, file, change, message):
     folder = {"cap": "captions", "split": "image_splits"}[file]
     edit_json(fashioniq / folder / f"{file}.dress.val.json", change)
@@ -105,7 +105,7 @@ def test_wrong_fashioniq_names_file_and_row(fashioniq, tmp_path, file, change, m
         ("split", _set("val-1-img0", to="../x.png"), "`val-1-img0`: image paths must lie under"),
         ("split", lambda places: places.pop("val-5-img0") and None, r"lacks 1 name \('val-5-img0' of .* row 1\) that"),
     ],
-)  # fmt: skip
+)
 def test_wrong_cirr_names_file_and_row(cirr, tmp_path, file, change, message):
     folder = {"cap": "captions", "split": "image_splits"}[file]
     edit_json(cirr / "cirr" / folder / f"{file}.rc2.val.json", change)

@@ -99,8 +99,9 @@ def test_categories_can_be_left_out_and_keep_their_numbers(fashioniq, tmp_path):
 def test_evaluation_splits_of_cirr_are_galleries_with_subsets(cirr, tmp_path, split, answered):
     cirr_split(cirr, split, tmp_path)
     opened = open_split(tmp_path, split)
-    rows = sorted(opened.read(["image_id", "source", "label", "label_name", "image"]).to_pylist(),
-                  key=lambda row: row["image_id"])  # fmt: skip
+    rows = sorted(
+        opened.read(["image_id", "source", "label", "label_name", "image"]).to_pylist(), key=lambda row: row["image_id"]
+    )
     assert [row["source"] for row in rows] == [f"{split}-{n}-img0" for n in range(12)]
     folder = cirr / {"val": "dev"}.get(split, split)
     assert all(row["image"] == (folder / f"{row['source']}.png").read_bytes() for row in rows)
@@ -184,11 +185,14 @@ def test_missing_images_point_to_the_full_list(fashioniq, tmp_path):
     with pytest.raises(UserError, match=r"21 of 21 images.*Dt0 \(cannot be found.* and 11 more; .*--annotations-only"):
         fashioniq_split(fashioniq, "train", tmp_path)
     report = read_fashioniq(fashioniq, "val").report().splitlines()
-    assert report[:3] == [f"{name} val: 6 queries, {n} images in the index" for name, n in
-                          (("dress", 9), ("toptee", 8), ("shirt", 9))]  # fmt: skip
+    assert report[:3] == [
+        f"{name} val: 6 queries, {n} images in the index" for name, n in (("dress", 9), ("toptee", 8), ("shirt", 9))
+    ]
     assert report[3:6] == [
-        "25 distinct images are needed in all", f"25 are missing under {fashioniq}:", "images/Dv0.jpg",
-    ]  # fmt: skip
+        "25 distinct images are needed in all",
+        f"25 are missing under {fashioniq}:",
+        "images/Dv0.jpg",
+    ]
     assert len(report) == 5 + 25
 
 
@@ -328,17 +332,22 @@ def test_annotations_only_lists_what_is_missing_and_writes_nothing(fashioniq, ci
     command = ["convert", "cirr", "--root", str(cirr), "--split", "test1", "--annotations-only"]
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "test1: 6 queries, 12 images in the index", "12 distinct images are needed in all", "all images are there",
-    ]  # fmt: skip
+        "test1: 6 queries, 12 images in the index",
+        "12 distinct images are needed in all",
+        "all images are there",
+    ]
     assert sorted(tmp_path.rglob("*")) == before
     for name in ("Dt1", "Dt3"):
         (fashioniq / "images" / f"{name}.jpg").unlink()
     command = ["convert", "fashioniq", "--root", str(fashioniq), "--split", "train", "--categories", "dress"]
     assert main([*command, "--annotations-only", "--out", str(tmp_path / "data")]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "dress train: 6 queries, 8 images in the index", "7 distinct images are needed in all",
-        f"2 are missing under {fashioniq}:", "images/Dt1.jpg", "images/Dt3.jpg",
-    ]  # fmt: skip
+        "dress train: 6 queries, 8 images in the index",
+        "7 distinct images are needed in all",
+        f"2 are missing under {fashioniq}:",
+        "images/Dt1.jpg",
+        "images/Dt3.jpg",
+    ]
     assert not (tmp_path / "data").exists()
     assert main(command) == 2
     assert "give the folder of the data set with --out" in capsys.readouterr().err

@@ -83,8 +83,12 @@ def test_splits_that_are_overwritten_together_are_compared_when_all_are_new(tmp_
     for seed in (0, 1):  # another seed moves images into other splits
         settings = WriteSettings(seed=seed, overwrite=True)
         made = convert_folder(tmp_path / "raw", tmp_path / "data", fractions=(0.5, 0.25, 0.25), settings=settings)
-        rows.append({split: sorted(open_split(tmp_path / "data", split).read(["source"])["source"].to_pylist())
-                     for split in made})  # fmt: skip
+        rows.append(
+            {
+                split: sorted(open_split(tmp_path / "data", split).read(["source"])["source"].to_pylist())
+                for split in made
+            }
+        )
     assert set(rows[1]["train"]) & set(rows[0]["val"])
     assert _found(tmp_path) == []
     assert caplog.text == ""

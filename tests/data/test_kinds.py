@@ -120,8 +120,9 @@ def test_a_new_kind_is_written_opened_and_described(split, photos):
         expected = {"photos": [photo.read_bytes() for photo in walk.photos], "said": list(walk.said)}
         assert by_source[walk.source] == {"source": walk.source, **expected}
     assert {(row.source, row.reason[:14]) for row in split.manifest.bad} == {
-        ("11.png", "not an image o"), ("lost", "without 11.png"),
-    }  # fmt: skip
+        ("11.png", "not an image o"),
+        ("lost", "without 11.png"),
+    }
     for path, shard in zip(split.shard_paths(), split.manifest.shards, strict=True):
         assert pq.ParquetFile(path).metadata.num_row_groups == shard.rows  # the photos of a row fill a group
     assert split.pictured is None

@@ -59,15 +59,25 @@ VARIANTS = {"winding": "curved", "bending": "curved"}
 GROUNDS = {
     "summer": {"grass": "grass", "sand": "sand", "concrete": "concrete", "asphalt": "asphalt", "bare soil": "soil"},
     "infrared": {"grass": "grass", "sand": "sand", "concrete": "concrete", "asphalt": "asphalt", "soil": "soil"},
-    "winter": {"snowy grass": "grass", "frosty sand": "sand", "cold concrete": "concrete",
-               "cleared asphalt": "asphalt", "frozen soil": "soil"},
-}  # fmt: skip
+    "winter": {
+        "snowy grass": "grass",
+        "frosty sand": "sand",
+        "cold concrete": "concrete",
+        "cleared asphalt": "asphalt",
+        "frozen soil": "soil",
+    },
+}
 FEATURES = {
     "summer": {"road": "road", "stream": "stream", "railway": "railway", "line of trees": "trees", "pond": "pond"},
     "infrared": {"road": "road", "stream": "stream", "railway": "railway", "tree belt": "trees", "pond": "pond"},
-    "winter": {"road": "road", "icy stream": "stream", "railway": "railway", "strip of trees": "trees",
-               "icy pond": "pond"},
-}  # fmt: skip
+    "winter": {
+        "road": "road",
+        "icy stream": "stream",
+        "railway": "railway",
+        "strip of trees": "trees",
+        "icy pond": "pond",
+    },
+}
 ARRANGEMENTS = {
     "summer": {"in a row": "row", "in two rows": "rows", "scattered about": "scattered"},
     "infrared": {"in a line": "row", "in two lines": "rows", "spread out": "scattered"},

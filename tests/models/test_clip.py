@@ -135,10 +135,12 @@ MARKS = {"visual.conv1.weight": torch.zeros(1), "token_embedding.weight": torch.
     ("architecture", "warning"),
     [
         ("RN50", "with plain GELU, as `RN50` computes; if it was trained with quick GELU, use `RN50-quickgelu`"),
-        ("ViT-B-32-quickgelu", "with quick GELU, as `ViT-B-32-quickgelu` computes; if it was trained with plain GELU, "
-         "use `ViT-B-32`"),
+        (
+            "ViT-B-32-quickgelu",
+            "with quick GELU, as `ViT-B-32-quickgelu` computes; if it was trained with plain GELU, use `ViT-B-32`",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_does_not_say_its_activation_warns_once_either_way(tmp_path, caplog, architecture, warning):
     torch.save(MARKS, tmp_path / "unknown.pt")
     check_pretrained(architecture, str(tmp_path / "unknown.pt"))

@@ -169,9 +169,13 @@ def test_archives_of_modules_are_read_as_data(tmp_path, way):
 def test_what_is_no_weight_is_dropped_and_what_is_unused_is_filled_in():
     causal = torch.full((7, 7), -torch.inf).triu(1)
     given = {
-        **STATE, "logit_scale": STATE["logit_scale"].reshape(1), "attn_mask": causal, "logit_bias": torch.tensor(-10.0),
-        "vocab_size": torch.tensor(9), "text.embeddings.position_ids": torch.arange(7)[None],
-    }  # fmt: skip
+        **STATE,
+        "logit_scale": STATE["logit_scale"].reshape(1),
+        "attn_mask": causal,
+        "logit_bias": torch.tensor(-10.0),
+        "vocab_size": torch.tensor(9),
+        "text.embeddings.position_ids": torch.arange(7)[None],
+    }
     kept, notes = fitted(STATE, given)
     assert equals_state(kept)
     assert "attn_mask, logit_bias, vocab_size, text.embeddings.position_ids" in notes[0]
@@ -256,11 +260,13 @@ SAFE = (
         (save([1]), "got a list"),
         (save({"epoch": 3}), "a mapping of epoch"),
         (save({"model": {}, "args": argparse.Namespace()}), "a mapping of model, args"),
-        (save({"model": {"visual.proj": torch.zeros(1), "token_embedding.weight": torch.zeros(1), "ln.weight": 3}}),
-         r"other things under ln\.weight"),
+        (
+            save({"model": {"visual.proj": torch.zeros(1), "token_embedding.weight": torch.zeros(1), "ln.weight": 3}}),
+            r"other things under ln\.weight",
+        ),
         (save({"a": {"x": torch.zeros(1)}, "b": {"x": torch.zeros(1)}}), "in several sections, and no CLIP"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_weights_file_is_named(tmp_path, content, message):
     path = tmp_path / "file.pt"
     path.write_bytes(content)

@@ -176,9 +176,13 @@ def test_what_does_not_fit_is_refused_before_it_hangs(changes, message):
 
 def several(*shapes):
     return Cluster(
-        cpus=sum(cpus for cpus, *_ in shapes), gpus=sum(gpus for _, gpus, _ in shapes), nodes=len(shapes),
-        address="local", dashboard="", shapes=shapes,
-    )  # fmt: skip
+        cpus=sum(cpus for cpus, *_ in shapes),
+        gpus=sum(gpus for _, gpus, _ in shapes),
+        nodes=len(shapes),
+        address="local",
+        dashboard="",
+        shapes=shapes,
+    )
 
 
 def fits(plan, shapes, data_cpus):

@@ -39,13 +39,17 @@ def notes(tmp_path):
     [
         (died(f"Worker exit detail: {LOST}"), "killed (SIGKILL), by somebody or by a system short of memory"),
         (died("The actor died because its node has died. Node Id: 4f"), "its machine was lost"),
-        (died("", node_death_info=NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)),
-         "its machine was taken away (preempted)"),
-        (WorkerHealthCheckFailedError("", ray.exceptions.OutOfMemoryError("killed: the node ran low")),
-         "Ray killed it because its machine's memory ran out"),
+        (
+            died("", node_death_info=NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED)),
+            "its machine was taken away (preempted)",
+        ),
+        (
+            WorkerHealthCheckFailedError("", ray.exceptions.OutOfMemoryError("killed: the node ran low")),
+            "Ray killed it because its machine's memory ran out",
+        ),
         (died("Worker exit detail: Worker exits with exit code 3."), "Worker exits with exit code 3."),
     ],
-)  # fmt: skip
+)
 def test_a_dead_worker_is_told_in_one_line(notes, failure, why):
     error = what_happened({0: RuntimeError("Connection closed by peer"), 1: failure}, notes)
     assert isinstance(error, WorkerDied)

@@ -75,8 +75,11 @@ def test_batch_normalisation_stays_as_it_was_and_its_weights_are_trained():
     """A ResNet tower, as of RN50x4: CLIP4Cir's code never leaves evaluation mode."""
     import open_clip
 
-    clip = open_clip.CLIP(16, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, {"width": 16, "heads": 2,
-                          "layers": 1, "context_length": 8, "vocab_size": 50})  # fmt: skip
+    clip = open_clip.CLIP(
+        16,
+        {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8},
+        {"width": 16, "heads": 2, "layers": 1, "context_length": 8, "vocab_size": 50},
+    )
     model = ComposedRetriever(DualEncoder(clip), trained="both").train()
     before = {name: tensor.clone() for name, tensor in clip.state_dict().items() if "running" in name}
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -96,8 +99,10 @@ def test_the_query_is_the_normalised_sum_of_raw_features(composed):
     tokens = INPUTS.tokens(["add a plane", "remove the road and one of the two sheds"])
     with torch.no_grad():
         found = model(images[:1].expand(2, -1, -1, -1), tokens, images)
-        reference, target = (model.clip.encode_image((x / 255 - model.encoder.pixel_mean) / model.encoder.pixel_std)
-                             for x in (images[:1].expand(2, -1, -1, -1), images))  # fmt: skip
+        reference, target = (
+            model.clip.encode_image((x / 255 - model.encoder.pixel_mean) / model.encoder.pixel_std)
+            for x in (images[:1].expand(2, -1, -1, -1), images)
+        )
         text = model.clip.encode_text(tokens)
     torch.testing.assert_close(found["query"], F.normalize(reference + text, dim=1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["target"], F.normalize(target, dim=1), rtol=1e-4, atol=1e-5)
@@ -106,8 +111,12 @@ def test_the_query_is_the_normalised_sum_of_raw_features(composed):
 def test_captions_are_joined_as_published():
     captions = ["Is SHINY and silver?", " fit, and flare. "]
     texts = training_texts(captions)
-    assert texts == ("Is shiny and silver and fit, and flare", "Fit, and flare and Is SHINY and silver",
-                     "Is shiny and silver", "Fit, and flare")  # fmt: skip
+    assert texts == (
+        "Is shiny and silver and fit, and flare",
+        "Fit, and flare and Is SHINY and silver",
+        "Is shiny and silver",
+        "Fit, and flare",
+    )
     assert evaluation_text(captions) == texts[0]
     assert training_texts(["As It Is."]) == ("As It Is.",)
     assert training_texts(["", "x"]) == (" and x", "X and ", "", "X")
@@ -120,8 +129,9 @@ def test_training_draws_the_four_texts_alike_and_only_if_asked():
     image = png(Image.new("RGB", (8, 8)))
     row = {"captions": captions, "reference_image": image, "target_image": image, "reference": "a", "target": "b"}
     tokens = [tuple(INPUTS.tokens([text])[0].tolist()) for text in training_texts(captions)]
-    drawn = [tuple(TripletTransform(INPUTS, True)(row, np.random.default_rng(seed))["text"].tolist())
-             for seed in range(400)]  # fmt: skip
+    drawn = [
+        tuple(TripletTransform(INPUTS, True)(row, np.random.default_rng(seed))["text"].tolist()) for seed in range(400)
+    ]
     counts = [drawn.count(text) for text in tokens]
     assert sum(counts) == 400
     assert min(counts) > 60
@@ -142,8 +152,13 @@ def test_a_long_caption_is_cut_in_training_and_in_evaluation_alike(composed, tmp
 
 
 def test_a_broken_image_is_named():
-    row = {"captions": ["x"], "reference_image": png(Image.new("RGB", (8, 8))), "target_image": b"no image",
-           "reference": "B001", "target": "B002"}  # fmt: skip
+    row = {
+        "captions": ["x"],
+        "reference_image": png(Image.new("RGB", (8, 8))),
+        "target_image": b"no image",
+        "reference": "B001",
+        "target": "B002",
+    }
     with pytest.raises(UserError, match="image B002: not an image"):
         TripletTransform(INPUTS, True)(row, np.random.default_rng(0))
 
@@ -178,9 +193,12 @@ def test_figures_of_an_evaluation_are_those_of_a_plain_loop(composed):
         assert metrics[f"group_recall_at{k}"] == pytest.approx(100 * np.mean(np.array(among) < k))
     queries = ComposedQueries.of(split)
     alone = composed_recalls(
-        F.normalize(gallery, dim=1)[queries.reference], F.normalize(gallery, dim=1), queries.reference, queries.target,
+        F.normalize(gallery, dim=1)[queries.reference],
+        F.normalize(gallery, dim=1),
+        queries.reference,
+        queries.target,
         members=queries.members,
-    )  # fmt: skip
+    )
     assert metrics["image_only_r_mean"] == pytest.approx(alone.metrics["r_mean"])
     assert 0 < metrics["text_only_r_mean"] < 100
     assert evaluation.chance()["group_recall_at1"] == pytest.approx(20)
@@ -190,9 +208,12 @@ def test_figures_of_an_evaluation_are_those_of_a_plain_loop(composed):
 
 def test_the_criterion_picks_and_others_are_kept_too(composed, tmp_path):
     config = settings(
-        composed, selection__criterion="geometric_mean", selection__also_keep=["recall_at1"], train__epochs=4,
+        composed,
+        selection__criterion="geometric_mean",
+        selection__also_keep=["recall_at1"],
+        train__epochs=4,
         train__log_every_steps=1,
-    )  # fmt: skip
+    )
     seen = []
     report = run_training(
         make_task(config), config, tmp_path, worker=Worker(), loader=local_batches, callback=seen.append

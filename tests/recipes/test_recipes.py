@@ -19,9 +19,13 @@ from harma_ray.training.loop import run_training
 from harma_ray.training.step import parameters_without_gradient
 
 TINY = {
-    "model.architecture": "scenes-tiny", "model.pretrained": "random", "train.global_batch_size": 40, "train.epochs": 2,
-    "optim.learning_rate": 1e-3, "train.log_every_steps": 1,
-}  # fmt: skip
+    "model.architecture": "scenes-tiny",
+    "model.pretrained": "random",
+    "train.global_batch_size": 40,
+    "train.epochs": 2,
+    "optim.learning_rate": 1e-3,
+    "train.log_every_steps": 1,
+}
 SMALL_COMBINER = {"combiner.projection_dim": 64, "combiner.hidden_dim": 32}
 
 

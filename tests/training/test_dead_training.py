@@ -43,10 +43,15 @@ def dead(scenes, tmp_path_factory):
     weights["visual.proj"] = torch.zeros_like(weights["visual.proj"])
     save_file(weights, folder / "backbone.safetensors")
     changes = {
-        "train.global_batch_size": 20, "train.epochs": 3, "train.log_every_steps": 1, "adapter.width": 16,
-        "adapter.shared_width": 8, "adapter.num_heads": 4, "data.path": str(scenes),
+        "train.global_batch_size": 20,
+        "train.epochs": 3,
+        "train.log_every_steps": 1,
+        "adapter.width": 16,
+        "adapter.shared_width": 8,
+        "adapter.num_heads": 4,
+        "data.path": str(scenes),
         "model.pretrained": str(folder / "backbone.safetensors"),
-    }  # fmt: skip
+    }
     config = build_config(recipe_config("harma-scenes"), changes)
     return config, folder / "run", run(config, folder / "run")
 

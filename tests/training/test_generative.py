@@ -86,8 +86,10 @@ class OwnRates(PackedTask):
     """Every block learns slower than the one after it."""
 
     def parameter_groups(self, model, optim):
-        groups = [{"params": [*block.parameters()], "lr": optim.learning_rate * 0.5 ** (2 - number)}
-                  for number, block in enumerate(model.blocks)]  # fmt: skip
+        groups = [
+            {"params": [*block.parameters()], "lr": optim.learning_rate * 0.5 ** (2 - number)}
+            for number, block in enumerate(model.blocks)
+        ]
         return [*groups, {"params": [*model.embedding.parameters(), *model.head.parameters()]}]
 
 

@@ -129,8 +129,10 @@ def test_losses_at_equal_scores_are_those_of_collapsed_embeddings(rows):
     assert equal_scores_triplet_loss(rows, margin=0.3, gamma=1.5) == pytest.approx(weighted)
     plain = float(triplet_loss(same, same, margin=0.3))
     for kind, expected in {
-        "weighted": weighted, "plain": plain, "hardest": float(triplet_loss(same, same, margin=0.3, hardest_only=True)),
-    }.items():  # fmt: skip
+        "weighted": weighted,
+        "plain": plain,
+        "hardest": float(triplet_loss(same, same, margin=0.3, hardest_only=True)),
+    }.items():
         changes = {"loss.triplet": kind, "loss.margin": 0.3, "loss.gamma": 1.5, "train.global_batch_size": rows}
         task = make_task(build_config(recipe_config("harma-scenes"), changes))
         assert task.losses_at_equal_scores() == pytest.approx({"contrastive": math.log(rows), "triplet": expected})

@@ -26,9 +26,14 @@ from harma_ray.training.step import TrainingDiverged, evaluate_split, parameters
 from harma_ray.training.tracking import read_records
 
 SMALL = {
-    "train.global_batch_size": 20, "train.epochs": 2, "train.log_every_steps": 1, "adapter.width": 16,
-    "adapter.shared_width": 8, "adapter.num_heads": 4, "optim.learning_rate": 1e-3,
-}  # fmt: skip
+    "train.global_batch_size": 20,
+    "train.epochs": 2,
+    "train.log_every_steps": 1,
+    "adapter.width": 16,
+    "adapter.shared_width": 8,
+    "adapter.num_heads": 4,
+    "optim.learning_rate": 1e-3,
+}
 
 
 def settings(scenes, **changes):

@@ -108,17 +108,24 @@ def work(rank, folder, data):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
         timeout=datetime.timedelta(seconds=120),
-    )  # fmt: skip
+    )
     worker = Worker(rank=rank, world_size=2)
     for name, parts in RUNS.items():
         for kind, callback in parts:
             with contextlib.suppress(Stop):
                 run_training(
-                    kind(settings(data)), settings(data), Path(folder) / name, worker=worker, loader=local_batches,
+                    kind(settings(data)),
+                    settings(data),
+                    Path(folder) / name,
+                    worker=worker,
+                    loader=local_batches,
                     callback=callback or (lambda metrics: None),
-                )  # fmt: skip
+                )
             dist.barrier()
     found = {}
     found["gathered"] = gather_tensors(dict(shard(Letters(), (), "cpu").named_parameters()))

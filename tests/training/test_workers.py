@@ -27,12 +27,13 @@ CASES = {
     "accumulated": ("harma-scenes", {**ADAPTERS, "train.accumulation": 3}),
     "full": ("harma-scenes", {"model.tuning": "full", "loss.triplet": "plain"}),
     "no same-image negatives": (
-        "harma-scenes", {**ADAPTERS, "loss.same_image_negatives": False, "adapter.share_across_modalities": True}
+        "harma-scenes",
+        {**ADAPTERS, "loss.same_image_negatives": False, "adapter.share_across_modalities": True},
     ),
     "composed": ("scenes-cir-finetune", {}),
     "composed, accumulated": ("scenes-cir-finetune", {"train.accumulation": 3, "tuning.encoder": "text"}),
     "combiner": ("scenes-cir-combiner", COMBINER),
-}  # fmt: skip
+}
 
 
 MEASURED = ("adapters", "composed", "combiner")
@@ -88,9 +89,13 @@ def train_in_two_parts(config, worker, folder):
     for name, callback in (("whole", None), ("parts", stop), ("parts", None)):
         with contextlib.suppress(Stop):
             run_training(
-                make_task(config), config, folder / name, worker=worker, loader=local_batches,
+                make_task(config),
+                config,
+                folder / name,
+                worker=worker,
+                loader=local_batches,
                 callback=callback or (lambda metrics: None),
-            )  # fmt: skip
+            )
         dist.barrier()
 
 
@@ -98,9 +103,12 @@ def work(rank, num_workers, folder, data):
     torch.set_num_threads(1)
     warnings.simplefilter("error")  # here as in pytest's own process: users see what workers warn of
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_workers,
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=num_workers,
         timeout=datetime.timedelta(seconds=90),
-    )  # fmt: skip
+    )
     worker = Worker(rank=rank, world_size=num_workers)
     result = {case: losses_and_gradients(settings(data, case), worker) for case in CASES}
     result["figures"] = {case: figures(settings(data, case), worker) for case in MEASURED}

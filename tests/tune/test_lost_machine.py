@@ -24,9 +24,13 @@ def test_trials_of_a_lost_machine_go_on_elsewhere_from_their_checkpoints(scenes,
         "adapter.shared_width": 8, "scaling.cpus_per_worker": 1,
     })  # fmt: skip
     space = SearchDefinition(
-        config=config, parameters=(RATE,), sampler=Sampler(name="random"), scheduler=Scheduler(name="none"),
-        limits=Limits(trials=2), concurrent=2,
-    )  # fmt: skip
+        config=config,
+        parameters=(RATE,),
+        sampler=Sampler(name="random"),
+        scheduler=Scheduler(name="none"),
+        limits=Limits(trials=2),
+        concurrent=2,
+    )
     nodes = LocalNodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     lost = []
     try:

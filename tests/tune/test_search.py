@@ -205,9 +205,13 @@ def test_a_search_in_which_nothing_works_ends_soon_and_says_why(scenes, ray_clus
 
 def test_asha_stops_weak_trials_but_never_the_published_setting(scenes, ray_cluster, tmp_path):
     space = definition(
-        scenes, WIDTH, scheduler=Scheduler(name="asha", reduction_factor=2), sampler=Sampler(name="grid"),
-        limits=Limits(), concurrent=1,
-    )  # fmt: skip
+        scenes,
+        WIDTH,
+        scheduler=Scheduler(name="asha", reduction_factor=2),
+        sampler=Sampler(name="grid"),
+        limits=Limits(),
+        concurrent=1,
+    )
     space = replace(space, config=build_config(space.config, {"train.epochs": 4}))
     results, _ = search(tmp_path / "asha", space, ray_cluster, trial=learning_curve)
     states = {trial.params["adapter.width"]: trial.state for trial in results.trials}

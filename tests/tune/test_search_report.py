@@ -124,15 +124,15 @@ EDGES = {
     "one trial": (make_results(make_trials(1)), {"history", "curves"}),
     "one trial without a curve": (make_results([replace(make_trials(1)[0], curve=())]), {"history"}),
     "equal values": (
-        make_results([replace(trial, values=(3.0,)) for trial in make_trials(9)]), {"history", "slices", "curves"}
+        make_results([replace(trial, values=(3.0,)) for trial in make_trials(9)]),
+        {"history", "slices", "curves"},
     ),
     "one parameter": (
-        make_results(make_trials(9, (RATE,)), parameters=(RATE,)), {"history", "parallel", "slices", "curves"}
+        make_results(make_trials(9, (RATE,)), parameters=(RATE,)),
+        {"history", "parallel", "slices", "curves"},
     ),
     "a parameter of one value": (
-        make_results(
-            [replace(t, params={**t.params, "x": 3}) for t in make_trials(9)], parameters=(RATE, ONE)
-        ),
+        make_results([replace(t, params={**t.params, "x": 3}) for t in make_trials(9)], parameters=(RATE, ONE)),
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "lowest is best": (
@@ -144,11 +144,12 @@ EDGES = {
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "two objectives, one trial": (
-        make_results(with_sizes(make_trials(1)), objectives=(R_MEAN, SIZE)), {"history", "curves", "pareto"}
+        make_results(with_sizes(make_trials(1)), objectives=(R_MEAN, SIZE)),
+        {"history", "curves", "pareto"},
     ),
     "two objectives, no trial": (make_results([RUNNING], objectives=(R_MEAN, SIZE)), set()),
     "nothing searched": (make_results(make_trials(5), parameters=()), {"history", "curves"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", EDGES)
@@ -273,9 +274,12 @@ def test_best_at_the_end_of_its_range_is_a_warning(tmp_path):
 
 def test_cost_adds_up(tmp_path):
     trials = [
-        make_trial(0, epochs=10.0), make_trial(1, "stopped", epochs=1.0), make_trial(2, "stopped", epochs=3.0),
-        make_trial(3, "failed", epochs=2.0), make_trial(4, "running", epochs=5.0),
-    ]  # fmt: skip
+        make_trial(0, epochs=10.0),
+        make_trial(1, "stopped", epochs=1.0),
+        make_trial(2, "stopped", epochs=3.0),
+        make_trial(3, "failed", epochs=2.0),
+        make_trial(4, "running", epochs=5.0),
+    ]
     page = write(tmp_path, make_results(trials))
     assert page.row("all") == ["all", "5", "21.0", "0.12"]  # 5 x 90 s
     assert page.row("stopped")[:3] == ["stopped", "2", "4.0"]
@@ -284,9 +288,12 @@ def test_cost_adds_up(tmp_path):
 
 def test_trials_are_listed_best_first_and_failed_ones_last_with_their_reason(tmp_path):
     trials = [
-        make_trial(0, value=1.0), make_trial(1, "failed", 9.0), make_trial(2, "running", 8.0),
-        make_trial(3, "stopped", 3.0, {RATE.name: 5e-5, KIND.name: 2.5}), make_trial(4, value=2.0),
-    ]  # fmt: skip
+        make_trial(0, value=1.0),
+        make_trial(1, "failed", 9.0),
+        make_trial(2, "running", 8.0),
+        make_trial(3, "stopped", 3.0, {RATE.name: 5e-5, KIND.name: 2.5}),
+        make_trial(4, value=2.0),
+    ]
     page = write(tmp_path, make_results(trials))
     start = next(i for i, row in enumerate(page.rows) if row[:2] == ["trial", "state"])
     assert [row[0] for row in page.rows[start + 1 : start + 6]] == ["3", "4 (best)", "0 (published)", "2", "1"]

@@ -73,8 +73,13 @@ def shipped(request):
 
 def test_these_files_are_shipped():
     assert {path.stem for path in SHIPPED} == {
-        "harma", "harma_wide", "quick", "clip4cir", "clip4cir_finetune", "scenes_cir"
-    }  # fmt: skip
+        "harma",
+        "harma_wide",
+        "quick",
+        "clip4cir",
+        "clip4cir_finetune",
+        "scenes_cir",
+    }
 
 
 def test_shipped_files_search_what_their_method_rests_on(shipped):
@@ -169,8 +174,10 @@ def test_all_of_a_definition_reads_back_the_same(load):
         CONDITIONAL + "fixed: {model.pretrained: '1e5', optim.learning_rate: 1e-5, optim.betas: [0.8, 0.9]}\n"
         "start: [{loss.triplet: plain}, {loss.gamma: 4}]\nsampler: {name: grid, seed: 7}\n"
         "objective: [r_mean, trainable_parameters]\nlimits: {hours: 0.5}\nstorage: sqlite:///trials.db\n",
-        data__path="/data", scaling__use_gpu=False, seed=4,
-    )  # fmt: skip
+        data__path="/data",
+        scaling__use_gpu=False,
+        seed=4,
+    )
     again = load(to_yaml(definition))
     assert again == definition
     assert again.config.model.pretrained == "1e5"
@@ -301,11 +308,16 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(mistakes):
         "sampler: tpee\n"
     )
     assert [line.partition(": ")[0] for line in told] == [
-        "line 2, column 10", "line 4, column 3", "line 5, column 3", "line 6, column 3", "line 8, column 11",
+        "line 2, column 10",
+        "line 4, column 3",
+        "line 5, column 3",
+        "line 6, column 3",
+        "line 8, column 11",
         "line 9, column 1",
-    ]  # fmt: skip
-    for line, text in zip(told, ("`limits.trials`", "`optim.learning_rate`", "`low`", "line 5", "epochs", "`sampler."),
-                          strict=True):  # fmt: skip
+    ]
+    for line, text in zip(
+        told, ("`limits.trials`", "`optim.learning_rate`", "`low`", "line 5", "epochs", "`sampler."), strict=True
+    ):
         assert text in line
 
 

@@ -108,8 +108,12 @@ def test_states_are_told_to_optuna_as_they_are(tmp_path):
     assert found[0].intermediate_values == {1: 10.0, 3: 20.0}
     assert found[1].intermediate_values == {1: 5.0}
     assert [trial.user_attrs.get(REASON) for trial in found[2:]] == ["the loss is not finite", "killed"]
-    assert events[-4:] == [(0, "complete", None), (1, "stopped", None), (2, "failed", "the loss is not finite"),
-                           (3, "failed", "killed")]  # fmt: skip
+    assert events[-4:] == [
+        (0, "complete", None),
+        (1, "stopped", None),
+        (2, "failed", "the loss is not finite"),
+        (3, "failed", "killed"),
+    ]
     assert len(trials) == 4
 
 
@@ -212,9 +216,12 @@ def test_early_failures_end_no_search_in_which_a_trial_gets_on(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"parameters": (replace(RATE, high=1.0), MARGIN)}, {"seeds": 2},
-     {"config": build_config(recipe_config("harma-scenes"), {"train.epochs": 9})}],
-)  # fmt: skip
+    [
+        {"parameters": (replace(RATE, high=1.0), MARGIN)},
+        {"seeds": 2},
+        {"config": build_config(recipe_config("harma-scenes"), {"train.epochs": 9})},
+    ],
+)
 def test_a_search_whose_trials_could_not_be_compared_is_refused(tmp_path, changes):
     SearchStudy(tmp_path, definition()).next()
     with pytest.raises(UserError, match="cannot be compared"):
@@ -352,9 +359,13 @@ def test_the_best_is_a_complete_trial_if_there_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("tpe", optuna.samplers.TPESampler), ("tpe-multivariate", optuna.samplers.TPESampler),
-     ("random", optuna.samplers.RandomSampler), ("cmaes", optuna.samplers.CmaEsSampler)],
-)  # fmt: skip
+    [
+        ("tpe", optuna.samplers.TPESampler),
+        ("tpe-multivariate", optuna.samplers.TPESampler),
+        ("random", optuna.samplers.RandomSampler),
+        ("cmaes", optuna.samplers.CmaEsSampler),
+    ],
+)
 def test_a_name_stands_for_optunas_sampler(name, kind):
     assert isinstance(make_sampler(definition(sampler=Sampler(name=name))), kind)
 

@@ -54,10 +54,13 @@ def test_two_workers_give_the_figures_of_one_and_a_stopped_trial_leaves_its_plac
         "adapter.shared_width": 8, "optim.learning_rate": 6e-3,
     })  # fmt: skip
     space = SearchDefinition(
-        config=config, parameters=(RATE,), sampler=Sampler(name="random"),
+        config=config,
+        parameters=(RATE,),
+        sampler=Sampler(name="random"),
         scheduler=Scheduler(name="asha", reduction_factor=2),
-        enqueued=({"optim.learning_rate": 1e-3}, {"optim.learning_rate": 1e-9}), limits=Limits(trials=3),
-    )  # fmt: skip
+        enqueued=({"optim.learning_rate": 1e-3}, {"optim.learning_rate": 1e-9}),
+        limits=Limits(trials=3),
+    )
     wanted = replace(space, config=build_config(config, {"scaling.num_workers": 2}), concurrent=1)
     with another_cluster(), start_cluster(num_cpus=2, dashboard=True) as cluster:
         assert os.environ["RAY_API_SERVER_ADDRESS"] == f"http://{cluster.dashboard}"

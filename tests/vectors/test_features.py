@@ -187,9 +187,13 @@ def test_an_unreadable_image_is_named_and_leaves_nothing(config, composed, ray_c
     rows = table.to_pylist()
     rows[1]["image"] = b"not an image"
     pq.write_table(
-        pa.Table.from_pylist(rows, schema=table.schema), path, compression="NONE", use_dictionary=False,
-        write_statistics=False, write_page_checksum=True,
-    )  # fmt: skip
+        pa.Table.from_pylist(rows, schema=table.schema),
+        path,
+        compression="NONE",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
     shards = [
         replace(shard, bytes=file.stat().st_size)
         for shard, file in zip(split.manifest.shards, split.shard_paths(), strict=True)
