@@ -6,9 +6,10 @@ import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harma_ray.cli import shared
-from harma_ray.config import RunConfig, ScalingConfig
+from harma_ray.config import ScalingConfig
 from harma_ray.errors import UserError
 
 
@@ -64,7 +65,7 @@ def _add_query(parser: argparse.ArgumentParser, *more: str) -> None:
     )  # fmt: skip
 
 
-def _read_model(options: argparse.Namespace) -> tuple[RunConfig, str | None]:
+def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
     """Returns the settings and the weights (None: none but the backbone's) of the model that is meant."""
     from harma_ray.runs import open_run
     from harma_ray.settings import build_config

@@ -30,14 +30,7 @@ from harma_ray.runs import Run
 from harma_ray.settings import build_config, marked_settings
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.step import check_batch
-from harma_ray.tune.folder import (
-    create_search,
-    drop_checkpoints,
-    open_search,
-    read_search,
-    write_best,
-    write_definition,
-)
+from harma_ray.tune.folder import create_search, open_search, read_search, write_best, write_definition
 from harma_ray.tune.report.page import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space.definition import COSTS, SearchDefinition
@@ -193,7 +186,6 @@ def _search(
         setting = prepare_trials(ready, plan)
         with SearchProgress(read_search(folder, definition), options.started) as progress:
             results = run_search(folder, ready, plan, setting, progress)
-        drop_checkpoints(results)
         best = results.best_trial
         if best is None:
             raise UserError(f"no trial has ended within the limits; go on with: {results.resume_command}")

@@ -28,9 +28,11 @@ from harma_ray.report.pictures import (
     WRONG,
     Colour,
     Layout,
+    Thumbs,
     choose_spread,
     load_font,
     read_images,
+    read_thumbs,
     wrap,
 )
 from harma_ray.retrieval.composed import ComposedRetrieval
@@ -173,8 +175,8 @@ def _find_candidates(queries: ComposedQueries, query: int) -> Tensor:
 def _draw_sheet(retrieval: ComposedRetrieval, split: Split, chosen: Sequence[int], k: int, thumb: int) -> Image.Image:
     queries = retrieval.queries
     answers = [_Answer.of(retrieval, query, k) for query in chosen]
-    needed = sorted({row for answer in answers for row in (*answer.items, answer.target, answer.reference)})
-    thumbs = dict(zip(needed, read_images(split, needed, longest_side=thumb), strict=True))
+    needed = (row for answer in answers for row in (*answer.items, answer.target, answer.reference))
+    thumbs = read_thumbs(split, needed, thumb)
     num_results = max(len(answer.items) for answer in answers)
     query_width = thumb + 2 * _sign_width(thumb) + _text_width(thumb)
     layout = Layout.of(thumb, query_width, (num_results + 1) * (thumb + GAP) + 2 * GAP)
@@ -200,7 +202,7 @@ def _restriction(queries: ComposedQueries) -> str:
 
 
 def _draw_query(
-    layout: Layout, retrieval: ComposedRetrieval, answer: _Answer, thumbs: dict[int, Image.Image], num_results: int
+    layout: Layout, retrieval: ComposedRetrieval, answer: _Answer, thumbs: Thumbs, num_results: int
 ) -> Image.Image:
     """Draws a query, its results and, behind a line, the target if it is not one of them."""
     thumb, line, sign = layout.thumb, layout.line, _sign_width(layout.thumb)

@@ -22,6 +22,7 @@ from harma_ray.report.pictures import (
     RIGHT,
     Colour,
     read_images,
+    read_thumbs,
     retrieval_sheet,
     verdict_of_images,
     verdict_of_texts,
@@ -207,9 +208,8 @@ def _verdict(colour: Colour) -> str:
 
 def _read_thumbs(split: Split, rows: set[int]) -> dict[int, str]:
     """Returns small images as data URIs, by row."""
-    wanted = sorted(rows)
-    images = read_images(split, wanted, longest_side=_THUMB)
-    return {row: page.data_uri(_jpeg(image), "jpeg") for row, image in zip(wanted, images, strict=True)}
+    thumbs = read_thumbs(split, rows, _THUMB)
+    return {row: page.data_uri(_jpeg(image), "jpeg") for row, image in thumbs.items()}
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from harma_ray.retrieval.image_text import ImageTextRetrieval
 from harma_ray.retrieval.ranking import top_k
 
 Colour = tuple[int, int, int]
+Thumbs = Mapping[int, Image.Image]
+"""Small images by row."""
 
 RIGHT: Colour = (22, 140, 60)
 """Green: the query's own image or caption."""
@@ -71,6 +73,12 @@ def read_images(
             image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
         images.append(image)
     return [images[number] for number in place]
+
+
+def read_thumbs(split: Split, rows: Iterable[int], side: int) -> Thumbs:
+    """Reads the images of some rows, at most so many pixels wide and high; errors as of `read_images`."""
+    wanted = sorted(set(rows))
+    return dict(zip(wanted, read_images(split, wanted, longest_side=side), strict=True))
 
 
 def verdict_of_images(retrieval: ImageTextRetrieval, text: int, rows: Sequence[int]) -> list[Colour]:
@@ -128,12 +136,11 @@ def retrieval_sheet(
     num_images, num_texts = len(retrieval.image_embeddings), len(retrieval.texts)
     image_scores, image_items = top_k(retrieval.text_embeddings[texts], retrieval.image_embeddings, min(k, num_images))
     text_scores, text_items = top_k(retrieval.image_embeddings[rows], retrieval.text_embeddings, min(k, num_texts))
-    needed = sorted({*rows, *image_items.flatten().tolist()})
-    thumbs = dict(zip(needed, read_images(split, needed, longest_side=thumb), strict=True))
+    thumbs = read_thumbs(split, [*rows, *image_items.flatten().tolist()], thumb)
     page = Layout.of(thumb, max(240, round(2.2 * thumb)), image_items.shape[1] * (thumb + GAP))
     strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images")]
     for text, scores, items in zip(texts, image_scores.tolist(), image_items.tolist(), strict=True):
-        strips.append(_text_query(page, retrieval, text, items, scores, [thumbs[row] for row in items]))
+        strips.append(_text_query(page, retrieval, text, items, scores, thumbs))
     strips.append(page.heading("Image to text", f"the first {text_items.shape[1]} of {num_texts:,} captions"))
     for row, scores, items in zip(rows, text_scores.tolist(), text_items.tolist(), strict=True):
         strips.append(_image_query(page, retrieval, row, thumbs[row], items, scores))
@@ -142,12 +149,7 @@ def retrieval_sheet(
 
 
 def _text_query(
-    page: Layout,
-    retrieval: ImageTextRetrieval,
-    text: int,
-    items: list[int],
-    scores: list[float],
-    found: list[Image.Image],
+    page: Layout, retrieval: ImageTextRetrieval, text: int, items: list[int], scores: list[float], thumbs: Thumbs
 ) -> Image.Image:
     strip, draw = page.strip(max(page.thumb + page.line, 5 * page.line) + 2 * GAP)
     lines = wrap(
@@ -156,10 +158,9 @@ def _text_query(
     page.write(draw, (MARGIN, 0), lines)
     note = f"own image at rank {int(retrieval.result.text_to_image_ranks[text]) + 1:,}"
     page.write(draw, (MARGIN, len(lines) * page.line), [note], FAINT)
-    for place, (image, score, colour) in enumerate(
-        zip(found, scores, verdict_of_images(retrieval, text, items), strict=True)
-    ):
-        page.result(strip, page.left + place * (page.thumb + GAP), image, colour, [f"{score:.3f}"])
+    colours = verdict_of_images(retrieval, text, items)
+    for place, (row, score, colour) in enumerate(zip(items, scores, colours, strict=True)):
+        page.result(strip, page.left + place * (page.thumb + GAP), thumbs[row], colour, [f"{score:.3f}"])
     return strip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from harma_ray.config import EmptyMeant
 from harma_ray.errors import UserError
@@ -19,7 +19,7 @@ from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
 from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
 from harma_ray.training.tracking import REPORT_NAME, read_records
-from harma_ray.tune.results import Confirmation, SearchResults, TrialResult
+from harma_ray.tune.results import Confirmation, SearchResults, State, TrialResult
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.space.file import load_search, to_yaml
 from harma_ray.tune.storage import open_study, require_file, require_new_study
@@ -29,7 +29,7 @@ SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
 BASELINE_NAME = "untrained.json"
 CONFIRM_FOLDER = "confirm"
-_STATES = {known: state for state, known in STATES.items()}
+_STATES: dict[TrialState, State] = {known: state for state, known in STATES.items()}
 
 
 def create_search(runs: str | Path, name: str | None, definition: SearchDefinition) -> Path:

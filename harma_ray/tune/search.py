@@ -105,6 +105,7 @@ def run_search(
             f"one trial after another failed, the last because: {reason}; mend that and go on with: "
             f"{results.resume_command}"
         )
+    drop_checkpoints(results)
     return results
 
 
