@@ -54,14 +54,14 @@ class StudySearcher(Unpickled, Searcher):
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Hears of an epoch."""
+        """Records an evaluation."""
         report = report_of(result)
         if report is not None and not report.failed:
             with self._keeping_errors():
                 self._study.report(self._numbers[trial_id], report)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Hears of the end of a trial; `error`: its process died, and was restarted as often as is allowed."""
+        """Records the end of a trial; `error`: its process died, and was restarted as often as is allowed."""
         if trial_id not in self._numbers:
             return
         with self._keeping_errors():
@@ -115,11 +115,11 @@ class EarlyStopping(Unpickled, FIFOScheduler):
             sampler=optuna.samplers.RandomSampler(),
         )  # fmt: skip
         self._trials: list[optuna.trial.Trial] = []
-        self._heard: set[tuple[int, int]] = set()
+        self._seen: set[tuple[int, int]] = set()
         for trial in past:
             best = accumulate((value for _, value in trial.curve), max if objective.maximize else min)
             for (epoch, _), value in zip(trial.curve, best, strict=True):
-                if epoch <= trial.epochs:  # what was evaluated later was not heard before the interruption
+                if epoch <= trial.epochs:  # what was evaluated later was not judged before the interruption
                     self._falls_behind(trial.number, epoch, value)
             if trial.state == "complete":
                 self._complete(trial.number, trial.value)
@@ -131,7 +131,7 @@ class EarlyStopping(Unpickled, FIFOScheduler):
         return TrialScheduler.STOP if behind and number != 0 and epoch < self._epochs else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Hears of the end of a trial: the median is that of the complete ones."""
+        """Takes in the end of a trial: the median is that of the complete ones."""
         if result.get("finished"):
             self._complete(trial.config["number"], result[VALUE])
 
@@ -140,9 +140,9 @@ class EarlyStopping(Unpickled, FIFOScheduler):
         while len(self._trials) <= number:
             self._trials.append(self._judged.ask())
         step = math.floor(epoch)
-        if (number, step) in self._heard:
+        if (number, step) in self._seen:
             return False
-        self._heard.add((number, step))
+        self._seen.add((number, step))
         self._trials[number].report(value, step)
         return self._trials[number].should_prune()
 

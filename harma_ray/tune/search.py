@@ -1,4 +1,4 @@
-"""Runs a search on a Ray cluster: Ray Tune gives each trial its place, the study says which and hears of it."""
+"""Runs a search on a Ray cluster: Ray Tune gives each trial its place, the study says which and keeps the results."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run_search(
         definition: The search.
         plan: Trials at a time, and the workers of each.
         setting: What all trials share.
-        on_event: Hears of every trial that begins, reports or ends.
+        on_event: Called for every trial that begins, reports or ends.
         trial: What runs a trial; see `harma_ray.tune.trial.run`.
 
     Raises:
@@ -84,7 +84,7 @@ def run_search(
     concurrent, failures = plan.concurrent, []
     while True:
         study = SearchStudy(folder, definition, failures)
-        study.listener = partial(_heard, folder, definition, study, on_event)
+        study.listener = partial(_handle_event, folder, definition, study, on_event)
         out_of_memory = False
         try:
             _fit(folder, definition, replace(plan, concurrent=concurrent), setting, study, trial)
@@ -127,7 +127,7 @@ def _fit(
     alone = {"cpu": workers.cpus_per_worker, "gpu": workers.gpus_per_worker}
     resources = alone if workers.num_workers == 1 else {"cpu": DRIVER_CPUS}
     for name in ("ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is told by the trial's own reason
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a trial's own reason says what failed
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(ray.tune.with_parameters(_run_in_tune, setting=setting, trial=trial), resources),
         tune_config=ray.tune.TuneConfig(
@@ -269,7 +269,7 @@ def _run_in_tune(config: dict[str, Any], setting: TrialSetting, trial: Callable[
     trial(config, setting, ray.tune.report)
 
 
-def _heard(
+def _handle_event(
     folder: Path, definition: SearchDefinition, study: SearchStudy, on_event: Callable[[Event], None], event: Event
 ) -> None:
     if event.state in ("complete", "stopped", "failed"):

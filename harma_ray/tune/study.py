@@ -99,7 +99,7 @@ class _Open:
 
 
 class SearchStudy:
-    """Proposes settings, hears of results."""
+    """Proposes settings, records results."""
 
     def __init__(self, folder: Path, definition: SearchDefinition, failures: Sequence[str] = ()):
         """Opens the study of a search's folder, or of the definition's storage, or makes it.
@@ -174,7 +174,7 @@ class SearchStudy:
         return self.study.ask()
 
     def report(self, number: int, report: Report) -> None:
-        """Hears what a running trial has reached."""
+        """Records what a running trial has reached."""
         self._record(number, report)
         self.listener(Event(number, "running", self._open[number].trial.params, report))
 
@@ -183,7 +183,7 @@ class SearchStudy:
         running.trained = report.trained
         self._anything_worked = True
         if report.trained < self._epochs.get(number, 0):
-            return  # what an earlier session has heard already
+            return  # an earlier session has recorded it
         self._epochs[number] = report.trained
         running.trial.set_user_attr(RESULT, {
             "values": list(report.values), "trained": report.trained, "seconds": round(report.seconds, 3),
@@ -200,7 +200,7 @@ class SearchStudy:
             self.close(number, None, crashed=reason)
 
     def close(self, number: int, report: Report | None, *, crashed: str | None = None) -> None:
-        """Hears that a trial has ended: completed, stopped, or failed.
+        """Records that a trial has ended: completed, stopped, or failed.
 
         Args:
             number: Which.
@@ -249,7 +249,7 @@ class SearchStudy:
     def failure_reason(self) -> str | None:
         """Returns the last failure's reason if, in this session, trial after trial fails; None if not.
 
-        A few are enough as long as no trial has ever told a result; later many settings in a row may be bad.
+        A few are enough as long as no trial has ever had a result; later many settings in a row may be bad.
         """
         most = MANY_FAILURES if self._anything_worked else FIRST_FAILURES
         return self.failures[-1] if len(self.failures) >= most else None

@@ -95,7 +95,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
         mistake = find_user_error(error)
         reason = str(mistake) if mistake else " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if setting.plan.num_workers > 1:
-            list(tally.catch_up())  # the workers have heard more than this process
+            list(tally.catch_up())  # the workers know of more than this process
         with contextlib.suppress(UserError):  # a full disk may be why it failed
             write_text(folder / ERROR_NAME, "".join(traceback.format_exception(error)))
         report(asdict(replace(tally.report(), failed=reason)))
@@ -170,13 +170,13 @@ class _Tally:
         self._costs.append({"seconds": 0.0})
 
     def catch_up(self) -> Iterator[Report]:
-        """Forgets the current training, and yields what its record tells, one report an evaluation."""
+        """Forgets the current training, and yields what its record holds, one report an evaluation."""
         if self._best:
             self._best[-1], self._epochs[-1] = {}, 0
             yield from map(self.add, past_evaluations(self._folder))
 
     def add(self, metrics: Mapping[str, Any]) -> Report:
-        """Hears of an evaluation of the current training, whose checkpoint is written."""
+        """Takes in an evaluation of the current training, whose checkpoint is written."""
         meta = read_meta(list_checkpoints(self._folder)[-1])
         self._epochs[-1] = metrics["epoch"]
         parameters = sum(math.prod(shape) for shape in meta.trainable.values())
@@ -222,7 +222,7 @@ def _work(settings: dict[str, Any]) -> _Tally:
         list(tally.catch_up())  # these workers may follow others that died
 
     def callback(metrics: Mapping[str, Any]) -> None:
-        ray.train.report(asdict(tally.add(metrics)) if worker.rank == 0 else {})  # only worker 0 is heard
+        ray.train.report(asdict(tally.add(metrics)) if worker.rank == 0 else {})  # the report of worker 0 counts
 
     with plain_errors():
         run_trial(
