@@ -1,5 +1,8 @@
 """Runs on disk: their folder, their lock; where output may go."""
 
+import contextlib
+import threading
+
 import pytest
 
 from harma_ray.cli.train_run import print_spread
@@ -38,6 +41,16 @@ def test_a_run_is_trained_by_one_process_at_a_time(config, tmp_path):
         pass
     with run.locked():
         pass
+
+
+def test_a_lock_may_wait_for_another_process_to_end(config, tmp_path):
+    run = create_run(tmp_path, "one", config)
+    with contextlib.ExitStack() as other:
+        other.enter_context(run.locked())
+        timer = threading.Timer(0.3, other.close)
+        timer.start()
+        with run.locked(wait_seconds=60):
+            assert not timer.is_alive()
 
 
 def test_relative_output_of_a_job_is_refused(tmp_path, monkeypatch):
