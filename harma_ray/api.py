@@ -15,21 +15,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from harma_ray.config import RunConfig
 from harma_ray.data.captions import clean_caption
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import read_picture
-from harma_ray.data.images import MAX_PIXELS, BadImage, decode_stored, is_wide, to_rgb
+from harma_ray.data.images import MAX_PIXELS, BadImage, is_wide, to_rgb
+from harma_ray.data.order import iterate_slices
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
-from harma_ray.data.transforms import eval_transform
 from harma_ray.errors import UserError
-from harma_ray.models.architectures import image_size
-from harma_ray.models.clip import DualEncoder
-from harma_ray.retrieval.encoding import encode_texts
+from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.runs import Run, open_run
-from harma_ray.task import Task
 from harma_ray.training.checkpoint import read_meta
-from harma_ray.training.step import evaluating
 
 _logger = logging.getLogger(__name__)
 
@@ -37,12 +34,11 @@ ImageLike = str | Path | bytes | Image.Image
 
 
 class Retriever:
-    """A dual encoder that takes images and captions as people have them."""
+    """A trained model that takes images and captions as people have them."""
 
-    def __init__(self, model: DualEncoder, task: Task, device: str, rendering: Rendering | None = None):
-        """Wraps a model; see `load_run`."""
-        self.model, self.config, self.rendering = model.to(device).eval(), task.config, rendering
-        self._size, self._tokenizer = image_size(model), task.backbone.tokenizer()
+    def __init__(self, encoder: Encoder, config: RunConfig, rendering: Rendering | None = None):
+        """Wraps an encoder; see `load_run`."""
+        self.encoder, self.config, self.rendering = encoder, config, rendering
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 64) -> Tensor:
         """Encodes images as evaluation does.
@@ -58,44 +54,17 @@ class Retriever:
             UserError: Naming an image that cannot be read.
         """
         _check_list("images", images, batch_size)
-        parts = [torch.empty(0, self.model.embedding_width)]
-        for start in range(0, len(images), batch_size):
-            parts.append(self.encode_prepared([self.prepare(image) for image in images[start : start + batch_size]]))
+        encoder, parts = self.encoder, [torch.empty(0, self.encoder.width)]
+        for part in iterate_slices(len(images), batch_size):
+            parts.append(encoder.encode_images(torch.stack([self._prepare(image) for image in images[part]])))
         return torch.cat(parts)
 
-    def prepare(self, image: ImageLike) -> Tensor:
-        """Decodes an image and resizes it as evaluation does: uint8[3, S, S].
-
-        Raises:
-            UserError: Naming the image, if it cannot be read, or has more than 8 bits and there is no rule.
-        """
-        name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
+    def _prepare(self, image: ImageLike) -> Tensor:
         try:
-            if isinstance(image, Image.Image):
-                if is_wide(image):
-                    raise BadImage(f"its mode {image.mode} is more than 8 bits; give the file's path")
-                return eval_transform(to_rgb(ImageOps.exif_transpose(image)), self._size)
-            file = image if isinstance(image, bytes) else Path(image).expanduser()
-            picture = read_picture(file, self.rendering, max_pixels=self.config.data.max_pixels or MAX_PIXELS)
-            return eval_transform(picture.image, self._size)
-        except OSError as error:
-            raise UserError(f"cannot read image {name} ({error.strerror or error})") from error
+            return self.encoder.prepare(open_picture(image, self.rendering, self.config.data.max_pixels))
         except BadImage as error:
+            name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
             raise UserError(f"{name}: {error}") from error
-
-    def prepare_stored(self, data: bytes) -> Tensor:
-        """Decodes an image that a converted data set holds; else as `prepare`.
-
-        Raises:
-            BadImage: It is damaged.
-        """
-        return eval_transform(decode_stored(data, max_pixels=self.config.data.max_pixels), self._size)
-
-    def encode_prepared(self, images: Sequence[Tensor]) -> Tensor:
-        """Encodes one batch of prepared images: fp32[N, E] on CPU, L2-normalised."""
-        device = self.model.temperature.device
-        with evaluating(self.config.train, device):
-            return self.model.encode_image(torch.stack(list(images)).to(device)).float().cpu()
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Encodes captions, cleaned as in training.
@@ -108,24 +77,42 @@ class Retriever:
             fp32[M, E] on CPU, L2-normalised.
 
         Raises:
-            UserError: If nothing is left of a caption after cleaning.
+            UserError: If nothing is left of a caption after cleaning, or the model takes no texts.
         """
         _check_list("texts", texts, batch_size)
+        if self.encoder.encode_texts is None:
+            raise UserError(f"a model of recipe {self.config.recipe} takes no texts; compare images with each other")
         cleaned = [clean_caption(text) for text in texts]
         if "" in cleaned:
             raise UserError(f"caption {texts[cleaned.index('')]!r} holds no word")
-        if not cleaned:
-            return torch.empty(0, self.model.embedding_width)
-        return self.encode_cleaned(cleaned, batch_size)
-
-    def encode_cleaned(self, texts: list[str], batch_size: int = 256) -> Tensor:
-        """Encodes captions that are clean already; see `encode_texts`."""
-        with evaluating(self.config.train, self.model.temperature.device):
-            return encode_texts(self.model, self._tokenizer, texts, batch_size)
+        parts = [self.encoder.encode_texts(cleaned[part]) for part in iterate_slices(len(cleaned), batch_size)]
+        return torch.cat([torch.empty(0, self.encoder.width), *parts])
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """Returns cosines, fp32[N, M], of N images and M captions."""
         return self.encode_images(images) @ self.encode_texts(texts).T
+
+
+def open_picture(image: ImageLike, rendering: Rendering | None, max_pixels: int) -> Image.Image:
+    """Opens an image that is in no data set: RGB, upright.
+
+    Args:
+        image: A path, encoded bytes or a PIL image.
+        rendering: How more than 8 bits are shown; None = they are refused.
+        max_pixels: Largest width times height; 0 = ``MAX_PIXELS``.
+
+    Raises:
+        BadImage: It cannot be read, or has more than 8 bits and there is no rule.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            if is_wide(image):
+                raise BadImage(f"its mode {image.mode} is more than 8 bits; give the file's path")
+            return to_rgb(ImageOps.exif_transpose(image))
+        file = image if isinstance(image, bytes) else Path(image).expanduser()
+        return read_picture(file, rendering, max_pixels=max_pixels or MAX_PIXELS).image
+    except OSError as error:
+        raise BadImage(f"cannot be read ({error.strerror or error})") from error
 
 
 def _check_list(name: str, items: Sequence, batch_size: int) -> None:
@@ -149,7 +136,8 @@ def load_run(path: str | Path, device: str | None = None, *, rendering: Renderin
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = open_run(path)
-    return load_retriever(run, device, rendering or find_rendering(run))
+    encoder, _ = load_encoder(run, device)
+    return Retriever(encoder, run.config, rendering or find_rendering(run))
 
 
 def find_rendering(run: Run) -> Rendering | None:
@@ -174,10 +162,17 @@ def find_rendering(run: Run) -> Rendering | None:
     return Rendering.from_dict(rendered.rule)
 
 
-def load_retriever(run: Run, device: str, rendering: Rendering | None = None) -> Retriever:
-    """Loads a run's best weights; see `load_run`."""
-    task = run.task
-    encoder = task.joint_encoder(run.load_model())
+def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
+    """Loads what a run's best weights encode with; see `load_run`."""
+    checkpoint, task = run.best_checkpoint(), run.task
+    encoder = task.encoder(run.load_model(), device)
     if encoder is None:
         raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
-    return Retriever(encoder, task, device, rendering)
+    values = {
+        "run": str(run.path),
+        "recipe": run.config.recipe,
+        "checkpoint": checkpoint.name,
+        "backbone": read_meta(checkpoint).backbone,
+        "precision": run.config.train.eval_precision,
+    }
+    return encoder, VectorIdentity(values)

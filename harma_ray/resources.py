@@ -79,7 +79,7 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
         UserError: If the workers and one data task each do not fit; Ray itself would wait for ever.
     """
     scaling, task_cpus = config.scaling, config.data.task_cpus
-    use_gpu = _use_gpu(config, cluster)
+    use_gpu = uses_gpu(config, cluster)
     num_workers = scaling.num_workers
     if not num_workers and scaling.gpus_per_worker < 1 and use_gpu:
         num_workers = 1
@@ -114,7 +114,7 @@ def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> Tri
         UserError: If not one trial, or not as many as asked for, fit; Ray itself would wait for ever.
     """
     scaling = config.scaling
-    gpus = scaling.gpus_per_worker if _use_gpu(config, cluster) else 0
+    gpus = scaling.gpus_per_worker if uses_gpu(config, cluster) else 0
     num_workers = scaling.num_workers or 1
     data_cpus = config.data.task_cpus if num_workers > 1 or config.data.decode == "tasks" else 0
     shapes = cluster.shapes or ((cluster.cpus, cluster.gpus, 0),)
@@ -156,7 +156,8 @@ def _trial_cpus(
     return int(share) if share >= 1 else max(0.25, int(share * 100) / 100)
 
 
-def _use_gpu(config: RunConfig, cluster: Cluster) -> bool:
+def uses_gpu(config: RunConfig, cluster: Cluster) -> bool:
+    """Tells whether processes take GPUs: if the settings say so, or say nothing and there are some."""
     wanted = config.scaling.use_gpu
     if wanted and cluster.gpus < 1:
         raise UserError("`scaling.use_gpu` is true, but the cluster has no GPU; use --cpu, or join another cluster")

@@ -25,8 +25,8 @@ from harma_ray.data.stream import EvaluationStream, Worker
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.backbones import Backbone
-from harma_ray.models.clip import DualEncoder
 from harma_ray.parallel import replicate
+from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
@@ -61,15 +61,13 @@ class StoredRun(Protocol):
 
 
 @dataclass(frozen=True)
-class FeatureEncoder:
-    """Frozen encoders whose outputs may be computed once and trained on."""
+class Features:
+    """What frozen encoders give for a data set, to be computed once and trained on."""
 
-    encode_images: Callable[[Sequence[bytes], Sequence[str]], Tensor]
-    """Turns image files into fp32[B, F] on CPU; their names are for messages."""
-    encode_texts: Callable[[list[str]], Tensor]
-    """Turns texts into fp32[B, F] on CPU."""
-    identity: Mapping[str, Any]
-    """What the outputs depend on, the weights' fingerprint among it: features of equal identities are the same."""
+    load: Callable[[str], tuple[Encoder, VectorIdentity]]
+    """Builds the encoders on a device."""
+    texts_of: Callable[[Sequence[str], bool], Sequence[str]]
+    """Returns the texts that a query with some captions may be given, in training or not."""
 
 
 class Task(ABC, Generic[ConfigT, ModelT]):
@@ -88,7 +86,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     unseen_settings: Sequence[str] = ()
     """Settings that change what weights compute but not their shapes."""
     feature_sections: Sequence[str] = ()
-    """Sections of the settings that decide what `feature_encoder` computes and whether it is asked."""
+    """Sections of the settings that decide what `features` is."""
     accumulation: Literal["cached", "summed"] = "cached"
     """How a batch is put together from the parts of ``train.accumulation``. ``cached``: a loss that compares samples
     with each other sees the outputs of all. ``summed``: a loss that is a mean over samples, or over their tokens, is
@@ -184,8 +182,11 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """
         raise UserError(f"recipe {self.config.recipe} does not build on another run; leave out --from")
 
-    def joint_encoder(self, model: ModelT) -> DualEncoder | None:
-        """Returns what encodes images and texts so that their cosine compares them; None: they are not compared."""
+    def encoder(self, model: ModelT, device: str) -> Encoder | None:
+        """Returns what gives the vectors of a trained model, which is moved to a device, in the settings' precision.
+
+        None: its images have none that could be compared.
+        """
         return None
 
     def queries(self, model: ModelT) -> Sequence[str]:
@@ -244,24 +245,9 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         return ()
 
     @property
-    def caches_features(self) -> bool:
-        """Whether the outputs of frozen encoders are to be computed once, before training."""
-        return False
-
-    def feature_encoder(self, device: str) -> FeatureEncoder:
-        """Builds these encoders.
-
-        Raises:
-            UserError: If the recipe has none.
-        """
-        raise self._no_encoders()
-
-    def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
-        """Returns the texts that a query with some captions may be given; raises what `feature_encoder` does."""
-        raise self._no_encoders()
-
-    def _no_encoders(self) -> UserError:
-        return UserError(f"recipe {self.config.recipe} has no frozen encoders whose features could be computed once")
+    def features(self) -> Features | None:
+        """What is to be computed once, before training, in place of the data set's images; None = nothing."""
+        return None
 
 
 def require_query(task: Task, model: nn.Module, query: str) -> None:

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from harma_ray.config import TrainConfig
+from harma_ray.data.images import open_image
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.import_export import load_model
+from harma_ray.models.precision import evaluating
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.loop import run_training
-from harma_ray.training.step import evaluate_split, evaluating
+from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -94,7 +96,7 @@ def test_evaluation_keeps_tf32_out_of_convolutions():
     """torch allows it there by default: 10 bits of mantissa in place of 23."""
     images, filters = torch.randn(8, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
     exact = torch.nn.functional.conv2d(images.cpu().double(), filters.cpu().double())
-    with evaluating(TrainConfig(), torch.device("cuda")):
+    with evaluating(TrainConfig().eval_precision, torch.device("cuda")):
         found = torch.nn.functional.conv2d(images, filters)
     assert torch.backends.cudnn.allow_tf32
     assert float((found.cpu() - exact).abs().max()) < 1e-3
@@ -107,7 +109,10 @@ def test_submissions_and_features_of_a_composed_run_are_fp32_on_a_gpu(composed):
     row = (composed / "val").glob("*.parquet")
     images = pq.read_table(next(path for path in sorted(row) if path.name.startswith("part")))["image"].to_pylist()
     combiner = make_task(build_config(recipe_config("scenes-cir-combiner"), {"data.path": str(composed)}))
-    vectors = [combiner.feature_encoder(device).encode_images(images, [""] * len(images)) for device in ("cpu", "cuda")]
+    vectors = []
+    for device in ("cpu", "cuda"):
+        encoder, _ = combiner.features.load(device)
+        vectors.append(encoder.encode_images(torch.stack([encoder.prepare(open_image(image)) for image in images])))
     torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-4, atol=1e-5)
 
 

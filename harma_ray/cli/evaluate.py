@@ -162,6 +162,7 @@ def _embed(options: argparse.Namespace) -> None:
     from harma_ray.runs import Run, open_run
     from harma_ray.settings import build_config
     from harma_ray.vectors.embed import embed
+    from harma_ray.vectors.job import JobSettings
 
     found = open_run(options.run)
     changes = {"train.eval_precision": options.precision} if options.precision else {}
@@ -171,9 +172,6 @@ def _embed(options: argparse.Namespace) -> None:
     rendering = shared.rendering_from(options)
     with ray_cluster(options.address) as cluster:
         require_visible([run.path, Path(options.data).expanduser()], cluster)
-        summary = embed(
-            run, options.data, options.out, split=options.split, batch_size=options.batch_size,
-            num_actors=options.workers or 1, use_gpu=options.gpu or (not options.cpu and cluster.gpus >= 1),
-            max_bad=options.max_bad, rendering=rendering,
-        )  # fmt: skip
-    print(summary)
+        use_gpu = options.gpu or (not options.cpu and cluster.gpus >= 1)
+        settings = JobSettings(options.batch_size, options.workers or 1, use_gpu, options.max_bad)
+        print(embed(run, options.data, options.out, settings, split=options.split, rendering=rendering))

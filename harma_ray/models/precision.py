@@ -1,4 +1,4 @@
-"""Full precision, whatever surrounds it."""
+"""The precision of a computation, whatever surrounds it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,3 +18,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def evaluating(precision: str, device: torch.device) -> Iterator[None]:
+    """Computes as models are evaluated: without gradients, in "fp32" or, by autocast, in "bf16"."""
+    is_rough = precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if is_rough else full_precision(device):
+        yield

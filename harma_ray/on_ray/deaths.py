@@ -118,7 +118,7 @@ def what_happened(failures: Mapping[int, BaseException], folder: Path) -> Worker
     note = found[0] if found else None
     place = f" on {note.host} ({note.address})" if note else ""
     if rank in dead:
-        fate = f"died: {_why(error, note, folder)}"
+        fate = f"died: {why_died(error, note, folder)}"
     elif rank in hanging:
         fate = f"does not answer any more: {_first_line(error)}"
     else:
@@ -129,8 +129,8 @@ def what_happened(failures: Mapping[int, BaseException], folder: Path) -> Worker
     return kind(f"worker {rank}{place} {fate}{more}; {_logs(note, folder)}")
 
 
-def _why(error: BaseException, note: WorkerNote | None, folder: Path) -> str:
-    """Returns why a worker's process has ended, as far as anything tells."""
+def why_died(error: BaseException, note: WorkerNote | None = None, folder: Path = Path()) -> str:
+    """Returns why a worker's process has ended, as far as Ray, or its note and the folder of the notes, tell."""
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in text:
         return "Ray killed it because its machine's memory ran out"

@@ -285,7 +285,7 @@ def closing_batches(iterable: Iterable[T]) -> Iterator[Iterator[T]]:
 
 
 def map_without_restarts(dataset: ray.data.Dataset, function: type, **options: Any) -> ray.data.Dataset:
-    """Calls ``map_batches`` with actors that are not started again.
+    """Calls ``map`` with actors that are not started again.
 
     Actors that may be make Ray print on the terminal that this could fail. To say that they may not, Ray 2.60 has
     nothing but an argument that it calls deprecated.
@@ -294,7 +294,7 @@ def map_without_restarts(dataset: ray.data.Dataset, function: type, **options: A
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        return dataset.map_batches(function, max_restarts=0, **options)
+        return dataset.map(function, max_restarts=0, **options)
 
 
 # Ray Train

@@ -6,7 +6,7 @@ Kept free of torch: the process of a read task starts in half the time and memor
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from harma_ray.data.order import Chunk, IndexedSplit
 from harma_ray.data.samples import check_decoding
-from harma_ray.on_ray.quirks import Pause, closing_batches, map_without_restarts, quiet_data
+from harma_ray.on_ray.quirks import Pause, closing_batches, quiet_data
 
 if TYPE_CHECKING:
     from harma_ray.data.stream import Batches
@@ -63,32 +63,6 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         options["collate_fn"] = _Collate(how.with_threads(-(-how.decode.num_threads // at_once)))
     with closing_batches(dataset.iter_torch_batches(**options)) as batches:
         yield from batches
-
-
-def map_in_actors(
-    items: Sequence[Mapping[str, Any]], function: type, settings: Mapping[str, Any], *, num_actors: int, use_gpu: bool
-) -> ray.data.Dataset:
-    """Returns a data set of what the instances of a class make of items, in their order.
-
-    Args:
-        items: One row each.
-        function: Called with tables of one row.
-        settings: Arguments of the class.
-        num_actors: Processes with an instance each.
-        use_gpu: Whether each of them takes a GPU.
-    """
-    quiet_data()
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    rows = ray.data.from_items(list(items), override_num_blocks=min(len(items), 200))
-    return map_without_restarts(
-        rows,
-        function,
-        fn_constructor_kwargs=dict(settings),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_gpus=1 if use_gpu else 0,
-    )
 
 
 class _ChunkSource(Datasource):

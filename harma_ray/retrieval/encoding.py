@@ -1,15 +1,79 @@
-"""Encoding of texts, the work shared by all workers."""
+"""What turns images and texts into vectors, what tells its vectors from others, and encoding shared by all workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from harma_ray.data.order import worker_rows
 from harma_ray.distributed import gather_rows, rank, world_size
 from harma_ray.models.clip import DualEncoder
+from harma_ray.models.precision import evaluating
+
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A model that images, and maybe texts, become vectors by."""
+
+    width: int
+    """F, of the vectors."""
+    prepare: Callable[[Image.Image], Tensor]
+    """Turns an image of any mode and size into uint8[3, S, S]."""
+    encode_images: Callable[[Tensor], Tensor]
+    """Turns uint8[B, 3, S, S] into fp32[B, F] on CPU."""
+    encode_texts: Callable[[list[str]], Tensor] | None = None
+    """Turns texts into fp32[B, F] on CPU; None = it takes none."""
+
+
+@dataclass(frozen=True)
+class VectorIdentity:
+    """What vectors depend on: those of equal identities lie in one space."""
+
+    values: Mapping[str, str | float | bool]
+    """By name: the weights' fingerprint, the run, how images become inputs, ..., as a manifest holds them."""
+
+    def differing(self, other: VectorIdentity) -> str:
+        """Returns the names of what another one has otherwise, for messages; empty if vectors may be compared."""
+        return ", ".join(name for name, value in self.values.items() if other.values.get(name) != value)
+
+
+def clip_encoder(
+    model: DualEncoder,
+    tokenizer: Callable[..., Tensor],
+    prepare: Callable[[Image.Image], Tensor],
+    device: str,
+    *,
+    precision: str = "fp32",
+    normalize: bool = True,
+) -> Encoder:
+    """Returns what encodes with a CLIP, which is moved to a device, as evaluation does.
+
+    Args:
+        model: The CLIP.
+        tokenizer: Its backbone's.
+        prepare: See `Encoder`.
+        device: Such as ``cuda``.
+        precision: See `evaluating`.
+        normalize: Give unit vectors.
+    """
+    place = torch.device(device)
+    model.to(place).eval()
+
+    @evaluating(precision, place)
+    def encode_images(images: Tensor) -> Tensor:
+        return model.encode_image(images.to(place), normalize=normalize).float().cpu()
+
+    @evaluating(precision, place)
+    def encode_captions(texts: list[str]) -> Tensor:
+        return encode_texts(model, tokenizer, texts, _TEXTS_AT_ONCE, normalize=normalize)
+
+    return Encoder(model.embedding_width, prepare, encode_images, encode_captions)
 
 
 @torch.no_grad()

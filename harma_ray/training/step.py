@@ -21,7 +21,7 @@ from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Work
 from harma_ray.distributed import broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
-from harma_ray.models.precision import full_precision
+from harma_ray.models.precision import evaluating
 from harma_ray.parallel import whole, whole_model
 from harma_ray.task import Task
 from harma_ray.training.accumulation import PartialForward, summed_step
@@ -153,14 +153,6 @@ def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-@contextlib.contextmanager
-def evaluating(train: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Computes as models are evaluated: without gradients, in `train.eval_precision`."""
-    bf16 = train.eval_precision == "bf16"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if bf16 else full_precision(device):
-        yield
-
-
 def parameters_without_gradient(
     task: Task, order: TrainingOrder, config: RunConfig, worker: Worker, loader: Loader
 ) -> list[str]:
@@ -199,7 +191,7 @@ def evaluate_stream(
 ) -> Evaluation:
     """Evaluates a model on the worker's device, which may be spread over the workers; all get worker 0's metrics."""
     model.eval()
-    with whole_model(model), evaluating(config.train, torch.device(worker.device)):
+    with whole_model(model), evaluating(config.train.eval_precision, torch.device(worker.device)):
         found = task.evaluate(model, stream)
     metrics = broadcast_object(found.metrics)
     return found if worker.rank == 0 else Evaluation(metrics)

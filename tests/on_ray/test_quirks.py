@@ -270,7 +270,7 @@ def test_only_a_deprecated_argument_says_that_actors_are_not_started_again():
     from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 
     assert "max_restarts" not in inspect.signature(ray.data.ActorPoolStrategy).parameters
-    assert "max_restarts" not in inspect.signature(ray.data.Dataset.map_batches).parameters
+    assert "max_restarts" not in inspect.signature(ray.data.Dataset.map).parameters
     context = ray.data.DataContext.get_current()
     assert ActorPoolMapOperator._apply_default_remote_args({}, context)["max_restarts"] == -1
     with pytest.warns(ray.util.annotations.RayDeprecationWarning):
@@ -278,7 +278,7 @@ def test_only_a_deprecated_argument_says_that_actors_are_not_started_again():
     taken = {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quirks.map_without_restarts(SimpleNamespace(map_batches=lambda function, **more: taken.update(more)), dict)
+        quirks.map_without_restarts(SimpleNamespace(map=lambda function, **more: taken.update(more)), dict)
     assert taken == {"max_restarts": 0}
 
 

@@ -14,6 +14,7 @@ from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.step import evaluate_split
 from harma_ray.vectors.embed import embed
+from harma_ray.vectors.job import JobSettings
 
 pytestmark = [
     pytest.mark.ray,
@@ -32,7 +33,7 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_pa
         random_run.task, random_run.config, random_run.load_model(), "test", worker=Worker(), loader=local_batches
     )
     details, retriever = evaluation.retrieval, load_run(random_run.path, "cpu")
-    summary = embed(random_run, scenes, tmp_path / "vectors", split="test", batch_size=4, num_actors=2)
+    summary = embed(random_run, scenes, tmp_path / "vectors", JobSettings(4, num_actors=2), split="test")
     assert "11 image and 55 text vectors of width 128" in summary
     table = pq.read_table(tmp_path / "vectors" / "vectors.parquet")
     assert table.schema.field("vector").type == pa.list_(pa.float32(), 128)
@@ -49,12 +50,12 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_pa
     assert manifest["width"] == 128
     assert manifest["precision"] == "fp32"
     with pytest.raises(UserError, match="exists"):
-        embed(random_run, scenes, tmp_path / "vectors")
+        embed(random_run, scenes, tmp_path / "vectors", JobSettings())
 
 
 def test_bf16_vectors_are_made_where_they_are_asked_for_and_said(random_run, scenes, tmp_path, ray_cluster):
     rough = Run(random_run.path, build_config(random_run.config, {"train.eval_precision": "bf16"}))
-    assert "of width 128, in bf16, to" in embed(rough, scenes, tmp_path / "vectors", split="test")
+    assert "of width 128, in bf16, to" in embed(rough, scenes, tmp_path / "vectors", JobSettings(), split="test")
     rows = pq.read_table(tmp_path / "vectors" / "vectors.parquet").to_pylist()
     found = torch.tensor([row["vector"] for row in rows if row["kind"] == "image"])
     exact = load_run(random_run.path, "cpu").encode_images(images_of(scenes))
@@ -69,9 +70,9 @@ def test_bad_images_of_a_folder_are_listed_and_limited(random_run, scenes, tmp_p
     (folder / "bad.png").write_bytes(b"nothing")
     (folder / "notes.txt").write_text("no image")
     with pytest.raises(UserError, match=r"bad\.png"):
-        embed(random_run, folder, tmp_path / "out")
+        embed(random_run, folder, tmp_path / "out", JobSettings())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
-    assert "left out: bad.png" in embed(random_run, folder, tmp_path / "out", max_bad=1)
+    assert "left out: bad.png" in embed(random_run, folder, tmp_path / "out", JobSettings(max_bad=1))
     (row,) = pq.read_table(tmp_path / "out" / "vectors.parquet").to_pylist()
     assert (row["id"], row["kind"], row["text"]) == ("deep/good.png", "image", None)
 
@@ -89,21 +90,21 @@ def test_folders_are_walked_as_in_conversion(random_run, scenes, tmp_path, ray_c
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
     (folder / "lake").symlink_to(disk)
-    embed(random_run, folder, tmp_path / "out", batch_size=2)
+    embed(random_run, folder, tmp_path / "out", JobSettings(batch_size=2))
     table = pq.read_table(tmp_path / "out" / "vectors.parquet")
     assert table["id"].to_pylist() == ["farm/2.GIF", "farm/ũ1\\xff.png", "lake/3.png"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["left_out"] == {"hidden": 1, "no images": 1}
     (folder / names[0]).write_bytes(b"")
     with pytest.raises(UserError, match=r"farm/ũ1\\xff\.png: .*the file is empty"):
-        embed(random_run, folder, tmp_path / "out2")
+        embed(random_run, folder, tmp_path / "out2", JobSettings())
 
 
 def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):
     shard = open_split(scenes_copy, "test").shard_paths()[0]
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(UserError, match="cannot read"):
-        embed(random_run, scenes_copy, tmp_path / "out", split="test")
+        embed(random_run, scenes_copy, tmp_path / "out", JobSettings(), split="test")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -113,9 +114,9 @@ def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ra
 )
 def test_what_could_never_run_is_refused_at_once(random_run, scenes, tmp_path, ray_cluster, options, message):
     with pytest.raises(UserError, match=message):
-        embed(random_run, scenes, tmp_path / "out", **options)
+        embed(random_run, scenes, tmp_path / "out", JobSettings(**options))
 
 
 def test_triplets_are_refused_before_ray_works(random_run, composed, tmp_path, ray_cluster):
     with pytest.raises(UserError, match=r"embed needs images, but .*train holds triplets"):
-        embed(random_run, composed, tmp_path / "out", split="train")
+        embed(random_run, composed, tmp_path / "out", JobSettings(), split="train")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,9 +111,19 @@ def write_shard(plan: ShardPlan) -> ShardResult:
 
 def write_table(table: pa.Table, path: Path, *, row_group_size: int | None = None) -> Shard:
     """Writes a table as one file of a split, whole or not at all."""
-    with _open_writer(path, table.schema) as writer:
-        writer.write_table(table, row_group_size)
-    return Shard(path.name, table.num_rows, path.stat().st_size)
+    return write_tables([table], table.schema, path, row_group_size=row_group_size)
+
+
+def write_tables(
+    tables: Iterable[pa.Table], schema: pa.Schema, path: Path, *, row_group_size: int | None = None
+) -> Shard:
+    """Writes tables of one schema as one file, whole or not at all, each when it comes."""
+    rows = 0
+    with _open_writer(path, schema) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size)
+            rows += table.num_rows
+    return Shard(path.name, rows, path.stat().st_size)
 
 
 def find_finished(plan: ShardPlan) -> ShardResult | None:

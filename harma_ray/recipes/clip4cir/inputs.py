@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from harma_ray.data.images import BadImage, open_image
@@ -40,10 +41,13 @@ class Inputs:
 
     def image(self, data: bytes) -> Tensor:
         """Returns an image file as uint8[3, S, S]."""
+        return self.prepare(open_image(data, max_pixels=self.max_pixels))
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Returns an image, as `open_image` gives it, as uint8[3, S, S]."""
         return padded_transform(
-            open_image(data, max_pixels=self.max_pixels), self.size, padding=self.padding,
-            target_ratio=self.target_ratio, max_pixels=self.max_pixels,
-        )  # fmt: skip
+            image, self.size, padding=self.padding, target_ratio=self.target_ratio, max_pixels=self.max_pixels
+        )
 
     def named_image(self, data: bytes, name: str) -> Tensor:
         """Returns `image` of a file; its name is told if it cannot be read."""

@@ -17,11 +17,12 @@ from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
+from harma_ray.models.precision import evaluating
 from harma_ray.recipes.clip4cir.queries import compose
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.retrieval.ranking import Groups, top_k
 from harma_ray.task import Task, require_query
-from harma_ray.training.step import evaluating, local_worker
+from harma_ray.training.step import local_worker
 
 NUM_RESULTS, NUM_SUBSET_RESULTS = 50, 3
 """Names that a query has in the two files."""
@@ -69,7 +70,7 @@ def predict_cirr(
     require_query(task, model, query)
     device = torch.device(worker.device)
     stream = EvaluationStream(opened, config.data, worker, local_batches)
-    with evaluating(config.train, device):
+    with evaluating(config.train.eval_precision, device):
         features, texts = task.encode(model.to(device).eval(), stream, queries)
         vectors = compose(model, features, texts, queries, query, batch_size=config.train.eval_batch_size)
         gallery = unit(features)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -39,8 +38,8 @@ from harma_ray.recipes.clip4cir.inputs import Inputs, ItemTransform, TripletTran
 from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, QUERIES, compose
 from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
-from harma_ray.retrieval.encoding import encode_texts
-from harma_ray.task import FeatureEncoder, StoredRun, Task
+from harma_ray.retrieval.encoding import Encoder, VectorIdentity, clip_encoder, encode_texts
+from harma_ray.task import Features, StoredRun, Task
 from harma_ray.training.checkpoint import WEIGHTS_NAME, load_weights, read_meta
 
 
@@ -266,48 +265,40 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         """Raises UserError if a split's vectors are not what the model's encoders give."""
         if not split.kind.is_encoded or split.path in self._trusted:
             return
-        ours, theirs = self._identity(model), split.manifest.options.get("encoder", {})
-        wrong = [name for name in ours if ours[name] != theirs.get(name)]
+        wrong = self._identity(model).differing(VectorIdentity(split.manifest.options.get("encoder", {})))
         if wrong:
             raise UserError(
                 f"the features in {split.path} come from other encoders or settings than the model's "
-                f"({', '.join(wrong)} differ); compute them anew, or give the data set itself"
+                f"({wrong} differ); compute them anew, or give the data set itself"
             )
         self._trusted.add(split.path)
 
-    def _identity(self, model: ComposedRetriever) -> dict[str, Any]:
+    def _identity(self, model: nn.Module) -> VectorIdentity:
         preparation = self.config.preparation
-        return {
+        values = {
             "backbone": backbone_fingerprint(model) if self.trains_backbone else self.backbone.fingerprint(model),
             "padding": preparation.padding,
             "target_ratio": preparation.target_ratio if preparation.padding == "target" else 0,
             "random_captions": preparation.random_captions,
         }
+        return VectorIdentity(values)
 
     @property
-    def caches_features(self) -> bool:
-        """Whether the encoders are frozen and their outputs wanted once."""
-        return isinstance(self.config, CombinerConfig) and self.config.features.cached
+    def features(self) -> Features | None:
+        """What the second stage's frozen encoders give, if it is wanted once."""
+        wanted = isinstance(self.config, CombinerConfig) and self.config.features.cached
+        return Features(self._load_frozen, self._texts_of) if wanted else None
 
-    def texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
+    def _texts_of(self, captions: Sequence[str], training: bool) -> Sequence[str]:
         """Returns the text of a query in evaluation, or those that training draws from."""
         texts = training_texts(captions)
         return texts if training and self.config.preparation.random_captions else texts[:1]
 
-    def feature_encoder(self, device: str) -> FeatureEncoder:
-        """Builds the frozen encoders on a device."""
-        model = ComposedRetriever(DualEncoder(self.backbone.build(), text_tokens="trim")).to(device)
-        inputs = self._inputs
-
-        def encode_images(files: Sequence[bytes], names: Sequence[str]) -> Tensor:
-            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-                images = torch.stack(list(pool.map(inputs.named_image, files, names)))
-            return model.image_features(images.to(device)).float().cpu()
-
-        def encode_texts(texts: list[str]) -> Tensor:
-            return model.text_features(inputs.tokens(texts)).float().cpu()
-
-        return FeatureEncoder(encode_images, encode_texts, self._identity(model))
+    def _load_frozen(self, device: str) -> tuple[Encoder, VectorIdentity]:
+        """Builds the frozen encoders on a device; their vectors are fp32, as training computes them."""
+        model = DualEncoder(self.backbone.build(), text_tokens="trim")
+        encoder = clip_encoder(model, self.backbone.tokenizer(), self._inputs.prepare, device, normalize=False)
+        return encoder, self._identity(model)
 
 
 def _names_of_protocol(with_members: bool) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harma_ray.data.images import decode_stored
+from harma_ray.data.images import decode_stored, to_rgb
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split
@@ -38,7 +38,7 @@ from harma_ray.models.losses import (
 )
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.report.image_text import ImageTextEvaluation
-from harma_ray.retrieval.encoding import encode_texts
+from harma_ray.retrieval.encoding import Encoder, clip_encoder, encode_texts
 from harma_ray.retrieval.image_text import ImageTextRetrieval, RetrievalResult
 from harma_ray.task import Task
 
@@ -102,9 +102,16 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
             model.set_grad_checkpointing()
         return model
 
-    def joint_encoder(self, model: DualEncoder) -> DualEncoder:
-        """Returns the model."""
-        return model
+    def encoder(self, model: DualEncoder, device: str) -> Encoder:
+        """Returns what encodes as `evaluate` does; unit vectors."""
+        size = self.backbone.image_size
+        return clip_encoder(
+            model,
+            self.backbone.tokenizer(),
+            lambda image: eval_transform(to_rgb(image), size),
+            device,
+            precision=self.config.train.eval_precision,
+        )
 
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the published training transform, or the plain resize."""
