@@ -83,7 +83,7 @@ def _find(
     for name in splits:
         split = open_split(folder, name)
         split.require_kind([IMAGES], "embed")
-        requests += image_requests(split, range(split.manifest.rows), settings, "image", max_pixels)
+        requests += image_requests(split, range(split.manifest.rows), settings, "image", max_pixels, captions=True)
     if splits:
         return requests, {}
     found = find_images(folder) if folder.is_dir() else None

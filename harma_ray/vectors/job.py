@@ -117,9 +117,9 @@ def encode(
 
 
 def image_requests(
-    split: Split, rows: Sequence[int], settings: JobSettings, column: str, max_pixels: int
+    split: Split, rows: Sequence[int], settings: JobSettings, column: str, max_pixels: int, *, captions: bool = False
 ) -> Iterator[Request]:
-    """Yields requests of images of a data set, with their captions where a row is an image.
+    """Yields requests of images of a data set.
 
     Args:
         split: Where they are.
@@ -127,12 +127,13 @@ def image_requests(
         settings: With the size of a batch.
         column: Where in a row they are.
         max_pixels: Largest width times height; 0 = any.
+        captions: Whether the rows' captions are encoded too.
     """
     for part in iterate_slices(len(rows), settings.batch_size):
-        yield partial(_read_images, split.path, rows[part], column, max_pixels)
+        yield partial(_read_images, split.path, rows[part], column, max_pixels, captions)
 
 
-def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int) -> Inputs:
+def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int, captions: bool) -> Inputs:
     source = _indexed(path)
     kind = source.split.kind
     held = RowsChunk(np.asarray(rows)).read(source).select([column, *kind.light_columns]).to_pylist()
@@ -140,7 +141,7 @@ def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int) 
     for row in held:
         name = row[kind.images[column]]
         row.update(split=path.name, name=name, label=f"{path}: image {name}")
-    return Inputs(held, images, [text for row in held for text in row["captions"]] if kind.is_image else ())
+    return Inputs(held, images, [text for row in held for text in row["captions"]] if captions else ())
 
 
 @lru_cache(maxsize=4)
