@@ -106,7 +106,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         self.backbone.check()
         recipe = f"recipe {self.config.recipe}"
         training.require_kind([TRIPLETS] if self.trains_backbone else [TRIPLETS, TRIPLET_VECTORS], recipe)
-        encodes = self.trains_backbone or (self.caches_features and not training.kind.is_encoded)
+        encodes = self.trains_backbone or (self.features is not None and not training.kind.is_encoded)
         for split in evaluated:
             self.check_evaluated(split)
             if encodes:  # vectors would be another model's, or there would be nothing to compute them from
