@@ -226,7 +226,7 @@ def test_page_leaves_no_state_of_libraries_behind(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another folder"):
+    with pytest.raises(UserError, match="check the folder and its free space"):
         write_search_report(make_results(()), tmp_path / "file")
 
 
