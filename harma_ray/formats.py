@@ -7,7 +7,7 @@ exported, for every recipe alike (`harma_ray.import_export`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,24 @@ class Reading:
     """Whether the model's CLIP is written into the run's folder."""
     knows_activation: bool = True
     """Whether it is known which activation this CLIP was trained with."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Answers to queries whose targets are not public, as files for an evaluation server."""
+
+    name: str
+    """Under which ``predict`` knows them."""
+    text: str
+    """What is written, in a sentence."""
+    examples: str
+    """Of the command."""
+    split: str
+    """The split that is answered unless another is named."""
+    out: str
+    """The folder that is written unless another is named."""
+    write: Callable[..., tuple[list[Path], str]]
+    """Writes them, see `harma_ray.recipes.clip4cir.submission.predict_cirr`; returns the files and a note on them."""
 
 
 class ForeignFormat(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from harma_ray.import_export import export_checkpoint
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare
-from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes import recipe_config
 from harma_ray.runs import create_run, timed_name
 from harma_ray.settings import build_config
 from harma_ray.shell import command_line
@@ -65,17 +64,16 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> None:
 
 
 def _show(adapted, out: Path, started: float) -> None:
-    config = adapted.config
-    frozen = dataclasses.replace(config, model=dataclasses.replace(config.model, tuning="none"))
-    task, worker = make_task(frozen), local_worker(config)
+    config, task = adapted.config, adapted.task
+    worker, before_training = local_worker(config), task.baseline_model()
     rows, results = [], {}
     for split in ("val", "test"):
-        before = evaluate_split(task, frozen, task.new_model(), split, worker=worker, loader=local_batches)
+        before = evaluate_split(task, config, before_training, split, worker=worker, loader=local_batches)
         chance = before.chance()
         after = adapted.report["metrics"][split]
         results = {"chance": chance, "step 0": before.metrics, "adapted": after}
         rows += [[split, kind, *(metrics[name] for name in _METRICS)] for kind, metrics in results.items()]
-    evaluation = evaluate_split(adapted.task, config, adapted.load_model(), "test", worker=worker, loader=local_batches)
+    evaluation = evaluate_split(task, config, adapted.load_model(), "test", worker=worker, loader=local_batches)
     picture = out / "retrievals.png"
     sheet = evaluation.picture(open_split(config.data.path, "test"))
     assert sheet is not None

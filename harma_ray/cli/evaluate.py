@@ -98,43 +98,39 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _add_predict(commands: shared.Commands) -> None:
+    from harma_ray.recipes import SUBMISSIONS
+
     parser = commands.add_parser(
         "predict", help="answer queries whose targets are not public", description="Files for evaluation servers."
     )
     kinds = parser.add_subparsers(title="kinds", required=True, metavar="KIND")
-    made = shared.make_command(
-        kinds, "cirr-test", _predict, "Write the two files of a submission to CIRR's server.",
-        "examples:\n  launch.py predict cirr-test --run runs/STAGE2 --data data/cirr\n"
-        "  launch.py predict cirr-test --zero-shot --recipe clip4cir-finetune --data data/cirr "
-        "--set model.pretrained=cirr_clip_RN50x4_fullft.pt",
-    )  # fmt: skip
-    _add_model(made)
-    made.add_argument("--data", required=True, help="converted data set")
-    made.add_argument("--split", default="test1", help="split with the queries (default: test1)")
-    made.add_argument("--out", default="submission/CIRR", help="folder to write (default: submission/CIRR)")
-    made.add_argument("--name", help="last part of the files' names (default: that of the run or file)")
-    _add_query(made)
-    shared.add_device(made)
+    for kind in SUBMISSIONS:
+        made = shared.make_command(kinds, kind.name, _predict, kind.text, kind.examples)
+        _add_model(made)
+        made.add_argument("--data", required=True, help="converted data set")
+        made.add_argument("--split", default=kind.split, help=f"split with the queries (default: {kind.split})")
+        made.add_argument("--out", default=kind.out, help=f"folder to write (default: {kind.out})")
+        made.add_argument("--name", help="last part of the files' names (default: that of the run or file)")
+        made.set_defaults(write_submission=kind.write)
+        _add_query(made)
+        shared.add_device(made)
 
 
 def _predict(options: argparse.Namespace) -> None:
     from harma_ray.import_export import load_model
     from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task
-    from harma_ray.recipes.clip4cir.queries import QUERIES
-    from harma_ray.recipes.clip4cir.submission import predict_cirr
 
     config, weights = _read_model(options)
-    name = options.name or (
-        Path(options.run).expanduser().absolute().name
-        if options.run
-        else Path(options.checkpoint or config.model.pretrained).stem
-    )
+    run_name = Path(options.run).expanduser().absolute().name if options.run else ""
+    name = options.name or run_name or Path(options.checkpoint or "").stem
     settings = absolute_paths(config)
     load = partial(load_model, weights, settings)
-    found = predict_cirr(make_task(settings), load, options.split, options.out, name, query=options.query)
-    print(f"queries: {QUERIES[found.query]}; {config.train.eval_precision}")
-    for path in found.files:
+    files, note = options.write_submission(
+        make_task(settings), load, options.split, options.out, name, query=options.query
+    )
+    print(f"{note}; {config.train.eval_precision}")
+    for path in files:
         print(f"wrote {path}")
 
 

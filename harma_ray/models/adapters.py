@@ -199,7 +199,6 @@ def insert_adapters(
         torch.default_generator.manual_seed(seed)
         shared = [SharedAdapter(width, shared_width, num_heads, gate_init) for _ in text_blocks]
         image_shared = shared[: len(image_blocks)] if share_across_modalities else []
-        new_parameters: set[int] = set()
         clip_model.requires_grad_(False)
         for blocks, shares in ((image_blocks, image_shared), (text_blocks, shared)):
             for index, block in enumerate(blocks):
@@ -208,8 +207,7 @@ def insert_adapters(
                 base = mlp.c_proj.weight
                 stage = GatedAdapter(Adapter(base.shape[0], width, num_heads, gate_init, share), gate_init)
                 mlp.add_module("adapter", stage.to(device=base.device, dtype=base.dtype))
-                new_parameters.update(id(parameter) for parameter in stage.parameters())
-    return tuple(name for name, parameter in clip_model.named_parameters() if id(parameter) in new_parameters)
+    return tuple(name for name, _ in clip_model.named_parameters() if ".mlp.adapter." in name)
 
 
 def set_tuning(model: "DualEncoder", mode: str, **adapter_options) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """open_clip's architectures by name, and this package's own: what they take, and which one some weights are of."""
 
 import difflib
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -55,10 +56,12 @@ def _known() -> list[str]:
     return open_clip.list_models()
 
 
+@functools.cache
 def tokenizer_of(architecture: str) -> Callable[..., Tensor]:
     """Return an architecture's tokenizer: `tokenizer(list of str)` gives int64 (B, context length), padded with 0.
 
-    Captions that are too long are cut, the end-of-text token kept. No network is needed for open_clip's own tokenizer.
+    Captions that are too long are cut, the end-of-text token kept. It is made once a process. No network is needed for
+    open_clip's own.
     """
     configuration(architecture)
     with quiet_root_logger():

@@ -125,11 +125,9 @@ class ClipBackbone(Backbone):
 
     def build(self) -> nn.Module:
         """Returns open_clip's model."""
-
-        def build() -> nn.Module:
-            return build_clip(self.architecture, self.pretrained or RANDOM, seed=self.seed, activation=self.activation)
-
-        return built_from([Path(self.pretrained)], build) if _is_file(self.architecture, self.pretrained) else build()
+        name, pretrained = self.architecture, self.pretrained or RANDOM
+        files = [Path(pretrained)] if _is_file(name, pretrained) else []
+        return built_from(files, lambda: build_clip(name, pretrained, seed=self.seed, activation=self.activation))
 
     def outline(self) -> nn.Module:
         """Returns open_clip's model without weights."""

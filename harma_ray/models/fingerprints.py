@@ -54,11 +54,11 @@ def built_from(files: Sequence[Path], build: Callable[[], nn.Module], beneath: s
     """Builds a CLIP from files and notes on it which they were, for `fingerprint_as_built`.
 
     Args:
-        files: All that the weights are read from.
+        files: All that the weights are read from; none: they come from elsewhere.
         build: Reads them.
         beneath: Fingerprint of weights that do not come from these files, if some do not.
     """
-    before = _identity(files)
+    before = _identity(files) if files else ""
     model: Any = build()
     model.weights_source = f"{beneath} {before}" if before and before == _identity(files) else ""
     model.weights_fingerprint = ""

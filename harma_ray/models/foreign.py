@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 from harma_ray.models.containers import Container, read_container
 from harma_ray.models.inert import Inert
 
@@ -34,7 +34,6 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _TRAINING = ("optim", "sched", "scaler")
 """In the names of sections that hold a training's state."""
 _MAX_DEPTH = 5
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class ForeignWeights:
         """What was done to read it."""
         prefix = (f"prefix `{self.prefix}` taken off the names",) if self.prefix else ()
         names = list(self.beside)
-        left_out = (f"{len(names)} tensors without that prefix left out: {_few(names)}",) if names else ()
+        left_out = (f"{len(names)} tensors without that prefix left out: {first_few(names)}",) if names else ()
         return (*self.container_notes, *prefix, *left_out)
 
     @property
@@ -155,7 +154,7 @@ def _models_of(path: Path, container: Container, section: _Section, marks: Seque
             strange = [n for n in section.others if n.startswith(prefix) and "." in n.removeprefix(prefix)]
             if strange:
                 raise UserError(
-                    f"{path} must hold tensors alone in its state dict, got other things under {_few(strange)}"
+                    f"{path} must hold tensors alone in its state dict, got other things under {first_few(strange)}"
                 )
             quick_gelu, source = _activation(path, container, section, own)
             yield ForeignWeights(
@@ -247,14 +246,14 @@ def _container_notes(container: Container, section: _Section) -> tuple[str, ...]
     elif section.module:
         notes.append(f"whole pickled model (`{section.module}`): its tensors were read as data, its code was not run")
     elif container.origins:
-        notes.append(f"objects of other programs were left out unread: {_few(list(container.origins))}")
+        notes.append(f"objects of other programs were left out unread: {first_few(list(container.origins))}")
     if section.path:
         notes.append(f"section `{'.'.join(section.path)}`")
         top = container.content if isinstance(container.content, Mapping) else {}
         rest = [str(name) for name in top if name != section.path[0]]
-        notes += [f"left out beside it: {_few(rest)}"] if rest else []
+        notes += [f"left out beside it: {first_few(rest)}"] if rest else []
     elif section.others:
-        notes.append(f"left out what is no tensor: {_few(list(section.others))}")
+        notes.append(f"left out what is no tensor: {first_few(list(section.others))}")
     return tuple(notes)
 
 
@@ -272,13 +271,13 @@ def fitted(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple
     notes = []
     dropped = [name for name in given if name not in kept]
     if dropped:
-        notes.append(f"left out, as they are no weights of this model: {_few(dropped)}")
+        notes.append(f"left out, as they are no weights of this model: {first_few(dropped)}")
     for name, tensor in kept.items():
         if name in expected and tensor.numel() == expected[name].numel() == 1 and tensor.shape != expected[name].shape:
             kept[name] = tensor.reshape(expected[name].shape)
     unused = [n for n in expected if n not in kept and n.rpartition(".")[2] in ("logit_scale", "num_batches_tracked")]
     if unused:
-        notes.append(f"not in the file, and not used here: {_few(unused)}")
+        notes.append(f"not in the file, and not used here: {first_few(unused)}")
         kept |= {name: expected[name] for name in unused}
     converted = sorted({
         f"{str(tensor.dtype).removeprefix('torch.')} to {str(expected[name].dtype).removeprefix('torch.')}"
@@ -316,10 +315,5 @@ def _describe(content: Any) -> str:
     if isinstance(content, Inert):
         return f"an object of `{content.origin}`"
     if isinstance(content, Mapping):
-        return f"a mapping of {_few([str(name) for name in content])}" if content else "an empty mapping"
+        return f"a mapping of {first_few([str(name) for name in content])}" if content else "an empty mapping"
     return f"a {type(content).__name__}"
-
-
-def _few(names: list[str]) -> str:
-    """Joins the first few names, and says that there are more."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

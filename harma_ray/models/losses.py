@@ -8,6 +8,15 @@ Arithmetic is float32 or better whatever autocast says: float16 and bfloat16 inp
 
 Shape letters: N global rows (W x B), B rows of one worker, E embedding. Row i of the images and row i of the texts are
 a pair; several rows may show the same image with different captions.
+
+What the sum in `weighted_triplet_loss` means: beside the contrastive mean, its gradient grows with about N^1.8 while
+pairs are violated, and not at all once they are not. On drawn embeddings (``benchmarks/triplet.py``; margin 0.2, gamma
+2, temperature 0.07) it is 2.8, 25 and 345 times the contrastive term's at N = 32, 128 and 428 where 29 % of the pairs
+are violated, 11, 164 and 1,900 times where scores are noise, and 0 where the backbone ranks well. So at the paper's 428
+a weak backbone learns from this term alone; at 128 it weighs a fourteenth of that. Adam takes no notice of the common
+scale, only of the direction: the weight (1 - exp(-c))^gamma makes the hinge convex, so noise in the scores costs more
+than equal scores (276 against 107 at N = 128), and a model that ranks like chance is drawn towards these. Own pairs
+that lead a little outweigh that (14 against 107). The contrastive term has the same pull (6.3 against 4.9).
 """
 
 import math
@@ -70,16 +79,8 @@ def weighted_triplet_loss(
         loss = 1/2 * sum over i != j of  (1 - exp(-c_ij))^gamma * c_ij  +  (1 - exp(-d_ij))^gamma * d_ij
 
     It is a SUM and grows with the number of pairs, N * (N - 1). Gradients flow through the weights as well. Source:
-    HarMA (arXiv 2404.18253), adaptive triplet term; the sum and the factor 1/2 are those of the released code.
-
-    What the sum means: beside the contrastive mean, its gradient grows with about N^1.8 while pairs are violated, and
-    not at all once they are not. On drawn embeddings (``benchmarks/triplet.py``; margin 0.2, gamma 2, temperature 0.07)
-    it is 2.8, 25 and 345 times the contrastive term's at N = 32, 128 and 428 where 29 % of the pairs are violated, 11,
-    164 and 1,900 times where scores are noise, and 0 where the backbone ranks well. So at the paper's 428 a weak
-    backbone learns from this term alone; at 128 it weighs a fourteenth of that. Adam takes no notice of the common
-    scale, only of the direction: the weight (1 - exp(-c))^gamma makes the hinge convex, so noise in the scores costs
-    more than equal scores (276 against 107 at N = 128), and a model that ranks like chance is drawn towards these. Own
-    pairs that lead a little outweigh that (14 against 107). The contrastive term has the same pull (6.3 against 4.9).
+    HarMA (arXiv 2404.18253), adaptive triplet term; the sum and the factor 1/2 are those of the released code. What the
+    sum means for a training is said at the top of this file.
 
     A term's derivative tends to 0 as c -> 0 for every gamma > 0, but differentiating the weight alone divides by
     c^(1 - gamma), which is infinite at c = 0 when gamma < 1, and 0 * inf is NaN. Therefore entries with no violation

@@ -8,10 +8,8 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 from harma_ray.models.foreign import ACTIVATION, GELU, QUICK_GELU
-
-_KEYS_SHOWN = 5
 
 
 def save_clip(model: nn.Module, path: str | Path, *, says_activation: bool = True) -> None:
@@ -43,17 +41,17 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sourc
     problems = []
     missing = [name for name in expected if name not in given]
     if missing:
-        problems.append(f"{len(missing)} missing ({_few(missing)})")
+        problems.append(f"{len(missing)} missing ({first_few(missing)})")
     unexpected = [name for name in given if name not in expected]
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected ({_few(unexpected)})")
+        problems.append(f"{len(unexpected)} unexpected ({first_few(unexpected)})")
     misshapen = [
         f"{name}: {tuple(given[name].shape)} for {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in given and given[name].shape != tensor.shape
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} of another shape ({_few(misshapen)})")
+        problems.append(f"{len(misshapen)} of another shape ({first_few(misshapen)})")
     if problems:
         raise UserError(f"{source} does not fit the model: {'; '.join(problems)}; choose the model it was made for")
     quantised = [n for n, tensor in expected.items() if tensor.is_floating_point() > given[n].is_floating_point()]
@@ -61,12 +59,12 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sourc
         kinds = sorted({str(given[name].dtype).removeprefix("torch.") for name in quantised})
         raise UserError(
             f"{source} must hold floating-point weights, got {', '.join(kinds)} in {len(quantised)} tensors "
-            f"({_few(quantised)}); give the weights from before they were quantised"
+            f"({first_few(quantised)}); give the weights from before they were quantised"
         )
     broken = [n for n, tensor in expected.items() if not torch.isfinite(given[n].to(tensor.dtype)).all()]
     if broken:
         raise UserError(
-            f"{source} holds NaN or infinity in {len(broken)} of {len(expected)} tensors ({_few(broken)}): its "
+            f"{source} holds NaN or infinity in {len(broken)} of {len(expected)} tensors ({first_few(broken)}): its "
             "training diverged, or the file is damaged; use an earlier one"
         )
 
@@ -75,8 +73,3 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return a CLIP's state dict without modules that say `is_added`."""
     added = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "is_added", False))
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(added)}
-
-
-def _few(names: list[str]) -> str:
-    """Join the first few names, and say that there are more."""
-    return ", ".join(names[:_KEYS_SHOWN]) + (", ..." if len(names) > _KEYS_SHOWN else "")

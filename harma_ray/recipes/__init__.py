@@ -9,9 +9,10 @@ from typing import Any
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
-from harma_ray.formats import ForeignFormat
+from harma_ray.formats import ForeignFormat, Submission
 from harma_ray.recipes.clip4cir import config as clip4cir_config
 from harma_ray.recipes.clip4cir.released import Clip4CirFile
+from harma_ray.recipes.clip4cir.submission import CIRR_TEST
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.recipes.harma import config as harma_config
 from harma_ray.recipes.harma.released import HarmaFile
@@ -30,6 +31,10 @@ _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
 
 FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile())
 """The files of other programs, asked in this order."""
+
+
+SUBMISSIONS: Sequence[Submission] = (CIRR_TEST,)
+"""What ``predict`` writes."""
 
 
 def recipe_config(name: str) -> RunConfig:

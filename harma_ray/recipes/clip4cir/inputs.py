@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,6 @@ class Inputs:
     padding: Padding
     target_ratio: float
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return tokenizer_of(self.architecture)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
-
     def image(self, data: bytes) -> Tensor:
         """Returns an image file as uint8[3, S, S]."""
         return self.prepare(open_image(data, max_pixels=self.max_pixels))
@@ -58,7 +50,7 @@ class Inputs:
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Returns texts as int64[B, L]; what is too long is cut."""
-        return self._tokenizer(texts)
+        return tokenizer_of(self.architecture)(texts)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,10 +14,11 @@ from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import EvaluationStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
+from harma_ray.formats import Submission
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.precision import evaluating
-from harma_ray.recipes.clip4cir.queries import compose
+from harma_ray.recipes.clip4cir.queries import QUERIES, compose
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.retrieval.ranking import Groups, top_k
 from harma_ray.task import Task, require_query
@@ -28,19 +28,9 @@ NUM_RESULTS, NUM_SUBSET_RESULTS = 50, 3
 """Names that a query has in the two files."""
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What was written."""
-
-    files: tuple[Path, Path]
-    """``recall_submission_NAME.json`` and ``recall_subset_submission_NAME.json``."""
-    query: str
-    """How the queries were made; see `harma_ray.recipes.clip4cir.queries.QUERIES`."""
-
-
 def predict_cirr(
     task: Task, load: Callable[[], nn.Module], split: str, out: str | Path, name: str, *, query: str | None = None
-) -> Submission:
+) -> tuple[list[Path], str]:
     """Writes the two files of a submission to CIRR's server.
 
     Args:
@@ -48,22 +38,25 @@ def predict_cirr(
         load: Gives the model that answers, in evaluation mode; called once the split is known to fit.
         split: The split with the queries.
         out: Folder of the files; made if missing.
-        name: Last part of their names.
+        name: Last part of their names; empty = that of the pretrained weights.
         query: How queries are made; None = the model's own way.
 
+    Returns:
+        ``recall_submission_NAME.json`` and ``recall_subset_submission_NAME.json``, and how the queries were made.
+
     Raises:
-        UserError: If the settings or the split are of another kind, the weights do not fit, the split lacks images or
-            queries of the data set, the gallery is too small for a submission, or the files cannot be written.
+        UserError: If settings, split or weights do not fit, the split lacks rows, or nothing can be written.
     """
     config = task.config
     if not isinstance(task, Clip4CirTask):
         raise UserError(f"recipe {config.recipe} has no composed queries; give a run or a recipe of CLIP4Cir")
+    name = name or Path(task.config.model.pretrained).stem
     if name != Path(name).name:
         raise UserError(f"`--name` must be a plain part of a file's name, got `{name}`")
     opened = open_split(config.data.path, split)
     task.check_evaluated(opened)
     queries = ComposedQueries.of(opened)
-    subsets = _members(opened, queries)
+    subsets = Groups.from_lists(_members(opened, queries))
     folder, model, worker = output_path(out), load(), local_worker(config)
     assert isinstance(model, ComposedRetriever)
     query = query or task.queries(model)[0]
@@ -74,18 +67,17 @@ def predict_cirr(
         features, texts = task.encode(model.to(device).eval(), stream, queries)
         vectors = compose(model, features, texts, queries, query, batch_size=config.train.eval_batch_size)
         gallery = unit(features)
-    own = torch.arange(len(queries.pair_ids) + 1)
-    reference, members = Groups(own, queries.reference), Groups.from_lists(subsets)
-    _, found = top_k(vectors, gallery, NUM_RESULTS, excluded=reference)
-    _, among = top_k(vectors, gallery, NUM_SUBSET_RESULTS, excluded=reference, candidates=members)
+    reference = Groups(torch.arange(len(queries.pair_ids) + 1), queries.reference)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
-    files = folder / f"recall_submission_{name}.json", folder / f"recall_subset_submission_{name}.json"
-    for path, metric, rows in zip(files, ("recall", "recall_subset"), (found.tolist(), among.tolist()), strict=True):
-        write_text(path, submission(metric, queries, rows))
-    return Submission(files, query)
+    files = []
+    for metric, count, candidates in (("recall", NUM_RESULTS, None), ("recall_subset", NUM_SUBSET_RESULTS, subsets)):
+        _, found = top_k(vectors, gallery, count, excluded=reference, candidates=candidates)
+        files.append(folder / f"{metric}_submission_{name}.json")
+        write_text(files[-1], submission(metric, queries, found.tolist()))
+    return files, f"queries: {QUERIES[query]}"
 
 
 def _members(split: Split, queries: ComposedQueries) -> list[list[int]]:
@@ -126,3 +118,16 @@ def submission(metric: str, queries: ComposedQueries, rows: Sequence[Sequence[in
     if len(answers) != len(queries.pair_ids):
         raise UserError(f"the pair ids of {queries.origin} must differ; convert the split again")
     return json.dumps({"version": "rc2", "metric": metric, **answers}, sort_keys=True)
+
+
+CIRR_TEST = Submission(
+    name="cirr-test",
+    text="Write the two files of a submission to CIRR's server.",
+    examples="examples:\n  launch.py predict cirr-test --run runs/STAGE2 --data data/cirr\n"
+    "  launch.py predict cirr-test --zero-shot --recipe clip4cir-finetune --data data/cirr "
+    "--set model.pretrained=cirr_clip_RN50x4_fullft.pt",
+    split="test1",
+    out="submission/CIRR",
+    write=predict_cirr,
+)
+"""``predict cirr-test``."""

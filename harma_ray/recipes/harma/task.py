@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -84,18 +83,8 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
             affiliation_temperature=settings.temperature if loss.center_factor else None,
             text_tokens=settings.text_tokens,
         )
-        adapter = self.config.adapter
-        options: dict[str, Any] = {}
-        if settings.tuning == "adapters":
-            options = {
-                "width": adapter.width,
-                "num_heads": adapter.num_heads,
-                "shared_width": adapter.shared_width,
-                "share_across_modalities": adapter.share_across_modalities,
-                "gate_init": adapter.gate_init,
-                "seed": self.config.seed,
-            }
-        set_tuning(model, settings.tuning, **options)
+        adapter = {**asdict(self.config.adapter), "seed": self.config.seed}
+        set_tuning(model, settings.tuning, **adapter if settings.tuning == "adapters" else {})
         if not loss.contrastive:
             model.temperature.requires_grad_(False)
         if settings.activation_checkpointing:
@@ -220,19 +209,12 @@ class PairTransform(RowTransform):
     max_pixels: int
     augmentation: Augmentation
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return tokenizer_of(self.architecture)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
-
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns ``image`` uint8[3, S, S], ``text`` int64[L], ``image_id`` and ``label`` (-1: none)."""
         image = decode_stored(row["image"], max_pixels=self.max_pixels)
         return {
             "image": train_transform(image, rng, self.size, self.augmentation),
-            "text": self._tokenizer([row["captions"][row["caption"]]])[0],
+            "text": tokenizer_of(self.architecture)([row["captions"][row["caption"]]])[0],
             "image_id": np.int64(row["image_id"]),
             "label": np.int64(-1 if row["label"] is None else row["label"]),
         }
