@@ -26,6 +26,7 @@ from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.runs import Run, open_run
+from harma_ray.task import Task
 from harma_ray.training.checkpoint import read_meta
 
 _logger = logging.getLogger(__name__)
@@ -162,12 +163,19 @@ def find_rendering(run: Run) -> Rendering | None:
     return Rendering.from_dict(rendered.rule)
 
 
+def require_encoder(run: Run) -> None:
+    """Raises UserError, without the model, if the recipe of a run gives no vectors."""
+    if type(run.task).encoder is Task.encoder:
+        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
+
+
 def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
     """Loads what a run's best weights encode with; see `load_run`."""
+    require_encoder(run)
     checkpoint, task = run.best_checkpoint(), run.task
     encoder = task.encoder(run.load_model(), device)
     if encoder is None:
-        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
+        raise UserError(f"run {run.path} gives no vectors that could be compared")
     values = {
         "run": str(run.path),
         "recipe": run.config.recipe,

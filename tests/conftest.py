@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
@@ -23,6 +24,15 @@ from harma_ray.settings import build_config  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What commands remember of weights is not put among the user's; matplotlib's list of fonts stays where it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Small models are faster on one thread, and bit-for-bit comparisons need a fixed number: commands take more."""
@@ -36,7 +46,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("ray"):  # which does not wait for the processes that it has ended
             item.add_marker(pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"))
-    longest = ("test_interrupted_runs.py", "test_interruptions.py")
+    longest = ("test_interrupted_runs.py", "test_interrupted_stages.py", "test_interruptions.py")
     items.sort(key=lambda item: (item.path not in ray, item.path.name not in longest))
 
 

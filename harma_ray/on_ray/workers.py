@@ -231,7 +231,7 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Worker]:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=str(device),
-        decode_threads=use_threads(config, node_cpus() / context.get_local_world_size()),
+        decode_threads=use_threads(node_cpus() / context.get_local_world_size(), config),
     )
     return config, worker
 

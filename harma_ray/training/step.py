@@ -273,4 +273,4 @@ def local_worker(config: RunConfig) -> Worker:
     use_gpu = torch.cuda.is_available() if config.scaling.use_gpu is None else config.scaling.use_gpu
     if use_gpu and not torch.cuda.is_available():
         raise UserError("`scaling.use_gpu` is true, but torch finds no GPU here; use --cpu")
-    return Worker(device="cuda" if use_gpu else "cpu", decode_threads=use_threads(config, num_cpus))
+    return Worker(device="cuda" if use_gpu else "cpu", decode_threads=use_threads(num_cpus, config))

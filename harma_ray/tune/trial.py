@@ -148,7 +148,7 @@ def single_worker(config: RunConfig, plan: WorkerPlan) -> Worker:
     """Returns the only worker of a trial, which is this process, and gives torch its share of the machine."""
     if plan.use_gpu and not torch.cuda.is_available():
         raise UserError("Ray gave this trial a GPU, but torch finds none; check the driver, or use --cpu")
-    threads = use_threads(config, plan.cpus_per_worker)
+    threads = use_threads(plan.cpus_per_worker, config)
     return Worker(device="cuda" if plan.use_gpu else "cpu", decode_threads=threads)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from harma_ray.api import find_rendering, load_encoder, open_picture
+from harma_ray.api import find_rendering, load_encoder, open_picture, require_encoder
 from harma_ray.data.convert.shards import write_tables
 from harma_ray.data.image_files import find_images, readable_name
 from harma_ray.data.kinds import IMAGES
@@ -62,6 +62,7 @@ def embed(
     target, folder = output_path(out), Path(data).expanduser().absolute()
     if target.exists():
         raise UserError(f"{target} exists; choose another --out")
+    require_encoder(run)
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
     requests, left_out = _find(folder, splits, rule, settings, run.config.data.max_pixels)

@@ -23,6 +23,7 @@ from harma_ray.errors import UserError
 from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.on_ray.tasks import map_in_actors
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
+from harma_ray.training.threads import use_threads
 
 Row = Mapping[str, Any]
 Load = Callable[[str], tuple[Encoder, VectorIdentity]]
@@ -109,7 +110,7 @@ def encode(
     build = partial(_Process, load, "cuda" if use_gpu else "cpu", num_actors)
     results, bad = map_in_actors(build, requests, num_actors=num_actors, use_gpu=use_gpu), []
     with closing(results):
-        for found in tqdm(results, total=len(requests), unit=" batches", desc=progress):
+        for found in tqdm(results, total=len(requests), unit=" batches", desc=progress, leave=False):
             bad += found.bad
             if len(bad) > settings.max_bad:
                 raise UserError(f"{len(bad)} images cannot be read ({'; '.join(bad[:_LISTED])}); mend them{hint}")
@@ -154,12 +155,12 @@ class _Process:
     """Holds an encoder."""
 
     def __init__(self, load: Load, device: str, num_actors: int):
-        torch.set_num_threads(max(1, node_cpus() // num_actors))
+        self._threads = use_threads(node_cpus() / num_actors)
         self._encoder, self._identity = load(device)
 
     def __call__(self, request: Request) -> Encoded:
         inputs, encoder = request(), self._encoder
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        with ThreadPoolExecutor(self._threads) as pool:
             prepared = list(pool.map(self._prepare, inputs.images))
         pairs = list(zip(inputs.rows, prepared, strict=True))
         good = [image for image in prepared if isinstance(image, Tensor)]

@@ -18,15 +18,16 @@ def settings(**threads):
 
 @pytest.mark.parametrize(("num_cpus", "threads"), [(3, 3), (2.5, 2), (0.25, 1), (0, 1)])
 def test_torch_and_decoding_have_a_thread_for_each_cpu_of_the_process(num_cpus, threads):
-    assert use_threads(settings(), num_cpus) == threads
+    assert use_threads(num_cpus, settings()) == threads
     assert torch.get_num_threads() == threads
 
 
 def test_settings_say_otherwise_each_for_its_own():
     chosen = {"train.threads": 2, "data.decode_threads": 5}
-    assert use_threads(settings(**chosen), 3) == 5
+    assert use_threads(3, settings(**chosen)) == 5
     assert torch.get_num_threads() == 2
-    assert use_threads(settings(**{"train.threads": 2}), 3) == 3
+    assert use_threads(3, settings(**{"train.threads": 2})) == 3
+    assert (use_threads(2.5), torch.get_num_threads()) == (2, 2)
     assert torch.get_num_threads() == 2
 
 

@@ -1,0 +1,63 @@
+"""Both stages of composed retrieval on two workers, interrupted and killed: they end as if nothing had happened."""
+
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+from command_line import ray_warns
+from interrupted import (
+    OFTEN,
+    assert_equal_to_the_bit,
+    at_step,
+    done_here,
+    ended,
+    interrupt,
+    kill_worker,
+    resume,
+    started,
+    train,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
+FINETUNE = {**OFTEN, "train.epochs": 6, "train.global_batch_size": 4}
+COMBINER = {**FINETUNE, "combiner.projection_dim": 32, "combiner.hidden_dim": 16}  # drops half of the activations
+
+
+def test_both_stages_of_composed_retrieval_survive_dead_workers_ctrl_c_and_a_dead_driver(composed, joined, tmp_path):
+    runs = tmp_path / "it's runs"
+    quiet, run = runs / "stage 1", runs / "stage 1 disturbed"
+    done_here(train("scenes-cir-finetune", composed, quiet, FINETUNE), joined)
+    with started(train("scenes-cir-finetune", composed, run, FINETUNE), joined) as process:
+        wait_until(process, at_step(run, 5))
+        note = kill_worker(run, 1, signal.SIGSEGV)
+        result = ended(process)
+    assert (result.status, len(result.error.splitlines())) == (1, 1), result.error
+    assert result.error.startswith(
+        f"error: worker 1 on {note.host} ({note.address}) died: Segmentation fault (SIGSEGV); its log is {note.log} "
+    )
+    assert "scaling.max_failures" in result.error
+    command = result.error.partition("continue with: ")[2]
+    assert shlex.split(command) == ["python", "launch.py", "train", "--resume", str(run)]
+    crash = result.error.partition("where it crashed in ")[2].partition(";")[0]
+    with started(resume(run), joined) as process:
+        wait_until(process, at_step(run, 20, starts=2))
+        interrupt(process, run)
+    done_here(resume(run), joined)
+    assert_equal_to_the_bit(run, quiet)
+    assert "Segmentation fault" in Path(crash).read_text()
+
+    first, quiet, run = quiet, runs / "stage 2", runs / "stage 2 disturbed"
+    done_here(train("scenes-cir-combiner", composed, quiet, COMBINER, "--from", first), joined)
+    again = train("scenes-cir-combiner", composed, run, COMBINER, "--from", first, "--set", "scaling.max_failures=1")
+    with started(again, joined) as process:
+        wait_until(process, at_step(run, 5))
+        kill_worker(run, 1)
+        wait_until(process, at_step(run, 20, starts=2))
+        process.kill()
+        out, _ = process.communicate(timeout=100)
+    assert f"worker 1 on {note.host} ({note.address}) died: killed (SIGKILL)" in out
+    assert "starting all workers again from the last checkpoint, restart 1 of 1" in out
+    done_here(resume(run), joined)
+    assert_equal_to_the_bit(run, quiet)
