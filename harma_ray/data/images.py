@@ -97,6 +97,17 @@ def open_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes any image file of 8 bits to RGB, as `read_picture` does without a rule; for rows see `decode_stored`.
+
+    Raises:
+        BadImage: If the data is no image, is cut off, damaged or too large, or holds more than 8 bits.
+    """
+    from harma_ray.data.image_reading import read_picture  # which is built on this module
+
+    return read_picture(data, max_pixels=max_pixels).image
+
+
 def decode_stored(data: bytes, *, max_pixels: int = 0) -> Image.Image:
     """Decodes an image of a data set to RGB, upright; takes and raises what `open_image` does.
 

@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from decoding import decode_image
 from raw_composed import cirr_split, draw_cirr, draw_fashioniq, edit_json, fashioniq_split
 
 from harma_ray.data.convert import examination, shards, writer
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.composed import read_fashioniq
 from harma_ray.data.convert.writer import WriteSettings
+from harma_ray.data.images import decode_image
 from harma_ray.data.kinds.queries import QUERY_SCHEMA
 from harma_ray.data.kinds.triplets import TRIPLET_SCHEMA
 from harma_ray.data.manifest import MANIFEST_NAME, QUERIES_NAME

@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from decoding import decode_image
 from PIL import Image
 from raster_files import bare_tiff, save, write_raster
 
 from harma_ray.data.convert.commands import convert_folder
 from harma_ray.data.convert.inspect import describe, render_facts
 from harma_ray.data.convert.writer import WriteSettings
+from harma_ray.data.images import decode_image
 from harma_ray.data.manifest import Manifest
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split

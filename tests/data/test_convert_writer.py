@@ -12,7 +12,6 @@ import textwrap
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from decoding import decode_image
 from PIL import Image
 
 from harma_ray.data.convert import shards, staging
@@ -20,6 +19,7 @@ from harma_ray.data.convert.commands import convert_folder, convert_harma, conve
 from harma_ray.data.convert.duplicates import HASHES_NAME
 from harma_ray.data.convert.shards import pack_shards, write_shard
 from harma_ray.data.convert.writer import WriteSettings
+from harma_ray.data.images import decode_image
 from harma_ray.data.kinds.images import IMAGE_SCHEMA
 from harma_ray.data.splits import index_rows, list_splits, open_split
 from harma_ray.errors import UserError

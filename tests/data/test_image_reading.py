@@ -8,14 +8,13 @@ import zlib
 import numpy as np
 import pytest
 import rasterio
-from decoding import decode_image
 from PIL import Image, ImageOps
 from raster_files import bare_tiff, save, write_raster
 
 from harma_ray.data import rasters
 from harma_ray.data.headers import read_header
 from harma_ray.data.image_reading import read_picture
-from harma_ray.data.images import BadImage
+from harma_ray.data.images import BadImage, decode_image
 from harma_ray.data.rendering import Rendering
 
 RNG = np.random.default_rng(0)

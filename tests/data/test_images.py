@@ -6,11 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from decoding import decode_image
 from PIL import Image
 
 from harma_ray.data import images
-from harma_ray.data.images import BadImage, decode_stored, open_image, to_rgb
+from harma_ray.data.images import BadImage, decode_image, decode_stored, open_image, to_rgb
 from harma_ray.errors import UserError
 
 
