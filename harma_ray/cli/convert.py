@@ -44,6 +44,22 @@ def _add_convert(commands: shared.Commands) -> None:
     folder.add_argument("--caption-template", metavar="TEXT", help='such as "an aerial photograph of {label}"')
     folder.add_argument("--fractions", type=float, nargs=3, default=[0.8, 0.1, 0.1], metavar=("TRAIN", "VAL", "TEST"),
                         help="shares, if there are no split folders (default: 0.8 0.1 0.1)")  # fmt: skip
+    for made in (harma, karpathy, folder):
+        made.add_argument(
+            "--talks",
+            action="store_true",
+            help="write talks for visual-instruction pretraining, with questions that captions and classes answer",
+        )
+    vitp = kind("vitp", "Talks of a ViTP (InternVL) meta file with JSON Lines, for visual-instruction pretraining.")
+    vitp.add_argument("--meta", required=True, help="JSON file that names the data sets")
+    vitp.add_argument("--images", required=True, help="folder that the data sets' `root` start from")
+    vitp.add_argument("--split", default="train", help="name of the split: train, val, test (default: train)")
+    vitp.add_argument(
+        "--repeat",
+        choices=["head", "random"],
+        default="head",
+        help="lines that a `repeat_time` below 1 keeps: the first, as the released code, or any (default: head)",
+    )
     fashioniq = kind("fashioniq", "One split of FashionIQ, for composed image retrieval.", out_required=False)
     fashioniq.add_argument("--root", required=True, help="folder with captions, image_splits and images")
     fashioniq.add_argument("--split", required=True, help="train or val; the answers of test were never published")
@@ -57,7 +73,8 @@ def _add_convert(commands: shared.Commands) -> None:
                           "list all image files that are missing or empty")  # fmt: skip
     scenes = kind("scenes", "Drawn scenes with true captions: data for trials without a data set.")
     composed = kind("scenes-cir", "Drawn scenes with sentences that change them, for composed image retrieval.")
-    for made, size, noun in ((scenes, 96, "scenes"), (composed, 64, "queries")):
+    talks = kind("scenes-talk", "Drawn scenes with questions and true answers, for visual-instruction pretraining.")
+    for made, size, noun in ((scenes, 96, "scenes"), (composed, 64, "queries"), (talks, 64, "scenes")):
         made.add_argument("--style", default="summer", help="summer, infrared or winter (default: summer)")
         made.add_argument("--size", type=int, default=size, help=f"height and width in pixels (default: {size})")
         made.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
@@ -120,29 +137,41 @@ def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Ma
 
     if options.kind == "harma":
         return {options.split: convert.convert_harma(
-            options.annotations, options.images, options.split, options.out, settings=settings)}  # fmt: skip
+            options.annotations, options.images, options.split, options.out, talks=options.talks, settings=settings
+        )}  # fmt: skip
     if options.kind == "karpathy":
-        return convert.convert_karpathy(options.annotations, options.images, options.out, settings=settings)
+        return convert.convert_karpathy(
+            options.annotations, options.images, options.out, talks=options.talks, settings=settings
+        )
     if options.kind == "folder":
         return convert.convert_folder(
             options.images, options.out, caption_template=options.caption_template, fractions=options.fractions,
-            settings=settings,
+            talks=options.talks, settings=settings,
         )  # fmt: skip
+    if options.kind == "vitp":
+        return {options.split: convert.convert_vitp(
+            options.meta, options.images, options.split, options.out, choice=options.repeat, settings=settings
+        )}  # fmt: skip
     if options.kind == "fashioniq":
         return {options.split: convert.convert_fashioniq(
             options.root, options.split, options.out, categories=options.categories, settings=settings)}  # fmt: skip
     if options.kind == "cirr":
         return {options.split: convert.convert_cirr(options.root, options.split, options.out, settings=settings)}
-    draw = convert.convert_scenes if options.kind == "scenes" else convert.convert_scenes_cir
+    draw = {
+        "scenes": convert.convert_scenes,
+        "scenes-cir": convert.convert_scenes_cir,
+        "scenes-talk": convert.convert_scenes_talk,
+    }[options.kind]
     counts = {split: count for split, count in zip(("train", "val", "test"), options.counts, strict=True) if count}
     return draw(options.out, counts, style=options.style, size=options.size, settings=settings)
 
 
 def _summarise(manifest: Manifest) -> str:
     from harma_ray.data.convert.inspect import describe_rendered
+    from harma_ray.data.kinds import KINDS
 
     queries = manifest.queries
-    more = f"{queries.rows} queries" if queries else f"{manifest.captions} captions"
+    more = f"{queries.rows} queries" if queries else f"{manifest.captions} {KINDS[manifest.kind].told}"
     left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
     shown = f"; {describe_rendered(manifest.rendered)}" if manifest.rendered else ""
     if shown and (manifest.options.get("rendering") or {}).get("limits"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,9 +12,13 @@ from harma_ray.data.convert.composed import CATEGORIES, ComposedSource, read_cir
 from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
 from harma_ray.data.convert.sources import read_harma, read_karpathy
+from harma_ray.data.convert.talk_scenes import list_talk_scenes
+from harma_ray.data.convert.talks import read_vitp, talks_of_images
 from harma_ray.data.convert.writer import DEFAULTS, WriteSettings, write_split
 from harma_ray.data.kinds.base import Record
+from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.data.kinds.queries import QueryRecord
+from harma_ray.data.kinds.talks import TalkRecord
 from harma_ray.data.manifest import Manifest
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -26,18 +30,20 @@ def convert_harma(
     split: str,
     out: str | Path,
     *,
+    talks: bool = False,
     settings: WriteSettings = DEFAULTS,
 ) -> Manifest:
     """Converts one HarMA annotation file, of training or evaluation, to one split of the data set ``out``.
 
+    With `talks` the rows are talks made from captions and classes, see ``talks_of_images``.
+
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be; see ``read_harma``, ``write_split``.
     """
-    if not split or split.startswith(".") or "/" in split:
-        raise UserError(f"a split's name is a plain folder name such as train, val or test, got {split!r}")
+    _check_name(split)
     records = {split: read_harma(annotations, images)}
     inputs = hash_files(annotations)
-    return _write_splits(records, out, {"converter": "harma"}, settings, inputs=inputs)[split]
+    return _write_images(records, out, {"converter": "harma"}, settings, talks=talks, inputs=inputs)[split]
 
 
 def convert_karpathy(
@@ -46,15 +52,19 @@ def convert_karpathy(
     out: str | Path,
     *,
     splits: Sequence[str] | None = None,
+    talks: bool = False,
     settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Converts a Karpathy-style annotation file to the splits in it (or those named) of the data set ``out``.
+
+    With `talks` the rows are talks made from captions, see ``talks_of_images``.
 
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be; see ``read_karpathy``, ``write_split``.
     """
     records = read_karpathy(annotations, images, splits)
-    return _write_splits(records, out, {"converter": "karpathy"}, settings, inputs=hash_files(annotations))
+    inputs = hash_files(annotations)
+    return _write_images(records, out, {"converter": "karpathy"}, settings, talks=talks, inputs=inputs)
 
 
 def convert_folder(
@@ -63,16 +73,53 @@ def convert_folder(
     *,
     caption_template: str | None = None,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
+    talks: bool = False,
     settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Converts class folders to the splits of the data set ``out``; see ``read_class_folders``.
+
+    With `talks` the rows are talks made from the classes, see ``talks_of_images``.
 
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be.
     """
     records = read_class_folders(images, caption_template=caption_template, fractions=fractions, seed=settings.seed)
     options = {"converter": "folder", "caption_template": caption_template, "fractions": list(fractions)}
-    return _write_splits(records, out, options, settings)
+    return _write_images(records, out, options, settings, talks=talks)
+
+
+def convert_vitp(
+    meta: str | Path,
+    images: str | Path,
+    split: str,
+    out: str | Path,
+    *,
+    choice: str = "head",
+    check: Callable[[TalkRecord], None] = lambda record: None,
+    settings: WriteSettings = DEFAULTS,
+) -> Manifest:
+    """Converts the talks of a ViTP (InternVL) meta file to one split of the data set ``out``; see ``read_vitp``.
+
+    Raises:
+        UserError: If the source or the folder ``out`` is not as it should be.
+    """
+    _check_name(split)
+    source = read_vitp(meta, images, choice=choice, seed=settings.seed, check=check)
+    options = {"converter": "vitp", "choice": choice}
+    return _write_splits({split: source.records}, out, options, settings, inputs=source.inputs)[split]
+
+
+def convert_scenes_talk(
+    out: str | Path, counts: Mapping[str, int], *, style: str, size: int, settings: WriteSettings = DEFAULTS
+) -> dict[str, Manifest]:
+    """Draws scenes and writes talks about them to the splits of ``out``; takes what ``convert_scenes`` does.
+
+    Raises:
+        UserError: If a setting is not valid or ``out`` cannot be written.
+    """
+    records = list_talk_scenes(counts, style=style, size=size, seed=settings.seed)
+    options = {"converter": "scenes-talk", "style": style, "size": size}
+    return _write_splits(records, out, options, settings, counts=counts)
 
 
 def convert_scenes(
@@ -163,6 +210,27 @@ def _write_composed(
     return _write_splits(records, out, options, settings, queries=queries, inputs=source.inputs, hint=hint)[
         source.split
     ]
+
+
+def _check_name(split: str) -> None:
+    if not split or split.startswith(".") or "/" in split:
+        raise UserError(f"a split's name is a plain folder name such as train, val or test, got {split!r}")
+
+
+def _write_images(
+    records: Mapping[str, list[SourceRecord]],
+    out: str | Path,
+    options: Mapping[str, Any],
+    settings: WriteSettings,
+    *,
+    talks: bool,
+    inputs: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Manifest]:
+    """Writes splits of images, or of talks about them."""
+    if not talks:
+        return _write_splits(records, out, options, settings, inputs=inputs)
+    made = {split: talks_of_images(rows, settings.seed) for split, rows in records.items()}
+    return _write_splits(made, out, {**options, "talks": True}, settings, inputs=inputs)
 
 
 def _write_splits(

@@ -109,7 +109,7 @@ def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) 
                 f"{style} scene {index} of seed {seed}",
                 SceneSpec(seed, index, style, size),
             )
-            for number, index in enumerate(_number_scenes(split, count))
+            for number, index in enumerate(number_scenes(split, count))
         ]
         for split, count in counts.items()
     }
@@ -138,7 +138,7 @@ def list_composed_scenes(
     for split, count in counts.items():
         records: list[Record] = []
         queries: list[QueryRecord] = []
-        for index in _number_scenes(split, count):
+        for index in number_scenes(split, count):
             composed = composed_scene(seed, index, style)
             names = tuple(f"scene-{index:06d}-{member}" for member in range(len(composed.members)))
             places = [MemberSpec(seed, index, style, size, member) for member in range(len(names))]
@@ -157,7 +157,7 @@ def list_composed_scenes(
     return splits
 
 
-def _number_scenes(split: str, count: int) -> range:
+def number_scenes(split: str, count: int) -> range:
     """Returns the numbers of a split's scenes, which no other split has, however many there are."""
     if split not in SPLITS or count < 1:
         raise UserError(f"scenes need 1 or more for some of {', '.join(SPLITS)}, got {split}={count}")

@@ -23,9 +23,11 @@ def paste(cell: Image.Image, data: bytes, x: int) -> None:
     cell.paste(ImageOps.pad(decode_stored(data, max_pixels=0), (THUMBNAIL, THUMBNAIL), color="lightgrey"), (x, 0))
 
 
-def write(cell: Image.Image, place: tuple[int, int], text: str, colour: str, max_lines: int | None = None) -> int:
-    """Writes a text, in several lines as wide as an image if there may be, and returns its height."""
-    lines = [text] if max_lines is None else textwrap.wrap(text, width=_TEXT_WIDTH, max_lines=max_lines)
+def write(
+    cell: Image.Image, place: tuple[int, int], text: str, colour: str, max_lines: int | None = None, columns: int = 1
+) -> int:
+    """Writes a text, in several lines as wide as some images if there may be, and returns its height."""
+    lines = [text] if max_lines is None else textwrap.wrap(text, width=columns * _TEXT_WIDTH, max_lines=max_lines)
     font = ImageFont.load_default(size=_FONT_SIZE)
     ImageDraw.Draw(cell).text(place, "\n".join(lines), fill=colour, font=font)
     return len(lines) * LINE

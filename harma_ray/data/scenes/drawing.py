@@ -92,6 +92,29 @@ def _place_extras(content: SceneContent) -> list[_Item]:
     return items
 
 
+def _draw_frame(rng: np.random.Generator) -> np.ndarray:
+    """Draws how a scene is turned and mirrored about its middle: float64[2, 2]."""
+    angle = np.pi / 2 * rng.integers(4) + rng.uniform(-0.07, 0.07)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return turn @ np.diag([rng.choice([-1.0, 1.0]), 1.0])
+
+
+def locate_main(content: SceneContent) -> tuple[float, float]:
+    """Returns the mean place of the main objects in the image: parts of its width, from the left, and height."""
+    u, v = np.mean([item.at for item in _place_main(content)], axis=0)
+    return _locate(content, float(u), float(v))
+
+
+def locate_feature(content: SceneContent) -> tuple[float, float]:
+    """Returns the middle of the strip that the road, stream, railway, trees or pond lie in, as `locate_main` does."""
+    return _locate(content, 0.5, _STRIP_V)
+
+
+def _locate(content: SceneContent, u: float, v: float) -> tuple[float, float]:
+    x, y = _draw_frame(_stream(content, _FRAME)) @ (np.array([u, v]) - 0.5) + 0.5
+    return float(x), float(y)
+
+
 class _Canvas:
     """A supersampled image on which scene coordinates are drawn through the frame of the scene."""
 
@@ -99,9 +122,7 @@ class _Canvas:
         self.content, self.look = content, look
         self.pixels = size * _SUPERSAMPLING
         rng = _stream(content, _FRAME)
-        angle = np.pi / 2 * rng.integers(4) + rng.uniform(-0.07, 0.07)
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        self.frame = turn @ np.diag([rng.choice([-1.0, 1.0]), 1.0])
+        self.frame = _draw_frame(rng)
         sun = rng.uniform(0, 2 * np.pi)
         self.shadow = look.shadow_length * self.pixels * np.array([np.cos(sun), np.sin(sun)])
         mottle = _stream(content, _GROUND).integers(0, 256, (_TEXTURE_CELLS[content.ground],) * 2, dtype=np.uint8)
