@@ -126,7 +126,7 @@ def _fixed_point(embeddings: Tensor, name: str) -> Tensor:
     return rows.div_(step).round_().mul_(step)
 
 
-def _score_chunks(
+def score_chunks(
     queries: Tensor,
     gallery: Tensor,
     excluded: Groups | None,
@@ -198,7 +198,7 @@ def rank_first_relevant(
         UserError: a query without a usable relevant item, embeddings that are not finite, shapes that do not fit.
     """
     ranks = [torch.empty(len(queries), dtype=torch.int64) for _ in relevants]
-    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates, relevants):
+    for start, stop, scores in score_chunks(queries, gallery, excluded, candidates, relevants):
         for relevant, output in zip(relevants, ranks, strict=True):
             pairs = _on_device(scores.device, relevant.pairs(start, stop))
             relevant_scores = scores[pairs]
@@ -238,7 +238,7 @@ def top_k(
     top_scores = torch.empty(len(queries), k)
     top_items = torch.empty(len(queries), k, dtype=torch.int64)
     descending_position = None
-    for start, stop, scores in _score_chunks(queries, gallery, excluded, candidates):
+    for start, stop, scores in score_chunks(queries, gallery, excluded, candidates):
         if descending_position is None:
             descending_position = torch.arange(len(gallery) - 1, -1, -1, device=scores.device)
         # torch.topk picks among equal values at will, so it gets distinct integers: the score's bits, made to increase
