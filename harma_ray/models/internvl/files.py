@@ -1,0 +1,230 @@
+"""Folders of InternVL and InternViT, read strictly and without executing anything in them; a ViT written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harma_ray.errors import UserError, first_few
+from harma_ray.models.containers import read_container
+from harma_ray.models.internvl.configs import require_transformers
+from harma_ray.models.internvl.keys import (
+    NATIVE_VISION,
+    is_original,
+    to_native,
+    vision_part,
+    vision_to_original,
+)
+from harma_ray.models.internvl.layouts import (
+    CONFIG,
+    check_tensors,
+    original_vision_settings,
+    read_config,
+    read_vision_config,
+)
+from harma_ray.models.weights import check_fit
+
+if TYPE_CHECKING:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, InternVLVisionModel
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HEAD, _EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
+Layout = Literal["hf", "original"]
+"""``hf``: names of transformers' `InternVLVisionModel`; ``original``: of `InternVisionModel` in InternVL's own code."""
+
+
+def read_internvl(folder: Path, *, data: bool = True) -> tuple[InternVLConfig, dict[str, Tensor], tuple[str, ...]]:
+    """Reads a whole model, in the layout of transformers or of InternVL's own code.
+
+    Args:
+        folder: With a configuration and weights, in one file or several with an index.
+        data: Whether the numbers are wanted; without them tensors are on the meta device, and not all is checked.
+
+    Returns:
+        transformers' configuration; the state dict that fits it exactly, in the files' dtypes; what was done to it.
+
+    Raises:
+        UserError: If a file is missing or damaged, holds code, or does not fit the configuration, by what differs.
+    """
+    config: Any = read_config(folder)
+    tensors = _read_tensors(weight_files(folder), data)
+    native = to_native(tensors)
+    notes = ["names of InternVL's own code translated"] if is_original(tensors) else []
+    if config.tie_word_embeddings and _EMBEDDINGS in native:
+        if _HEAD not in native:
+            native[_HEAD] = native[_EMBEDDINGS]
+            notes.append("the output head is the language model's embeddings")
+        elif data and not torch.equal(native[_HEAD], native[_EMBEDDINGS]):
+            raise UserError(f"{folder} must hold one matrix as embeddings and output head, as it says; it holds two")
+    check_tensors(config.vision_config, vision_part(native)[0], str(folder))
+    if data:
+        with torch.device("meta"):
+            expected = build_empty(config).state_dict()
+        check_fit(expected, native, str(folder))
+    return config, native, tuple(notes)
+
+
+def read_vision(
+    path: Path, like: InternVLVisionConfig | None = None
+) -> tuple[InternVLVisionConfig, dict[str, Tensor], tuple[str, ...]]:
+    """Reads a vision transformer: alone, as ViTP's ``extract_vit`` writes it, or out of a whole model, in any layout.
+
+    Args:
+        path: A folder as for `read_internvl`; or a file with weights, with or without a configuration beside it.
+        like: The configuration of a file that has none beside it.
+
+    Returns:
+        transformers' configuration; the state dict of its `InternVLVisionModel`, in the files' dtypes; what was done.
+
+    Raises:
+        UserError: As `read_internvl`.
+    """
+    require_transformers()
+    folder = path.parent if path.is_file() else path
+    own = like is None or not path.is_file() or (folder / CONFIG).is_file()
+    config: Any = read_vision_config(folder) if own else like
+    tensors = _read_tensors([path] if path.is_file() else weight_files(folder), True)
+    native, beside = vision_part(tensors)
+    notes = ["names of InternVL's own code translated"] if is_original(tensors) else []
+    notes += [f"left out what is not the vision transformer's: {first_few(beside)}"] if beside else []
+    check_tensors(config, native, str(path))
+    with torch.device("meta"):
+        expected = build_vision(config).state_dict()
+    check_fit(expected, native, str(path))
+    return config, native, tuple(notes)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files with a folder's weights, safetensors before torch's.
+
+    Raises:
+        UserError: If there are none, an index cannot be read, or one that it names is missing.
+    """
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if not index.is_file():
+            continue
+        try:
+            named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} must map tensors to files under weight_map, but cannot be read so") from error
+        missing = [file for file in named if Path(file).name != file or not (folder / file).is_file()]
+        if missing or not named:
+            raise UserError(
+                f"{folder} lacks files of weights that its index names: {first_few(missing) or 'none named'}"
+            )
+        return [folder / file for file in named]
+    raise UserError(f"{folder} must hold weights in {' or '.join(_WEIGHTS)}, or in several files with an index")
+
+
+def build_empty(config: InternVLConfig, *, draw: bool = False) -> InternVLForConditionalGeneration:
+    """Returns transformers' model in fp32, on torch's default device, its weights drawn by torch's generator or not."""
+    from transformers import InternVLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    if draw:
+        return InternVLForConditionalGeneration(config)
+    with no_init_weights():
+        return InternVLForConditionalGeneration(config)
+
+
+def build_vision(config: InternVLVisionConfig) -> InternVLVisionModel:
+    """Returns transformers' vision transformer in fp32, on torch's default device; its weights are to be loaded."""
+    from transformers import InternVLVisionModel
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return InternVLVisionModel(config)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What was taken out of a model."""
+
+    kept: tuple[str, ...]
+    """Names of the model's tensors that were written."""
+    dropped: tuple[str, ...]
+    """Names of those that were not."""
+
+
+def write_vision(
+    model: InternVLForConditionalGeneration, folder: Path, layout: Layout = "hf", dtype: torch.dtype = torch.float32
+) -> Extraction:
+    """Writes a model's vision transformer as a Hugging Face folder.
+
+    Args:
+        model: transformers' whole model.
+        folder: Is made if it is not there; ``config.json`` and ``model.safetensors`` are written into it.
+        layout: Under which names.
+        dtype: Of the numbers; ViTP's ``extract_vit`` writes bf16.
+
+    Raises:
+        UserError: If the layout has no place for what the transformer has.
+    """
+    state, tower = model.state_dict(), model.model.vision_tower
+    own = {name.removeprefix(NATIVE_VISION): t for name, t in state.items() if name.startswith(NATIVE_VISION)}
+    settings = tower.config.to_dict() | {"architectures": ["InternVLVisionModel"], "dtype": _name(dtype)}
+    if layout == "original":
+        if "layernorm.weight" in own or "embeddings.mask_token" in own:
+            raise UserError("the original's InternViT has no final norm and no mask token; use layout hf")
+        own, settings = vision_to_original(own), original_vision_settings(tower.config, dtype)
+    elif layout != "hf":
+        raise UserError(f"the layout must be hf or original, got {layout!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {name: t.detach().to("cpu", dtype).contiguous().clone() for name, t in own.items()}
+    save_file(written, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    kept = tuple(name for name in state if name.startswith(NATIVE_VISION))
+    return Extraction(kept, tuple(name for name in state if name not in kept))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _read_tensors(files: list[Path], data: bool) -> dict[str, Tensor]:
+    """Reads the tensors of files, each name once."""
+    found: dict[str, Tensor] = {}
+    for file in files:
+        own = _read_file(file, data)
+        twice = sorted(found.keys() & own.keys())
+        if twice:
+            raise UserError(f"{file} holds tensors that another file of its folder holds, too: {first_few(twice)}")
+        found |= own
+    return found
+
+
+def _read_file(file: Path, data: bool) -> dict[str, Tensor]:
+    if not data and file.suffix == ".safetensors":
+        return _outline(file)
+    content = read_container(file, data=data).content
+    tensors = (
+        {name: value for name, value in content.items() if isinstance(value, Tensor)} if _is_plain(content) else {}
+    )
+    if not tensors:
+        raise UserError(f"{file} must hold tensors under their names, and nothing else")
+    return tensors
+
+
+def _is_plain(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+
+
+def _outline(file: Path) -> dict[str, Tensor]:
+    """Returns names and shapes of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is cut off or damaged; fetch it again") from error

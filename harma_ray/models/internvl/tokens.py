@@ -1,0 +1,72 @@
+"""The tokens that InternVL's texts are made of beside words, and room for them in a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from harma_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+END_OF_TURN = "<|im_end|>"
+SPECIAL_TOKENS = (
+    IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"
+)  # fmt: skip
+"""Added to a tokenizer that has them not, in this order."""
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer of a Hugging Face folder; nothing in it is executed, nothing fetched.
+
+    Raises:
+        UserError: If there is none that transformers knows by itself.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder} must hold a tokenizer that transformers can read by itself ({reason})") from error
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer, to which `SPECIAL_TOKENS` were added if it had them not."""
+    known: Any = tokenizer.get_vocab()
+    absent = [token for token in SPECIAL_TOKENS if token not in known]
+    if absent:
+        tokenizer.add_tokens(absent, special_tokens=True)
+    return tokenizer
+
+
+def make_room(model: Any, num_tokens: int, num_new: int) -> None:
+    """Gives a model rows for all tokens of a tokenizer, those of new tokens at the mean of the others', in place.
+
+    The original shrinks a vocabulary that has rows to spare; here they stay.
+
+    Args:
+        model: transformers' model.
+        num_tokens: Of the tokenizer.
+        num_new: The last so many of them were added to it.
+    """
+    if not num_new:
+        return
+    known = num_tokens - num_new
+    embeddings, head = model.get_input_embeddings(), model.lm_head
+    is_tied = head.weight is embeddings.weight
+    embeddings.weight = _extended(embeddings.weight, known, num_tokens)
+    head.weight = embeddings.weight if is_tied else _extended(head.weight, known, num_tokens)
+    embeddings.num_embeddings = head.out_features = model.config.text_config.vocab_size = len(head.weight)
+
+
+def _extended(weight: Tensor, known: int, num_tokens: int) -> nn.Parameter:
+    """Returns rows for `num_tokens`, of which those after the known ones are the known ones' mean."""
+    rows = torch.cat([weight, weight.new_empty(max(0, num_tokens - len(weight)), weight.shape[1])]).detach()
+    rows[known:num_tokens] = rows[:known].mean(0)
+    return nn.Parameter(rows)
