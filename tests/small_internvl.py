@@ -7,23 +7,38 @@ from harma_ray.models.internvl.token_drop import IGNORED, TOKEN_DROPS
 
 SIDE, PATCH, FEATURES, VOCABULARY, IMAGE = 32, 8, 4, 60, 59
 VISION = {
-    "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40,
-    "image_size": SIDE, "patch_size": PATCH, "attention_bias": True,
-}  # fmt: skip
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "attention_bias": True,
+}
 TEXT = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 32, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "tie_word_embeddings": False,
+}
 
 
 def small_config(vision=None, text=None, **whole):
     from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
 
-    return InternVLConfig(**{
-        "vision_config": InternVLVisionConfig(**VISION | (vision or {})),
-        "text_config": Qwen2Config(**TEXT | (text or {})),
-        "image_token_id": IMAGE, "image_seq_length": FEATURES, "tie_word_embeddings": False,
-    } | whole)  # fmt: skip
+    return InternVLConfig(
+        **{
+            "vision_config": InternVLVisionConfig(**VISION | (vision or {})),
+            "text_config": Qwen2Config(**TEXT | (text or {})),
+            "image_token_id": IMAGE,
+            "image_seq_length": FEATURES,
+            "tie_word_embeddings": False,
+        }
+        | whole
+    )
 
 
 def small_core(seed=0, config=None):

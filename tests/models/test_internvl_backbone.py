@@ -71,9 +71,11 @@ def test_an_outline_has_the_names_and_shapes_of_what_is_built():
 def test_the_published_size_has_the_published_number_of_parameters():
     outline = InternVLBackbone("random", "internvl2.5-1b", 0, make_tokenizer).outline()
     parts = {
-        "vision": outline.model.vision_tower, "projector": outline.model.multi_modal_projector,
-        "language": outline.model.language_model, "head": outline.lm_head,
-    }  # fmt: skip
+        "vision": outline.model.vision_tower,
+        "projector": outline.model.multi_modal_projector,
+        "language": outline.model.language_model,
+        "head": outline.lm_head,
+    }
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     # Qwen2.5-0.5B's own vocabulary has 151,936 rows, InternVL2.5-1B's 151,674: .2 million less, twice
     assert millions == pytest.approx({"vision": 304.0, "projector": 4.5, "language": 493.8, "head": 135.9}, abs=0.3)

@@ -58,10 +58,19 @@ def vision_settings(size: Size) -> dict[str, Any]:
     """Returns what transformers is told of an InternViT without q/k norm, with biases and layer norms: the 300M's."""
     width, layers, heads, mlp_width = size.vision
     return {
-        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp_width,
-        "image_size": size.image_size, "patch_size": size.patch_size, "attention_bias": True, "use_qk_norm": False,
-        "norm_type": "layer_norm", "layer_norm_eps": 1e-6, "layer_scale_init_value": 0.1, "use_mean_pooling": True,
-    }  # fmt: skip
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp_width,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        "attention_bias": True,
+        "use_qk_norm": False,
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "layer_scale_init_value": 0.1,
+        "use_mean_pooling": True,
+    }
 
 
 def internvl_config(size: Size, vocabulary: int, image_token_id: int) -> InternVLConfig:
@@ -76,13 +85,23 @@ def internvl_config(size: Size, vocabulary: int, image_token_id: int) -> InternV
 
     width, layers, heads, mlp_width = size.language
     text = Qwen2Config(
-        vocab_size=max(vocabulary, size.vocabulary), hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=size.key_value_heads, intermediate_size=mlp_width,
-        max_position_embeddings=size.max_tokens, tie_word_embeddings=False,
+        vocab_size=max(vocabulary, size.vocabulary),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=size.key_value_heads,
+        intermediate_size=mlp_width,
+        max_position_embeddings=size.max_tokens,
+        tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
-    )  # fmt: skip
+    )
     return InternVLConfig(
-        vision_config=InternVLVisionConfig(**vision_settings(size)), text_config=text, image_token_id=image_token_id,
-        image_seq_length=size.tokens_per_tile, downsample_ratio=0.5, vision_feature_layer=-1,
-        vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
+        vision_config=InternVLVisionConfig(**vision_settings(size)),
+        text_config=text,
+        image_token_id=image_token_id,
+        image_seq_length=size.tokens_per_tile,
+        downsample_ratio=0.5,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )

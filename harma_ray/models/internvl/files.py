@@ -15,12 +15,15 @@ from torch import Tensor
 
 from harma_ray.errors import UserError, first_few
 from harma_ray.models.containers import read_container
+from harma_ray.models.foreign import read_foreign
 from harma_ray.models.internvl.configs import require_transformers
 from harma_ray.models.internvl.keys import (
     NATIVE_VISION,
+    VISION_MARKS,
     is_original,
     to_native,
     vision_part,
+    vision_to_native,
     vision_to_original,
 )
 from harma_ray.models.internvl.layouts import (
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, InternVLVisionModel
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TRANSLATED = "names of InternVL's own code translated"
+"""Note of what was read."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 Layout = Literal["hf", "original"]
 """``hf``: names of transformers' `InternVLVisionModel`; ``original``: of `InternVisionModel` in InternVL's own code."""
@@ -57,7 +62,7 @@ def read_internvl(folder: Path, *, data: bool = True) -> tuple[InternVLConfig, d
     config: Any = read_config(folder)
     tensors = _read_tensors(weight_files(folder), data)
     native = to_native(tensors)
-    notes = ["names of InternVL's own code translated"] if is_original(tensors) else []
+    notes = [TRANSLATED] if is_original(tensors) else []
     if config.tie_word_embeddings and _EMBEDDINGS in native:
         if _HEAD not in native:
             native[_HEAD] = native[_EMBEDDINGS]
@@ -91,15 +96,25 @@ def read_vision(
     folder = path.parent if path.is_file() else path
     own = like is None or not path.is_file() or (folder / CONFIG).is_file()
     config: Any = read_vision_config(folder) if own else like
-    tensors = _read_tensors([path] if path.is_file() else weight_files(folder), True)
-    native, beside = vision_part(tensors)
-    notes = ["names of InternVL's own code translated"] if is_original(tensors) else []
-    notes += [f"left out what is not the vision transformer's: {first_few(beside)}"] if beside else []
-    check_tensors(config, native, str(path))
+    tensors, notes = _vision_tensors(path)
+    check_tensors(config, tensors, str(path))
     with torch.device("meta"):
         expected = build_vision(config).state_dict()
-    check_fit(expected, native, str(path))
-    return config, native, tuple(notes)
+    check_fit(expected, tensors, str(path))
+    return config, tensors, notes
+
+
+def _vision_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Reads a vision transformer's tensors, under transformers' names, and what was done to find them."""
+    if path.is_file():
+        found = read_foreign(path, VISION_MARKS)
+        translated = (TRANSLATED,) if is_original(found.tensors) else ()
+        return vision_to_native(found.tensors), (*found.notes, *translated)
+    tensors = _read_tensors(weight_files(path), True)
+    native, beside = vision_part(tensors)
+    notes = [TRANSLATED] if is_original(tensors) else []
+    notes += [f"left out what is not the vision transformer's: {first_few(beside)}"] if beside else []
+    return native, tuple(notes)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -135,7 +150,9 @@ def build_empty(config: InternVLConfig, *, draw: bool = False) -> InternVLForCon
     if draw:
         return InternVLForConditionalGeneration(config)
     with no_init_weights():
-        return InternVLForConditionalGeneration(config)
+        model = InternVLForConditionalGeneration(config)
+    model.tie_weights()
+    return model
 
 
 def build_vision(config: InternVLVisionConfig) -> InternVLVisionModel:

@@ -23,10 +23,15 @@ _VISION: Names = (
     ("embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
 )
 _LAYER: Names = (
-    ("norm1.", "layernorm_before."), ("norm2.", "layernorm_after."), ("ls1", "lambda_1"), ("ls2", "lambda_2"),
-    ("attn.proj.", "attention.projection_layer."), ("attn.q_norm.", "attention.q_norm."),
-    ("attn.k_norm.", "attention.k_norm."), ("mlp.", "mlp."),
-)  # fmt: skip
+    ("norm1.", "layernorm_before."),
+    ("norm2.", "layernorm_after."),
+    ("ls1", "lambda_1"),
+    ("ls2", "lambda_2"),
+    ("attn.proj.", "attention.projection_layer."),
+    ("attn.q_norm.", "attention.q_norm."),
+    ("attn.k_norm.", "attention.k_norm."),
+    ("mlp.", "mlp."),
+)
 _WHOLE: Names = (
     ("mlp1.0.", "model.multi_modal_projector.layer_norm."),
     ("mlp1.1.", "model.multi_modal_projector.linear_1."),
@@ -43,6 +48,8 @@ _SAVED: Names = (
 """As transformers writes names to files, and as it calls them in memory."""
 ORIGINAL_VISION, NATIVE_VISION = "vision_model.", "model.vision_tower."
 """What stands before the vision transformer's names in a whole model."""
+VISION_MARKS = ("embeddings.class_embedding", "embeddings.cls_token")
+"""A tensor that every vision transformer has, in the original and in transformers."""
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 

@@ -20,23 +20,45 @@ UNKNOWN_TOKEN = -1
 """The image token of a configuration of the original, where the tokenizer alone knows it."""
 CONFIG = "config.json"
 _ORIGINAL_VISION = {
-    "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25, "intermediate_size": 12800,
-    "image_size": 224, "patch_size": 14, "num_channels": 3, "qkv_bias": False, "qk_normalization": True,
-    "norm_type": "rms_norm", "layer_norm_eps": 1e-6, "hidden_act": "gelu", "dropout": 0.0, "attention_dropout": 0.0,
-    "initializer_range": 0.02, "initializer_factor": 0.1,
-}  # fmt: skip
+    "hidden_size": 3200,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_channels": 3,
+    "qkv_bias": False,
+    "qk_normalization": True,
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "initializer_factor": 0.1,
+}
 """What the original's `InternVisionConfig` takes for what a file leaves out: InternViT-6B."""
 _RENAMED = {
-    "qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm", "dropout": "hidden_dropout_prob",
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "dropout": "hidden_dropout_prob",
     "initializer_factor": "layer_scale_init_value",
-}  # fmt: skip
+}
 _SPOKEN = {
-    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "attention heads",
-    "intermediate_size": "width within the MLPs", "image_size": "image size", "patch_size": "patch size",
-    "num_channels": "channels", "attention_bias": "bias of queries, keys and values", "use_qk_norm": "q/k norm",
-    "norm_type": "norm", "use_mean_pooling": "going without a final norm", "hidden_act": "activation",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "attention heads",
+    "intermediate_size": "width within the MLPs",
+    "image_size": "image size",
+    "patch_size": "patch size",
+    "num_channels": "channels",
+    "attention_bias": "bias of queries, keys and values",
+    "use_qk_norm": "q/k norm",
+    "norm_type": "norm",
+    "use_mean_pooling": "going without a final norm",
+    "hidden_act": "activation",
     "layer_norm_eps": "epsilon of the norms",
-}  # fmt: skip
+}
 """Settings of a vision transformer that make weights fit or mean something else."""
 
 
@@ -51,7 +73,7 @@ def read_config(folder: Path) -> InternVLConfig:
         from transformers import InternVLConfig
 
         config = _made(InternVLConfig, settings, folder)
-    elif "llm_config" in settings and "vision_config" in settings:
+    elif all(isinstance(settings.get(part), dict) for part in ("llm_config", "vision_config")):
         config = _translated(settings, folder)
     else:
         raise UserError(
@@ -89,9 +111,12 @@ def original_vision_settings(config: InternVLVisionConfig, dtype: torch.dtype) -
     named = {name: getattr(own, _RENAMED.get(name, name)) for name in _ORIGINAL_VISION}
     sides = {name: named[name][0] for name in ("image_size", "patch_size")}
     rest = {
-        "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "drop_path_rate": 0.0,
-        "use_flash_attn": True, "torch_dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "drop_path_rate": 0.0,
+        "use_flash_attn": True,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     return {**named, **sides, **rest}
 
 
@@ -118,9 +143,9 @@ def check_tensors(config: InternVLVisionConfig, tensors: Mapping[str, Tensor], s
         source: Names their origin.
     """
     first = "encoder.layer.0."
-    kernel, positions = (tensors.get(f"embeddings.{name}") for name in (
-        "patch_embeddings.projection.weight", "position_embeddings"
-    ))  # fmt: skip
+    kernel, positions = (
+        tensors.get(f"embeddings.{name}") for name in ("patch_embeddings.projection.weight", "position_embeddings")
+    )
     inner = tensors.get(f"{first}mlp.fc1.weight")
     if kernel is None or positions is None or inner is None:
         raise UserError(f"{source} must hold an InternViT, but lacks its patch embedding, positions or first layer")
@@ -199,11 +224,15 @@ def _translated(settings: Mapping[str, Any], folder: Path) -> InternVLConfig:
         raise UserError(f"{path} must name one image size, got {size} and {vision.image_size[0]}; resize its positions")
     ratio = settings.get("downsample_ratio", 0.5)
     native = {
-        "vision_config": vision.to_dict(), "text_config": _language(llm), "image_token_id": UNKNOWN_TOKEN,
-        "image_seq_length": int((size // vision.patch_size[0] * ratio) ** 2), "downsample_ratio": ratio,
-        "vision_feature_layer": settings.get("select_layer", -1), "vision_feature_select_strategy": "default",
+        "vision_config": vision.to_dict(),
+        "text_config": _language(llm),
+        "image_token_id": UNKNOWN_TOKEN,
+        "image_seq_length": int((size // vision.patch_size[0] * ratio) ** 2),
+        "downsample_ratio": ratio,
+        "vision_feature_layer": settings.get("select_layer", -1),
+        "vision_feature_select_strategy": "default",
         "tie_word_embeddings": bool(llm.get("tie_word_embeddings", False)),
-    }  # fmt: skip
+    }
     return _made(InternVLConfig, native, folder)
 
 

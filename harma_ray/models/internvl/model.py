@@ -219,9 +219,12 @@ class VisualInstructionModel(nn.Module):
         core: Any = self.core
         pad = core.generation_config.pad_token_id
         return core.generate(
-            inputs_embeds=embeds, attention_mask=mask.long(), max_new_tokens=max_new_tokens, do_sample=False,
+            inputs_embeds=embeds,
+            attention_mask=mask.long(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
             pad_token_id=0 if pad is None else pad,
-        )  # fmt: skip
+        )
 
     def _lost(self, image_mask: Tensor, drop: Tensor | None, scores: Tensor | None) -> Tensor:
         """Returns which image tokens are dropped, or become zero, as bool[B, L]."""

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 END_OF_TURN = "<|im_end|>"
-SPECIAL_TOKENS = (
-    IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"
-)  # fmt: skip
+SPECIAL_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 """Added to a tokenizer that has them not, in this order."""
 
 
