@@ -52,7 +52,8 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Mod
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for module in modules:
         fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    root: Any = fully_shard(model, mesh=mesh)
+    root._get_fsdp_state()._lazy_init()  # or no part of it could be called before it was called itself
     return model
 
 

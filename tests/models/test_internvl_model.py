@@ -12,8 +12,8 @@ from small_internvl import FEATURES, IMAGE, pad, samples_of, small_config, small
 from harma_ray.errors import UserError
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.models.internvl.token_drop import IGNORED, TOKEN_DROPS
-from harma_ray.models.internvl.vision import normalise, set_drop_path
-from harma_ray.parallel import replicate, shard, whole
+from harma_ray.models.internvl.vision import hidden_states, normalise, set_drop_path
+from harma_ray.parallel import replicate, shard, whole, whole_model
 
 YES = torch.tensor(True)
 
@@ -102,6 +102,19 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients():
         loss.backward()
         found.append((loss.detach(), *gradients(model).values()))
     torch.testing.assert_close(*found)
+
+
+def test_in_bf16_the_loss_is_of_full_precision_and_close():
+    model, batch = small_model(TOKEN_DROPS["paper"]).train(), talks([3, 0, 1])
+    scores = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    expected = model(tiles(5), **batch, drop=YES, scores=scores)["loss"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(tiles(5), **batch, drop=YES, scores=scores)["loss"]
+        answers = model.eval().answer(tiles(5), batch["input_ids"], batch["attention_mask"], 2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    found.backward()
+    assert answers.shape == (3, 2)
 
 
 PARTS = {
@@ -220,6 +233,12 @@ def work(rank, folder):
     for kind in ("replicated", "spread"):
         model = small_model().train()
         wrapped = replicate(model, "cpu") if kind == "replicated" else shard(model, model.layers(), "cpu")
+        batch = part_of(1)[0]
+        with whole_model(wrapped), torch.no_grad():  # evaluation comes before the first step
+            states = hidden_states(model.eval().vision_tower, tiles(2))
+            answers = model.answer(tiles(3), batch["input_ids"], batch["attention_mask"], 4)
+        found[f"{kind} before"] = states, answers
+        model.train()
         loss = weighted_loss(wrapped, rank, 2)
         dist.all_reduce(loss)
         found[kind] = loss, gradients(model)
@@ -232,6 +251,16 @@ def workers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     run_on_ranks(work, 2, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["replicated", "spread"])
+def test_two_workers_answer_and_encode_as_one_before_they_train(workers, kind):
+    model, batch = small_model(), part_of(1)[0]
+    expected = model.answer(tiles(3), batch["input_ids"], batch["attention_mask"], 4)
+    for found in workers:
+        states, answers = found[f"{kind} before"]
+        assert answers.tolist() == expected.tolist()
+        torch.testing.assert_close(states, hidden_states(model.vision_tower, tiles(2)).detach())
 
 
 @pytest.mark.parametrize("kind", ["replicated", "spread"])
