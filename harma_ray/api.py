@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
 from harma_ray.data.captions import clean_caption
@@ -26,7 +26,7 @@ from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.runs import Run, open_run
-from harma_ray.task import Task
+from harma_ray.task import Answerer, Task
 from harma_ray.training.checkpoint import read_meta
 
 _logger = logging.getLogger(__name__)
@@ -37,9 +37,35 @@ ImageLike = str | Path | bytes | Image.Image
 class Retriever:
     """A trained model that takes images and captions as people have them."""
 
-    def __init__(self, encoder: Encoder, config: RunConfig, rendering: Rendering | None = None):
-        """Wraps an encoder; see `load_run`."""
-        self.encoder, self.config, self.rendering = encoder, config, rendering
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: RunConfig,
+        rendering: Rendering | None = None,
+        answerer: Answerer | None = None,
+    ):
+        """Wraps an encoder and what answers questions; see `load_run`."""
+        self.encoder, self.config, self.rendering, self.answerer = encoder, config, rendering, answerer
+
+    def ask(self, image: ImageLike | Sequence[ImageLike], question: str, max_tokens: int = 64) -> str:
+        """Answers a question about images, always alike: the likeliest token follows each.
+
+        Args:
+            image: An image or several (or none), as for `encode_images`; ``<image>`` in the question says where each
+                of them belongs, without which they come first.
+            question: The question.
+            max_tokens: Most tokens of the answer, at least 1.
+
+        Raises:
+            UserError: If the model answers no questions, an image cannot be read, or the marks are not as many as the
+                images.
+        """
+        if self.answerer is None:
+            raise UserError(f"a model of recipe {self.config.recipe} answers no questions")
+        if max_tokens < 1:
+            raise UserError(f"`max_tokens` must be at least 1, got {max_tokens}")
+        images = [image] if isinstance(image, str | bytes | Path | Image.Image) else image
+        return self.answerer(question, [self._open(each) for each in images], max_tokens)
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 64) -> Tensor:
         """Encodes images as evaluation does.
@@ -61,8 +87,11 @@ class Retriever:
         return torch.cat(parts)
 
     def _prepare(self, image: ImageLike) -> Tensor:
+        return self.encoder.prepare(self._open(image))
+
+    def _open(self, image: ImageLike) -> Image.Image:
         try:
-            return self.encoder.prepare(open_picture(image, self.rendering, self.config.data.max_pixels))
+            return open_picture(image, self.rendering, self.config.data.max_pixels)
         except BadImage as error:
             name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
             raise UserError(f"{name}: {error}") from error
@@ -137,8 +166,10 @@ def load_run(path: str | Path, device: str | None = None, *, rendering: Renderin
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = open_run(path)
-    encoder, _ = load_encoder(run, device)
-    return Retriever(encoder, run.config, rendering or find_rendering(run))
+    require_encoder(run)
+    model = run.load_model()
+    encoder, answerer = _encoder_of(run, model, device), run.task.answerer(model, device)
+    return Retriever(encoder, run.config, rendering or find_rendering(run), answerer)
 
 
 def find_rendering(run: Run) -> Rendering | None:
@@ -172,10 +203,8 @@ def require_encoder(run: Run) -> None:
 def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
     """Loads what a run's best weights encode with; see `load_run`."""
     require_encoder(run)
-    checkpoint, task = run.best_checkpoint(), run.task
-    encoder = task.encoder(run.load_model(), device)
-    if encoder is None:
-        raise UserError(f"run {run.path} gives no vectors that could be compared")
+    checkpoint = run.best_checkpoint()
+    encoder = _encoder_of(run, run.load_model(), device)
     values = {
         "run": str(run.path),
         "recipe": run.config.recipe,
@@ -184,3 +213,10 @@ def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
         "precision": run.config.train.eval_precision,
     }
     return encoder, VectorIdentity(values)
+
+
+def _encoder_of(run: Run, model: nn.Module, device: str) -> Encoder:
+    encoder = run.task.encoder(model, device)
+    if encoder is None:
+        raise UserError(f"run {run.path} gives no vectors that could be compared")
+    return encoder

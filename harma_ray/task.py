@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.config import OptimConfig, RunConfig
@@ -38,6 +39,10 @@ ParameterGroup = dict[str, Any]
 """Parameters under ``params``, and what torch's optimisers are told of them, such as ``weight_decay`` and ``lr``."""
 
 
+Answerer = Callable[[str, Sequence[Image.Image], int], str]
+"""Answers a question about RGB images in so many tokens at most."""
+
+
 class StoredRun(Protocol):
     """A run on disk, as `harma_ray.runs.Run`."""
 
@@ -58,6 +63,16 @@ class StoredRun(Protocol):
             UserError: If it is not finished, or has none by that metric.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What the rows of a split are to a model."""
+
+    numbers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Of each row, or image, by what they are, such as ``tokens of a talk``."""
+    notes: Sequence[str] = ()
+    """What follows from them."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,10 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """
         return None
 
+    def answerer(self, model: ModelT, device: str) -> Answerer | None:
+        """Returns what answers questions with a trained model, which is moved to a device; None: it answers none."""
+        return None
+
     def queries(self, model: ModelT) -> Sequence[str]:
         """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
         return ()
@@ -222,9 +241,13 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """
         return torch.tensor(len(batch["row"]), device=batch["row"].device)
 
-    def tokens(self, batch: Batch) -> Tensor | None:
-        """Returns the tokens that a batch trains on, as a scalar, for ``tokens_per_second``; None: it is not told."""
-        return None
+    def amounts(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Returns what else a batch holds, as scalars by name: of ``tokens``, ``tokens_per_second`` is recorded."""
+        return {}
+
+    def sample_facts(self, split: Split) -> SampleFacts:
+        """Returns what the rows of a split are to the model, for ``inspect``; nothing by default."""
+        return SampleFacts()
 
     def monitor(self, model: ModelT) -> dict[str, float]:
         """Returns values worth watching, such as the temperature and the gates; worker 0's are recorded.

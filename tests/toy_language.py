@@ -138,8 +138,8 @@ class PackedTask(ToyTask):
     def counted(self, batch):
         return (batch["targets"] != -100).sum()
 
-    def tokens(self, batch):
-        return torch.tensor(len(batch["letters"]))
+    def amounts(self, batch):
+        return {"tokens": torch.tensor(len(batch["letters"]))}
 
     def evaluate(self, model, data):
         total = count = 0.0

@@ -171,7 +171,7 @@ def _summarise(manifest: Manifest) -> str:
     from harma_ray.data.kinds import KINDS
 
     queries = manifest.queries
-    more = f"{queries.rows} queries" if queries else f"{manifest.captions} {KINDS[manifest.kind].told}"
+    more = f"{queries.rows} queries" if queries else f"{manifest.captions} {KINDS[manifest.kind].text}s"
     left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
     shown = f"; {describe_rendered(manifest.rendered)}" if manifest.rendered else ""
     if shown and (manifest.options.get("rendering") or {}).get("limits"):
@@ -195,20 +195,33 @@ def _add_inspect(commands: shared.Commands) -> None:
     parser.add_argument("--split", help="one split (default: all)")
     parser.add_argument("--sheet", metavar="FOLDER", help="folder for contact sheets (default: beside the splits)")
     parser.add_argument("--verify", action="store_true", help="decode every image")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="tell what the rows are to its model too, such as their tokens"
+    )
+    shared.add_settings(parser)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from harma_ray.data.convert.duplicates import find_shared
-    from harma_ray.data.convert.inspect import describe, render_facts
+    from harma_ray.data.convert.inspect import describe, render_distributions, render_facts
     from harma_ray.data.convert.sheet import contact_sheet
     from harma_ray.data.splits import list_splits, open_split
     from harma_ray.errors import UserError
 
     names = list_splits(options.data)
+    task = None
+    if options.recipe:
+        from harma_ray.recipes import make_task, recipe_config
+        from harma_ray.settings import build_config, parse_overrides
+
+        task = make_task(build_config(recipe_config(options.recipe), parse_overrides(options.overrides)))
     failed = None
     for name in [options.split] if options.split else names or ["train"]:
         split = open_split(options.data, name)
         print(render_facts(describe(split, verify=options.verify)))
+        if task is not None:
+            facts = task.sample_facts(split)
+            print("\n".join([render_distributions(facts.numbers), "", *facts.notes]) + "\n")
         sheet = Path(options.sheet or options.data) / f"contact-sheet-{name}.png"
         try:
             contact_sheet(split, sheet)

@@ -103,12 +103,13 @@ class ChatTemplate:
             raise UserError(f"has {len(tiles)} images but only {len(tiles) - len(rest)} marks {IMAGE_MARK}")
         return Tokens(np.array(ids, np.int64), np.array(labels, np.int64))
 
-    def ask(self, question: str, tiles: Sequence[int]) -> np.ndarray:
-        """Returns the tokens of a question, up to where the answer begins: int64[L]."""
-        marks = question.count(IMAGE_MARK)
-        text = question if marks else f"{IMAGE_MARK}\n" * len(tiles) + question
-        asked = self.render([Turn("human", text)], tiles).ids
-        return np.concatenate([asked, np.array(self._encode(_ANSWER_HEADER), np.int64)])
+    def ask(self, turns: Sequence[Turn], tiles: Sequence[int]) -> np.ndarray:
+        """Returns the tokens of a talk that ends with a question, up to where the answer begins: int64[L].
+
+        Raises:
+            UserError: As `render`.
+        """
+        return np.concatenate([self.render(turns, tiles).ids, np.array(self._encode(_ANSWER_HEADER), np.int64)])
 
     def _with_images(self, text: str, tiles: list[int]) -> str:
         """Puts image tokens in place of the marks, and takes the tiles that they stand for from the list."""

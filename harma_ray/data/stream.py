@@ -149,10 +149,20 @@ class TrainingStream:
 class EvaluationStream:
     """One worker's rows of a split, each exactly once over all workers."""
 
-    def __init__(self, split: Split, config: DataConfig, worker: Worker, loader: Loader):
-        """Prepares a stream; nothing is read yet. Arguments as for `TrainingStream`."""
+    def __init__(
+        self, split: Split, config: DataConfig, worker: Worker, loader: Loader, *, max_rows: int | None = None
+    ):
+        """Prepares a stream; nothing is read yet.
+
+        Arguments as for `TrainingStream`; `max_rows` leaves out what comes after so many rows of the split.
+        """
         self.split, self._config, self._worker, self._loader = split, config, worker, loader
-        self.rows = worker_rows(split.manifest.rows, worker.rank, worker.world_size)
+        num_rows = split.manifest.rows if max_rows is None else min(max_rows, split.manifest.rows)
+        self.rows = worker_rows(num_rows, worker.rank, worker.world_size)
+
+    def over(self, split: Split, *, max_rows: int | None = None) -> EvaluationStream:
+        """Returns a stream of another split, or of part of this one, for the same workers."""
+        return EvaluationStream(split, self._config, self._worker, self._loader, max_rows=max_rows)
 
     @functools.cached_property
     def _source(self) -> IndexedSplit:

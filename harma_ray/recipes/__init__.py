@@ -17,16 +17,23 @@ from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.recipes.harma import config as harma_config
 from harma_ray.recipes.harma.released import HarmaFile
 from harma_ray.recipes.harma.task import HarmaTask
+from harma_ray.recipes.vitp import config as vitp_config
+from harma_ray.recipes.vitp.task import VitpTask
 from harma_ray.settings import build_config, load_yaml
 from harma_ray.task import Task
 
-RECIPES: Mapping[str, Callable[[], RunConfig]] = {**harma_config.RECIPES, **clip4cir_config.RECIPES}
+RECIPES: Mapping[str, Callable[[], RunConfig]] = {
+    **harma_config.RECIPES,
+    **clip4cir_config.RECIPES,
+    **vitp_config.RECIPES,
+}
 """Functions that return a recipe's published settings."""
 
 _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
     harma_config.HarmaConfig: HarmaTask,
     clip4cir_config.FinetuneConfig: Clip4CirTask,
     clip4cir_config.CombinerConfig: Clip4CirTask,
+    vitp_config.VitpConfig: VitpTask,
 }
 
 FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile())

@@ -191,7 +191,7 @@ class _Training:
                 self._task.begin_step(progress.step)
                 losses = train_step(self._task, self._forward, step_batches, train, self._autocast)
                 grad_norm, learning_rate = update_weights(self._state, self._trainable, losses, self._config.optim)
-                meter.count(self._task.tokens(batch) for batch in step_batches)
+                meter.count(self._task.amounts(batch) for batch in step_batches)
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
                     self._log_step(losses, grad_norm, learning_rate, meter)
                 if self._is_evaluated:

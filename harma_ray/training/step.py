@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -221,14 +221,16 @@ class Meter:
         self._forget()
         self._lap_started = self._started
 
-    def count(self, tokens: Iterable[Tensor | None] = ()) -> None:
+    def count(self, amounts: Iterable[Mapping[str, Tensor]] = ()) -> None:
         """Counts a step.
 
         Args:
-            tokens: Of each of its batches on this worker, where they are counted.
+            amounts: What each of its batches on this worker holds, see `Task.amounts`.
         """
         self._steps += 1
-        self._tokens += [found for found in tokens if found is not None]
+        for held in amounts:
+            for name, amount in held.items():
+                self._amounts.setdefault(name, []).append(amount)
 
     def lap(self) -> float:
         """Returns the seconds since the last lap or reset."""
@@ -251,8 +253,8 @@ class Meter:
             "data_wait_fraction": self._waited / elapsed,
             "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
-        if self._tokens:  # of this worker, of whose peers the shares are as large on average
-            values["tokens_per_second"] = float(torch.stack(self._tokens).sum()) * self._num_workers / elapsed
+        for name, amounts in self._amounts.items():  # of this worker, of whose peers the shares are as large on average
+            values[f"{name}_per_second"] = float(torch.stack(amounts).sum()) * self._num_workers / elapsed
         if device.type == "cuda":
             values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
         self._forget()
@@ -260,7 +262,7 @@ class Meter:
 
     def _forget(self) -> None:
         self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
-        self._tokens: list[Tensor] = []
+        self._amounts: dict[str, list[Tensor]] = {}
 
 
 def local_worker(config: RunConfig) -> Worker:

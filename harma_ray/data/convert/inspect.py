@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tabulate import tabulate
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.headers import read_header
 from harma_ray.data.images import BadImage, decode_stored
+from harma_ray.data.kinds import KINDS
 from harma_ray.data.kinds.base import BadRow
 from harma_ray.data.manifest import Rendered
 from harma_ray.data.rendering import Rendering
@@ -57,19 +58,21 @@ class TextFacts:
     caption_words: Distribution | None
     """Words of a caption."""
     caption_tokens: Distribution | None
-    """CLIP tokens of a caption, start and end included; 77 is the most that CLIP reads."""
+    """CLIP tokens of a caption, start and end included; 77 is the most that CLIP reads. None of talks."""
 
     @classmethod
-    def of(cls, captions: Sequence[Sequence[str]]) -> TextFacts:
-        """Returns the facts about the captions of some rows."""
-        from open_clip.tokenizer import SimpleTokenizer  # slow to import
-
+    def of(cls, captions: Sequence[Sequence[str]], *, for_clip: bool) -> TextFacts:
+        """Returns the facts about the captions of some rows; those `for_clip` are counted in its tokens."""
         counts = Counter(caption for texts in captions for caption in texts)
-        tokenizer = SimpleTokenizer()
         words, tokens = [], []
         for caption, count in counts.items():
             words += [len(caption.split())] * count
-            tokens += [len(tokenizer.encode(caption)) + 2] * count
+        if for_clip:
+            from open_clip.tokenizer import SimpleTokenizer  # slow to import
+
+            tokenizer = SimpleTokenizer()
+            for caption, count in counts.items():
+                tokens += [len(tokenizer.encode(caption)) + 2] * count
         return cls(
             captions=counts.total(),
             distinct_captions=len(counts),
@@ -144,6 +147,8 @@ class SplitFacts:
     """Whether every image has been decoded."""
     undecodable: tuple[BadRow, ...] = ()
     """Images that cannot be decoded; known only if verified."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """Number of rows by the kind's `group_column`; empty without one."""
     classes: dict[str, int] = field(default_factory=dict)
     """Number of images of each class, by class number; empty without classes."""
     heights: Distribution | None = None
@@ -186,7 +191,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         path=split.path,
         kind=kind.name,
         rows=table.num_rows,
-        texts=TextFacts.of(list(own_texts)),
+        texts=TextFacts.of(list(own_texts), for_clip=kind.text == "caption"),
         queries=None if queries is None else QueryFacts.of(queries),
         formats=dict(formats.most_common()),
         depths=dict(depths.most_common()),
@@ -198,6 +203,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         bad=manifest.bad,
         verified=verify,
         undecodable=tuple(undecodable) if verify else (),
+        groups=dict(Counter(table.column(kind.group_column).to_pylist())) if kind.group_column else {},
         **(_describe_images(table) if kind.is_image else {}),
     )
 
@@ -219,7 +225,8 @@ def _describe_images(table: pa.Table) -> dict[str, Any]:
 
 def render_facts(facts: SplitFacts) -> str:
     """Returns facts as plain text with tables."""
-    noun = "image" if facts.queries is None else "query"
+    kind = KINDS[facts.kind]
+    noun, text = ("query" if facts.queries else kind.row), kind.text
     sizes = ", ".join(f"{width} x {height} ({count:,})" for (width, height), count in facts.sizes.items())
     lines = [
         ("folder", str(facts.path)),
@@ -229,7 +236,7 @@ def render_facts(facts: SplitFacts) -> str:
         ("rendered", describe_rendered(facts.rendered) if facts.rendered else "none: stored as they came"),
         ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < facts.rows else ''}" if sizes else "not read"),
         ("queries", _tell_queries(facts.queries) if facts.queries else "none"),
-        ("captions", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct"),
+        (f"{text}s", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct"),
         ("classes", f"{len(facts.classes)}" if facts.classes else "none"),
         ("left out", f"{len(facts.bad)}"),
         ("decodable", _tell_decodable(facts)),
@@ -240,21 +247,32 @@ def render_facts(facts: SplitFacts) -> str:
     distributions = {
         "image height": facts.heights,
         "image width": facts.widths,
-        f"captions of {'an' if noun == 'image' else 'a'} {noun}": facts.texts.captions_per_row,
-        "words of a caption": facts.texts.caption_words,
+        f"{text}s of {'an' if noun == 'image' else 'a'} {noun}": facts.texts.captions_per_row,
+        f"words of a {text}": facts.texts.caption_words,
         "tokens of a caption": facts.texts.caption_tokens,
     }
-    rows = [[name, d.mean, *d.percentiles.values()] for name, d in distributions.items() if d is not None]
-    header = ["", "mean", *("min" if p == 0 else "max" if p == 100 else f"{p} %" for p in PERCENTS)]
-    parts.append(tabulate(rows, headers=header, floatfmt=".4g"))
+    parts.append(_tabulate(distributions))
     if facts.classes:
         parts.append(tabulate(facts.classes.items(), headers=["class", "images"]))
+    if facts.groups:
+        parts.append(tabulate(facts.groups.items(), headers=[kind.group_column, f"{noun}s"]))
     if facts.queries and facts.queries.categories:
         parts.append(tabulate(facts.queries.categories.items(), headers=["category", "queries"]))
     for title, bad in (("left out when converted", facts.bad), ("not decodable", facts.undecodable)):
         if bad:
             parts.append(tabulate([(row.source, row.reason) for row in bad], headers=[title, "reason"]))
     return "\n\n".join(parts) + "\n"
+
+
+def render_distributions(numbers: Mapping[str, Sequence[float]]) -> str:
+    """Returns a table of the means and percentiles of some numbers, by what they are."""
+    return _tabulate({name: Distribution.of(values) for name, values in numbers.items()})
+
+
+def _tabulate(distributions: Mapping[str, Distribution | None]) -> str:
+    rows = [[name, d.mean, *d.percentiles.values()] for name, d in distributions.items() if d is not None]
+    header = ["", "mean", *("min" if p == 0 else "max" if p == 100 else f"{p} %" for p in PERCENTS)]
+    return tabulate(rows, headers=header, floatfmt=".4g")
 
 
 def describe_rendered(rendered: Rendered) -> str:

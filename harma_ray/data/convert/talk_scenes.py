@@ -14,6 +14,8 @@ from harma_ray.data.scenes import scene
 from harma_ray.data.scenes.content import SceneContent, sample_content
 from harma_ray.data.scenes.talks import QUESTION_KINDS, add_up, ask, compare, partner
 
+_SURVEY = ("scene", "count", "reason", "locate", "describe")
+
 
 def list_talk_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) -> dict[str, list[TalkRecord]]:
     """Lists talks about generated scenes; no scene that one is about is in two splits.
@@ -65,10 +67,9 @@ class _Place:
         return self._record(kind, [self.index, other], [asked])
 
     def survey(self) -> TalkRecord:
-        """Returns a talk of all questions about the scene alone, in an order drawn."""
+        """Returns a talk of all questions about the scene alone; none tells what is asked later."""
         rng, content = self._rng(len(QUESTION_KINDS)), self._content(self.index)
-        kinds = [kind for kind in QUESTION_KINDS if kind != "compare"]
-        asked = [ask(kinds[place], content, self.style, rng) for place in rng.permutation(len(kinds))]
+        asked = [ask(kind, content, self.style, rng) for kind in _SURVEY]
         return self._record("survey", [self.index], asked)
 
     def sum_up(self) -> TalkRecord:

@@ -127,7 +127,8 @@ def _read_talk(entry: Entry, number: int, data: _DataSet) -> TalkRecord:
         raise UserError(f"{entry.origin} is about a video, which is not read; remove the line")
     named = entry.fields.get("image") or []
     names = [entry.text("image")] if isinstance(named, str) else entry.texts("image") if named else ()
-    pictures = tuple(locate_image(data.root, name, entry.origin) for name in names)
+    found = [locate_image(data.root, name, entry.origin) for name in names]
+    pictures = tuple((f"{data.name}/{name}", path) for name, path in found)  # data sets may use one name for two images
     turns = [_read_turn(Entry(turn, entry.origin, _LINE)) for turn in entry.items("conversations")]
     first = next((place for place, turn in enumerate(turns) if turn.speaker == "human"), None)
     if len(pictures) == 1 and first is not None and not any(IMAGE_MARK in t.value for t in turns):

@@ -119,8 +119,12 @@ class RowKind:
     """Whether it holds encoders' outputs in place of the images of another split."""
     weighs_texts: ClassVar[bool] = True
     """Whether shards, row groups and chunks are cut by the bytes of texts too, beside those of images and vectors."""
-    told: ClassVar[str] = "captions"
-    """What the texts of a row are called, in the plural."""
+    row: ClassVar[str] = "image"
+    """What facts call a row."""
+    text: ClassVar[str] = "caption"
+    """What they call one of its texts."""
+    group_column: ClassVar[str] = ""
+    """Column by whose values rows are counted; empty: none."""
     cells_across: ClassVar[int] = 6
     """Most cells side by side on a contact sheet."""
 

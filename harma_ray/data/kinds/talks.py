@@ -48,7 +48,8 @@ class _Talks(RowKind):
     name = "talks"
     schema = TALK_SCHEMA
     images: ClassVar[Mapping[str, str]] = {"images": "image_names"}
-    told = "turns"
+    row, text = "talk", "turn"
+    group_column = "dataset"
     cells_across = 3
 
     def count_samples(self, shard: pq.ParquetFile) -> np.ndarray:

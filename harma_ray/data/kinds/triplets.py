@@ -40,6 +40,7 @@ _CAPTION_LINES = 5  # each of two
 class _Queries(RowKind):
     """Triplets or their vectors."""
 
+    row = "query"
     is_query = True
     weighs_texts = False  # as in data sets that are there
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ class InternVLBackbone(Backbone):
         """Returns transformers' model without weights."""
         tokenizer, num_new = self._tokenizer
         with torch.device("meta"):
-            model = build_empty(copy.deepcopy(self._config))  # `make_room` writes into it
+            model = build_empty(self._config)
             if not self._is_random:
                 make_room(model, len(tokenizer), num_new)
         return model
@@ -105,7 +104,7 @@ class InternVLBackbone(Backbone):
         return fingerprint_as_built(getattr(model, "core", model))
 
     def check(self) -> None:
-        """Raises UserError if transformers or the size is missing, or the folder is none of an InternVL."""
+        """Raises UserError if transformers, the size, the folder, its configuration or its tokenizer is missing."""
         require_transformers()
         if self._is_random:
             if self.size not in SIZES:
@@ -115,7 +114,7 @@ class InternVLBackbone(Backbone):
                     "a random InternVL needs a tokenizer, which this recipe has not; give pretrained=FOLDER"
                 )
             return
-        read_internvl(Path(self.pretrained).expanduser(), data=False)
+        weight_files(Path(self.pretrained).expanduser())
         self.tokenizer()
 
     def require_named(self, recipe: str) -> None:

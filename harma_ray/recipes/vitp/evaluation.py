@@ -1,0 +1,151 @@
+"""What an evaluation of ViTP finds: the loss on held-out talks, answers by kind of question, Top-1 of the vectors."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tabulate import tabulate
+
+from harma_ray.data.chat import IGNORED
+from harma_ray.data.kinds.talks import IMAGE_MARK
+from harma_ray.data.splits import Split
+from harma_ray.data.stream import EvaluationStream
+from harma_ray.distributed import gather_rows, sum_over_ranks
+from harma_ray.evaluation import Evaluation, Section
+from harma_ray.models.internvl.model import VisualInstructionModel
+from harma_ray.recipes.vitp.config import VitpConfig
+from harma_ray.recipes.vitp.talks import QuestionTransform, TalkReader, TalkTransform, question_of
+from harma_ray.retrieval.by_class import ByClassResult
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question of a held-out talk, and what the model says."""
+
+    row: int
+    """Of the split."""
+    kind: str
+    """Name of the data set, or the kind of question."""
+    question: str
+    answer: str
+    """The model's."""
+    truth: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answers are equal but for case, spaces and a full stop."""
+        return normalised(self.answer) == normalised(self.truth)
+
+
+@dataclass(frozen=True)
+class VitpEvaluation(Evaluation):
+    """An evaluation of ViTP, on worker 0."""
+
+    answers: Sequence[Answer] = ()
+    """Of all workers' questions."""
+    retrieval: ByClassResult | None = None
+    """By the vision transformer's vectors, if there is labelled data."""
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Returns 95 % intervals of the metrics by class."""
+        return {} if self.retrieval is None else self.retrieval.intervals()
+
+    def chance(self) -> dict[str, float]:
+        """Returns what the metrics by class are expected to be for random rankings."""
+        return {} if self.retrieval is None else self.retrieval.chance()
+
+    def sections(self, split: Split) -> list[Section]:
+        """Returns the answers by kind of question, and some of them."""
+        if not self.answers:
+            return []
+        table = tabulate(answer_table(self.answers), headers="keys", floatfmt=".1f", tablefmt="html")
+        some = [
+            {"kind": a.kind, "question": a.question, "answer": a.answer, "true answer": a.truth}
+            for a in self.answers[:24]
+        ]
+        return [
+            Section("answers", "Answers by kind of question", table),
+            Section("talks", "Some answers", tabulate(some, headers="keys", tablefmt="html")),
+        ]
+
+
+def normalised(answer: str) -> str:
+    """Returns an answer in small letters, without spaces around it and a full stop at its end."""
+    return " ".join(answer.lower().split()).removesuffix(".")
+
+
+def answer_table(answers: Sequence[Answer]) -> list[dict[str, str | int | float]]:
+    """Returns, for each kind of question, how many answers are right, and would be if all were the commonest one.
+
+    The commonest one is that of the questions themselves: a bound that no answer without a look at the image passes.
+    """
+    rows = []
+    for kind in sorted({answer.kind for answer in answers}):
+        own = [answer for answer in answers if answer.kind == kind]
+        commonest = Counter(normalised(answer.truth) for answer in own).most_common(1)[0][1]
+        right = sum(answer.is_right for answer in own)
+        rows.append(
+            {
+                "question": kind,
+                "asked": len(own),
+                "right (%)": 100 * right / len(own),
+                "commonest (%)": 100 * commonest / len(own),
+            }
+        )
+    return rows
+
+
+def loss_on_talks(
+    model: VisualInstructionModel, data: EvaluationStream, reader: TalkReader, batch_size: int
+) -> dict[str, float]:
+    """Returns ``loss``, the mean over all supervised tokens of a split, and ``token_accuracy`` in percent."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in data.batches(TalkTransform(reader, training=False), batch_size=batch_size):
+        found = model(batch["pixels"], batch["ids"], batch["mask"], batch["labels"])
+        count = (batch["labels"][:, 1:] != IGNORED).sum()
+        sums += torch.stack([found["loss"] * count, found["right"], count]).double()
+    total, right, count = sum_over_ranks(sums).tolist()
+    return {"loss": total / count, "token_accuracy": 100 * right / count}
+
+
+def answer_questions(
+    model: VisualInstructionModel, data: EvaluationStream, reader: TalkReader, config: VitpConfig
+) -> list[Answer]:
+    """Answers the first question of some talks of a split; called on every worker, all get all answers."""
+    selection = config.selection
+    if not selection.answers:
+        return []
+    lines = b""
+    tokenizer = reader.backbone.tokenizer()
+    asked = data.over(data.split, max_rows=selection.answers)
+    for batch in asked.batches(QuestionTransform(reader, training=False), batch_size=config.train.eval_batch_size):
+        ids = model.answer(batch["pixels"], batch["ids"], batch["mask"], selection.answer_tokens)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for row, text in zip(batch["row"].tolist(), texts, strict=True):
+            lines += json.dumps([row, text.strip()]).encode() + b"\n"
+    device = next(model.parameters()).device
+    own = torch.frombuffer(bytearray(lines or b"\n"), dtype=torch.uint8).to(device)
+    found = dict(json.loads(line) for line in bytes(gather_rows(own).tolist()).splitlines() if line)
+    answers = []
+    for row, talk in enumerate(data.table(["dataset", "conversations"]).slice(0, len(found)).to_pylist()):
+        first, truth = question_of(talk["conversations"])
+        question = talk["conversations"][first]["value"].replace(IMAGE_MARK, "").strip()
+        answers.append(Answer(row, talk["dataset"], question, found[row], truth))
+    return answers
+
+
+def evaluate_talks(
+    model: VisualInstructionModel, data: EvaluationStream, reader: TalkReader, config: VitpConfig
+) -> VitpEvaluation:
+    """Returns the loss of a split and, if they are asked for, answers."""
+    metrics = loss_on_talks(model, data, reader, config.train.eval_batch_size)
+    answers = answer_questions(model, data, reader, config)
+    if answers:
+        metrics["answers"] = 100 * sum(answer.is_right for answer in answers) / len(answers)
+        metrics |= {f"answers_{row['question']}": float(row["right (%)"]) for row in answer_table(answers)}
+    return VitpEvaluation(metrics, answers=answers)

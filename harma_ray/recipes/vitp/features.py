@@ -1,0 +1,98 @@
+"""The vector of an image: the vision transformer's hidden states, pooled; and Top-1 by class with such vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from harma_ray.data.images import decode_stored, to_rgb
+from harma_ray.data.kinds.images import IMAGES
+from harma_ray.data.samples import Array, RowTransform
+from harma_ray.data.splits import Split, open_split
+from harma_ray.data.stream import EvaluationStream
+from harma_ray.data.transforms import to_tensor
+from harma_ray.distributed import gather_rows
+from harma_ray.errors import UserError
+from harma_ray.models.internvl.vision import hidden_states, pool
+from harma_ray.models.precision import evaluating
+from harma_ray.recipes.vitp.config import FeatureConfig
+from harma_ray.retrieval.by_class import ByClassResult, Classes, rank_by_class
+from harma_ray.retrieval.encoding import Encoder
+
+if TYPE_CHECKING:
+    from transformers import InternVLVisionModel
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class SquareTransform(RowTransform):
+    """An image as its vector is made of it."""
+
+    size: int
+    interpolation: Literal["bilinear", "bicubic"]
+    max_pixels: int
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Returns an image squashed to a square: uint8[3, S, S]."""
+        return to_tensor(to_rgb(image).resize((self.size, self.size), _RESAMPLING[self.interpolation]))
+
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
+        """Returns ``image`` uint8[3, S, S]; nothing is random."""
+        return {"image": self.prepare(decode_stored(row["image"], max_pixels=self.max_pixels))}
+
+
+def vision_encoder(
+    vision_tower: InternVLVisionModel, settings: FeatureConfig, transform: SquareTransform, precision: str
+) -> Encoder:
+    """Returns what makes unit vectors with a vision transformer, on the device that it is on.
+
+    Args:
+        vision_tower: The transformer.
+        settings: Layer and pooling.
+        transform: How images become its input.
+        precision: See `evaluating`.
+    """
+    device = vision_tower.embeddings.cls_token.device
+    vision_tower.eval()
+
+    @evaluating(precision, device)
+    def encode_images(images: Tensor) -> Tensor:
+        hidden = hidden_states(vision_tower, images.to(device), settings.layer)
+        return torch.nn.functional.normalize(pool(hidden, settings.pooling).float(), dim=-1).cpu()
+
+    return Encoder(vision_tower.config.hidden_size, transform.prepare, encode_images)
+
+
+def labelled_splits(settings: FeatureConfig) -> tuple[Split, Split]:
+    """Returns the gallery and the queries on which Top-1 is measured.
+
+    Raises:
+        UserError: If they are not there, are no images, or have no classes.
+    """
+    splits = open_split(settings.data, settings.gallery), open_split(settings.data, settings.queries)
+    for split in splits:
+        split.require_kind([IMAGES], "`features.data`")
+        if split.read(["label_name"]).column("label_name").null_count:
+            raise UserError(f"{split.path} has images without a class, by which Top-1 is measured; convert it with one")
+    return splits
+
+
+def measure_features(
+    encoder: Encoder, transform: SquareTransform, settings: FeatureConfig, data: EvaluationStream, batch_size: int
+) -> ByClassResult:
+    """Ranks the gallery's images for each query by their vectors; called on every worker, each encodes its share."""
+    vectors, names = [], []
+    for split in labelled_splits(settings):
+        stream = data.over(split)
+        parts = [encoder.encode_images(b["image"]) for b in stream.batches(transform, batch_size=batch_size)]
+        vectors.append(gather_rows(torch.cat([torch.empty(0, encoder.width), *parts])))
+        names.append(stream.table(["label_name"]).column("label_name").to_pylist())
+    gallery, queries = vectors
+    return rank_by_class(queries, gallery, Classes.of(names[1], names[0]))

@@ -1,0 +1,252 @@
+"""Talks from meta files, from drawn scenes, and from captions and classes."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from harma_ray.data.convert.commands import convert_harma, convert_scenes_talk, convert_vitp
+from harma_ray.data.convert.inspect import describe, render_facts
+from harma_ray.data.convert.sheet import contact_sheet
+from harma_ray.data.convert.talk_scenes import list_talk_scenes
+from harma_ray.data.convert.talks import read_vitp
+from harma_ray.data.order import training_order
+from harma_ray.data.scenes.content import LABELS, sample_content
+from harma_ray.data.scenes.phrasing import COUNT_WORDS, PHRASINGS
+from harma_ray.data.scenes.talks import QUESTION_KINDS
+from harma_ray.data.splits import open_split
+from harma_ray.errors import UserError
+
+
+def line(image, *said, **more):
+    turns = [{"from": "gpt" if n % 2 else "human", "value": text} for n, text in enumerate(said)]
+    return {**({} if image is None else {"image": image}), "conversations": turns, **more}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A meta file with two data sets, and their images."""
+    for folder, count in (("towns", 5), ("fields", 2)):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (20, 10), (40 * number, 0, 9)).save(tmp_path / "images" / folder / f"{number}.png")
+    towns = [
+        line("0.png", "<image>\nWhere?", "left", id="a"),
+        line("1.png", "What is it?", "a town", "How many?", "two"),
+        line(["2.png", "3.png"], "<image> and <image>?", "yes"),
+        line(None, "One and one?", "two"),
+        line("4.png", "<image>Well?", "well"),
+    ]
+    fields = [line("0.png", "Field?", "yes"), line("1.png", "Field?", "no")]
+    fields[1]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    meta = {
+        "towns": {"root": "towns", "annotation": "towns.jsonl", "length": 99},
+        "fields": {
+            "root": "fields", "annotation": "fields.jsonl", "repeat_time": 3, "data_augment": True,
+            "max_dynamic_patch": 12,
+        },
+    }  # fmt: skip
+    return Source(tmp_path, meta, {"towns": towns, "fields": fields})
+
+
+class Source:
+    def __init__(self, root, meta, lines):
+        self.root, self.meta, self.lines, self.images = root, meta, lines, root / "images"
+
+    def write(self):
+        for name, rows in self.lines.items():
+            text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+            (self.root / f"{name}.jsonl").write_text(text + "\n")
+        path = self.root / "meta.json"
+        path.write_text(json.dumps(self.meta))
+        return path
+
+    def read(self, **options):
+        return read_vitp(self.write(), self.images, **options).records
+
+
+def rows_of(split):
+    return pa.concat_tables([pq.read_table(path) for path in split.shard_paths()]).to_pylist()
+
+
+def test_talks_are_written_as_they_were_said(source, tmp_path):
+    convert_vitp(source.write(), source.images, "train", tmp_path / "data")
+    split = open_split(tmp_path / "data", "train")
+    assert split.describe() == "7 talks with 17 turns"
+    rows = {(row["dataset"], row["sample_id"]): row for row in rows_of(split)}
+    assert set(rows) == {("towns", "a"), *(("towns", str(n)) for n in (1, 2, 3, 4)), ("fields", "0"), ("fields", "1")}
+    two = rows["towns", "2"]
+    assert two["images"] == [(source.images / "towns" / name).read_bytes() for name in ("2.png", "3.png")]
+    assert (two["image_names"], two["max_tiles"], two["augment"], two["repeats"]) == (
+        ["towns/2.png", "towns/3.png"],
+        None,
+        False,
+        1,
+    )
+    assert rows["towns", "1"]["conversations"][0]["value"] == "<image>\nWhat is it?"
+    assert rows["towns", "3"]["images"] == []
+    system = rows["fields", "1"]
+    assert [turn["from"] for turn in system["conversations"]] == ["system", "human", "gpt"]
+    assert system["conversations"][1]["value"] == "<image>\nField?"
+    assert (system["max_tiles"], system["augment"], system["repeats"]) == (12, True, 3)
+    assert system["source"] == "fields.jsonl line 2"
+
+
+def test_a_talk_is_visited_as_often_as_it_repeats(source, tmp_path):
+    convert_vitp(source.write(), source.images, "train", tmp_path / "data")
+    split = open_split(tmp_path / "data", "train")
+    order = training_order(split, seed=0, global_batch_size=11, shuffle_window_mb=1)
+    assert (order.num_samples, order.steps_per_epoch) == (5 + 2 * 3, 1)
+    repeats = {number: row["repeats"] for number, row in enumerate(rows_of(split))}
+    assert Counter(order.epoch(0)[:, 0].tolist()) == repeats
+
+
+@pytest.mark.parametrize(("repeat", "kept"), [(0.4, ["a", "1"]), (0.1, []), (1, ["a", "1", "2", "3", "4"])])
+def test_repeat_times_below_one_keep_the_first_lines(source, repeat, kept):
+    source.meta["towns"]["repeat_time"] = repeat
+    assert [talk.sample_id for talk in source.read() if talk.dataset == "towns"] == kept
+
+
+def test_or_lines_that_are_drawn(source):
+    source.meta["towns"]["repeat_time"] = 0.6
+    drawn = [[t.sample_id for t in source.read(choice="random", seed=n) if t.dataset == "towns"] for n in range(6)]
+    assert {len(ids) for ids in drawn} == {3}
+    assert len({tuple(ids) for ids in drawn}) > 1
+    assert all(ids == sorted(ids, key="a1234".index) for ids in drawn)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"repeat_time": 1.5}, "`repeat_time` above 1 must be a whole number, got 1.5"),
+        ({"repeat_time": -1}, "`repeat_time` must be a number of at least 0, got -1"),
+        ({"data_augment": "yes"}, "`data_augment` must be true or false, got 'yes'"),
+        ({"max_dynamic_patch": 0}, "`max_dynamic_patch` must be at least 1, got 0"),
+        ({"root": "nowhere"}, "nowhere does not exist"),
+        ({"annotation": "nothing.jsonl"}, "nothing.jsonl cannot be read"),
+    ],
+)
+def test_mistakes_of_a_meta_file_are_told_by_their_data_set(source, change, message):
+    source.meta["towns"] |= change
+    with pytest.raises(UserError, match=message):
+        source.read()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (line("0.png", "<image>\n<image>", "x"), "towns.jsonl line 3: has 1 images and 2 marks"),
+        (line(["0.png", "1.png"], "<image>", "x"), "towns.jsonl line 3: has 2 images and 1 marks"),
+        (line(None, "<image>", "x"), "towns.jsonl line 3: has 0 images and 1 marks"),
+        (line("0.png", "<image>", ""), "towns.jsonl line 3: turn 2 is an empty answer"),
+        (line("0.png", "<image>", "x", "y"), "towns.jsonl line 3: turns must be human, gpt"),
+        (line("../fields/0.png", "<image>", "x"), "towns.jsonl line 3: image paths must lie under"),
+        ({"conversations": [{"from": "user", "value": "x"}]}, "towns.jsonl line 3: `from` must be one of"),
+        ({"image": "0.png"}, "towns.jsonl line 3 must look like .*, got no `conversations`"),
+        ({**line(None, "x", "y"), "video": "a.mp4"}, "towns.jsonl line 3 is about a video"),
+        ("{no json", "towns.jsonl looks like JSON Lines, but line 3 is not JSON"),
+    ],
+)
+def test_mistakes_of_a_line_are_told_by_file_and_line(source, row, message):
+    source.lines["towns"][2] = row
+    with pytest.raises(UserError, match=message):
+        source.read()
+
+
+def test_missing_images_are_told_and_nothing_is_written(source, tmp_path):
+    (source.images / "towns" / "3.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 7 images cannot be used.*3\.png"):
+        convert_vitp(source.write(), source.images, "train", tmp_path / "data")
+    assert not (tmp_path / "data" / "train").exists()
+
+
+def test_scenes_are_asked_what_is_true_of_them(tmp_path):
+    for talk in list_talk_scenes({"val": 60}, style="winter", size=32, seed=3)["val"]:
+        index = int(talk.sample_id.split("-")[1])
+        content, (question, answer) = sample_content(3, index), talk.turns
+        noun = PHRASINGS["winter"].noun(2, content.kind)
+        if talk.dataset == "count":
+            assert question.value == f"<image>\nHow many {noun} are there?"
+            assert COUNT_WORDS.index(answer.value) == content.num_main
+        elif talk.dataset == "scene":
+            assert answer.value == LABELS[content.label].place
+        elif talk.dataset == "reason":
+            more = COUNT_WORDS.index(question.value.split()[2])
+            words = [*COUNT_WORDS, "seven", "eight", "nine"]
+            assert words.index(answer.value) == content.num_main + more
+        elif talk.dataset == "compare":
+            labels = {sample_content(3, spec.index).label for _, spec in talk.pictures}
+            assert answer.value == ("yes" if len(labels) == 1 else "no")
+            assert len(talk.pictures) == 2
+
+
+def test_places_are_told_as_they_are_drawn():
+    """Main objects are blue where the ground is not, so their pixels say where they are."""
+    checked = 0
+    for talk in list_talk_scenes({"test": 900}, style="summer", size=64, seed=5)["test"]:
+        content = sample_content(5, int(talk.sample_id.split("-")[1]))
+        noun = PHRASINGS["summer"].noun(content.num_main, content.kind)
+        if talk.dataset != "locate" or content.colour != "blue" or f"the {noun}?" not in talk.turns[0].value:
+            continue
+        if content.label == "river" or content.feature in ("stream", "pond") or content.extra_kind == "pool":
+            continue
+        pixels = np.asarray(talk.pictures[0][1].draw().image).astype(int)
+        blue = (pixels[..., 2] > pixels[..., 0] + 40) & (pixels[..., 2] > pixels[..., 1] + 20)
+        down, across = (np.argwhere(blue).mean(0) / 64 - 0.5).tolist()
+        told = talk.turns[1].value
+        assert (("left" in told) == (across < -0.02)) or "right" in told or abs(across) < abs(down)
+        if "top" in told or "bottom" in told:
+            assert (down < 0) == ("top" in told)
+        if "left" in told or "right" in told:
+            assert (across < 0) == ("left" in told)
+        checked += 1
+    assert checked >= 3
+
+
+def test_every_kind_of_question_is_held_out_and_all_are_trained_on(tmp_path):
+    convert_scenes_talk(tmp_path / "data", {"train": 16, "val": 12}, style="summer", size=32)
+    train, val = (rows_of(open_split(tmp_path / "data", name)) for name in ("train", "val"))
+    assert Counter(row["dataset"] for row in val) == dict.fromkeys(QUESTION_KINDS, 2)
+    assert Counter(row["dataset"] for row in train) == {"survey": 16, "compare": 4, "sums": 2}
+    assert {len(row["conversations"]) for row in train if row["dataset"] == "survey"} == {2 * 5}
+    numbers = [{name for row in rows for name in row["image_names"]} for rows in (train, val)]
+    assert not numbers[0] & numbers[1]
+
+
+def test_captions_and_classes_answer_questions(tmp_path):
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+        name = ("parking_lot", "river", "farm")[number % 3]
+        rows.append({"image": f"{number}.png", "caption": [f"a view of {number}", "nice"], "label_name": name})
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    convert_harma(tmp_path / "all.json", tmp_path / "images", "train", tmp_path / "data", talks=True)
+    there = Counter()
+    for row in rows_of(open_split(tmp_path / "data", "train")):
+        number = int(row["image_names"][0].removesuffix(".png"))
+        said = [turn["value"] for turn in row["conversations"]]
+        asked = dict(zip([text.removeprefix("<image>\n") for text in said[::2]], said[1::2], strict=True))
+        name = ("parking lot", "river", "farm")[number % 3]
+        assert asked.pop("Which scene is it?") == name
+        assert asked.pop("Describe the image in a sentence.") in (f"a view of {number}", "nice")
+        ((question, answer),) = asked.items()
+        assert answer == ("yes" if question == f"Is there a scene of {name}?" else "no")
+        assert said[0].startswith("<image>\n")
+        there[answer] += 1
+    assert min(there.values()) >= 2
+
+
+def test_talks_are_described_and_drawn(source, tmp_path):
+    convert_vitp(source.write(), source.images, "train", tmp_path / "data")
+    split = open_split(tmp_path / "data", "train")
+    facts = render_facts(describe(split))
+    assert "7 in " in facts
+    assert "turns of a talk" in facts
+    sheet = Image.open(contact_sheet(split, tmp_path / "sheet.png"))
+    assert sheet.width > 3 * 176
+    assert np.asarray(sheet).std() > 1
