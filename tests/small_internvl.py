@@ -2,8 +2,9 @@
 
 import torch
 
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
-from harma_ray.models.internvl.token_drop import IGNORED, TOKEN_DROPS
+from harma_ray.models.internvl.token_drop import TOKEN_DROPS
 
 SIDE, PATCH, FEATURES, VOCABULARY, IMAGE = 32, 8, 4, 60, 59
 VISION = {

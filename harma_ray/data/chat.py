@@ -12,11 +12,8 @@ import numpy as np
 
 from harma_ray.data.kinds.talks import IMAGE_MARK, Turn
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IGNORED, IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END, TURN_START
 
-IGNORED = -100
-"""The label of a token that is not supervised."""
-IMAGE_START, IMAGE_TOKEN, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SYSTEM_PROMPT = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from harma_ray.data.chat import IGNORED, SYSTEM_PROMPT, ChatTemplate, check_turns
+from harma_ray.data.chat import SYSTEM_PROMPT, ChatTemplate, check_turns
 from harma_ray.data.kinds.talks import Turn
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IGNORED
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
 

@@ -9,8 +9,8 @@ from small_internvl import small_config, talks, tiles
 from harma_ray.errors import UserError
 from harma_ray.models.internvl.backbone import InternVLBackbone
 from harma_ray.models.internvl.configs import SIZES
+from harma_ray.models.internvl.marks import IMAGE_TOKEN, SPECIAL_TOKENS
 from harma_ray.models.internvl.model import VisualInstructionModel
-from harma_ray.models.internvl.tokens import IMAGE_CONTEXT, SPECIAL_TOKENS
 
 WORDS = ["a", "small", "house", "and", "three", "large", "trees", "beside", "the", "river"]
 
@@ -55,9 +55,9 @@ def test_the_scenes_model_is_small_and_answers():
     assert backbone.image_size == 64
     tokenizer = backbone.tokenizer()
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(len(tokenizer) - 9, len(tokenizer)))
-    assert tokenizer.encode(f"house {IMAGE_CONTEXT}")[-1] == model.core.config.image_token_id
+    assert tokenizer.encode(f"house {IMAGE_TOKEN}")[-1] == model.core.config.image_token_id
     assert model.core.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    text = f"a house <img>{IMAGE_CONTEXT * 16}</img> and"
+    text = f"a house <img>{IMAGE_TOKEN * 16}</img> and"
     ids = torch.tensor([tokenizer.encode(text)])
     assert model.answer(tiles(1, side=64), ids, torch.ones_like(ids), 3).shape[0] == 1
 
@@ -117,7 +117,7 @@ def test_a_folder_without_the_special_tokens_gets_rows_at_the_mean(folder):
     backbone, known = InternVLBackbone(str(path), ""), len(make_tokenizer())
     backbone.check()
     built, tokenizer = backbone.build(), backbone.tokenizer()
-    assert built.config.image_token_id == tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT) == known + 2
+    assert built.config.image_token_id == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) == known + 2
     for own, before in [
         (built.lm_head.weight, model.lm_head.weight),
         (built.get_input_embeddings().weight, model.get_input_embeddings().weight),
@@ -136,7 +136,7 @@ def test_a_folder_with_them_is_loaded_as_it_is(tmp_path):
     from transformers import InternVLForConditionalGeneration
 
     tokenizer = make_tokenizer(SPECIAL_TOKENS)
-    image = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+    image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(small_config(text={"vocab_size": 40}, image_token_id=image))
     model.bfloat16().save_pretrained(tmp_path)

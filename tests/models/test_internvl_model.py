@@ -10,8 +10,9 @@ from ranks import run_on_ranks
 from small_internvl import FEATURES, IMAGE, pad, samples_of, small_config, small_core, small_model, talks, tiles
 
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
-from harma_ray.models.internvl.token_drop import IGNORED, TOKEN_DROPS
+from harma_ray.models.internvl.token_drop import TOKEN_DROPS
 from harma_ray.models.internvl.vision import hidden_states, normalise, set_drop_path
 from harma_ray.parallel import replicate, shard, whole, whole_model
 

@@ -8,8 +8,8 @@ from small_internvl import FEATURES, IMAGE, samples_of, small_model, talks, tile
 from torch.nn import functional as F
 
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.token_drop import (
-    IGNORED,
     TOKEN_DROPS,
     TokenDrop,
     choose_tokens,

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from PIL import Image
 from ranks import run_on_ranks
 
-from harma_ray.data.chat import IGNORED
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_talk
 from harma_ray.data.order import IndexedSplit, planned_order, read_samples
 from harma_ray.data.splits import index_rows, open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.vitp.evaluation import Answer, answer_table
 from harma_ray.recipes.vitp.talks import TalkTransform, compress, reader_of

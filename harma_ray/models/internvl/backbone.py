@@ -17,13 +17,8 @@ from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.internvl.configs import SIZES, internvl_config, require_transformers
 from harma_ray.models.internvl.files import build_empty, read_internvl, weight_files
 from harma_ray.models.internvl.layouts import UNKNOWN_TOKEN, read_config
-from harma_ray.models.internvl.tokens import (
-    END_OF_TURN,
-    IMAGE_CONTEXT,
-    make_room,
-    read_tokenizer,
-    with_special_tokens,
-)
+from harma_ray.models.internvl.marks import IMAGE_TOKEN, TURN_END
+from harma_ray.models.internvl.tokens import make_room, read_tokenizer, with_special_tokens
 from harma_ray.models.internvl.vision import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -85,7 +80,7 @@ class InternVLBackbone(Backbone):
             folder = Path(self.pretrained).expanduser()
             model: Any = built_from([*weight_files(folder), folder / "config.json"], self._load)
             make_room(model, len(tokenizer), num_new)
-        end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        end = tokenizer.convert_tokens_to_ids(TURN_END)
         model.generation_config.eos_token_id = tokenizer.eos_token_id if end in (None, tokenizer.unk_token_id) else end
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         return model
@@ -139,7 +134,7 @@ class InternVLBackbone(Backbone):
             return self._folder_config
         self.check()
         tokenizer: Any = self.tokenizer()
-        return internvl_config(SIZES[self.size], len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT))
+        return internvl_config(SIZES[self.size], len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     @functools.cached_property
     def _folder_config(self) -> Any:
@@ -156,10 +151,10 @@ class InternVLBackbone(Backbone):
         found = read_tokenizer(Path(self.pretrained).expanduser())
         before = len(found)
         tokenizer: Any = with_special_tokens(found)
-        config, wanted = self._folder_config, tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT)
+        config, wanted = self._folder_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if config.image_token_id not in (UNKNOWN_TOKEN, wanted) and len(tokenizer) == before:
             raise UserError(
-                f"{self.pretrained} must mean one token by `{IMAGE_CONTEXT}`, got {config.image_token_id} in its "
+                f"{self.pretrained} must mean one token by `{IMAGE_TOKEN}`, got {config.image_token_id} in its "
                 f"configuration and {wanted} in its tokenizer; take both from one model"
             )
         config.image_token_id = wanted

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.token_drop import (
-    IGNORED,
     TOKEN_DROPS,
     Remaining,
     TokenDrop,

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from harma_ray.errors import UserError
 
-IGNORED = -100
-"""Label of a token that is not supervised."""
-
 
 @dataclass(frozen=True)
 class TokenDrop:

@@ -1,4 +1,4 @@
-"""The tokens that InternVL's texts are made of beside words, and room for them in a model."""
+"""A tokenizer with InternVL's special tokens, and room for them in a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-END_OF_TURN = "<|im_end|>"
-SPECIAL_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
-"""Added to a tokenizer that has them not, in this order."""
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
-from harma_ray.data.chat import IGNORED
 from harma_ray.data.kinds.talks import IMAGE_MARK
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.distributed import gather_rows, sum_over_ranks
 from harma_ray.evaluation import Evaluation, Section
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.recipes.vitp.config import VitpConfig
 from harma_ray.recipes.vitp.talks import QuestionTransform, TalkReader, TalkTransform, question_of

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from harma_ray.data.chat import IGNORED, IMAGE_TOKEN, ChatTemplate
+from harma_ray.data.chat import ChatTemplate
 from harma_ray.data.images import decode_stored
 from harma_ray.data.kinds.talks import IMAGE_MARK, Turn
 from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
@@ -24,6 +24,7 @@ from harma_ray.data.splits import Split, index_rows
 from harma_ray.data.tiles import count_tiles, cut_tiles, tiles_each
 from harma_ray.data.transforms import to_tensor
 from harma_ray.models.internvl.backbone import InternVLBackbone
+from harma_ray.models.internvl.marks import IGNORED, IMAGE_TOKEN
 from harma_ray.recipes.vitp.config import TalkConfig, VitpConfig
 from harma_ray.recipes.vitp.vocabulary import vocabulary
 

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.config import OptimConfig
-from harma_ray.data.chat import IGNORED
 from harma_ray.data.kinds.talks import IMAGE_MARK, TALKS, Turn
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream, Worker
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.internvl.groups import parameter_groups
+from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.models.internvl.token_drop import TOKEN_DROPS, TokenDrop, released_drop
 from harma_ray.models.internvl.vision import set_drop_path

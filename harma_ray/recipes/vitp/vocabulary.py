@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harma_ray.data.chat import IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END, TURN_START
 from harma_ray.data.scenes.content import sample_content
 from harma_ray.data.scenes.looks import STYLES
 from harma_ray.data.scenes.phrasing import captions
 from harma_ray.data.scenes.talks import QUESTION_KINDS, add_up, ask
 from harma_ray.errors import UserError
+from harma_ray.models.internvl.marks import IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END, TURN_START
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
