@@ -137,11 +137,11 @@ def _predict(options: argparse.Namespace) -> None:
 def _add_embed(commands: shared.Commands) -> None:
     parser = shared.make_command(
         commands, "embed", _embed, "Write the vectors of a data set's images and captions, or of a folder's images, "
-        "as Parquet.",
+        "as Parquet (or of images as .npz); what was cut off goes on.",
     )  # fmt: skip
     parser.add_argument("--run", required=True, help="folder of the run whose best model embeds")
     parser.add_argument("--data", required=True, help="converted data set, or a folder of images")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, help="folder to write; or a file NAME.npz: features and image_paths")
     parser.add_argument("--split", help="one split (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")

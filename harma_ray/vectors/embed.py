@@ -1,14 +1,13 @@
-"""Vectors of a data set's images and captions, or of a folder's images, as Parquet, through Ray Data."""
+"""Vectors of a data set's images and captions, or of a folder's images, as a store, through Ray Data."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections import Counter
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import pyarrow as pa
 
 from harma_ray.api import find_rendering, load_encoder, open_picture, require_encoder
 from harma_ray.data.convert.shards import write_tables
-from harma_ray.data.image_files import find_images, readable_name
+from harma_ray.data.convert.staging import lock, work_folder
+from harma_ray.data.image_files import FoundImages, find_images, readable_name
 from harma_ray.data.kinds import IMAGES
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.order import iterate_slices
@@ -25,7 +25,10 @@ from harma_ray.data.splits import list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, write_text
 from harma_ray.runs import Run
-from harma_ray.vectors.job import Encoded, Inputs, JobSettings, Request, encode, image_requests
+from harma_ray.settings import config_hash
+from harma_ray.vectors.job import Inputs, JobSettings, Request, image_requests
+from harma_ray.vectors.parts import Part, encode_parts
+from harma_ray.vectors.store import ENCODER, NPZ, VECTORS_NAME, npz_manifest, parent_name, write_npz
 
 
 def embed(
@@ -37,16 +40,16 @@ def embed(
     split: str | None = None,
     rendering: Rendering | None = None,
 ) -> str:
-    """Writes vectors with columns ``id``, ``kind`` (image, text), ``source``, ``text``, ``vector`` (float32[E]).
+    """Writes a store of vectors, see `harma_ray.vectors.store`, or goes on with one where a killed process stopped.
 
     Ray must have been initialised. Rows are in the order of the shards, or of the sorted paths of a folder's images
     (see `find_images`; names that are not UTF-8 are escaped by `readable_name`); a row of an image is followed by those
-    of its captions.
+    of its captions. The class of a folder's image is the name of the folder that it lies in.
 
     Args:
         run: Whose best weights encode, in its `train.eval_precision`.
         data: Folder of a converted data set, or of images (with sub-folders).
-        out: Folder to make; written whole or not at all.
+        out: Folder to make, or a file that ends in ``.npz``; written whole or not at all.
         settings: Of the job.
         split: One split of a data set; None = all.
         rendering: How a folder's images of more than 8 bits are shown; None = as those that the run was trained on, if
@@ -65,28 +68,54 @@ def embed(
     require_encoder(run)
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
-    requests, left_out = _find(folder, splits, rule, settings, run.config.data.max_pixels)
-    about = {"data": readable_name(data), "rendering": rule and rule.to_dict(), "left_out": left_out}
-    hint = " or allow them with --max-bad"
-    results = encode(requests, partial(load_encoder, run), settings, progress="vectors", hint=hint)
-    with closing(results), making(target) as work:
-        manifest = _write(results, work, about)
+    found = _find(folder, splits, rule, settings, run.config.data.max_pixels)
+    about = {"data": readable_name(folder), "rendering": rule and rule.to_dict(), **found.about}
+    model = [str(run.path), config_hash(run.config), str(run.best_checkpoint())]
+    job = json.dumps([model, about, found.listing, settings.batch_size])
+    with making(target) as made, lock(target):
+        work = _own_folder(work_folder(target), job)
+        hint = " or allow them with --max-bad"
+        parts = encode_parts(work, found.requests, partial(load_encoder, run), settings, hint=hint)
+        manifest = _write(parts, made, target, about)
+        shutil.rmtree(work)
     shown = f"; images of more than 8 bits were rendered by {rule.options}" if rule else ""
     origin = f", as in {run.config.data.path}" if rule and rendering is None else ""
     return _summarise(manifest, f"{target}{shown}{origin}")
 
 
+def _own_folder(work: Path, job: str) -> Path:
+    """Returns where the parts of a job lie; those of other jobs, which had the same place to write to, are deleted."""
+    own = work / hashlib.sha256(job.encode()).hexdigest()[:16]
+    for other in work.glob("*"):
+        if other != own:
+            shutil.rmtree(other)
+    return own
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is to be encoded."""
+
+    requests: list[Request]
+    about: dict[str, Any]
+    """What the manifest tells of it: fingerprints of splits, what was left out."""
+    listing: str = ""
+    """Changes with the files of a folder."""
+
+
 def _find(
     folder: Path, splits: Sequence[str], rule: Rendering | None, settings: JobSettings, max_pixels: int
-) -> tuple[list[Request], dict[str, int]]:
+) -> _Found:
     """Returns what is to be encoded, of splits or of a folder's images, each once, and what is left out there."""
     requests: list[Request] = []
+    fingerprints = {}
     for name in splits:
         split = open_split(folder, name)
         split.require_kind([IMAGES], "embed")
         requests += image_requests(split, range(split.manifest.rows), settings, "image", max_pixels, captions=True)
+        fingerprints[name] = split.fingerprint
     if splits:
-        return requests, {}
+        return _Found(requests, {"splits": fingerprints, "left_out": {}})
     found = find_images(folder) if folder.is_dir() else None
     if found is not None:
         found = found.once_per(lambda path: path.relative_to(folder).parts[:1])
@@ -94,47 +123,66 @@ def _find(
     if found is None or not found.images:
         raise UserError(f"{readable_name(folder)} is neither a converted data set nor a folder with images")
     for part in iterate_slices(len(found.images), settings.batch_size):
-        rows = [{"name": name, "label": name} for name in map(found.name, found.images[part])]
-        images = [partial(open_picture, path, rule, max_pixels) for path in found.images[part]]
-        requests.append(partial(Inputs, rows, images))
-    return requests, found.counts
+        files = [(found.name(path), path) for path in found.images[part]]
+        requests.append(partial(_read_files, files, rule, max_pixels))
+    return _Found(requests, {"splits": {}, "left_out": found.counts}, _listing(found))
 
 
-def _write(results: Iterator[Encoded], folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes the vectors and the manifest, and returns the latter."""
-    folder.mkdir()
-    first, bad, counts = next(results), [], Counter(image=0, text=0)
+def _listing(found: FoundImages) -> str:
+    digest = hashlib.sha256()
+    for path in found.images:
+        state = path.stat() if path.exists() else None  # a link may lead nowhere
+        digest.update(repr((found.name(path), state and (state.st_size, state.st_mtime_ns))).encode())
+    return digest.hexdigest()
 
-    def tables() -> Iterator[pa.Table]:
-        for found in chain([first], results):
-            lines = [*_lines(found)]
-            counts.update(line["kind"] for line in lines)
-            bad.extend(found.bad)
-            yield pa.Table.from_pylist(lines, schema)
 
-    texts = [pa.field(name, pa.string()) for name in ("id", "kind", "source", "text")]
-    schema = pa.schema([*texts, pa.field("vector", pa.list_(pa.float32(), first.images.shape[1]))])
-    shard = write_tables(tables(), schema, folder / "vectors.parquet")
-    width, identity = first.images.shape[1], first.identity.values
-    manifest = {**identity, **about, "width": width, "counts": dict(counts), "bad": bad, "shards": [asdict(shard)]}
-    write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1))
+def _read_files(files: Sequence[tuple[str, Path]], rule: Rendering | None, max_pixels: int) -> Inputs:
+    rows = [
+        {"name": name, "label": name, "label_name": parent_name(name) or None, "content": _hash_file(path)}
+        for name, path in files
+    ]
+    return Inputs(rows, [partial(open_picture, path, rule, max_pixels) for _, path in files])
+
+
+def _hash_file(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None  # who opens it as an image says why
+
+
+def _write(parts: Sequence[Part], made: Path, target: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes vectors and manifest of a store that is to lie at `target`, and returns the latter."""
+    counts = {kind: sum(part.counts.get(kind, 0) for part in parts) for kind in ("image", "text")}
+    manifest = {
+        ENCODER: dict(parts[0].identity),
+        **about,
+        "width": parts[0].width,
+        "unit": all(part.unit for part in parts),
+        "counts": counts,
+        "bad": [line for part in parts for line in part.bad],
+    }
+    if target.suffix == NPZ:
+        write_npz(pa.concat_tables([part.read() for part in parts]), made)
+        write_text(npz_manifest(target), json.dumps({**manifest, "counts": {"image": counts["image"]}}, indent=1))
+        return manifest
+    made.mkdir()
+    first = parts[0].read()
+    shard = write_tables(_tables(parts), first.schema, made / VECTORS_NAME)
+    manifest["shards"] = [asdict(shard)]
+    write_text(made / MANIFEST_NAME, json.dumps(manifest, indent=1))
     return manifest
+
+
+def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
+    for part in parts:
+        yield part.read()
 
 
 def _summarise(manifest: Mapping[str, Any], place: str) -> str:
     counts, bad = manifest["counts"], "".join(f"\n  left out: {entry}" for entry in manifest["bad"])
     return (
         f"wrote {counts['image']} image and {counts['text']} text vectors of width {manifest['width']}, in "
-        f"{manifest['precision']}, to {place}{bad}"
+        f"{manifest[ENCODER]['precision']}, to {place}{bad}"
     )
-
-
-def _lines(found: Encoded) -> Iterator[dict[str, Any]]:
-    """Yields the row of each image, followed by those of its captions."""
-    for row, vector in zip(found.rows, found.images, strict=True):
-        key = f"{row['split']}/{row['image_id']}" if "split" in row else row["name"]
-        yield {"id": key, "kind": "image", "source": row["name"], "vector": vector}
-        for number, text in enumerate(row.get("captions", ())):
-            if text in found.texts:
-                about = {"id": f"{key}#{number}", "kind": "text", "source": row["name"], "text": text}
-                yield {**about, "vector": found.texts[text]}

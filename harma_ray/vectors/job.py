@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -36,7 +37,7 @@ class Inputs:
     """What is encoded at one go."""
 
     rows: Sequence[Row] = ()
-    """What is known of each image: its ``name``, what messages call it (``label``), ..."""
+    """What is known of each image: its ``name``, what messages call it (``label``), its file's ``content`` hash, ..."""
     images: Sequence[Callable[[], Image.Image]] = ()
     """Open these images; raise UserError."""
     texts: Sequence[str] = ()
@@ -138,10 +139,11 @@ def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int, 
     source = _indexed(path)
     kind = source.split.kind
     held = RowsChunk(np.asarray(rows)).read(source).select([column, *kind.light_columns]).to_pylist()
-    images = [partial(open_image, row.pop(column), max_pixels=max_pixels) for row in held]
-    for row in held:
-        name = row[kind.images[column]]
-        row.update(split=path.name, name=name, label=f"{path}: image {name}")
+    files = [row.pop(column) for row in held]
+    images = [partial(open_image, file, max_pixels=max_pixels) for file in files]
+    for row, file in zip(held, files, strict=True):
+        name, content = row[kind.images[column]], hashlib.sha256(file).hexdigest()
+        row.update(split=path.name, name=name, label=f"{path}: image {name}", content=content)
     return Inputs(held, images, [text for row in held for text in row["captions"]] if captions else ())
 
 

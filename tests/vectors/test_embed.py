@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 
@@ -13,8 +14,10 @@ from harma_ray.errors import UserError
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.step import evaluate_split
+from harma_ray.vectors import parts
 from harma_ray.vectors.embed import embed
 from harma_ray.vectors.job import JobSettings
+from harma_ray.vectors.store import open_store, require_comparable
 
 pytestmark = [
     pytest.mark.ray,
@@ -48,7 +51,8 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_pa
     manifest = json.loads((tmp_path / "vectors" / "manifest.json").read_text())
     assert manifest["counts"] == {"image": 11, "text": 55}
     assert manifest["width"] == 128
-    assert manifest["precision"] == "fp32"
+    assert manifest["encoder"]["precision"] == "fp32"
+    assert manifest["unit"] is True
     with pytest.raises(UserError, match="exists"):
         embed(random_run, scenes, tmp_path / "vectors", JobSettings())
 
@@ -120,3 +124,50 @@ def test_what_could_never_run_is_refused_at_once(random_run, scenes, tmp_path, r
 def test_triplets_are_refused_before_ray_works(random_run, composed, tmp_path, ray_cluster):
     with pytest.raises(UserError, match=r"embed needs images, but .*train holds triplets"):
         embed(random_run, composed, tmp_path / "out", JobSettings(), split="train")
+
+
+def test_a_store_of_either_layout_reads_back_equal_with_classes_and_hashes(random_run, scenes, tmp_path, ray_cluster):
+    split = open_split(scenes, "test")
+    embed(random_run, scenes, tmp_path / "store", JobSettings(4), split="test")
+    embed(random_run, scenes, tmp_path / "store.npz", JobSettings(4), split="test")
+    one, other = open_store(tmp_path / "store"), open_store(tmp_path / "store.npz")
+    torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=0)
+    assert (one.ids, one.sources, one.labels, one.contents) == (other.ids, other.sources, other.labels, other.contents)
+    assert one.identity == other.identity
+    assert one.labels == split.read(["label_name"])["label_name"].to_pylist()
+    assert one.contents == [hashlib.sha256(image).hexdigest() for image in images_of(scenes)]
+    assert one.manifest["splits"] == {"test": split.fingerprint}
+    folder = tmp_path / "images"
+    (folder / "farm").mkdir(parents=True)
+    for name in ("farm/1.png", "2.png"):
+        (folder / name).write_bytes(images_of(scenes)[0])
+    embed(random_run, folder, tmp_path / "folder", JobSettings())
+    third = open_store(tmp_path / "folder")
+    assert (third.ids, third.labels) == (["2.png", "farm/1.png"], [None, "farm"])
+    assert third.contents == [one.contents[0]] * 2
+    require_comparable(one, third)
+
+
+def test_a_job_that_was_cut_off_goes_on_and_gives_what_one_that_was_not_does(
+    random_run, scenes_copy, tmp_path, ray_cluster, monkeypatch
+):
+    monkeypatch.setattr(parts, "_BATCHES", 1)
+    embed(random_run, scenes_copy, tmp_path / "whole", JobSettings(4), split="test")
+    written, write = [], parts._write
+
+    def cut_off(folder, number, found):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(number)
+        return write(folder, number, found)
+
+    monkeypatch.setattr(parts, "_write", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        embed(random_run, scenes_copy, tmp_path / "out", JobSettings(4), split="test")
+    assert not (tmp_path / "out").exists()
+    written.clear()
+    embed(random_run, scenes_copy, tmp_path / "out", JobSettings(4), split="test")
+    assert written == [2]
+    one, other = (pq.read_table(tmp_path / name / "vectors.parquet") for name in ("whole", "out"))
+    assert one.equals(other)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scenes", "whole"]
