@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 
 import harma_ray
-from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, train, tune
+from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, retrieve, train, tune
 from harma_ray.data.image_files import readable_name
 from harma_ray.errors import UserError, WorkerFailed
 
@@ -78,6 +78,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"harma_ray {harma_ray.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, convert, train, tune, evaluate, generate, checkpoint):
+    for command in (demo, convert, train, tune, evaluate, generate, retrieve, checkpoint):
         command.add_commands(commands)
     return parser

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 2000
 _MAX_CLASSES = 40
+_MAX_NUMBERED = 30  # classes, in whose confusion the counts are written
 _MARKERS = "os^Dv"
 _IMAGE, _TEXT, _OTHER = "#3b6fb6", "#d1743a", "#b4bac2"
 _DPI = 110
@@ -78,22 +79,48 @@ def draw_embeddings(
         _clear(axes, f"{len(rows)} images and {len(texts)} captions (no classes in this split)")
         axes.legend(loc="upper right", fontsize=8)
         return to_png(figure)
-    return to_png(_draw_classes((image_points, image_labels), (text_points, text_labels)))
+    return to_png(_draw_classes({"images": (image_points, image_labels), "captions": (text_points, text_labels)}))
 
 
-def _draw_classes(images: tuple[np.ndarray, list], texts: tuple[np.ndarray, list]) -> Figure:
-    """Draws one panel of images and one of captions on the same map; each shows the other kind in grey."""
+def draw_classes(groups: Mapping[str, tuple[Tensor, Sequence[str]]]) -> bytes | None:
+    """Draws vectors on one t-SNE map, a panel for each of one or two groups, coloured by class.
+
+    At most `MAX_POINTS` are drawn, evenly spread over the rows of each group.
+
+    Args:
+        groups: Vectors, fp32[N, E], and the N names of their classes, by what the group is called.
+
+    Returns:
+        A PNG file, or None if there is too little to draw.
+    """
+    most, vectors, labels = MAX_POINTS // len(groups), [], {}
+    for name, (embeddings, names) in groups.items():
+        count = len(embeddings)
+        rows = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+        vectors.append(embeddings.numpy()[rows])
+        labels[name] = [names[row] for row in rows]
+    points = project(np.concatenate(vectors))
+    if points is None:
+        return None
+    parts = np.split(points, np.cumsum([len(part) for part in vectors])[:-1])
+    return to_png(_draw_classes({name: (part, labels[name]) for name, part in zip(labels, parts, strict=True)}))
+
+
+def _draw_classes(groups: Mapping[str, tuple[np.ndarray, list]]) -> Figure:
+    """Draws a panel for each of one or two groups on the same map; it shows the other group in grey."""
     import matplotlib
 
-    counts = Counter(label for label in images[1] if label)
+    counts = Counter(label for label in next(iter(groups.values()))[1] if label)
     shown = sorted(sorted(counts, key=lambda name: (-counts[name], name))[:_MAX_CLASSES])
     palette = matplotlib.colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     style = {name: (palette[i % 20], _MARKERS[i // 20 % len(_MARKERS)]) for i, name in enumerate(shown)}
     num_legend_rows = -(-(len(shown) + 1) // 5)
     figure = new_figure(11.5, 5.6 + 0.19 * num_legend_rows)
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, own, other, title in ((left, images, texts, "images"), (right, texts, images, "captions")):
-        axes.scatter(*other[0].T, s=5, c=_OTHER, linewidths=0, alpha=0.6)
+    panels = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (title, own) in zip(panels, groups.items(), strict=True):
+        others = {name: other for name, other in groups.items() if name != title}
+        for other in others.values():
+            axes.scatter(*other[0].T, s=5, c=_OTHER, linewidths=0, alpha=0.6)
         for name in [None, *shown]:
             colour, marker = style.get(name, ("#6d737b", "x")) if name else ("#6d737b", "x")
             place = [i for i, label in enumerate(own[1]) if (label if label in style else None) == name]
@@ -101,10 +128,38 @@ def _draw_classes(images: tuple[np.ndarray, list], texts: tuple[np.ndarray, list
                 width = 0.8 if marker == "x" else 0
                 axes.scatter(*own[0][place].T, s=16, color=colour, marker=marker, linewidths=width,
                              label=name or "no or other class")  # fmt: skip
-        _clear(axes, f"{len(own[1])} {title} (grey: {'captions' if own is images else 'images'})")
-    handles, names = left.get_legend_handles_labels()
+        _clear(axes, f"{len(own[1])} {title}" + "".join(f" (grey: {name})" for name in others))
+    handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=7.5, frameon=False, markerscale=1.4)
     return figure
+
+
+def draw_confusion(counts: np.ndarray, names: Sequence[str], across: str) -> bytes:
+    """Draws how often queries of each class (rows) got each class (columns), as shares of a row.
+
+    Args:
+        counts: int[N, N].
+        names: N names.
+        across: What the columns are.
+
+    Returns:
+        A PNG file.
+    """
+    size, shares = len(names), counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    figure = new_figure(min(11.5, 3.5 + 0.32 * size), min(11.5, 2.6 + 0.3 * size))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    font = max(3.5, min(9.0, 260 / size))
+    axes.set_xticks(range(size), names, rotation=90, fontsize=font)
+    axes.set_yticks(range(size), names, fontsize=font)
+    if size <= _MAX_NUMBERED:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            ink = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=0.8 * font, color=ink)
+    axes.set_xlabel(across, fontsize=9)
+    axes.set_ylabel("class of the query", fontsize=9)
+    figure.colorbar(image, shrink=0.6).ax.tick_params(labelsize=7)
+    return to_png(figure)
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], metrics: Metrics) -> bytes | None:

@@ -14,68 +14,11 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError, first_few
+from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.retrieval.image_text import chance_recall_at, percentile_intervals, recall_at, resampled_sums
 from harma_ray.retrieval.ranking import Groups, score_chunks, top_k
 
 TOP_KS = (1, 3, 5)
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of queries and of a gallery.
-
-    Attributes:
-        names: N, sorted.
-        queries: int64 [Q], numbers of the queries' classes.
-        gallery: int64 [G], those of the gallery.
-    """
-
-    names: tuple[str, ...]
-    queries: Tensor
-    gallery: Tensor
-
-    @classmethod
-    def of(cls, queries: Sequence[str | None], gallery: Sequence[str | None]) -> Classes:
-        """Numbers the classes of Q queries and G gallery images by name.
-
-        Raises:
-            UserError: There are no queries, an image has no class, or all of the gallery are of one.
-        """
-        if not queries:
-            raise UserError("retrieval by class needs at least one query")
-        for name, labels in (("query", queries), ("gallery", gallery)):
-            without = [str(place) for place, label in enumerate(labels) if not label]
-            if without:
-                raise UserError(
-                    f"every {name} image needs a class, but {len(without)} of {len(labels)} have none (rows "
-                    f"{first_few(without)}); embed class folders, or a data set whose images have labels"
-                )
-        if len(set(gallery)) < 2:
-            shown = f"all {len(gallery)} images are of class `{gallery[0]}`" if gallery else "it is empty"
-            raise UserError(f"retrieval by class needs a gallery of at least two classes, but {shown}")
-        names = sorted({*map(str, queries), *map(str, gallery)})
-        number = {name: place for place, name in enumerate(names)}
-        numbered = [torch.tensor([number[str(label)] for label in labels]) for labels in (queries, gallery)]
-        return cls(tuple(names), *numbered)
-
-    def sizes(self, excluded: Groups | None = None) -> tuple[Tensor, Tensor]:
-        """Returns of each query how many gallery images are of its class, and how many there are; both int64 [Q].
-
-        Args:
-            excluded: Images that are taken out of a query's ranking.
-        """
-        right = torch.bincount(self.gallery, minlength=len(self.names))[self.queries]
-        total = torch.full_like(right, len(self.gallery))
-        if excluded is not None:
-            query, item = excluded.pairs()
-            same = query[self.queries[query] == self.gallery[item]]
-            right = right - torch.bincount(same, minlength=len(right))
-            total = total - excluded.sizes
-        return right, total
-
-    def chosen(self, queries: Tensor) -> Classes:
-        """Returns the classes for some of the queries alone, int64."""
-        return Classes(self.names, self.queries[queries], self.gallery)
 
 
 @dataclass(frozen=True)
@@ -296,11 +239,6 @@ def _checked_sizes(
     return num_right, num_items
 
 
-def same_images(queries: Sequence[Hashable], gallery: Sequence[Hashable]) -> Groups:
-    """Gives each query the gallery images that are the same one, by what tells images apart, such as their hashes."""
-    return Groups.from_keys(queries, gallery)
-
-
 @dataclass(frozen=True)
 class ByClassRetrieval:
     """Embeddings of queries and of a gallery, and how the queries rank it."""
@@ -313,19 +251,8 @@ class ByClassRetrieval:
     """Gallery images that are the query itself."""
     result: ByClassResult
     """Ranks, from which metrics, intervals and chance follow."""
-
-    @staticmethod
-    def of(
-        queries: Tensor,
-        gallery: Tensor,
-        classes: Classes,
-        *,
-        excluded: Groups | None = None,
-        ks: Sequence[int] = TOP_KS,
-    ) -> ByClassRetrieval:
-        """Ranks a gallery; takes what `rank_by_class` does."""
-        result = rank_by_class(queries, gallery, classes, excluded=excluded, ks=ks)
-        return ByClassRetrieval(queries, gallery, excluded, result)
+    rows: Tensor
+    """int64[Q], where the queries stand among all images that they were chosen of."""
 
     @staticmethod
     def leaving_one_out(
@@ -349,8 +276,9 @@ class ByClassRetrieval:
         if not len(kept):
             raise UserError("retrieval by class needs a class with two different images, but none has them")
         if len(kept) < len(embeddings):
-            classes, excluded = classes.chosen(kept), same_images([keys[place] for place in kept.tolist()], keys)
-        return ByClassRetrieval.of(embeddings[kept], embeddings, classes, excluded=excluded, ks=ks)
+            classes, excluded = classes.chosen(kept), excluded.chosen(kept)
+        result = rank_by_class(embeddings[kept], embeddings, classes, excluded=excluded, ks=ks)
+        return ByClassRetrieval(embeddings[kept], embeddings, excluded, result, kept)
 
     def neighbours(self, chosen: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
         """Returns scores, float32, and gallery positions, int64, of the k first images of some queries, the best first.
@@ -359,12 +287,7 @@ class ByClassRetrieval:
             UserError: If a query may find fewer.
         """
         rows = torch.tensor(list(chosen), dtype=torch.int64)
-        excluded = None
-        if self.excluded is not None:
-            bounds = self.excluded.indptr.tolist()
-            excluded = Groups.from_lists(
-                self.excluded.indices[bounds[row] : bounds[row + 1]].tolist() for row in rows.tolist()
-            )
+        excluded = self.excluded.chosen(rows) if self.excluded is not None else None
         return top_k(self.queries[rows], self.gallery, k, excluded=excluded)
 
     def intervals(self) -> dict[str, tuple[float, float]]:

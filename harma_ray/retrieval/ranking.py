@@ -85,6 +85,11 @@ class Groups:
         """Number of items of each query, int64 [Q]."""
         return self.indptr.diff()
 
+    def chosen(self, queries: Tensor) -> "Groups":
+        """The sets of some queries, int64, in their order."""
+        bounds = self.indptr.tolist()
+        return Groups.from_lists(self.indices[bounds[row] : bounds[row + 1]].tolist() for row in queries.tolist())
+
     def pairs(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """All pairs of queries start..stop-1: query index minus `start`, and item index; int64 [P] each."""
         bounds = self.indptr[start : None if stop is None else stop + 1]

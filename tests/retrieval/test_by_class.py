@@ -9,12 +9,11 @@ from harma_ray.errors import UserError
 from harma_ray.retrieval.by_class import (
     ByClassResult,
     ByClassRetrieval,
-    Classes,
     expected_precision,
     judge_neighbours,
     rank_by_class,
-    same_images,
 )
+from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.retrieval.ranking import Groups, top_k
 
 

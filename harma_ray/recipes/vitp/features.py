@@ -22,7 +22,8 @@ from harma_ray.errors import UserError
 from harma_ray.models.internvl.vision import hidden_states, pool
 from harma_ray.models.precision import evaluating
 from harma_ray.recipes.vitp.config import FeatureConfig
-from harma_ray.retrieval.by_class import ByClassResult, Classes, rank_by_class
+from harma_ray.retrieval.by_class import ByClassResult, rank_by_class
+from harma_ray.retrieval.classes import Classes
 from harma_ray.retrieval.encoding import Encoder
 
 if TYPE_CHECKING:

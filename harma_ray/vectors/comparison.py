@@ -1,0 +1,191 @@
+"""Queries of one store compared with the gallery of another, in several ways, and measured by class.
+
+Shapes: Q queries, G gallery images, E embedding width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harma_ray.errors import UserError
+from harma_ray.retrieval.by_class import ByClassResult, ByClassRetrieval, judge_neighbours, rank_by_class
+from harma_ray.retrieval.classes import Classes, same_images
+from harma_ray.retrieval.ranking import Groups, top_k
+from harma_ray.retrieval.spaces import Search, Space, expand_queries, fit_pca, fit_standardisation, fit_whitening
+from harma_ray.vectors.index import Index, IndexKind, build_index, recall_against
+from harma_ray.vectors.store import Store, image_keys, require_comparable
+
+_MAX_CHECKED = 1000
+"""Queries whose neighbours by an approximate index are compared with the exact ones."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for, beside the plain comparison."""
+
+    ks: tuple[int, ...] = (1, 3, 5)
+    """Cut-offs of Top-k."""
+    pca: int | None = None
+    """Components."""
+    whiten: bool = False
+    standardise: bool = False
+    expand: int | None = None
+    """Neighbours by which queries are expanded."""
+    alpha: float | None = None
+    """Exponent of their weights."""
+    index: IndexKind | Literal["exact"] = "exact"
+    """How neighbours are found."""
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.expand is None:
+            raise UserError("`--alpha` weights the images of an expansion; give --expand K too")
+        if self.alpha is not None and self.alpha < 0:
+            raise UserError(f"`--alpha` must be at least 0, got {self.alpha:g}")
+        if len(set(self.ks)) < len(self.ks) or min(self.ks) < 1:
+            raise UserError(f"`--top` must be different numbers from 1, got {' '.join(map(str, self.ks))}")
+        object.__setattr__(self, "ks", tuple(sorted(self.ks)))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compare queries with a gallery."""
+
+    name: str
+    space: Space | None = None
+    """Where they are compared; None: as they are."""
+    expand: int = 0
+    """Neighbours by which queries are expanded."""
+    alpha: float = 0.0
+    """Exponent of their weights."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Unit vectors of queries and gallery, and what is right."""
+
+    queries: Tensor
+    gallery: Tensor
+    classes: Classes
+    excluded: Groups
+    rows: Tensor
+    """int64[Q], the queries' rows in their store."""
+    left_out: Sequence[str]
+    """Images that are no queries, because the gallery has none of their class but themselves."""
+
+    @staticmethod
+    def of(query: Store, gallery: Store) -> Problem:
+        """Compares two stores, or one with itself.
+
+        Raises:
+            UserError: If they cannot be compared, or measured by class.
+        """
+        if query is not gallery:
+            require_comparable(query, gallery)
+        classes = Classes.of(query.labels, gallery.labels)
+        keys, gallery_keys = image_keys(query, gallery)
+        excluded = same_images(keys, gallery_keys)
+        has_right = classes.sizes(excluded)[0] > 0
+        rows, without = has_right.nonzero()[:, 0], (~has_right).nonzero()[:, 0].tolist()
+        if not len(rows):
+            raise UserError(f"no query of {query.path} has another image of its class in the gallery {gallery.path}")
+        left_out = [query.ids[row] for row in without]
+        if left_out:
+            classes, excluded = classes.chosen(rows), excluded.chosen(rows)
+        units = gallery.units()
+        own = units if query is gallery else query.units()
+        return Problem(own[rows], units, classes, excluded, rows, left_out)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a method found."""
+
+    retrieval: ByClassRetrieval
+    notes: Sequence[str]
+    """Of its index."""
+
+    @property
+    def result(self) -> ByClassResult:
+        """Its ranks."""
+        return self.retrieval.result
+
+
+def choose_methods(problem: Problem, wanted: Wanted) -> list[Method]:
+    """Returns the plain comparison and those asked for, with their spaces fitted on the gallery.
+
+    Raises:
+        UserError: If there are more components or neighbours than the gallery allows.
+    """
+    smallest = int(problem.classes.sizes(problem.excluded)[1].min())
+    for name, count in (("--top", max(wanted.ks)), ("--expand", 1 if wanted.expand is None else wanted.expand)):
+        if not 1 <= count <= smallest:
+            raise UserError(f"`{name}` must lie in 1..{smallest}, the images that a query may find, but got {count}")
+    methods, gallery = [Method("plain")], problem.gallery
+    if wanted.pca is not None:
+        methods.append(Method(f"PCA {wanted.pca}", fit_pca(gallery, wanted.pca)))
+    if wanted.whiten:
+        space = fit_whitening(gallery, wanted.pca)
+        methods.append(Method(f"whitened {space.width}", space))
+    if wanted.standardise:
+        methods.append(Method("standardised", fit_standardisation(gallery)))
+    if wanted.expand:
+        methods.append(Method(f"expanded {wanted.expand}", expand=wanted.expand))
+        if wanted.alpha is not None:
+            name = f"expanded {wanted.expand}, alpha {wanted.alpha:g}"
+            methods.append(Method(name, expand=wanted.expand, alpha=wanted.alpha))
+    return methods
+
+
+def measure(problem: Problem, method: Method, wanted: Wanted) -> Measured:
+    """Searches in the way of a method.
+
+    Raises:
+        UserError: If no index can be built.
+    """
+    queries, gallery, notes = problem.queries, problem.gallery, []
+    if method.space:
+        queries, gallery = method.space(queries), method.space(gallery)
+    started = time.perf_counter()
+    index = None if wanted.index == "exact" else build_index(wanted.index, gallery)
+    built = time.perf_counter() - started
+    if method.expand:
+        queries = expand_queries(
+            queries, gallery, method.expand, alpha=method.alpha, excluded=problem.excluded, search=_search_by(index)
+        )
+    if index is None:
+        result = rank_by_class(queries, gallery, problem.classes, excluded=problem.excluded, ks=wanted.ks)
+    else:
+        started = time.perf_counter()
+        scores, items = index.search(queries, max(wanted.ks), excluded=problem.excluded)
+        seconds = time.perf_counter() - started
+        result = judge_neighbours(scores, items, problem.classes, excluded=problem.excluded, ks=wanted.ks)
+        each = f"{1000 * seconds / len(queries):.2g} ms a query"
+        notes = [f"index {index.kind}{f' ({index.note})' if index.note else ''}, built in {built:.1f} s, {each}"]
+        if not index.is_exact:
+            notes.append(_tell_recall(problem, queries, gallery, items))
+    return Measured(ByClassRetrieval(queries, gallery, problem.excluded, result, problem.rows), notes)
+
+
+def _search_by(index: Index | None) -> Search:
+    if index is None:
+        return top_k
+
+    def search(queries: Tensor, gallery: Tensor, k: int, *, excluded: Groups | None = None) -> tuple[Tensor, Tensor]:
+        return index.search(queries, k, excluded=excluded)
+
+    return search
+
+
+def _tell_recall(problem: Problem, queries: Tensor, gallery: Tensor, items: Tensor) -> str:
+    """Compares what an approximate index found with what a flat one does, for some of the queries."""
+    count, k = min(len(queries), _MAX_CHECKED), items.shape[1]
+    rows = torch.linspace(0, len(queries) - 1, count).round().long()
+    excluded = problem.excluded.chosen(rows)
+    exact = build_index("flat", gallery).search(queries[rows], k, excluded=excluded)[1]
+    return f"recall@{k} against flat {recall_against(items[rows], exact):.1f} %, of {count:,} queries"
