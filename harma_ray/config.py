@@ -30,11 +30,11 @@ _Beta = Annotated[float, Field(ge=0, lt=1)]
 class OnDisk:
     """Marks a setting of a model that may be a path; what has no suffix and does not exist is a name."""
 
-    kind: Literal["file", "folder"]
+    kind: Literal["file", "folder", "either"]
 
     def is_there(self, path: Path) -> bool:
         """Tells whether a path is one of these."""
-        return path.is_file() if self.kind == "file" else path.is_dir()
+        return (self.kind != "folder" and path.is_file()) or (self.kind != "file" and path.is_dir())
 
 
 @dataclass(frozen=True)

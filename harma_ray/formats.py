@@ -7,15 +7,17 @@ exported, for every recipe alike (`harma_ray.import_export`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
 from harma_ray.models.foreign import ForeignWeights
+from harma_ray.models.internvl.files import Extraction, Layout
 from harma_ray.task import StoredRun
 
 
@@ -35,6 +37,8 @@ class Reading:
     """Whether the model's CLIP is written into the run's folder."""
     knows_activation: bool = True
     """Whether it is known which activation this CLIP was trained with."""
+    use: Sequence[str] = ("evaluate", "--data", "DATA")
+    """A command for such a run, which is named behind it."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class ForeignFormat(ABC):
 
     settings: type[RunConfig]
     """Of runs that are written in this format."""
-    mark: str = ""
-    """A tensor that its models have and nothing else; empty: they are found as CLIPs."""
+    marks: Sequence[str] = ()
+    """Tensors one of which its models have, and nothing else; none: they are found as CLIPs."""
     part: str = ""
     """What of a model a file holds, if that goes on top of a CLIP which is given beside it; empty: all of it."""
 
@@ -69,9 +73,17 @@ class ForeignFormat(ABC):
     def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
         """Returns a file's weights under the names of the paper's program, if it is one of these, else None."""
 
+    def claim_folder(self, folder: Path) -> ForeignWeights | None:
+        """Returns the names and shapes of a folder's tensors if it is one of these, else None; none is by default.
+
+        Raises:
+            UserError: If it is, but its files are damaged or do not agree.
+        """
+        return None
+
     @abstractmethod
     def describe(self, weights: ForeignWeights) -> str:
-        """Says in a line what a file is."""
+        """Says in a line what a file, or a folder, is."""
 
     def sizes(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """Returns lines on the sizes of what the paper adds, under its program's names or this one's."""
@@ -109,3 +121,17 @@ class ForeignFormat(ABC):
         Raises:
             UserError: If the paper's program could not read it right.
         """
+
+    def write_vision(self, model: Any, folder: Path, layout: Layout, dtype: torch.dtype) -> Extraction:
+        """Writes the vision transformer of a run's model alone into a folder, for recipes that have one.
+
+        Args:
+            model: The model.
+            folder: Is made; its configuration and weights are written into it.
+            layout: Whose names they have.
+            dtype: Of the numbers.
+
+        Raises:
+            UserError: If the layout has no place for what the transformer has.
+        """
+        raise NotImplementedError

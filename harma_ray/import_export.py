@@ -39,7 +39,7 @@ from harma_ray.training.checkpoint import (
 EXPORTS = ("released", "adapter", "open_clip")
 BACKBONE_NAME = "backbone.safetensors"
 """The file of a CLIP in the folder of what was imported."""
-_MARKS = (CLIP_MARK, *(known.mark for known in FORMATS if known.mark))
+_MARKS = (CLIP_MARK, *(mark for known in FORMATS for mark in known.marks))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def import_checkpoint(
     What a recipe's format knows becomes a run, another CLIP a backbone file.
 
     Args:
-        file: What to read; nothing in it is executed.
+        file: What to read, a file or a folder; nothing in it is executed.
         config: Settings of the recipe it belongs to; sizes are taken from the file.
         out: Folder to make; written whole or not at all.
         clip: The CLIP that a part of a model was trained on: a run, a file, or a tag; see `ForeignFormat.read`.
@@ -131,7 +131,7 @@ def import_checkpoint(
     path, folder = Path(file).expanduser(), output_path(out)
     if folder.exists():
         raise UserError(f"{folder} exists; choose another --out")
-    known, weights = _recognised(read_foreign(path, _MARKS, section=section))
+    known, weights = _find(path, section)
     if clip is not None and not (known and known.part):
         parts = " or ".join(other.part for other in FORMATS if other.part)
         raise UserError(f"`--clip` is for {parts}, which {path} is not; leave it out")
@@ -157,16 +157,17 @@ def import_checkpoint(
 
 def _make_run(folder: Path, found: Reading) -> Imported:
     """Makes the folder of a run of a model that was read."""
-    config, clip = found.config, found.model.clip
+    config = found.config
     with making(folder) as made:
         run = create_run(made.parent, made.name, config)
         if found.keeps_clip:
+            clip = found.model.clip
             assert isinstance(clip, nn.Module)
             save_clip(clip, made / BACKBONE_NAME, says_activation=found.knows_activation)
         meta = CheckpointMeta(0, 0, {}, {}, config_hash(config), config.recipe, found.backbone)
         save_checkpoint(run.path, meta, found.model, {})
-    way_on = launch_command("evaluate", "--run", folder, "--data", "DATA")
-    return Imported(folder, f"{found.text}\nuse it with {way_on}")
+    command, *rest = found.use
+    return Imported(folder, f"{found.text}\nuse it with {launch_command(command, '--run', folder, *rest)}")
 
 
 def load_model(file: str | Path | None, config: Any) -> nn.Module:
@@ -174,7 +175,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
 
     Args:
         file: A run's folder (its best checkpoint), a checkpoint's folder, an adapter file (``.safetensors``), or a
-            file that a recipe's format knows. None = no file: the recipe's backbone as it is, see
+            file or folder that a recipe's format knows. None = no file: the recipe's backbone as it is, see
             `Task.baseline_model`.
         config: Settings that the weights were trained with.
 
@@ -198,7 +199,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
         model = task.new_model()
         load_weights(path, model, backbone=task.backbone.fingerprint(model))
         return model.eval()
-    known, weights = _recognised(read_foreign(path, _MARKS))
+    known, weights = _find(path)
     if known:
         return known.load(weights, config).eval()
     if weights.mark == CLIP_MARK:
@@ -249,10 +250,13 @@ def describe_file(path: str | Path) -> str:
             f"checkpoint {path} of recipe {meta.recipe}, epoch {meta.epoch:g}, step {meta.step}",
             f"metrics     {figures or 'none'}",
             f"backbone    fingerprint {meta.backbone[:12]}",
-            _describe_tensors(read_foreign(path / WEIGHTS_NAME).tensors),
+            _describe_tensors(read_foreign(path / WEIGHTS_NAME).tensors if meta.trainable else {}),
         ])  # fmt: skip
-    if any(path.glob("model*.safetensors")):
-        return f"Hugging Face folder {path}\nweights     fingerprint {folder_fingerprint(path)[:12]}"
+    known = _claimed_folder(path)
+    if known or any(path.glob("model*.safetensors")):
+        title = _describe_weights(*known) if known else f"Hugging Face folder {path}"
+        of_files = any(path.glob("model*.safetensors"))
+        return title + (f"\nweights     fingerprint {folder_fingerprint(path)[:12]}" if of_files else "")
     if path.is_dir() or not path.exists():
         raise UserError(
             f"{path} does not exist, or is a folder that is neither a run, a checkpoint nor of Hugging Face"
@@ -281,7 +285,7 @@ def _describe_weights(known: ForeignFormat | None, weights: ForeignWeights) -> s
         activation = {None: "not told by the file", True: "quick GELU", False: "GELU"}[weights.quick_gelu]
         source = f" (it {weights.activation_source})" if weights.activation_source else ""
         lines.append(f"activation  {activation}{source}")
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in state.items() if not tensor.is_meta and not torch.isfinite(tensor).all()]
     lines += [f"BROKEN      NaN or infinity in {len(broken)} tensors, such as {broken[0]}"] if broken else []
     return "\n".join([title, _describe_tensors(state), *lines])
 
@@ -291,6 +295,22 @@ def _describe_tensors(state: Mapping[str, Tensor]) -> str:
     kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
     lines = [f"tensors     {len(state)}, {sum(tensor.numel() for tensor in state.values()):,} numbers ({kinds})"]
     return "\n".join([*lines, *(line for known in FORMATS for line in known.sizes(state))])
+
+
+def _find(path: Path, section: str = "") -> tuple[ForeignFormat | None, ForeignWeights]:
+    """Returns what `_recognised` does, of a file or a folder; of a folder it is names and shapes alone."""
+    if not path.is_dir():
+        return _recognised(read_foreign(path, _MARKS, section=section))
+    if section or not (found := _claimed_folder(path)):
+        folders = "a Hugging Face folder of an InternVL or InternViT, which has no sections"
+        raise UserError(f"{path} must be a file of weights, or {folders}")
+    return found
+
+
+def _claimed_folder(path: Path) -> tuple[ForeignFormat, ForeignWeights] | None:
+    """Returns the recipe's format that a folder has, and its tensors."""
+    claims = ((known, known.claim_folder(path)) for known in FORMATS)
+    return next(((known, claimed) for known, claimed in claims if claimed is not None), None)
 
 
 def _recognised(weights: ForeignWeights) -> tuple[ForeignFormat | None, ForeignWeights]:

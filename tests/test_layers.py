@@ -20,7 +20,7 @@ LAYERS = [
     ["recipes.harma", "recipes.clip4cir"],
     ["recipes"],
     ["runs", "tune.space"],
-    ["preflight", "import_export", "api"],
+    ["preflight", "import_export", "extraction", "api"],
     ["on_ray"],
     ["vectors", "tune"],
     ["tune.report"],

@@ -1,4 +1,4 @@
-"""``checkpoint import``, ``export`` and ``show``."""
+"""``checkpoint import``, ``export``, ``extract-vit`` and ``show``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from harma_ray.cli import shared
 
 
 def add_commands(commands: shared.Commands) -> None:
-    """Adds ``checkpoint import``, ``export`` and ``show``."""
-    parser = commands.add_parser("checkpoint", help="import, export or show weights", description="Weights of others.")
+    """Adds ``checkpoint`` and its verbs."""
+    parser = commands.add_parser(
+        "checkpoint", help="import, export, take apart or show weights", description="Weights of others."
+    )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    text = "Turn a file that a paper's program, GeoRSCLIP or open_clip wrote into a run or a backbone file."
-    made = shared.make_command(verbs, "import", _import, text)
-    made.add_argument("file", help=".pth, .pt or .safetensors")
+    text = "Turn a file that a paper's program, GeoRSCLIP or open_clip wrote, or a folder of InternVL, into a run or a "
+    made = shared.make_command(verbs, "import", _import, f"{text}backbone file.")
+    made.add_argument("file", help=".pth, .pt, .bin or .safetensors; or a Hugging Face folder of an InternVL or of its "
+                      "vision transformer alone")  # fmt: skip
     made.add_argument("--recipe", required=True, help="recipe that the weights belong to")
     made.add_argument("--out", required=True, help="folder to make")
     made.add_argument("--clip", metavar="FILE", help="for a part of a model: the CLIP that it was trained on; a file, "
@@ -25,6 +28,16 @@ def add_commands(commands: shared.Commands) -> None:
     made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip"], help="layout")
     made.add_argument("--out", required=True, help="file to write")
     made.add_argument("--overwrite", action="store_true", help="replace the file")
+    shared.add_metric(made)
+    text = "Write the vision transformer of a run's best model alone, as a Hugging Face folder."
+    made = shared.make_command(verbs, "extract-vit", _extract, text)
+    made.add_argument("--run", required=True, help="folder of the run")
+    made.add_argument("--out", required=True, help="folder to make")
+    made.add_argument("--layout", choices=["hf", "original"], default="hf", help="names of the tensors: those of "
+                      "transformers (hf, the default), or those of InternVL's own code, as ViTP's extract_vit has "
+                      "them")  # fmt: skip
+    made.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the numbers (default: fp32, in "
+                      "which they were trained; ViTP's extract_vit writes bf16)")  # fmt: skip
     shared.add_metric(made)
     made = shared.make_command(verbs, "show", _show, "Print what a file or folder is.")
     made.add_argument("path", help="file, checkpoint folder or run folder")
@@ -48,6 +61,14 @@ def _export(options: argparse.Namespace) -> None:
         open_run(options.run), options.format, options.out, metric=options.metric, overwrite=options.overwrite
     )
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _extract(options: argparse.Namespace) -> None:
+    from harma_ray.extraction import extract_vision
+    from harma_ray.runs import open_run
+
+    run = open_run(options.run)
+    print(extract_vision(run, options.out, layout=options.layout, dtype=options.dtype, metric=options.metric))
 
 
 def _show(options: argparse.Namespace) -> None:

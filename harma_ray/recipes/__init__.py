@@ -18,6 +18,7 @@ from harma_ray.recipes.harma import config as harma_config
 from harma_ray.recipes.harma.released import HarmaFile
 from harma_ray.recipes.harma.task import HarmaTask
 from harma_ray.recipes.vitp import config as vitp_config
+from harma_ray.recipes.vitp.released import InternVLFile
 from harma_ray.recipes.vitp.task import VitpTask
 from harma_ray.settings import build_config, load_yaml
 from harma_ray.task import Task
@@ -36,8 +37,8 @@ _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
     vitp_config.VitpConfig: VitpTask,
 }
 
-FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile())
-"""The files of other programs, asked in this order."""
+FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile(), InternVLFile())
+"""The files and folders of other programs, asked in this order."""
 
 
 SUBMISSIONS: Sequence[Submission] = (CIRR_TEST,)

@@ -15,8 +15,14 @@ from harma_ray.errors import UserError
 from harma_ray.models.backbones import RANDOM, Backbone
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.internvl.configs import SIZES, internvl_config, require_transformers
-from harma_ray.models.internvl.files import build_empty, read_internvl, weight_files
-from harma_ray.models.internvl.layouts import UNKNOWN_TOKEN, read_config
+from harma_ray.models.internvl.files import build_empty, files_of, read_internvl, read_vision, weight_files
+from harma_ray.models.internvl.layouts import (
+    CONFIG,
+    UNKNOWN_TOKEN,
+    check_same_vision,
+    read_config,
+    read_vision_config,
+)
 from harma_ray.models.internvl.marks import IMAGE_TOKEN, TURN_END
 from harma_ray.models.internvl.tokens import make_room, read_tokenizer, with_special_tokens
 from harma_ray.models.internvl.vision import IMAGENET_MEAN, IMAGENET_STD
@@ -40,13 +46,16 @@ class InternVLBackbone(Backbone):
     """Draws random weights."""
     make_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
     """Makes the tokenizer of random weights, always the same; a folder has its own."""
+    vision: str = ""
+    """Folder or file of a vision transformer that takes the place of the model's own; empty: none."""
 
     @property
     def name(self) -> str:
         """The size and the weights."""
+        vision = f", vision transformer of {self.vision}" if self.vision else ""
         if self._is_random:
-            return f"InternVL {self.size}, random of seed {self.seed}"
-        return f"InternVL, {self.pretrained}"
+            return f"InternVL {self.size}, random of seed {self.seed}{vision}"
+        return f"InternVL, {self.pretrained}{vision}"
 
     @property
     def image_size(self) -> int:
@@ -75,10 +84,11 @@ class InternVLBackbone(Backbone):
         """Returns transformers' model in fp32, all parameters trainable."""
         tokenizer, num_new = self._tokenizer
         if self._is_random:
-            model = self._draw()
+            model = self._with_vision(self._draw())
         else:
-            folder = Path(self.pretrained).expanduser()
-            model: Any = built_from([*weight_files(folder), folder / "config.json"], self._load)
+            paths = [Path(path).expanduser() for path in (self.pretrained, self.vision) if path]
+            files = [file for path in paths for file in files_of(path)]
+            model: Any = built_from(files, lambda: self._with_vision(self._load()))
             make_room(model, len(tokenizer), num_new)
         end = tokenizer.convert_tokens_to_ids(TURN_END)
         model.generation_config.eos_token_id = tokenizer.eos_token_id if end in (None, tokenizer.unk_token_id) else end
@@ -99,18 +109,21 @@ class InternVLBackbone(Backbone):
         return fingerprint_as_built(getattr(model, "core", model))
 
     def check(self) -> None:
-        """Raises UserError if transformers, the size, the folder, its configuration or its tokenizer is missing."""
+        """Raises UserError if transformers, the size, a folder, its configuration or its tokenizer is missing.
+
+        A vision transformer that says that it is another than the model's is refused, too.
+        """
         require_transformers()
-        if self._is_random:
-            if self.size not in SIZES:
-                raise UserError(f"the size of a random InternVL must be one of {', '.join(SIZES)}, got {self.size!r}")
-            if self.make_tokenizer is None:
-                raise UserError(
-                    "a random InternVL needs a tokenizer, which this recipe has not; give pretrained=FOLDER"
-                )
-            return
-        weight_files(Path(self.pretrained).expanduser())
+        if not self._is_random:
+            weight_files(Path(self.pretrained).expanduser())
         self.tokenizer()
+        if not self.vision:
+            return
+        path = Path(self.vision).expanduser()
+        config = files_of(path)[-1]
+        if config.name == CONFIG:
+            wanted: Any = self._config.vision_config
+            check_same_vision(read_vision_config(config.parent), wanted, str(path))
 
     def require_named(self, recipe: str) -> None:
         """Raises UserError if nobody said which weights it has."""
@@ -122,7 +135,8 @@ class InternVLBackbone(Backbone):
 
     def notes(self) -> tuple[str, ...]:
         """Returns what is done to make the folder's weights a model's."""
-        return () if self._is_random else read_internvl(Path(self.pretrained).expanduser(), data=False)[2]
+        own = () if self._is_random else read_internvl(Path(self.pretrained).expanduser(), data=False)[2]
+        return (*own, f"its vision transformer is that of {self.vision}") if self.vision else own
 
     @property
     def _is_random(self) -> bool:
@@ -132,7 +146,6 @@ class InternVLBackbone(Backbone):
     def _config(self) -> InternVLConfig:
         if not self._is_random:
             return self._folder_config
-        self.check()
         tokenizer: Any = self.tokenizer()
         return internvl_config(SIZES[self.size], len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
@@ -145,9 +158,13 @@ class InternVLBackbone(Backbone):
         """The tokenizer, and how many tokens were added to it."""
         require_transformers()
         if self._is_random:
-            self.check()
-            found: Any = self.make_tokenizer() if self.make_tokenizer else None
-            return with_special_tokens(found), 0
+            if self.size not in SIZES:
+                raise UserError(f"the size of a random InternVL must be one of {', '.join(SIZES)}, got {self.size!r}")
+            if self.make_tokenizer is None:
+                raise UserError(
+                    "a random InternVL needs a tokenizer, which this recipe has not; give pretrained=FOLDER"
+                )
+            return with_special_tokens(self.make_tokenizer()), 0
         found = read_tokenizer(Path(self.pretrained).expanduser())
         before = len(found)
         tokenizer: Any = with_special_tokens(found)
@@ -177,4 +194,13 @@ class InternVLBackbone(Backbone):
         config.image_token_id = self._config.image_token_id
         model = build_empty(config)
         model.load_state_dict(state)
+        return model
+
+    def _with_vision(self, model: Any) -> Any:
+        """Returns the model, with the vision transformer of its own file if it has one."""
+        if self.vision:
+            tower, path = model.model.vision_tower, Path(self.vision).expanduser()
+            config, tensors, _ = read_vision(path, tower.config)
+            check_same_vision(config, tower.config, str(path))
+            tower.load_state_dict(tensors)
         return model

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TRANSLATED = "names of InternVL's own code translated"
 """Note of what was read."""
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+"""As safetensors calls them."""
 _HEAD, _EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 Layout = Literal["hf", "original"]
 """``hf``: names of transformers' `InternVLVisionModel`; ``original``: of `InternVisionModel` in InternVL's own code."""
@@ -142,6 +144,26 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} must hold weights in {' or '.join(_WEIGHTS)}, or in several files with an index")
 
 
+def files_of(path: Path) -> list[Path]:
+    """Returns all files that `read_internvl` or `read_vision` read: weights, and the configuration beside them.
+
+    Raises:
+        UserError: If weights are missing.
+    """
+    files = [path] if path.is_file() else weight_files(path)
+    config = files[0].parent / CONFIG
+    return [*files, *([config] if config.is_file() else [])]
+
+
+def read_outline(folder: Path) -> dict[str, Tensor]:
+    """Returns the names, shapes and dtypes of a folder's tensors as its files have them, on the meta device.
+
+    Raises:
+        UserError: If a file is missing or damaged, or holds code.
+    """
+    return _read_tensors(weight_files(folder), False)
+
+
 def build_empty(config: InternVLConfig, *, draw: bool = False) -> InternVLForConditionalGeneration:
     """Returns transformers' model in fp32, on torch's default device, its weights drawn by torch's generator or not."""
     from transformers import InternVLForConditionalGeneration
@@ -238,10 +260,14 @@ def _is_plain(content: Any) -> bool:
 
 
 def _outline(file: Path) -> dict[str, Tensor]:
-    """Returns names and shapes of a safetensors file."""
+    """Returns names, shapes and dtypes of a safetensors file."""
     try:
         with safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
-            return {name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names}
+            parts = {name: opened.get_slice(name) for name in names}
+            return {
+                name: torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype()), device="meta")
+                for name, part in parts.items()
+            }
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is cut off or damaged; fetch it again") from error

@@ -48,8 +48,8 @@ _SAVED: Names = (
 """As transformers writes names to files, and as it calls them in memory."""
 ORIGINAL_VISION, NATIVE_VISION = "vision_model.", "model.vision_tower."
 """What stands before the vision transformer's names in a whole model."""
-VISION_MARKS = ("embeddings.class_embedding", "embeddings.cls_token")
-"""A tensor that every vision transformer has, in the original and in transformers."""
+VISION_MARKS = ("encoder.layers.0.ls1", "encoder.layer.0.lambda_1")
+"""A tensor that every InternViT has, in the original and in transformers; a CLIP has none of these names."""
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 

@@ -38,6 +38,8 @@ _ORIGINAL_VISION = {
     "initializer_factor": 0.1,
 }
 """What the original's `InternVisionConfig` takes for what a file leaves out: InternViT-6B."""
+_MODEL_TYPES = ("internvl", "internvl_chat", "internvl_vision", "intern_vit_6b")
+"""As transformers and the original call whole models and vision transformers."""
 _RENAMED = {
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
@@ -60,6 +62,15 @@ _SPOKEN = {
     "layer_norm_eps": "epsilon of the norms",
 }
 """Settings of a vision transformer that make weights fit or mean something else."""
+
+
+def is_internvl(folder: Path) -> bool:
+    """Tells whether a folder says that it holds an InternVL or an InternViT, in either layout."""
+    try:
+        settings = json.loads((folder / CONFIG).read_text("utf-8"))
+        return settings.get("model_type") in _MODEL_TYPES
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def read_config(folder: Path) -> InternVLConfig:
@@ -141,6 +152,23 @@ def check_tensors(config: InternVLVisionConfig, tensors: Mapping[str, Tensor], s
         config: What is said of them.
         tensors: Under transformers' names; their shapes suffice.
         source: Names their origin.
+
+    Raises:
+        UserError: If so, or they are none of an InternViT.
+    """
+    found, said = vision_facts(tensors, source), config.to_dict()
+    _require_equal({name: (value, said[name]) for name, value in found.items()}, source, "its configuration's")
+
+
+def vision_facts(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """Returns what a vision transformer's tensors show of its settings, under transformers' names.
+
+    Args:
+        tensors: Under transformers' names; their shapes suffice.
+        source: Names their origin.
+
+    Raises:
+        UserError: If they are none of an InternViT.
     """
     first = "encoder.layer.0."
     kernel, positions = (
@@ -151,7 +179,7 @@ def check_tensors(config: InternVLVisionConfig, tensors: Mapping[str, Tensor], s
         raise UserError(f"{source} must hold an InternViT, but lacks its patch embedding, positions or first layer")
     side = round((positions.shape[1] - 1) ** 0.5) * kernel.shape[-1]
     numbers = {int(name.split(".")[2]) for name in tensors if name.startswith("encoder.layer.")}
-    found = {
+    return {
         "hidden_size": kernel.shape[0],
         "num_hidden_layers": len(numbers),
         "intermediate_size": inner.shape[0],
@@ -163,8 +191,6 @@ def check_tensors(config: InternVLVisionConfig, tensors: Mapping[str, Tensor], s
         "norm_type": "layer_norm" if f"{first}layernorm_before.bias" in tensors else "rms_norm",
         "use_mean_pooling": "layernorm.weight" not in tensors,
     }
-    said = config.to_dict()
-    _require_equal({name: (value, said[name]) for name, value in found.items()}, source, "its configuration's")
 
 
 def _require_equal(pairs: Mapping[str, tuple[Any, Any]], source: str, other: str) -> None:

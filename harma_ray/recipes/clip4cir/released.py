@@ -32,11 +32,11 @@ _TRAINED_ON = "trained_on"
 class Clip4CirFile(ForeignFormat):
     """A Combiner, which is one with the CLIP that it was trained on; written, a fine-tuned CLIP as well."""
 
-    settings, mark, part = Clip4CirConfig, "combiner_layer.weight", "a Combiner"
+    settings, marks, part = Clip4CirConfig, ("combiner_layer.weight",), "a Combiner"
 
     def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
         """Returns a Combiner as it is."""
-        return weights if weights.mark == self.mark else None
+        return weights if weights.mark in self.marks else None
 
     def describe(self, weights: ForeignWeights) -> str:
         """Says its sizes."""

@@ -19,6 +19,7 @@ from harma_ray.config import (
     TrainConfig,
 )
 from harma_ray.data.chat import SYSTEM_PROMPT
+from harma_ray.models.backbones import RANDOM
 
 Criterion = Literal["loss", "top_1"]
 Preset = Literal["paper", "released", "guide", "none"]
@@ -32,6 +33,9 @@ class ModelConfig:
     """Sizes of a model that is drawn; a folder says its own."""
     pretrained: Annotated[str, OnDisk("folder")] = ""
     """Folder of a model, in InternVL's own layout or transformers', or ``random``."""
+    vision: Annotated[str, OnDisk("either")] = ""
+    """Folder or file of a vision transformer of the same sizes to start from, alone or in a whole model; empty: the
+    model's own."""
     freeze_vision: bool = False
     """Keep the vision transformer as it is."""
     freeze_vision_layers: Count = 0
@@ -49,6 +53,12 @@ class ModelConfig:
     """Keep only layer inputs for the backward pass: about a third more time, far less memory."""
     parallel: Annotated[Literal["ddp", "fsdp2"], Incidental()] = "ddp"
     """Whether each of several workers holds the whole model, or a part of every layer; checkpoints are the same."""
+
+    @property
+    def knows_no_answers(self) -> bool:
+        """Whether all but the vision transformer is drawn and stays as it is."""
+        is_frozen = self.freeze_projector and self.freeze_language_model and self.freeze_output_head
+        return is_frozen and self.pretrained in ("", RANDOM)
 
 
 @dataclass(frozen=True, kw_only=True)

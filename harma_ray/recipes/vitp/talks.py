@@ -171,7 +171,7 @@ def reader_of(config: VitpConfig) -> TalkReader:
 def backbone_of(config: VitpConfig) -> InternVLBackbone:
     """Returns the model that a run starts from."""
     model = config.model
-    return InternVLBackbone(model.pretrained, model.architecture, config.seed, vocabulary)
+    return InternVLBackbone(model.pretrained, model.architecture, config.seed, vocabulary, model.vision)
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,6 +18,7 @@ from harma_ray.data.kinds.talks import IMAGE_MARK, TALKS, Turn
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream, Worker
+from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.models.internvl.groups import parameter_groups
 from harma_ray.models.internvl.marks import IGNORED
@@ -146,6 +147,11 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
 
         @evaluating(precision, torch.device(device))
         def answer(question: str, images: Sequence[Image.Image], max_tokens: int) -> str:
+            if self.config.model.knows_no_answers:
+                raise UserError(
+                    "this model answers nothing: all but its vision transformer is drawn and was never trained; import "
+                    "it anew with the rest of a model, --set model.pretrained=FOLDER"
+                )
             marks = "" if IMAGE_MARK in question else f"{IMAGE_MARK}\n" * len(images)
             sample = reader.ask([Turn("human", marks + question)], images, None)
             batch = TalkTransform(reader, training=False).collate([sample])

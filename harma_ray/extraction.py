@@ -1,0 +1,79 @@
+"""The vision transformer of a trained model taken out, for programs that have no use for the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from harma_ray.errors import UserError
+from harma_ray.files import making, output_path
+from harma_ray.formats import ForeignFormat
+from harma_ray.models.fingerprints import folder_fingerprint
+from harma_ray.models.internvl.files import Layout
+from harma_ray.recipes import FORMATS
+from harma_ray.runs import Run
+from harma_ray.training.checkpoint import read_meta
+
+REPORT_NAME = "extraction.json"
+"""What was taken from where, in the folder that is written."""
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def extract_vision(
+    run: Run,
+    out: str | Path,
+    *,
+    layout: Layout = "hf",
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    metric: str | None = None,
+) -> str:
+    """Writes the vision transformer of a run's best model alone, with a list of what was kept and what dropped.
+
+    Args:
+        run: The run.
+        out: Folder to make; written whole or not at all.
+        layout: ``hf``, names and configuration of transformers; ``original``, those of InternVL's own code.
+        dtype: Of the numbers.
+        metric: What the best model is the best by; None = the recipe's objective.
+
+    Returns:
+        A summary for the user.
+
+    Raises:
+        UserError: If the recipe's models have no vision transformer of their own, the run has no checkpoint, the layout
+            has no place for what the transformer has, or the folder exists or cannot be written.
+    """
+    folder = output_path(out)
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another --out")
+    own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
+    if own is None or type(own).write_vision is ForeignFormat.write_vision:
+        raise UserError(
+            f"run {run.path} is of recipe {run.config.recipe}, whose models have no vision transformer of their own to "
+            "take out; export the model with launch.py checkpoint export"
+        )
+    checkpoint = run.best_checkpoint(metric)
+    model = run.load_model(metric)
+    with making(folder) as made:
+        found = own.write_vision(model, made, layout, _DTYPES[dtype])
+        fingerprint = folder_fingerprint(made)
+        report = {
+            "run": str(run.path),
+            "recipe": run.config.recipe,
+            "checkpoint": checkpoint.name,
+            "metrics": read_meta(checkpoint).metrics,
+            "layout": layout,
+            "dtype": dtype,
+            "fingerprint": fingerprint,
+            "kept": found.kept,
+            "dropped": found.dropped,
+        }
+        (made / REPORT_NAME).write_text(json.dumps(report, indent=1), "utf-8")
+    return (
+        f"wrote {folder}: the vision transformer of {run.path}, {checkpoint.name}, in {dtype}, layout {layout}\n"
+        f"{len(found.kept)} tensors of the model kept, {len(found.dropped)} dropped, all named in {REPORT_NAME}; "
+        f"fingerprint {fingerprint[:12]}"
+    )

@@ -1,0 +1,293 @@
+"""Weights of ViTP's models: the vision transformer taken out, folders and files of others that become runs."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from command_line import done, refused
+from original_internvl import ORIGINAL, ORIGINAL_VISION, inner_of, language_config, original_states, write_original
+from PIL import Image
+from random_runs import make_random_run
+from safetensors.torch import load_file, save_file
+from small_internvl import small_config, small_core, tiles
+
+from harma_ray.data.convert.commands import convert_scenes_talk
+from harma_ray.models.internvl.files import read_vision
+from harma_ray.models.internvl.keys import to_original, vision_to_original
+from harma_ray.models.internvl.marks import IMAGE_TOKEN
+from harma_ray.models.internvl.tokens import with_special_tokens
+from harma_ray.models.internvl.vision import hidden_states, normalise
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes.vitp.vocabulary import vocabulary
+from harma_ray.runs import open_run
+from harma_ray.settings import build_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+SMALL_SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
+SCENES_VISION = ORIGINAL_VISION | SMALL_SIZES | {"image_size": 64}
+"""The original's configuration of the drawn scenes' vision transformer, but for its own numbers of 0.1."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_random_run(tmp_path_factory.mktemp("runs"), "vitp", recipe_config("scenes-vitp"))
+
+
+@pytest.fixture(scope="module")
+def tower(run):
+    return run.load_model().vision_tower
+
+
+@pytest.fixture(scope="module")
+def alone(run, tower, tmp_path_factory):
+    """What ViTP's extract_vit writes: the original's names, in bf16."""
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in vision_to_original(tower.state_dict()).items()}
+    return write_original(tmp_path_factory.mktemp("alone"), state, SCENES_VISION)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A whole small model with the drawn scenes' tokenizer, and its folder in the original's layout."""
+    tokenizer = with_special_tokens(vocabulary())
+    text = language_config().to_dict() | {"vocab_size": len(tokenizer)}
+    core = small_core(config=small_config(text=text, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
+    settings = ORIGINAL | {"llm_config": ORIGINAL["llm_config"] | {"vocab_size": len(tokenizer)}}
+    folder = write_original(tmp_path_factory.mktemp("whole"), to_original(core.state_dict()), settings)
+    tokenizer.save_pretrained(folder)
+    return core, folder
+
+
+def states_of(vision_tower, layers, size=64):
+    pixels = normalise(tiles(2, side=size), vision_tower.embeddings.cls_token)
+    with torch.no_grad():
+        return pixels, [hidden_states(vision_tower, pixels, layer) for layer in range(layers + 1)]
+
+
+def extract(capsys, run, out, *more):
+    return done(capsys, "checkpoint", "extract-vit", "--run", run.path, "--out", out, *more)
+
+
+def imported(capsys, path, out, *more, recipe="scenes-vitp"):
+    told = done(capsys, "checkpoint", "import", path, "--recipe", recipe, "--out", out, *more)
+    return open_run(out), told
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["hf", "original"])
+def test_the_vision_transformer_that_is_taken_out_is_the_runs(run, tower, tmp_path, capsys, layout, dtype):
+    told = extract(capsys, run, tmp_path / "vit", "--layout", layout, "--dtype", dtype)
+    assert "step_00000000" in told
+    numbers = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    state = read_vision(tmp_path / "vit")[1]
+    own = tower.state_dict()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[name], tensor.to(numbers)) for name, tensor in own.items())
+    stored = load_file(tmp_path / "vit" / "model.safetensors")
+    if layout == "original":
+        pixels, inside = states_of(tower, 4)
+        outside = original_states({name: tensor.float() for name, tensor in stored.items()}, pixels, heads=4)
+        close = {} if dtype == "fp32" else {"rtol": 0.1, "atol": 0.1}
+        for one, other in zip(outside, inside, strict=True):
+            torch.testing.assert_close(one, other, **close)
+    report = json.loads((tmp_path / "vit" / "extraction.json").read_text())
+    core = run.load_model().core.state_dict()
+    assert {*report["kept"]} == {f"model.vision_tower.{name}" for name in own}
+    assert {*report["kept"], *report["dropped"]} == set(core)
+    assert not {*report["kept"]} & {*report["dropped"]}
+    expected = {"run": str(run.path), "checkpoint": "step_00000000", "layout": layout, "dtype": dtype}
+    assert {name: report[name] for name in expected} == expected
+    shown = done(capsys, "checkpoint", "show", tmp_path / "vit")
+    kind = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    assert f"InternViT {tmp_path / 'vit'}: a vision transformer of 4 layers of width 128, images of 64 px" in shown
+    assert f"numbers ({kind})" in shown
+    assert f"fingerprint {report['fingerprint'][:12]}" in shown
+    assert report["fingerprint"][:12] in told
+
+
+def test_what_cannot_be_taken_out_is_refused_in_a_line_and_leaves_nothing(run, random_run, tmp_path, capsys):
+    line = ("checkpoint", "extract-vit", "--run")
+    assert "no vision transformer of their own" in refused(capsys, *line, random_run.path, "--out", tmp_path / "a")
+    assert "has the metric `top_1`" in refused(capsys, *line, run.path, "--out", tmp_path / "a", "--metric", "top_1")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    assert "exists; choose another --out" in refused(capsys, *line, run.path, "--out", tmp_path / "there")
+    (tmp_path / "full").write_text("a file")
+    assert "cannot write" in refused(capsys, *line, run.path, "--out", tmp_path / "full" / "vit")
+
+
+def as_original(folder, source, core):
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def as_bin(folder, source, core):
+    as_original(folder, source, core)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def as_native_shards(folder, source, core):
+    core.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder)
+
+
+@pytest.mark.parametrize("write", [as_original, as_bin, as_native_shards])
+def test_a_whole_model_becomes_a_run_that_encodes_and_answers(whole, tmp_path, capsys, write):
+    core, source = whole
+    folder = tmp_path / "model"
+    write(folder, source, core)
+    run, told = imported(capsys, folder, tmp_path / "runs" / "model")
+    assert f"evaluate --run {tmp_path / 'runs' / 'model'}" in told
+    model = run.load_model()
+    assert all(torch.equal(model.core.state_dict()[name], tensor) for name, tensor in core.state_dict().items())
+    own = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    pixels, found = states_of(model.vision_tower, 3, 32)
+    for one, other in zip(found, original_states(inner_of(own), pixels), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) < 10_000
+    shown = done(capsys, "checkpoint", "show", folder)
+    assert f"InternVL {folder}: a vision transformer of 3 layers of width 24" in shown
+    assert f"run {run.path} of recipe scenes-vitp" in done(capsys, "checkpoint", "show", run.path)
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "field.png")
+    question = ("--image", tmp_path / "field.png", "--max-tokens", 3, "--device", "cpu", "What is it?")
+    done(capsys, "generate", "--run", run.path, *question)
+
+
+def test_a_model_that_was_changed_since_it_was_imported_is_refused(whole, tmp_path, capsys):
+    core, source = whole
+    as_original(tmp_path / "model", source, core)
+    run, _ = imported(capsys, tmp_path / "model", tmp_path / "run")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    save_file(state | {"mlp1.1.bias": state["mlp1.1.bias"] + 1}, tmp_path / "model" / "model.safetensors")
+    said = refused(capsys, "generate", "--run", run.path, "--device", "cpu", "What is it?")
+    assert "was trained on a backbone with fingerprint" in said
+
+
+@pytest.mark.parametrize("form", ["extract_vit", "hf", "file", "checkpoint"])
+def test_a_vision_transformer_becomes_a_run_that_encodes(run, tower, alone, tmp_path, capsys, form):
+    path = alone
+    if form == "hf":
+        extract(capsys, run, path := tmp_path / "vit", "--dtype", "bf16")
+    if form == "file":
+        path = alone / "model.safetensors"
+    if form == "checkpoint":
+        state = {f"module.vision_model.{n}": t for n, t in load_file(alone / "model.safetensors").items()}
+        torch.save({"state_dict": state, "step": 3}, path := tmp_path / "vit.pth")
+    new, told = imported(capsys, path, tmp_path / "run")
+    assert "the rest of the model is drawn" in told
+    assert f"embed --run {new.path}" in told
+    expected = {name: tensor.bfloat16().float() for name, tensor in tower.state_dict().items()}
+    found = new.load_model().vision_tower
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+    pixels, states = states_of(found, 4)
+    own = vision_to_original(expected)
+    for one, other in zip(states, original_states(own, pixels, heads=4), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    said = refused(capsys, "generate", "--run", new.path, "--device", "cpu", "What is it?")
+    assert "answers nothing" in said
+    assert "model.pretrained=FOLDER" in said
+
+
+def test_a_vision_transformer_is_put_into_the_rest_of_a_model(whole, tmp_path, capsys):
+    core, source = whole
+    other = small_core(seed=5, config=core.config)
+    state = vision_to_original(other.model.vision_tower.state_dict())
+    path = write_original(tmp_path / "vit", state, ORIGINAL_VISION)
+    rest = ("--set", f"model.pretrained={source}")
+    run, told = imported(capsys, path, tmp_path / "run", *rest)
+    assert "drawn" not in told
+    found = run.load_model().core.state_dict()
+    for name, tensor in core.state_dict().items():
+        wanted = other.state_dict()[name] if name.startswith("model.vision_tower.") else tensor
+        assert torch.equal(found[name], wanted)
+    done(capsys, "generate", "--run", run.path, "--device", "cpu", "--max-tokens", 2, "What is it?")
+
+
+def test_a_pretraining_starts_from_the_vision_transformer_that_is_named(alone, tower):
+    plain, named = (build_config(recipe_config("scenes-vitp"), {"model.vision": v}) for v in ("", str(alone)))
+    tasks = [make_task(config) for config in (plain, named)]
+    models = [task.new_model() for task in tasks]
+    for name, tensor in models[1].core.state_dict().items():
+        is_vision = name.startswith("model.vision_tower.")
+        own = tower.state_dict()[name.removeprefix("model.vision_tower.")] if is_vision else None
+        assert torch.equal(tensor, own.bfloat16().float() if is_vision else models[0].core.state_dict()[name])
+    assert all(parameter.requires_grad for parameter in models[1].vision_tower.encoder.parameters())
+    fingerprints = {task.backbone.fingerprint(model) for task, model in zip(tasks, models, strict=True)}
+    assert len(fingerprints) == len({task.backbone.name for task in tasks}) == 2
+    assert tasks[1].backbone.notes() == (f"its vision transformer is that of {alone}",)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"qk_normalization": True}, r"q/k norm (no for yes)"),
+        ({"norm_type": "rms_norm"}, r"norm (layer_norm for rms_norm)"),
+        ({"qkv_bias": False}, r"bias of queries, keys and values (yes for no)"),
+        ({"num_hidden_layers": 3}, r"layers (4 for 3)"),
+    ],
+)
+def test_a_folder_whose_configuration_is_not_its_weights_is_refused(alone, tmp_path, capsys, change, said):
+    folder = shutil.copytree(alone, tmp_path / "vit")
+    (folder / "config.json").write_text(json.dumps(SCENES_VISION | change))
+    for words in (("import", folder, "--recipe", "scenes-vitp", "--out", tmp_path / "run"), ("show", folder)):
+        told = refused(capsys, "checkpoint", *words)
+        assert f"holds another vision transformer than its configuration's: it differs in {said}" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_vision_transformer_than_the_recipes_is_refused_by_what_differs(whole, tmp_path, capsys):
+    core, _ = whole
+    state = vision_to_original(core.model.vision_tower.state_dict())
+    write_original(tmp_path / "vit", state, ORIGINAL_VISION)
+    torch.save(state, tmp_path / "vit.pth")
+    differing = "width (24 for 128), layers (3 for 4)"
+    for path in (tmp_path / "vit", tmp_path / "vit.pth"):
+        said = refused(capsys, "checkpoint", "import", path, "--recipe", "scenes-vitp", "--out", tmp_path / "run")
+        assert f"{path} holds another vision transformer" in said
+        assert differing in said.replace("attention heads (3 for 4), ", "")
+    convert_scenes_talk(tmp_path / "talks", {"train": 4, "val": 2}, style="summer", size=64)
+    named = ("--set", f"model.vision={tmp_path / 'vit'}", "--runs", tmp_path / "runs")
+    line = ("train", "--recipe", "scenes-vitp", "--data", tmp_path / "talks", *named)
+    assert "holds another vision transformer than the model's" in refused(capsys, *line)
+
+
+def test_files_that_are_none_are_refused_in_a_line(run, alone, whole, tmp_path, capsys):
+    state = load_file(alone / "model.safetensors")
+    missing = write_original(tmp_path / "missing", {n: t for n, t in state.items() if "layers.2.norm2.bias" not in n},
+                             SCENES_VISION)  # fmt: skip
+    cut = shutil.copytree(alone, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((alone / "model.safetensors").read_bytes()[:5000])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    lost = shutil.copytree(whole[1], tmp_path / "lost")
+    (lost / "model.safetensors").rename(lost / "weights.safetensors")
+    words = shutil.copytree(whole[1], tmp_path / "words")
+    (words / "tokenizer.json").unlink()
+    line = ("--recipe", "scenes-vitp", "--out", tmp_path / "run")
+    for path, told in [
+        (missing, "1 missing (encoder.layer.2.layernorm_after.bias)"),
+        (cut, "cut off or damaged"),
+        (cut / "model.safetensors", "cut off or damaged"),
+        (empty, "must be a file of weights, or a Hugging Face folder of an InternVL or InternViT"),
+        (lost, "must hold weights in model.safetensors"),
+        (words, "must hold a tokenizer that transformers can read by itself"),
+        (tmp_path / "nothing", "must exist"),
+    ]:
+        assert told in refused(capsys, "checkpoint", "import", path, *line)
+    assert not (tmp_path / "run").exists()
+    said = refused(capsys, "checkpoint", "import", alone, "--recipe", "harma-scenes", "--out", tmp_path / "run")
+    assert "is an InternViT; give a recipe of ViTP" in said
+    said = refused(capsys, "checkpoint", "import", alone, *line[:2], "--out", run.path)
+    assert "exists; choose another --out" in said
+    said = refused(capsys, "checkpoint", "import", alone, *line, "--clip", "openai")
+    assert "`--clip` is for a Combiner" in said
+
+
+def test_exports_say_what_there_is_instead(run, tmp_path, capsys):
+    line = ("checkpoint", "export", "--run", run.path, "--out", tmp_path / "x", "--format")
+    assert "extract-vit --run" in refused(capsys, *line, "released")
+    assert "is not built on a CLIP" in refused(capsys, *line, "open_clip")
+    done(capsys, *line, "adapter")
+    assert load_file(tmp_path / "x").keys() == {n for n, p in run.load_model().named_parameters() if p.requires_grad}
