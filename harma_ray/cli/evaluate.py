@@ -1,7 +1,5 @@
 """``evaluate``, ``embed`` and ``predict``."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """What ``tune`` does, and what it prints."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import statistics

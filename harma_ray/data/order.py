@@ -8,8 +8,6 @@ The shuffle has two levels, so that it never needs the whole split in memory: th
 dealt into windows, anew every epoch, and all pairs of a window are permuted together.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Nothing is random and nothing keeps state: all functions may be called from many
 # torchvision's functions take and return PIL images too, but their annotations speak of tensors alone.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import torch

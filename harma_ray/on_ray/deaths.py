@@ -4,8 +4,6 @@ Each worker leaves a note of itself in the folder of its run when it begins, so 
 Notes are those of the last start; traces of what workers raised, or of where they crashed, stay, for they were told of.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import json

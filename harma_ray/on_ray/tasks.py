@@ -1,7 +1,5 @@
 """Calls functions on a Ray cluster, in tasks or in processes that hold something, and hands on what users can mend."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property, partial

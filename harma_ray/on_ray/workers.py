@@ -1,7 +1,5 @@
 """Runs the loop on the workers of a Ray cluster, with Ray Train."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Recipes: a name, published settings, and the task they train. To add one, add a module and name it here."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What an evaluation found, for people: tables for the terminal, and a page that opens without a network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

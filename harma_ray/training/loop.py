@@ -4,8 +4,6 @@ It is given which worker it is, a loader of batches, and a callback for every ev
 Tune trial, or none. What it finds in the run's folder decides where it starts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

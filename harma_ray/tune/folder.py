@@ -1,7 +1,5 @@
 """The folder of a search: its definition, its study, the runs of its trials, what was concluded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

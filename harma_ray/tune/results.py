@@ -1,7 +1,5 @@
 """What a search has found so far, read from its folder; plain values, for tables, figures and the report."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Between Ray Tune and a search's study: who is tried next, and who is stopped early."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Runs a search on a Ray cluster: Ray Tune gives each trial its place, the study says which and keeps the results."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -4,8 +4,6 @@ Everything that a search needs to go on after an interruption is in the study an
 that is marked as running when a search starts is one that was interrupted, and goes on first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

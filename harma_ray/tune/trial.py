@@ -4,8 +4,6 @@ A trial of one worker runs the loop right in its process, which several trials u
 several workers starts Ray Train from its process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import math

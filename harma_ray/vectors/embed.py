@@ -1,7 +1,5 @@
 """Vectors of a data set's images and captions, or of a folder's images, as Parquet, through Ray Data."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The converters as the command line calls them: read a source, write its splits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """Readers of the data sets of composed image retrieval: FashionIQ and CIRR."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Collection, Sequence

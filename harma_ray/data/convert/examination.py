@@ -1,7 +1,5 @@
 """What is known of a split's images before any is decoded, and what is said of those that cannot be used."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

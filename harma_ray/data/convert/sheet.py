@@ -1,7 +1,5 @@
 """A sheet of sample rows of a converted split: images with their captions, or triplets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Readers of annotation files: HarMA's two layouts and Karpathy's."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator, Sequence

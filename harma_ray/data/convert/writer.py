@@ -5,8 +5,6 @@ run that was cut off goes on where it stopped, and one with other inputs starts 
 included, is moved to ``OUT/SPLIT`` in one step; an older split stays usable until then.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Queries of composed retrieval: part of a triplet, or in a file beside the images among which answers are found."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a scene holds, apart from how it is drawn or told."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

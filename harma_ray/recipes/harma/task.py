@@ -3,8 +3,6 @@
 Shape letters: B batch, N images, M texts, E embedding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

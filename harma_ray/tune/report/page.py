@@ -1,7 +1,5 @@
 """The page of a search: the best setting, whether it holds, what the search cost, and figures of all trials."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

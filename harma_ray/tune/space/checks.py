@@ -1,7 +1,5 @@
 """What must hold between the parts of a search, each of which is right by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import combinations, product

@@ -1,7 +1,5 @@
 """The file that describes a search: read with all its mistakes listed at once, and written."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
