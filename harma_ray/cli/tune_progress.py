@@ -1,12 +1,10 @@
 """A search as it goes, on the terminal: a table that is redrawn, or lines where nothing can be redrawn."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -40,7 +38,7 @@ class SearchProgress:
         self._printed = self._began = time.perf_counter()
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
-    def __enter__(self) -> SearchProgress:
+    def __enter__(self) -> Self:
         """Starts showing."""
         if self._console.is_terminal:
             self._live.start()

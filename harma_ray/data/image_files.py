@@ -174,8 +174,8 @@ def is_ignored(name: str) -> bool:
 def readable_name(name: str | Path) -> str:
     r"""Returns a name that can be printed and written anywhere: bytes that are not UTF-8 become ``\xNN``.
 
-    In a name that has such bytes, or that looks as if it had, a backslash becomes ``\x5c``, so that `original_name` can
-    take all of it back. All other names stay as they are.
+    In a name that has such bytes, or that looks as if it had, a backslash becomes ``\x5c``, so that no two
+    names become one. All other names stay as they are.
     """
     name = str(name)
     try:
@@ -185,13 +185,6 @@ def readable_name(name: str | Path) -> str:
     except UnicodeEncodeError:
         pass
     return name.replace("\\", "\\x5c").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def original_name(name: str) -> str:
-    """Returns the name that `readable_name` was given, as Python spells it."""
-    parts = _ESCAPE.split(name)
-    raw = b"".join(bytes.fromhex(part) if number % 2 else part.encode() for number, part in enumerate(parts))
-    return raw.decode("utf-8", "surrogateescape")
 
 
 def _list_entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -1,10 +1,8 @@
 """The queries of composed retrieval that go with a gallery, as positions in it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,8 +37,8 @@ class ComposedQueries:
     origin: str
     """The split, for messages."""
 
-    @staticmethod
-    def of(split: Split) -> ComposedQueries:
+    @classmethod
+    def of(cls, split: Split) -> Self:
         """Reads the queries of a split.
 
         Raises:
@@ -71,7 +69,7 @@ class ComposedQueries:
                 f"{', '.join(unknown[:5])}; convert the split again"
             )
         vectors = columns.get("text_vectors")
-        return ComposedQueries(
+        return cls(
             pair_ids=columns["pair_id"],
             captions=columns["captions"],
             reference=torch.tensor(reference),

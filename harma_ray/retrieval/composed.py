@@ -9,12 +9,10 @@ small subset of the gallery that holds its reference and its target:
 Images are positions in the gallery. Shapes: Q queries, G gallery images, E embedding width, S bootstrap samples.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -311,12 +309,12 @@ class ComposedRetrieval:
     result: ComposedResult
     """Ranks of the targets."""
 
-    @staticmethod
-    def of(gallery: Tensor, vectors: Tensor, queries: ComposedQueries) -> ComposedRetrieval:
+    @classmethod
+    def of(cls, gallery: Tensor, vectors: Tensor, queries: ComposedQueries) -> Self:
         """Measures the queries' vectors by the split's protocol; takes what the fields say."""
         target = queries.require_targets()
         result = composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
-        return ComposedRetrieval(gallery, vectors, queries, result)
+        return cls(gallery, vectors, queries, result)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""

@@ -13,8 +13,7 @@ from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
 
 from harma_ray.data.convert.commands import convert_scenes_cir
-from harma_ray.data.kinds.base import BadRow
-from harma_ray.data.manifest import MANIFEST_NAME
+from harma_ray.data.manifest import MANIFEST_NAME, BadRow
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.import_export import load_model
 from harma_ray.models.backbones import build_clip

@@ -47,7 +47,7 @@ def write(folder, split, retrieval, **changes):
         "metrics": METRICS,
     }
     subtitle = f"{split.path.parent.name}/{split.name}: {split.describe()}"
-    sections = ImageTextEvaluation.of(retrieval).sections(split)
+    sections = ImageTextEvaluation(retrieval.result.metrics, retrieval=retrieval).sections(split)
     return write_report(folder, subtitle=subtitle, sections=sections, **{**options, **changes})
 
 

@@ -1,12 +1,10 @@
 """What is in a converted split: facts for people."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +13,7 @@ from tabulate import tabulate
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.headers import read_header
 from harma_ray.data.images import BadImage, decode_stored
-from harma_ray.data.kinds.base import BadRow
-from harma_ray.data.manifest import Rendered
+from harma_ray.data.manifest import BadRow, Rendered
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import Split, open_shard
 
@@ -37,7 +34,7 @@ class Distribution:
     """Value at each of ``PERCENTS``; 0 is the smallest, 100 the largest."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Distribution | None:
+    def of(cls, values: Sequence[float]) -> Self | None:
         """Returns the distribution of some numbers, or None if there are none."""
         if not len(values):
             return None
@@ -60,7 +57,7 @@ class TextFacts:
     """CLIP tokens of a caption, start and end included; 77 is the most that CLIP reads."""
 
     @classmethod
-    def of(cls, captions: Sequence[Sequence[str]]) -> TextFacts:
+    def of(cls, captions: Sequence[Sequence[str]]) -> Self:
         """Returns the facts about the captions of some rows."""
         from open_clip.tokenizer import SimpleTokenizer  # slow to import
 
@@ -95,7 +92,7 @@ class QueryFacts:
     """Number of queries whose target is not known."""
 
     @classmethod
-    def of(cls, table: pa.Table) -> QueryFacts:
+    def of(cls, table: pa.Table) -> Self:
         """Returns the facts about a table of ``QUERY_SCHEMA``."""
         columns = ("reference", "target", "members", "category")
         reference, target, members, category = (table.column(name).to_pylist() for name in columns)

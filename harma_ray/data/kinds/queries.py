@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from harma_ray.data.kinds.base import BadRow
+from harma_ray.data.manifest import BadRow
 
 QUERY_SCHEMA = pa.schema(
     [
