@@ -95,7 +95,7 @@ def _find(
         rows = [{"name": name, "label": name} for name in map(found.name, found.images[part])]
         images = [partial(open_picture, path, rule, max_pixels) for path in found.images[part]]
         requests.append(partial(Inputs, rows, images))
-    return requests, found.counts
+    return requests, {reason: len(names) for reason, names in found.left_out.items()}
 
 
 def _write(results: Iterator[Encoded], folder: Path, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def test_hidden_entries_junk_and_other_files_are_left_out_and_counted(root, capl
         "no images": ["b/1.tfw", "b/a/2.TFW", "b/list.txt", "c/more/photo.heic", "c/photo.heic", "readme"],
         "folders without images": ["c/", "empty/"],
     }
-    assert found.counts["hidden"] == 4
+    assert len(found.left_out["hidden"]) == 4
     with caplog.at_level(logging.WARNING):
         found.warn()
     assert "left out: hidden: 4 (.DS_Store, .git/, b/._1.JPG, ...)" in caplog.text
