@@ -151,11 +151,6 @@ def find_images(root: str | Path) -> FoundImages:
     return FoundImages(root, sorted(images), linked, {reason: sorted(names) for reason, names in left_out.items()})
 
 
-def is_image_name(name: str) -> bool:
-    """Tells whether a file's name ends as an image's does."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
 def is_ignored(name: str) -> bool:
     """Tells whether a walk leaves out a file or folder of this name, whatever it holds."""
     return name.startswith(".") or name.lower() in JUNK
@@ -210,7 +205,7 @@ def _judge(entry: os.DirEntry[str], inner: _Folder | None) -> str | None:
     if inner is not None:
         return None
     dead = entry.is_symlink() and not os.path.exists(entry.path)
-    if not is_image_name(entry.name):
+    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
         return "links that lead nowhere" if dead else NO_IMAGES
     return None if dead or entry.is_file() else "no files"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -96,13 +96,6 @@ class ComposedQueries:
                 "`launch.py predict`"
             )
         return self.target
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What `composed_recalls` needs to rank as the data set's authors do."""
-        if self.members is not None:
-            return {"members": self.members}
-        return {"categories": self.categories, "gallery_categories": self.gallery_categories}
 
     def texts(self) -> Sequence[str]:
         """Returns the captions of each query in one line, for people."""

@@ -43,15 +43,14 @@ def convert_karpathy(
     images: str | Path,
     out: str | Path,
     *,
-    splits: Sequence[str] | None = None,
     settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
-    """Converts a Karpathy-style annotation file to the splits in it (or those named) of the data set ``out``.
+    """Converts a Karpathy-style annotation file to the splits in it of the data set ``out``.
 
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be; see ``read_karpathy``, ``write_split``.
     """
-    records = read_karpathy(annotations, images, splits)
+    records = read_karpathy(annotations, images)
     return _write_splits(records, out, {"converter": "karpathy"}, settings, inputs=hash_files(annotations))
 
 
