@@ -13,6 +13,7 @@ import torch
 from harma_ray.on_ray.cluster import prepare_environment
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # else torch's threads, waiting for one another, keep others from the cores
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # else a process more for every training
 prepare_environment(own_cluster=True)  # before anything imports Ray
 
