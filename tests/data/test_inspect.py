@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -111,6 +113,22 @@ def test_contact_sheet_needs_images_and_a_place(split, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the contact sheet"):
         contact_sheet(split, tmp_path / "file" / "a.png")
+
+
+def test_a_contact_sheet_is_written_whole_or_not_at_all(split, tmp_path, monkeypatch):
+    path = contact_sheet(split, tmp_path / "sheets" / "sheet.png", 2)
+    before, save = path.read_bytes(), Image.Image.save
+
+    def cut_off(image, file, kind):
+        save(image, file, kind)
+        os.truncate(file, 100)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", cut_off)
+    with pytest.raises(UserError, match=r"cannot write the contact sheet .* \(No space left on device\)"):
+        contact_sheet(split, path, 3)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_scenes_can_be_described(tmp_path):
