@@ -9,6 +9,7 @@ from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Submission
 from harma_ray.recipes.clip4cir import config as clip4cir_config
+from harma_ray.recipes.clip4cir import queries as clip4cir_queries
 from harma_ray.recipes.clip4cir.released import Clip4CirFile
 from harma_ray.recipes.clip4cir.submission import CIRR_TEST
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
@@ -30,6 +31,8 @@ _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
 FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile())
 """The files of other programs, asked in this order."""
 
+QUERIES: Mapping[str, str] = {**clip4cir_queries.QUERIES}
+"""Ways in which queries can be made, and what they are; see `harma_ray.task.Task.queries`."""
 
 SUBMISSIONS: Sequence[Submission] = (CIRR_TEST,)
 """What ``predict`` writes."""
