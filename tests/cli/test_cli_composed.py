@@ -37,6 +37,7 @@ space:
 sampler: grid
 scheduler: none
 limits: {}
+concurrent: 1
 """
 
 
