@@ -1,6 +1,7 @@
 """What Ray 2.60 does wrong or keeps to itself: where one of these fails, a workaround can go or needs another name."""
 
 import inspect
+import logging
 import math
 import os
 import signal
@@ -210,10 +211,17 @@ def test_errors_are_printed_whatever_log_to_driver_says(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ray_data_shows_bars_and_what_it_does():
-    from ray.data._internal.logging import _get_logging_config
+    from ray.data._internal.logging import configure_logging
 
-    assert _get_logging_config()["loggers"]["ray.data"]["level"] == "DEBUG"
+    configure_logging()
+    logger = logging.getLogger("ray.data")
+    names = [handler.name for handler in logger.handlers]
+    assert logger.level == logging.DEBUG
+    assert "console" in names
     assert ray.data.DataContext().enable_progress_bars
+    quirks.quiet_data()
+    assert [handler.name for handler in logger.handlers] == [name for name in names if name != "console"] != []
+    assert logger.level == logging.ERROR
 
 
 # Ray Data
