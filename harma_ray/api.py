@@ -5,8 +5,6 @@ run = load_run("runs/NAME")
 scores = run.similarity(["bridge.tif", "farm.png"], ["a bridge over a river", "green fields"])
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ field and are checked where settings come in, by `harma_ray.settings.build_confi
 in ``__post_init__``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal

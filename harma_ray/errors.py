@@ -1,7 +1,5 @@
 """The one exception type that means: the user can mend this; and finding it in what others made of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

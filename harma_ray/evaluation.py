@@ -1,11 +1,9 @@
 """What an evaluation found, as a value: its figures, how sure they are, and how it shows itself."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -102,11 +100,11 @@ class Evaluation:
     """How queries were made, where a task knows several ways, such as ``sum``; see `others`."""
     note: str = ""
     """The same in words."""
-    others: Mapping[str, Evaluation] = field(default_factory=dict)
+    others: Mapping[str, Self] = field(default_factory=dict)
     """What the other ways find with the same model, by name: baselines."""
 
     @property
-    def by_query(self) -> dict[str, Evaluation]:
+    def by_query(self) -> dict[str, Self]:
         """Returns this evaluation and the others by their queries' names; nothing if there is one way alone."""
         return {self.query: self, **self.others} if self.query else {}
 

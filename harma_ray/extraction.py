@@ -1,7 +1,5 @@
 """The vision transformer of a trained model taken out, for programs that have no use for the rest."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Literal

@@ -4,8 +4,6 @@ A recipe needs a format only if its paper's own program has files: what is train
 exported, for every recipe alike (`harma_ray.import_export`).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

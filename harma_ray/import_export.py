@@ -1,7 +1,5 @@
 """Weights imported and exported: this program's adapter files, plain CLIPs, and the formats that the recipes know."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A model over several workers: whole on each of them (DDP), or a part of every parameter on each (FSDP2)."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,11 +1,9 @@
 """What is checked and planned before anything starts, once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
@@ -39,7 +37,7 @@ class Prepared:
         """Steps of the whole training."""
         return self.order.total_steps(self.config.train)
 
-    def on(self, cluster: Cluster) -> Prepared:
+    def on(self, cluster: Cluster) -> Self:
         """Divides a cluster among its workers.
 
         Raises:

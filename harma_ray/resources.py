@@ -1,7 +1,5 @@
 """How a cluster is divided: workers of a training, trials of a search, and what each is given."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The folder of a run: settings, environment, record, checkpoints, report."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -4,8 +4,6 @@ Everything a user writes (YAML files, ``--set a.b=value``) goes through `build_c
 wrong types and values out of range, each with its dotted path, all problems at once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """Commands that are printed for a person to paste."""
 
-from __future__ import annotations
-
 import shlex
 
 

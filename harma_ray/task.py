@@ -5,8 +5,6 @@ transforms, the losses and the evaluation. A task never touches Ray, nor the fil
 device that the model is on; what only one worker needs it computes on worker 0 alone.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -31,10 +31,10 @@ def alone():
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def launch(*arguments, timeout=280, environment=None):
-    """Runs a command in a process of its own, with a cluster of its own unless the environment says otherwise."""
+def launch(*arguments, timeout=280):
+    """Runs a command in a process of its own, with a cluster of its own."""
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment or alone())
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=alone())
 
 
 def done(capsys, *arguments):

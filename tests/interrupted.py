@@ -18,12 +18,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from command_line import ROOT
+from ranks import run_on_ranks
 
 from harma_ray.cli import main
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.on_ray.deaths import read_notes
 from harma_ray.on_ray.workers import WORKERS_FOLDER
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.runs import create_run, open_run
+from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state
+from harma_ray.training.loop import run_training
 from harma_ray.training.tracking import read_records
 
 OFTEN = {"train.epochs": 3, "train.checkpoint_every_steps": 2, "train.log_every_steps": 1, "train.threads": 1}
@@ -38,6 +45,29 @@ def train(recipe, data, run, settings, *more):
 
 def resume(run, *more):
     return ["train", "--resume", run, *more]
+
+
+def train_undisturbed(recipe, data, run, settings, first=None):
+    """Trains a run by two plain processes of torch, without Ray and its streams: what disturbed ones must be equal to.
+
+    Args:
+        recipe: Its recipe.
+        data: Its data set.
+        run: Its folder.
+        settings: What it sets.
+        first: The run that it builds on.
+    """
+    base = recipe_config(recipe)
+    before = make_task(base).after(open_run(first)) if first else {}
+    config = build_config(base, {"data.path": str(data), "scaling.num_workers": 2, **before, **settings})
+    run_on_ranks(_train_rank, 2, create_run(run.parent, run.name, config), run.parent / f"{run.name}.store")
+
+
+def _train_rank(rank, run, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    run_training(run.task, run.config, run.path, worker=Worker(rank, 2), loader=local_batches)
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from harma_ray.data.convert.commands import convert_cirr, convert_fashioniq
+from harma_ray.data.convert.commands import convert_composed
+from harma_ray.data.convert.composed import read_cirr, read_fashioniq
 from harma_ray.data.convert.writer import WriteSettings
 
 SMALL = {"shard_bytes": 20_000, "row_group_bytes": 5_000}
@@ -63,11 +64,12 @@ def draw_cirr(root):
 
 
 def fashioniq_split(root, split, out, *, categories=("dress", "toptee", "shirt"), **settings):
-    return convert_fashioniq(root, split, out, categories=categories, settings=WriteSettings(**{**SMALL, **settings}))
+    source = read_fashioniq(root, split, categories)
+    return convert_composed(source, out, settings=WriteSettings(**{**SMALL, **settings}))
 
 
 def cirr_split(root, split, out, **settings):
-    return convert_cirr(root, split, out, settings=WriteSettings(**{**SMALL, **settings}))
+    return convert_composed(read_cirr(root, split), out, settings=WriteSettings(**{**SMALL, **settings}))
 
 
 def edit_json(path, change):

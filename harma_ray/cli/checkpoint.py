@@ -1,7 +1,5 @@
 """``checkpoint import``, ``export``, ``extract-vit`` and ``show``."""
 
-from __future__ import annotations
-
 import argparse
 
 from harma_ray.cli import shared

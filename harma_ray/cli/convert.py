@@ -108,8 +108,9 @@ def _convert(options: argparse.Namespace) -> None:
     from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
     from harma_ray.on_ray.tasks import map_with_ray
 
-    if getattr(options, "annotations_only", False):
-        print(_read_composed(options).report())
+    composed = _read_composed(options) if options.kind in ("fashioniq", "cirr") else None
+    if composed and options.annotations_only:
+        print(composed.report())
         return
     if options.out is None:
         raise UserError("give the folder of the data set with --out")
@@ -124,14 +125,16 @@ def _convert(options: argparse.Namespace) -> None:
     with ray_cluster(options.address) as cluster:
         require_shared_folder(output_path(options.out), cluster)
         require_visible([Path(source).expanduser() for source in sources], cluster)
-        manifests = _write(options, settings)
+        manifests = _write(options, settings, composed)
     for split, manifest in manifests.items():
         print(f"{Path(options.out) / split}: {_summarise(manifest)}")
         for bad in manifest.bad:
             print(f"  left out: {bad.source}: {bad.reason}")
 
 
-def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Manifest]:
+def _write(
+    options: argparse.Namespace, settings: WriteSettings, composed: ComposedSource | None
+) -> dict[str, Manifest]:
     """Runs the converter and returns the manifests of the splits."""
     from harma_ray.data.convert import commands as convert
 
@@ -152,11 +155,8 @@ def _write(options: argparse.Namespace, settings: WriteSettings) -> dict[str, Ma
         return {options.split: convert.convert_vitp(
             options.meta, options.images, options.split, options.out, choice=options.repeat, settings=settings
         )}  # fmt: skip
-    if options.kind == "fashioniq":
-        return {options.split: convert.convert_fashioniq(
-            options.root, options.split, options.out, categories=options.categories, settings=settings)}  # fmt: skip
-    if options.kind == "cirr":
-        return {options.split: convert.convert_cirr(options.root, options.split, options.out, settings=settings)}
+    if composed:
+        return {options.split: convert.convert_composed(composed, options.out, settings=settings)}
     draw = {
         "scenes": convert.convert_scenes,
         "scenes-cir": convert.convert_scenes_cir,

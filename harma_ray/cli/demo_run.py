@@ -1,7 +1,5 @@
 """The whole job on data that it draws itself; what ``make demo`` runs."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``evaluate``, ``embed`` and ``predict``."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from functools import partial
@@ -58,9 +56,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_query(parser: argparse.ArgumentParser, *more: str) -> None:
     """Adds ``--query``."""
+    from harma_ray.recipes import QUERIES
+
+    known = ", ".join(f"{name} = {text}" for name, text in QUERIES.items())
     parser.add_argument(
-        "--query", choices=["combiner", "sum", "image", "text", *more], help="composed retrieval: how queries are made "
-        "(default: by the Combiner if the model has one, else the sum of image and text features)"
+        "--query", choices=[*QUERIES, *more], help=f"composed retrieval: how queries are made, by {known} "
+        "(default: the first of these that the model has)"
         + ("; all = beside these figures a table of all kinds" if more else ""),
     )  # fmt: skip
 

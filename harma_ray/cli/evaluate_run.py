@@ -1,7 +1,5 @@
 """Evaluations, as they are printed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

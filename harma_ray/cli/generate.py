@@ -1,7 +1,5 @@
 """``generate``: a trained model answers questions about images."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -1,7 +1,5 @@
 """What a training is about to do, in lines for its header: the backbone, what trains, how fast and how exactly."""
 
-from __future__ import annotations
-
 import torch
 
 from harma_ray.config import RunConfig, TrainConfig

@@ -117,8 +117,8 @@ def config_from(options: argparse.Namespace) -> RunConfig:
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Adds ``--from``."""
     parser.add_argument(
-        "--from", metavar="RUN", dest="source", help="a run of an earlier stage whose model this one is built on "
-        "(clip4cir-combiner on a clip4cir-finetune); its best one, or the best by --metric",
+        "--from", metavar="RUN", dest="source", help="a run of the recipe's earlier stage, whose model this one is "
+        "built on; its best one, or the best by --metric",
     )  # fmt: skip
     add_metric(parser)
 

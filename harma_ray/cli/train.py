@@ -1,7 +1,5 @@
 """``train``."""
 
-from __future__ import annotations
-
 import argparse
 
 from harma_ray.cli import shared

@@ -1,7 +1,5 @@
 """Trainings, as they are printed: what is about to happen, how it goes, where things are."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import statistics

@@ -1,7 +1,5 @@
 """``tune``."""
 
-from __future__ import annotations
-
 import argparse
 
 from harma_ray.cli import shared
@@ -30,6 +28,8 @@ def add_commands(commands: shared.Commands) -> None:
     parser.add_argument(
         "--epochs", type=int, metavar="N", help="end after so many epochs over all trials (default: the file's)"
     )
+    parser.add_argument("--steps", type=int, metavar="N", help="end after so many steps over all trials, where "
+                        "`train.steps` is set (default: the file's)")  # fmt: skip
     parser.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (default: as many as fit)")
     parser.add_argument("--confirm", type=int, metavar="N", help="train the best and the published setting "
                         "with N fresh seeds at the end, and print mean and spread")  # fmt: skip
@@ -45,7 +45,7 @@ def _tune(options: argparse.Namespace) -> None:
     from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
     from harma_ray.tune.space.file import read_recipe
 
-    limits = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "concurrent", "confirm")}
+    limits = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "steps", "concurrent", "confirm")}
     for name, value in limits.items():
         if value is not None and value <= 0:
             raise UserError(f"`--{name}` must be above 0, got {value}")

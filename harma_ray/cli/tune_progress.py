@@ -1,12 +1,10 @@
 """A search as it goes, on the terminal: a table that is redrawn, or lines where nothing can be redrawn."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -33,14 +31,14 @@ class SearchProgress:
         self._definition, self._objective, self._started = past.definition, past.objective, started
         self._events: dict[int, Event] = {}
         self._num_past = len([trial for trial in past.trials if trial.state != "running"])
-        self._past_epochs = {trial.number: trial.epochs for trial in past.trials}
+        self._past_trained = {trial.number: trial.trained for trial in past.trials}
         self._past_seconds = past.seconds
         self._best = _event_of(past.best_trial)
         self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._printed = self._began = time.perf_counter()
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
-    def __enter__(self) -> SearchProgress:
+    def __enter__(self) -> Self:
         """Starts showing."""
         if self._console.is_terminal:
             self._live.start()
@@ -76,7 +74,7 @@ class SearchProgress:
         if event.state == "failed":
             return f"trial {event.number} failed: {event.reason}  {show_params(event.params)}"
         assert event.report is not None
-        where = "" if event.state == "complete" else f" at epoch {event.report.epoch:g}"
+        where = "" if event.state == "complete" else f" at {self._definition.unit} {event.report.progress:.9g}"
         best = f"best: trial {self._best.number}" if self._best else ""
         value = f"{self._objective.metric} {self._objective.show(event.report.value)}"
         return f"trial {event.number} {event.state}{where}: {value} ({best})  {show_params(event.params)}"
@@ -104,33 +102,32 @@ class SearchProgress:
         elapsed = time.perf_counter() - self._began
         ended = len(self._split_events()[0])
         now = {number: event.report.trained for number, event in self._events.items() if event.report}
-        in_all = sum({**self._past_epochs, **now}.values())
-        trained = in_all - sum(self._past_epochs.values())
+        in_all = sum({**self._past_trained, **now}.values())
+        trained = in_all - sum(self._past_trained.values())
         guesses = []
         if limits.hours:
             guesses.append(limits.hours * 3600 - self._past_seconds - elapsed)
         if trials and ended:
             guesses.append((trials - self._num_past - ended) * elapsed / ended)
-        if limits.epochs and trained > 0:
-            guesses.append((limits.epochs - in_all) * elapsed / trained)
+        if self._definition.budget and trained > 0:
+            guesses.append((self._definition.budget - in_all) * elapsed / trained)
         return max(0.0, min(guesses)) if guesses else None
 
     def _table(self) -> Table:
         table = Table(title=self._summary(), title_justify="left", title_style="", expand=True)
-        for name in ("trial", "state", "epoch", self._objective.metric):
+        for name in ("trial", "state", self._definition.unit, self._objective.metric):
             table.add_column(name, justify="right" if name != "state" else "left", no_wrap=True)
         table.add_column("settings", ratio=1)
         ended, running = self._split_events()
         ended = ended[-_ENDED_SHOWN:]
         best = [self._best] if self._best and self._best not in [*running, *ended] else []
-        epochs = self._definition.config.train.epochs
         for event in [*best, *ended, *running]:
             report = event.report
             is_best = self._best is not None and event.number == self._best.number
             table.add_row(
                 f"{event.number}{' *' if is_best else ''}",
                 event.state,
-                f"{report.epoch:g}/{epochs}" if report else f"0/{epochs}",
+                f"{report.progress if report else 0:.9g}/{self._definition.length}",
                 self._objective.show(report.value) if report and report.values else "",
                 show_params(event.params),
                 style="bold" if is_best else "dim" if event.state in ("stopped", "failed") else "",
@@ -141,7 +138,7 @@ class SearchProgress:
 def _event_of(trial: TrialResult | None) -> Event | None:
     if trial is None or not trial.values:
         return None
-    report = Report(epoch=trial.epochs, value=trial.value, values=trial.values, trained=trial.epochs)
+    report = Report(progress=trial.trained, value=trial.value, values=trial.values, trained=trial.trained)
     return Event(trial.number, trial.state, dict(trial.params), report)
 
 

@@ -1,7 +1,5 @@
 """What ``tune`` does, and what it prints."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import statistics
@@ -48,6 +46,7 @@ class SearchOptions:
     trials: int | None = None
     hours: float | None = None
     epochs: int | None = None
+    steps: int | None = None
     concurrent: int | None = None
     confirm: int | None = None
     """Fresh seeds that the best and the published setting are trained with at the end; None = they are not."""
@@ -142,13 +141,18 @@ def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
 
 
 def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
-    given = {name: getattr(options, name) for name in ("trials", "hours", "epochs")}
-    limits = dataclasses.replace(definition.limits, **{k: v for k, v in given.items() if v is not None})
-    if limits.epochs and limits.epochs < definition.trial_epochs:
-        least = definition.trial_epochs
-        raise UserError(f"`--epochs` must be enough for one trial, {least} epochs, got {limits.epochs}")
+    given = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "steps")}
+    given = {name: value for name, value in given.items() if value is not None}
+    units, other = ("steps", "epochs") if definition.unit == "step" else ("epochs", "steps")
+    if other in given:
+        raise UserError(f"this search counts {units}, got `--{other}`; give `--{units}`")
     concurrent = definition.concurrent if options.concurrent is None else options.concurrent
-    return dataclasses.replace(definition, limits=limits, concurrent=concurrent)
+    limits = dataclasses.replace(definition.limits, **given)
+    definition = dataclasses.replace(definition, limits=limits, concurrent=concurrent)
+    if 0 < definition.budget < definition.trial_length:
+        least = f"{definition.trial_length} {units}"
+        raise UserError(f"`--{units}` must be enough for one trial, {least}, got {definition.budget}")
+    return definition
 
 
 def _plan(definition: SearchDefinition, cluster: Cluster) -> TrialPlan:
@@ -220,7 +224,7 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     config, limits = definition.config, definition.limits
     order = planned_order(config)
     size = f", {definition.size:,} different settings" if definition.size else ""
-    units = {"trials": limits.trials, "hours": limits.hours, "epochs in all": limits.epochs}
+    units = {"trials": limits.trials, "hours": limits.hours, f"{definition.unit}s in all": definition.budget}
     ends = [f"{value:.9g} {unit}" for unit, value in units.items() if value]
     print(f"\nsearch     {folder}")
     print(f"recipe     {config.recipe}, {order.split.describe()}, {order.num_samples:,} samples and "
@@ -229,7 +233,8 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     print(f"published  {show_params(definition.published)} (trial 0)")
     seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""
     print(f"sampler    {definition.sampler.name}; scheduler {definition.scheduler.name}")
-    print(f"a trial    {config.train.epochs} epochs{seeds}")
+    evaluated = f", evaluated every {config.train.eval_every_steps}" if definition.unit == "step" else ""
+    print(f"a trial    {definition.length} {definition.unit}s{evaluated}{seeds}")
     if config.train.select_on != "val":
         print("WARNING    trials are compared on TEST, as in the released code: the result flatters itself")
     print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
@@ -247,23 +252,23 @@ def _conclude(folder: Path, results: SearchResults) -> None:
     best_file = write_best(folder, results)
     page = write_search_report(results, folder)
     print(f"\n{len(results.trials)} trials: {results.counts}")
-    trained, planned = results.ended_epochs
+    (trained, planned), units = results.ended_training, f"{results.definition.unit}s"
     if planned:
-        spent = sum(trial.epochs for trial in results.trials)
-        print(f"{spent:g} epochs trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' epochs")
+        spent, saved = sum(trial.trained for trial in results.trials), 1 - trained / planned
+        print(f"{spent:.9g} {units} trained; stopping early saved {saved:.0%} of the ended trials' {units}")
     objective, targets = results.objective, results.definition.objectives
     rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
     rows = [
         [
             trial.number,
             trial.state,
-            f"{trial.epochs:g}",
+            f"{trial.trained:.9g}",
             *(target.show(value) for target, value in zip(targets, trial.values or (), strict=True)),
             show_params(trial.params),
         ]
         for trial in sorted(rated, key=lambda trial: -objective.merit(trial.value))[:5]
     ]
-    headers = ["trial", "", "epochs", *(target.metric for target in targets), "settings"]
+    headers = ["trial", "", units, *(target.metric for target in targets), "settings"]
     align = ["right", "left", *["right"] * (len(targets) + 1), "left"]
     print(tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
     for split, metrics in results.final.items():

@@ -1,7 +1,5 @@
 """Cleaning of captions, as the HarMA training code does it."""
 
-from __future__ import annotations
-
 import re
 
 MAX_WORDS = 30

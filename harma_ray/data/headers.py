@@ -1,7 +1,5 @@
 """What an image file says of itself, before any of it is decoded."""
 
-from __future__ import annotations
-
 import io
 import re
 import struct

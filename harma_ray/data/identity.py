@@ -1,7 +1,5 @@
 """Which data something was made from, by content: the place where a data set lies may change, what is in it may not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

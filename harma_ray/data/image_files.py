@@ -26,13 +26,8 @@ JUNK = frozenset({
 # fmt: on
 """Names, in small letters, of what network drives, archives and file managers put among the files."""
 
-HIDDEN = "hidden"
-BY_PRODUCTS = "by-products of other programs"
 NO_IMAGES = "no images"
-NO_FILES = "no files"
-DEAD_LINKS = "links that lead nowhere"
-AGAIN = "reached a second time through links"
-EMPTY_FOLDERS = "folders without images"
+"""A reason to leave a file out."""
 
 _EXAMPLES = 3
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
@@ -53,11 +48,6 @@ class FoundImages:
     left_out: dict[str, list[str]]
     """What was left out: names relative to the root, readable, by the reason; a folder counts as one."""
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """How much was left out, by the reason."""
-        return {reason: len(names) for reason, names in self.left_out.items()}
-
     def name(self, path: Path) -> str:
         """Returns the readable name of an image, relative to the root; the same on every machine."""
         return readable_name(path.relative_to(self.root).as_posix())
@@ -76,7 +66,7 @@ class FoundImages:
         again = {path for paths in self._group(group) for path in paths[1:]}
         if not again:
             return self
-        left_out = {**self.left_out, AGAIN: [self.name(path) for path in sorted(again)]}
+        left_out = {**self.left_out, "reached a second time through links": [self.name(path) for path in sorted(again)]}
         return replace(self, images=[path for path in self.images if path not in again], left_out=left_out)
 
     def warn(self) -> None:
@@ -157,13 +147,8 @@ def find_images(root: str | Path) -> FoundImages:
                     linked[path] = os.path.join(folder.real, entry.name)
     empty = _topmost_empty(root, walked, images)
     if empty:
-        left_out[EMPTY_FOLDERS] = [f"{readable_name(path.relative_to(root).as_posix())}/" for path in empty]
+        left_out["folders without images"] = [f"{readable_name(path.relative_to(root).as_posix())}/" for path in empty]
     return FoundImages(root, sorted(images), linked, {reason: sorted(names) for reason, names in left_out.items()})
-
-
-def is_image_name(name: str) -> bool:
-    """Tells whether a file's name ends as an image's does."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def is_ignored(name: str) -> bool:
@@ -174,8 +159,8 @@ def is_ignored(name: str) -> bool:
 def readable_name(name: str | Path) -> str:
     r"""Returns a name that can be printed and written anywhere: bytes that are not UTF-8 become ``\xNN``.
 
-    In a name that has such bytes, or that looks as if it had, a backslash becomes ``\x5c``, so that `original_name` can
-    take all of it back. All other names stay as they are.
+    In a name that has such bytes, or that looks as if it had, a backslash becomes ``\x5c``, so that no two
+    names become one. All other names stay as they are.
     """
     name = str(name)
     try:
@@ -185,13 +170,6 @@ def readable_name(name: str | Path) -> str:
     except UnicodeEncodeError:
         pass
     return name.replace("\\", "\\x5c").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def original_name(name: str) -> str:
-    """Returns the name that `readable_name` was given, as Python spells it."""
-    parts = _ESCAPE.split(name)
-    raw = b"".join(bytes.fromhex(part) if number % 2 else part.encode() for number, part in enumerate(parts))
-    return raw.decode("utf-8", "surrogateescape")
 
 
 def _list_entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -223,13 +201,13 @@ def _enter(folder: _Folder, entry: os.DirEntry[str], path: Path) -> _Folder | No
 def _judge(entry: os.DirEntry[str], inner: _Folder | None) -> str | None:
     """Returns why an entry is left out, or None if it is not."""
     if is_ignored(entry.name):
-        return HIDDEN if entry.name.startswith(".") else BY_PRODUCTS
+        return "hidden" if entry.name.startswith(".") else "by-products of other programs"
     if inner is not None:
         return None
     dead = entry.is_symlink() and not os.path.exists(entry.path)
-    if not is_image_name(entry.name):
-        return DEAD_LINKS if dead else NO_IMAGES
-    return None if dead or entry.is_file() else NO_FILES
+    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+        return "links that lead nowhere" if dead else NO_IMAGES
+    return None if dead or entry.is_file() else "no files"
 
 
 def _topmost_empty(root: Path, walked: Iterable[Path], images: Iterable[Path]) -> list[Path]:

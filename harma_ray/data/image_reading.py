@@ -5,8 +5,6 @@ Files of 8 bits and a usual layout are decoded by Pillow, without any rule. What
 picture is made without a rule of the user's.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 What a data set holds is 8-bit: conversion renders whatever is not (see `harma_ray.data.image_reading`).
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import logging

@@ -8,14 +8,12 @@ image), or either with vectors in place of images. A split of images may have qu
 triplets without images, whose answers are to be found among the split's images.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from harma_ray.data.kinds import KINDS
-from harma_ray.data.kinds.base import BadRow
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from harma_ray.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -42,6 +40,16 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class BadRow:
+    """An input that was left out of a split."""
+
+    source: str
+    """Path of the image, or annotation file and row."""
+    reason: str
+    """Why it could not be used."""
+
+
+@dataclass(frozen=True)
 class Rendered:
     """What is known of the images whose files were no 8-bit pictures, and for which 8-bit PNG is stored."""
 
@@ -56,6 +64,8 @@ class Rendered:
 @dataclass(frozen=True)
 class Manifest:
     """What a split holds and what it was made from."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     rows: int
     """Number of images, or of triplets."""
@@ -74,7 +84,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
     """Version of the schemas."""
     kind: str = "images"
-    """What a row is: one of ``KINDS``."""
+    """What a row is: the name of one of `harma_ray.data.kinds.KINDS`."""
     queries: Shard | None = None
     """The file of the queries that go with the images, if there are any."""
     rendered: Rendered | None = None
@@ -84,8 +94,8 @@ class Manifest:
         """Returns the manifest as indented JSON."""
         return json.dumps(asdict(self), indent=1)
 
-    @staticmethod
-    def from_json(text: str, *, origin: str) -> Manifest:
+    @classmethod
+    def from_json(cls, text: str, *, origin: str) -> Self:
         """Parses a manifest.
 
         Raises:
@@ -99,15 +109,8 @@ class Manifest:
                     f"{origin} has schema version {version}, but this program reads version {SCHEMA_VERSION}; "
                     "convert the data set again"
                 )
-            raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-            raw["bad"] = tuple(BadRow(**row) for row in raw["bad"])
-            raw["queries"] = Shard(**raw["queries"]) if raw.get("queries") else None
-            raw["rendered"] = Rendered(**raw["rendered"]) if raw.get("rendered") else None
-            manifest = Manifest(**raw)
-            if manifest.kind not in KINDS:
-                raise UserError(f"{origin} tells of rows that this program does not know: `{manifest.kind}`")
-            return manifest
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return TypeAdapter(cls).validate_python(raw)
+        except (json.JSONDecodeError, KeyError, TypeError, ValidationError) as error:
             raise UserError(
                 f"{origin} is not a manifest of a converted data set ({error}); convert it again"
             ) from error

@@ -8,12 +8,10 @@ The shuffle has two levels, so that it never needs the whole split in memory: th
 dealt into windows, anew every epoch, and all pairs of a window are permuted together.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -83,19 +81,6 @@ class TrainingOrder(IndexedSplit):
         return steps[:, rank]
 
 
-class Chunk(Protocol):
-    """The samples that are read at one go: a few numbers, read somewhere else."""
-
-    @property
-    def num_rows(self) -> int:
-        """Number of samples."""
-        ...
-
-    def read(self, source: Any) -> pa.Table:
-        """Reads the samples; see `read_samples`; with a column ``epoch``."""
-        ...
-
-
 @dataclass(frozen=True)
 class TrainingChunk:
     """Steps ``start`` to ``stop`` of an epoch, as one worker sees them."""
@@ -107,8 +92,9 @@ class TrainingChunk:
     stop: int
     num_rows: int
 
-    def read(self, source: TrainingOrder) -> pa.Table:
-        """Reads the samples of the steps."""
+    def read(self, source: IndexedSplit) -> pa.Table:
+        """Reads the samples of the steps; the source is the order that they belong to."""
+        assert isinstance(source, TrainingOrder)
         samples = _cached_samples(source, self.epoch, self.rank, self.world_size)[self.start : self.stop]
         return read_samples(source, samples.reshape(-1, 2), self.epoch)
 
@@ -128,6 +114,10 @@ class RowsChunk:
     def read(self, source: IndexedSplit) -> pa.Table:
         """Reads the rows; their ``caption`` is 0."""
         return read_samples(source, np.stack([self.rows, np.zeros_like(self.rows)], axis=1), 0)
+
+
+Chunk: TypeAlias = TrainingChunk | RowsChunk
+"""The samples that are read at one go: a few numbers, read somewhere else; with a column ``epoch``."""
 
 
 @functools.lru_cache(maxsize=2)

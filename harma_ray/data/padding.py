@@ -6,9 +6,7 @@ Nothing is random and nothing keeps state: all functions may be called from many
 # torchvision's functions take and return PIL images too, but their annotations speak of tensors alone.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 
-from __future__ import annotations
-
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -17,10 +15,8 @@ from torchvision.transforms import functional as F
 
 from harma_ray.data.images import MAX_PIXELS, BadImage, is_wide, to_rgb
 from harma_ray.data.transforms import to_tensor
-from harma_ray.errors import UserError
 
 Padding = Literal["target", "square", "none"]
-PADDINGS: tuple[Padding, ...] = get_args(Padding)
 
 
 def padded_transform(
@@ -60,10 +56,7 @@ def padded_transform(
 
     Raises:
         BadImage: The padded or resized image would be larger than `max_pixels`.
-        UserError: Settings that are not possible.
     """
-    if size < 1:
-        raise UserError(f"`size` must be at least 1, got {size}")
     if is_wide(image):
         image = to_rgb(image)
     across, down = _margins(image.width, image.height, padding, target_ratio)
@@ -86,17 +79,13 @@ def _check_sizes(image: Image.Image, across: int, down: int, size: int, max_pixe
             )
 
 
-def _margins(width: int, height: int, padding: str, target_ratio: float) -> tuple[int, int]:
+def _margins(width: int, height: int, padding: Padding, target_ratio: float) -> tuple[int, int]:
     """Returns how many pixels to add at the left and right each, and at the top and bottom each."""
     longer, shorter = max(width, height), min(width, height)
     if padding == "none":
         return 0, 0
     if padding == "square":
         return (longer - width) // 2, (longer - height) // 2
-    if padding != "target":
-        raise UserError(f"`padding` must be one of {', '.join(PADDINGS)}, got {padding!r}")
-    if not target_ratio >= 1:
-        raise UserError(f"`target_ratio` must be at least 1, got {target_ratio}")
     if longer / shorter < target_ratio:
         return 0, 0
     wanted = longer / target_ratio

@@ -1,10 +1,8 @@
 """The queries of composed retrieval that go with a gallery, as positions in it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
@@ -39,8 +37,8 @@ class ComposedQueries:
     origin: str
     """The split, for messages."""
 
-    @staticmethod
-    def of(split: Split) -> ComposedQueries:
+    @classmethod
+    def of(cls, split: Split) -> Self:
         """Reads the queries of a split.
 
         Raises:
@@ -71,7 +69,7 @@ class ComposedQueries:
                 f"{', '.join(unknown[:5])}; convert the split again"
             )
         vectors = columns.get("text_vectors")
-        return ComposedQueries(
+        return cls(
             pair_ids=columns["pair_id"],
             captions=columns["captions"],
             reference=torch.tensor(reference),
@@ -98,13 +96,6 @@ class ComposedQueries:
                 "`launch.py predict`"
             )
         return self.target
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What `composed_recalls` needs to rank as the data set's authors do."""
-        if self.members is not None:
-            return {"members": self.members}
-        return {"categories": self.categories, "gallery_categories": self.gallery_categories}
 
     def texts(self) -> Sequence[str]:
         """Returns the captions of each query in one line, for people."""

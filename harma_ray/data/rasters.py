@@ -4,8 +4,6 @@ GDAL is loaded when the first such file is met: what Pillow shows right never co
 reads the one file it is given, with the one driver for its format; no side-car file, no network.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import warnings

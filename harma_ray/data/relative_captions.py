@@ -4,8 +4,6 @@ FashionIQ has two captions a query. Evaluation joins them; training draws one of
 single caption, as in CIRR, is used as it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 _STRIPPED = ".?, "

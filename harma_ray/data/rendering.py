@@ -1,11 +1,9 @@
 """The rule by which numbers of more than 8 bits become a picture, and the picture that it makes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -49,14 +47,15 @@ class Rendering:
     limits: Mapping[str, Limits] | None = None
     """Such a split's statistics, by what a picture is made from (`Raster.key`); None = not known."""
 
-    @staticmethod
+    @classmethod
     def parse(
+        cls,
         *,
         bands: str | None = None,
         stretch: str | None = None,
         nodata: str | None = None,
         statistics: str | None = None,
-    ) -> Rendering | None:
+    ) -> Self | None:
         """Makes a rule of what a user writes, such as ``3,2,1``, ``percentile:1,99``, ``-9999,nan`` and ``split``.
 
         Returns:
@@ -72,7 +71,7 @@ class Rendering:
             raise UserError(f"`--statistics` must be image or split, got {statistics}")
         if statistics is not None and (method not in ("minmax", "percentile") or (method == "minmax" and parameters)):
             raise UserError("`--statistics` says what minmax or percentile is taken of; give --stretch with it")
-        return Rendering(
+        return cls(
             bands=None if bands is None else _parse_bands(bands),
             stretch=method,
             parameters=parameters,
@@ -110,10 +109,10 @@ class Rendering:
         nodata = None if self.nodata is None else [str(number) for number in self.nodata]
         return json.loads(json.dumps({**asdict(self), "nodata": nodata}))
 
-    @staticmethod
-    def from_dict(raw: Mapping[str, Any]) -> Rendering:
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Makes the rule of what `to_dict` returned."""
-        return TypeAdapter(Rendering).validate_python(raw)
+        return TypeAdapter(cls).validate_python(raw)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """What samples and batches are to those who make them, hand them on and train on them."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias

@@ -120,6 +120,8 @@ def open_split(data: str | Path, split: str) -> Split:
         there = ", ".join(list_splits(root)) or "none"
         raise UserError(f"data set {root} has no split `{split}` (splits there: {there}); convert it first")
     manifest = Manifest.from_json(manifest_path.read_text(), origin=str(manifest_path))
+    if manifest.kind not in KINDS:
+        raise UserError(f"{manifest_path} tells of rows that this program does not know: `{manifest.kind}`")
     if not manifest.rows:
         raise UserError(f"{path} holds no rows")
     for shard in (*manifest.shards, *([manifest.queries] if manifest.queries else [])):

@@ -5,14 +5,12 @@ The loader is a parameter: `harma_ray.on_ray.stream.ray_batches` reads with Ray 
 an epoch after the first starts at once. Batches are checked against the order.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +44,42 @@ class Worker:
     """Threads that decode in this process."""
 
 
+class DecodeRows:
+    """Applies a row transform to a table of rows; augmentation is seeded by (seed, epoch, row, caption) alone."""
+
+    def __init__(self, transform: RowTransform, seed: int, num_threads: int = 1):
+        """Prepares the transform.
+
+        Args:
+            transform: Turns one row into arrays.
+            seed: The run's seed.
+            num_threads: Rows decoded at a time.
+        """
+        self.transform, self.seed, self.num_threads = transform, seed, num_threads
+
+    def __call__(self, table: pa.Table) -> dict[str, Array]:
+        """Returns a batch: the transform's, and ``row`` and ``caption``.
+
+        Raises:
+            UserError: Naming the first row that cannot be used.
+        """
+        rows = table.to_pylist()
+        if self.num_threads > 1 and len(rows) > 1:
+            with ThreadPoolExecutor(self.num_threads) as pool:
+                samples = list(pool.map(self._sample, rows))
+        else:
+            samples = [self._sample(row) for row in rows]
+        batch = self.transform.collate(samples)
+        return {**batch, **{name: np.array([row[name] for row in rows]) for name in ("row", "caption")}}
+
+    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, row["epoch"], row["row"], row["caption"]])
+        try:
+            return self.transform(row, rng)
+        except UserError as error:
+            raise UserError(f"row {row['row']} ({row['source']}): {error}") from error
+
+
 @dataclass(frozen=True)
 class Batches:
     """How a loader turns rows into batches."""
@@ -55,7 +89,7 @@ class Batches:
     device: str
     config: DataConfig
 
-    def with_threads(self, num_threads: int) -> Batches:
+    def with_threads(self, num_threads: int) -> Self:
         """Returns the same with another number of threads that decode a batch."""
         return replace(self, decode=DecodeRows(self.decode.transform, self.decode.seed, num_threads))
 
@@ -160,9 +194,9 @@ class EvaluationStream:
         num_rows = split.manifest.rows if max_rows is None else min(max_rows, split.manifest.rows)
         self.rows = worker_rows(num_rows, worker.rank, worker.world_size)
 
-    def over(self, split: Split, *, max_rows: int | None = None) -> EvaluationStream:
+    def over(self, split: Split, *, max_rows: int | None = None) -> Self:
         """Returns a stream of another split, or of part of this one, for the same workers."""
-        return EvaluationStream(split, self._config, self._worker, self._loader, max_rows=max_rows)
+        return type(self)(split, self._config, self._worker, self._loader, max_rows=max_rows)
 
     @functools.cached_property
     def _source(self) -> IndexedSplit:
@@ -187,42 +221,6 @@ class EvaluationStream:
             _check_order(batch, np.stack([rows, np.zeros_like(rows)], axis=1))
             done += len(rows)
             yield batch
-
-
-class DecodeRows:
-    """Applies a row transform to a table of rows; augmentation is seeded by (seed, epoch, row, caption) alone."""
-
-    def __init__(self, transform: RowTransform, seed: int, num_threads: int = 1):
-        """Prepares the transform.
-
-        Args:
-            transform: Turns one row into arrays.
-            seed: The run's seed.
-            num_threads: Rows decoded at a time.
-        """
-        self.transform, self.seed, self.num_threads = transform, seed, num_threads
-
-    def __call__(self, table: pa.Table) -> dict[str, Array]:
-        """Returns a batch: the transform's, and ``row`` and ``caption``.
-
-        Raises:
-            UserError: Naming the first row that cannot be used.
-        """
-        rows = table.to_pylist()
-        if self.num_threads > 1 and len(rows) > 1:
-            with ThreadPoolExecutor(self.num_threads) as pool:
-                samples = list(pool.map(self._sample, rows))
-        else:
-            samples = [self._sample(row) for row in rows]
-        batch = self.transform.collate(samples)
-        return {**batch, **{name: np.array([row[name] for row in rows]) for name in ("row", "caption")}}
-
-    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, row["epoch"], row["row"], row["caption"]])
-        try:
-            return self.transform(row, rng)
-        except UserError as error:
-            raise UserError(f"row {row['row']} ({row['source']}): {error}") from error
 
 
 def _to_device(batch: Batch, device: str) -> Batch:

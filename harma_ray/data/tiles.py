@@ -3,8 +3,6 @@
 Source: InternVL's ``dynamic_preprocess`` (Chen et al., arXiv 2404.16821), which ViTP uses.
 """
 
-from __future__ import annotations
-
 import functools
 
 from PIL import Image

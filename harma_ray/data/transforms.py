@@ -7,8 +7,6 @@ state: all functions may be called from many threads. Division by 255 and normal
 # torchvision's functions take and return PIL images too, but their annotations speak of tensors alone.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,11 +67,6 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.min_scale > self.max_scale:
             raise ValueError(f"`min_scale` must not be above `max_scale`, got {self.min_scale} and {self.max_scale}")
-
-    @classmethod
-    def none(cls) -> Augmentation:
-        """Returns an augmentation that changes nothing: training images are resized like evaluation images."""
-        return cls(min_scale=1.0, flip_probability=0.0, num_operations=0)
 
 
 PUBLISHED = Augmentation()

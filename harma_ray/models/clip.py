@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from harma_ray.errors import UserError
 from harma_ray.models.architectures import pixel_statistics
 
-TEXT_TOKENS = ("full", "trim")
-
 
 class DualEncoder(nn.Module):
     """An open_clip CLIP with HarMA's temperature: images and captions in, comparable unit vectors out.
@@ -50,8 +48,6 @@ class DualEncoder(nn.Module):
                 "a dual encoder needs open_clip's `CLIP` with captions pooled at the end-of-text token (`argmax`), "
                 f"got `{type(clip_model).__name__}` with {pooling!r}; choose an architecture such as ViT-B-32"
             )
-        if text_tokens not in TEXT_TOKENS:
-            raise UserError(f"`text_tokens` must be one of {', '.join(TEXT_TOKENS)}, got {text_tokens!r}")
         if text_tokens == "trim" and clip_model.attn_mask is None:
             raise UserError("`text_tokens: trim` needs a causal text tower, or padding would be seen; use `full`")
         self.clip = clip_model

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harma_ray.errors import UserError
 from harma_ray.models.clip import unit
 
 
@@ -30,22 +29,10 @@ class Combiner(nn.Module):
         projection_dim: P; the published models have 4 F.
         hidden_dim: H; the published models have 8 F.
         dropout: Share of activations dropped while training, at each of the four places, 0 <= dropout < 1.
-
-    Raises:
-        UserError: A width below 1, or a dropout outside its range.
     """
 
     def __init__(self, feature_dim: int, projection_dim: int = 2560, hidden_dim: int = 5120, dropout: float = 0.5):
         super().__init__()
-        for name, value in (
-            ("feature_dim", feature_dim),
-            ("projection_dim", projection_dim),
-            ("hidden_dim", hidden_dim),
-        ):
-            if value < 1:
-                raise UserError(f"a combiner's `{name}` must be at least 1, got {value}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"a combiner's `dropout` must satisfy 0 <= dropout < 1, got {dropout}")
         self.feature_dim = feature_dim
         self.dropout = nn.Dropout(dropout)
         self.text_projection_layer = nn.Linear(feature_dim, projection_dim)

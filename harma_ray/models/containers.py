@@ -1,7 +1,5 @@
 """Files that hold tensors: what kind a file is, told from its first bytes, and its content read as data."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import json

@@ -5,8 +5,6 @@ and the optimiser, and under prefixes of whatever held the model (``module.``, `
 known by names that every model of its kind has, so any section and any prefix will do, as long as one model is left.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

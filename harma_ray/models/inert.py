@@ -6,12 +6,10 @@ by code of this module, and every other one by an `Inert` object that only keeps
 parameters can then be picked out.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
@@ -44,7 +42,7 @@ class Inert:
     entries: dict[Any, Any]
     state: Any
 
-    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
+    def __new__(cls, *arguments: Any, **named: Any) -> Self:
         """Keeps the arguments."""
         made = object.__new__(cls)
         made.arguments, made.entries, made.state = arguments, {}, None

@@ -1,7 +1,5 @@
 """Whether a Ray cluster answers at an address, asked before Ray itself, which keeps trying for 14 minutes, is."""
 
-from __future__ import annotations
-
 import os
 import socket
 import time

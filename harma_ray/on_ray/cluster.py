@@ -1,7 +1,5 @@
 """The one place that starts or joins Ray."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -4,13 +4,12 @@ Each worker leaves a note of itself in the folder of its run when it begins, so 
 Notes are those of the last start; traces of what workers raised, or of where they crashed, stay, for they were told of.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import json
 import os
 import re
+import signal
 import socket
 import time
 import traceback
@@ -26,11 +25,8 @@ from harma_ray.on_ray.quirks import cause_of_death, is_hanging
 PEER_SECONDS = 30
 """How long a worker that lost the connection to another keeps quiet, for Ray to find out which one died."""
 
-_CRASHES = {
-    "Segmentation fault": "SIGSEGV", "Bus error": "SIGBUS", "Aborted": "SIGABRT", "Illegal instruction": "SIGILL",
-    "Floating point exception": "SIGFPE",
-}  # fmt: skip
-"""Python's words for signals."""
+_CRASHES = {signal.strsignal(number): number.name for number in signal.Signals}
+"""Signals by what Python, like the system, calls them when they end it."""
 _PEER_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|remote process exited|NCCL.*network error", re.S)
 _crash_file: IO[str] | None = None  # faulthandler needs it open
 _trace_path: Path | None = None

@@ -1,7 +1,5 @@
 """Where a Ray cluster that is started here keeps its own files: logs, sockets, objects that left the memory."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

@@ -40,7 +40,6 @@ VARIABLES = {
 """What Ray reads when it is first imported, or in the processes that it starts."""
 
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
-_SERVER_THREADS = "iter_threaded"
 _logger = logging.getLogger(__name__)
 
 
@@ -229,11 +228,12 @@ def quiet_errors() -> None:
 
 
 def quiet_data() -> None:
-    """Keeps Ray Data's own chatter in its log files; it sets up its loggers when it is imported (2.60)."""
+    """Keeps what Ray Data says of itself, and its traces of what it raises, out of the terminal (2.60)."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logger = logging.getLogger(ray.data.__name__)  # set up when it is imported
+    logger.setLevel(logging.ERROR)
+    logger.handlers = [handler for handler in logger.handlers if handler.name != "console"]
 
 
 # Ray Data
@@ -280,7 +280,7 @@ def closing_batches(iterable: Iterable[T]) -> Iterator[Iterator[T]]:
     finally:
         batches.close()
         for thread in set(threading.enumerate()) - before:
-            if thread.name == _SERVER_THREADS:
+            if thread.name == "iter_threaded":
                 thread.join(timeout=10)
 
 

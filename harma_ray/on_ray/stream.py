@@ -41,6 +41,7 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     """
     quiet_data()
     context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
     config = how.config

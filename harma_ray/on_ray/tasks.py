@@ -1,7 +1,5 @@
 """Calls functions on a Ray cluster, in tasks or in processes that hold something, and hands on what users can mend."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Generator, Sequence
 from functools import cached_property, partial
@@ -17,23 +15,20 @@ _BLOCKS = 200
 """Most pieces that the plans of actors are cut into."""
 
 
-def map_with_ray(
-    function: Callable[[PlanT], ResultT], plans: Sequence[PlanT], *, num_cpus: float = 1
-) -> Generator[ResultT]:
+def map_with_ray(function: Callable[[PlanT], ResultT], plans: Sequence[PlanT]) -> Generator[ResultT]:
     """Calls a function on each plan as tasks of Ray Data, and yields results as they come.
 
     Ray must have been initialised.
 
     Args:
         function: Called in worker processes; what it raises as ``UserError`` is raised here, without Ray's wrapping.
-        plans: One task each.
-        num_cpus: Logical CPUs of a task.
+        plans: One task each, with one logical CPU.
 
     Raises:
         WorkerDied: If processes end that work on one, again and again.
     """
     call = partial(_attempt, function)
-    yield from _run(lambda rows: rows.map(call, num_cpus=num_cpus), plans, len(plans))
+    yield from _run(lambda rows: rows.map(call, num_cpus=1), plans, len(plans))
 
 
 def map_in_actors(

@@ -1,7 +1,5 @@
 """Runs the loop on the workers of a Ray cluster, with Ray Train."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -10,6 +8,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,8 @@ def _attempt(
     notes = folder / WORKERS_FOLDER
     drop_notes(notes)
     trainer = TorchTrainer(
-        function,
-        train_loop_config={**settings, "config": config, "notes": str(notes)},
+        # The controller unpickles a `train_loop_config` too, and would import all of torch for it.
+        partial(function, {**settings, "config": config, "notes": str(notes)}),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
         ),

@@ -1,7 +1,5 @@
 """Recipes: a name, published settings, and the task they train. To add one, add a module and name it here."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Submission
 from harma_ray.recipes.clip4cir import config as clip4cir_config
+from harma_ray.recipes.clip4cir import queries as clip4cir_queries
 from harma_ray.recipes.clip4cir.released import Clip4CirFile
 from harma_ray.recipes.clip4cir.submission import CIRR_TEST
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
@@ -40,6 +39,8 @@ _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
 FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile(), InternVLFile())
 """The files and folders of other programs, asked in this order."""
 
+QUERIES: Mapping[str, str] = {**clip4cir_queries.QUERIES}
+"""Ways in which queries can be made, and what they are; see `harma_ray.task.Task.queries`."""
 
 SUBMISSIONS: Sequence[Submission] = (CIRR_TEST,)
 """What ``predict`` writes."""

@@ -3,8 +3,6 @@
 Shapes: Q queries, G gallery images, F embedding, n images that a query is ranked among, k results of a query.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +29,7 @@ from harma_ray.report.pictures import (
     Thumbs,
     choose_spread,
     load_font,
+    make_layout,
     read_images,
     read_thumbs,
     wrap,
@@ -144,21 +143,21 @@ class _Answer:
     """Row of the gallery."""
     target_score: float
 
-    @staticmethod
-    def of(retrieval: ComposedRetrieval, query: int, k: int) -> _Answer:
-        """Ranks what the query's protocol ranks; k or, if there are not as many, all images are results."""
-        vector, gallery = retrieval.query_embeddings[query], retrieval.gallery_embeddings
-        target, rows = int(retrieval.queries.target[query]), _find_candidates(retrieval.queries, query)
-        scores, places = top_k(vector[None], gallery[rows], min(k, len(rows)))
-        return _Answer(
-            query=query,
-            items=rows[places[0]].tolist(),
-            scores=scores[0].tolist(),
-            num_candidates=len(rows),
-            reference=int(retrieval.queries.reference[query]),
-            target=target,
-            target_score=float(vector @ gallery[target]),
-        )
+
+def _find_answer(retrieval: ComposedRetrieval, query: int, k: int) -> _Answer:
+    """Ranks what the query's protocol ranks; k or, if there are not as many, all images are results."""
+    vector, gallery = retrieval.query_embeddings[query], retrieval.gallery_embeddings
+    target, rows = int(retrieval.queries.target[query]), _find_candidates(retrieval.queries, query)
+    scores, places = top_k(vector[None], gallery[rows], min(k, len(rows)))
+    return _Answer(
+        query=query,
+        items=rows[places[0]].tolist(),
+        scores=scores[0].tolist(),
+        num_candidates=len(rows),
+        reference=int(retrieval.queries.reference[query]),
+        target=target,
+        target_score=float(vector @ gallery[target]),
+    )
 
 
 def _find_candidates(queries: ComposedQueries, query: int) -> Tensor:
@@ -174,12 +173,12 @@ def _find_candidates(queries: ComposedQueries, query: int) -> Tensor:
 
 def _draw_sheet(retrieval: ComposedRetrieval, split: Split, chosen: Sequence[int], k: int, thumb: int) -> Image.Image:
     queries = retrieval.queries
-    answers = [_Answer.of(retrieval, query, k) for query in chosen]
+    answers = [_find_answer(retrieval, query, k) for query in chosen]
     needed = (row for answer in answers for row in (*answer.items, answer.target, answer.reference))
     thumbs = read_thumbs(split, needed, thumb)
     num_results = max(len(answer.items) for answer in answers)
     query_width = thumb + 2 * _sign_width(thumb) + _text_width(thumb)
-    layout = Layout.of(thumb, query_width, (num_results + 1) * (thumb + GAP) + 2 * GAP)
+    layout = make_layout(thumb, query_width, (num_results + 1) * (thumb + GAP) + 2 * GAP)
     strips = [layout.heading("Image and text to image", f"the first {num_results} images{_restriction(queries)}")]
     strips += [_draw_query(layout, retrieval, answer, thumbs, num_results) for answer in answers]
     entries = [(RIGHT, "target"), (REFERENCE, "reference"), (WRONG, "wrong")]

@@ -1,7 +1,5 @@
 """What an evaluation found, for people: tables for the terminal, and a page that opens without a network."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,6 @@ from harma_ray.training.health import Finding, standing_findings
 PAGE_NAME = "index.html"
 _VARIANTS = {"": "own pair right", "_text": "equal captions right too"}
 _Bounds = Mapping[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class ParameterRow:
-    """Parameters of a part of a model."""
-
-    module: str
-    """Its name, such as ``clip.visual``."""
-    total: int
-    """Numbers in it."""
-    trainable: int
-    """Numbers that training changes."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +116,10 @@ def _columns(
     return columns
 
 
-def parameter_table(model: nn.Module) -> list[ParameterRow]:
-    """Counts the parameters of a model by the first two levels of its modules, adapters apart; in the model's order.
+def parameter_table(model: nn.Module) -> dict[str, list[int]]:
+    """Counts the parameters, all and the trainable ones, of a model by the first two levels of its modules.
+
+    Adapters are counted apart; the order is the model's.
 
     A parameter that several modules share counts once, where it is first met.
     """
@@ -141,7 +129,7 @@ def parameter_table(model: nn.Module) -> list[ParameterRow]:
         count = counts.setdefault(".".join(parts[:2]) + (" adapters" if "adapter" in parts else ""), [0, 0])
         count[0] += parameter.numel()
         count[1] += parameter.numel() * parameter.requires_grad
-    return [ParameterRow(module, total, trainable) for module, (total, trainable) in counts.items()]
+    return counts
 
 
 def write_report(
@@ -195,14 +183,13 @@ def _results_section(results: FiguresTable) -> Section:
     return Section("results", "Results", results.to_html() + page.paragraph(note))
 
 
-def _parameters_section(rows: Sequence[ParameterRow]) -> Section:
-    total, trainable = sum(row.total for row in rows), sum(row.trainable for row in rows)
-    rows = [*rows, ParameterRow("all", total, trainable)]
+def _parameters_section(counts: Mapping[str, Sequence[int]]) -> Section:
+    counts = {**counts, "all": [sum(column) for column in zip(*counts.values(), strict=True)]}
     columns = [
-        ("module", [row.module for row in rows]),
-        ("parameters", [f"{row.total:,}" for row in rows]),
-        ("trainable", [f"{row.trainable:,}" for row in rows]),
-        ("share", [f"{100 * row.trainable / max(1, row.total):.1f} %" for row in rows]),
+        ("module", list(counts)),
+        ("parameters", [f"{total:,}" for total, _ in counts.values()]),
+        ("trainable", [f"{trainable:,}" for _, trainable in counts.values()]),
+        ("share", [f"{100 * trainable / max(1, total):.1f} %" for total, trainable in counts.values()]),
     ]
     return Section("parameters", "Parameters", page.table(columns, num_text_columns=1, sum_row=True))
 

@@ -1,7 +1,5 @@
 """How an image-text evaluation shows itself: some queries, the failures, a map of the embeddings."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
@@ -44,11 +42,6 @@ class ImageTextEvaluation(Evaluation):
 
     retrieval: ImageTextRetrieval = field(kw_only=True)
     """Embeddings and ranks."""
-
-    @staticmethod
-    def of(retrieval: ImageTextRetrieval) -> ImageTextEvaluation:
-        """Measures a retrieval."""
-        return ImageTextEvaluation(retrieval.result.metrics, retrieval=retrieval)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""

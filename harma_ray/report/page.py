@@ -3,8 +3,6 @@
 Every function escapes the texts it is given and returns HTML.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape

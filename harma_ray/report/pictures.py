@@ -3,8 +3,6 @@
 Shapes: N images, M texts, E embedding, Q queries, k results of a query.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +41,80 @@ GAP = 10
 _BACKGROUND = (255, 255, 255)
 _PADDING = (236, 238, 240)
 _FRAME = 4  # width of a right image's frame, in pixels; a wrong one has a line of 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a sheet, in pixels, and its pieces: strips as wide as the sheet, one below another."""
+
+    thumb: int
+    """Side of a small image."""
+    size: int
+    """Of the font."""
+    line: int
+    """Height of a line of text."""
+    left: int
+    """Where the results begin; the query stands left of it."""
+    width: int
+    """Of the sheet."""
+
+    def strip(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+        """Returns an empty strip and what draws on it."""
+        strip = Image.new("RGB", (self.width, height), _BACKGROUND)
+        return strip, ImageDraw.Draw(strip)
+
+    def write(
+        self, draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], ink: Colour = INK, *, bold: bool = False
+    ) -> None:
+        """Writes lines whose upper left corner is `at`."""
+        for number, text in enumerate(lines):
+            draw.text((at[0], at[1] + number * self.line), text, ink, load_font(self.size, bold=bold))
+
+    def result(
+        self, strip: Image.Image, left: int, image: Image.Image, colour: Colour | None, notes: list[str]
+    ) -> None:
+        """Draws an image at the top of a strip, framed as `framed` does it, with short lines centred below."""
+        strip.paste(framed(image, self.thumb, colour), (left, 0))
+        draw, font = ImageDraw.Draw(strip), load_font(self.size)
+        for number, note in enumerate(notes):
+            at = (left + self.thumb / 2, self.thumb + 1 + number * self.line)
+            draw.text(at, note, FAINT, font, anchor="ma")
+
+    def heading(self, title: str, note: str) -> Image.Image:
+        """Returns a strip with a title and, above the results, a note."""
+        strip, draw = self.strip(3 * self.line)
+        draw.text((MARGIN, self.line // 2), title, INK, load_font(round(1.3 * self.size), bold=True))
+        draw.text((self.left, round(0.7 * self.line)), note, FAINT, load_font(self.size))
+        draw.line((MARGIN, round(2.3 * self.line), self.width - MARGIN, round(2.3 * self.line)), RULE)
+        return strip
+
+    def legend(self, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
+        """Returns a strip that tells what frames and numbers mean."""
+        strip, draw = self.strip(2 * self.line)
+        left = float(MARGIN)
+        for colour, text in entries:
+            width = _FRAME if colour != WRONG else 1
+            draw.rectangle((left, 2, left + self.size, 2 + self.size), outline=colour, width=width)
+            draw.text((left + 1.5 * self.size, 0), text, FAINT, load_font(self.size))
+            left += 4 * self.size + load_font(self.size).getlength(text)
+        draw.text((left, 0), "number: cosine", FAINT, load_font(self.size))
+        return strip
+
+    def stack(self, strips: Sequence[Image.Image]) -> Image.Image:
+        """Returns the sheet of some strips."""
+        sheet = Image.new("RGB", (self.width, sum(strip.height for strip in strips)), _BACKGROUND)
+        top = 0
+        for strip in strips:
+            sheet.paste(strip, (0, top))
+            top += strip.height
+        return sheet
+
+
+def make_layout(thumb: int, query_width: int, results_width: int) -> Layout:
+    """Returns a sheet at least 700 pixels wide, with text in proportion to its small images."""
+    size = max(12, round(thumb / 7))
+    left = MARGIN + query_width
+    return Layout(thumb, size, round(size * 1.4), left, max(700, left + results_width + MARGIN))
 
 
 def read_images(
@@ -137,7 +209,7 @@ def retrieval_sheet(
     image_scores, image_items = top_k(retrieval.text_embeddings[texts], retrieval.image_embeddings, min(k, num_images))
     text_scores, text_items = top_k(retrieval.image_embeddings[rows], retrieval.text_embeddings, min(k, num_texts))
     thumbs = read_thumbs(split, [*rows, *image_items.flatten().tolist()], thumb)
-    page = Layout.of(thumb, max(240, round(2.2 * thumb)), image_items.shape[1] * (thumb + GAP))
+    page = make_layout(thumb, max(240, round(2.2 * thumb)), image_items.shape[1] * (thumb + GAP))
     strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images")]
     for text, scores, items in zip(texts, image_scores.tolist(), image_items.tolist(), strict=True):
         strips.append(_text_query(page, retrieval, text, items, scores, thumbs))
@@ -184,89 +256,6 @@ def _image_query(
     return strip
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of a sheet, in pixels, and its pieces: strips as wide as the sheet, one below another."""
-
-    thumb: int
-    """Side of a small image."""
-    size: int
-    """Of the font."""
-    line: int
-    """Height of a line of text."""
-    left: int
-    """Where the results begin; the query stands left of it."""
-    width: int
-    """Of the sheet."""
-
-    @staticmethod
-    def of(thumb: int, query_width: int, results_width: int) -> Layout:
-        """Makes a sheet at least 700 pixels wide, with text in proportion to its small images."""
-        size = max(12, round(thumb / 7))
-        left = MARGIN + query_width
-        return Layout(thumb, size, round(size * 1.4), left, max(700, left + results_width + MARGIN))
-
-    def strip(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-        """Returns an empty strip and what draws on it."""
-        strip = Image.new("RGB", (self.width, height), _BACKGROUND)
-        return strip, ImageDraw.Draw(strip)
-
-    def write(
-        self, draw: ImageDraw.ImageDraw, at: tuple[int, int], lines: list[str], ink: Colour = INK, *, bold: bool = False
-    ) -> None:
-        """Writes lines whose upper left corner is `at`."""
-        for number, text in enumerate(lines):
-            draw.text((at[0], at[1] + number * self.line), text, ink, load_font(self.size, bold=bold))
-
-    def result(
-        self, strip: Image.Image, left: int, image: Image.Image, colour: Colour | None, notes: list[str]
-    ) -> None:
-        """Draws an image at the top of a strip, framed as `framed` does it, with short lines centred below."""
-        strip.paste(framed(image, self.thumb, colour), (left, 0))
-        draw, font = ImageDraw.Draw(strip), load_font(self.size)
-        for number, note in enumerate(notes):
-            at = (left + self.thumb / 2, self.thumb + 1 + number * self.line)
-            draw.text(at, note, FAINT, font, anchor="ma")
-
-    def heading(self, title: str, note: str) -> Image.Image:
-        """Returns a strip with a title and, above the results, a note."""
-        strip, draw = self.strip(3 * self.line)
-        draw.text((MARGIN, self.line // 2), title, INK, load_font(round(1.3 * self.size), bold=True))
-        draw.text((self.left, round(0.7 * self.line)), note, FAINT, load_font(self.size))
-        draw.line((MARGIN, round(2.3 * self.line), self.width - MARGIN, round(2.3 * self.line)), RULE)
-        return strip
-
-    def legend(self, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
-        """Returns a strip that tells what frames and numbers mean."""
-        strip, draw = self.strip(2 * self.line)
-        left = float(MARGIN)
-        for colour, text in entries:
-            width = _FRAME if colour != WRONG else 1
-            draw.rectangle((left, 2, left + self.size, 2 + self.size), outline=colour, width=width)
-            draw.text((left + 1.5 * self.size, 0), text, FAINT, load_font(self.size))
-            left += 4 * self.size + load_font(self.size).getlength(text)
-        draw.text((left, 0), "number: cosine", FAINT, load_font(self.size))
-        return strip
-
-    def stack(self, strips: Sequence[Image.Image]) -> Image.Image:
-        """Returns the sheet of some strips."""
-        sheet = Image.new("RGB", (self.width, sum(strip.height for strip in strips)), _BACKGROUND)
-        top = 0
-        for strip in strips:
-            sheet.paste(strip, (0, top))
-            top += strip.height
-        return sheet
-
-
-def framed(image: Image.Image, side: int, colour: Colour | None) -> Image.Image:
-    """Fits an image into a square, uncropped, with a thick frame if it is right, a thin one if wrong, none if None."""
-    square = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color=_PADDING)
-    if colour is not None:
-        width = 1 if colour == WRONG else _FRAME
-        ImageDraw.Draw(square).rectangle((0, 0, side - 1, side - 1), outline=colour, width=width)
-    return square
-
-
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: float, max_lines: int) -> list[str]:
     """Breaks a text into lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     lines = [""]
@@ -290,6 +279,15 @@ def _shorten(line: str, font: ImageFont.FreeTypeFont, width: float, more_follows
     while line and font.getlength(line + "…") > width:
         line = line[:-1]
     return line + "…"
+
+
+def framed(image: Image.Image, side: int, colour: Colour | None) -> Image.Image:
+    """Fits an image into a square, uncropped, with a thick frame if it is right, a thin one if wrong, none if None."""
+    square = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color=_PADDING)
+    if colour is not None:
+        width = 1 if colour == WRONG else _FRAME
+        ImageDraw.Draw(square).rectangle((0, 0, side - 1, side - 1), outline=colour, width=width)
+    return square
 
 
 @lru_cache(maxsize=16)

@@ -9,12 +9,10 @@ small subset of the gallery that holds its reference and its target:
 Images are positions in the gallery. Shapes: Q queries, G gallery images, E embedding width, S bootstrap samples.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -102,42 +100,31 @@ def _named_with_members(in_gallery: Mapping[int, Any], among_members: Mapping[in
     return named | {"arithmetic_mean": mean, "harmonic_mean": harmonic, "geometric_mean": geometric, "r_mean": mean}
 
 
-def composed_recalls(
-    queries: Tensor,
-    gallery: Tensor,
-    reference: Tensor,
-    target: Tensor,
-    *,
-    categories: Sequence[str] | None = None,
-    gallery_categories: Sequence[str] | None = None,
-    members: Sequence[Sequence[int]] | None = None,
-) -> ComposedResult:
+def composed_recalls(vectors: Tensor, gallery: Tensor, queries: ComposedQueries) -> ComposedResult:
     """Ranks the gallery for every query; `.metrics` of the result holds the recalls.
 
     Ties count against the model, as in `rank_first_relevant`; so does another gallery image equal to the target.
 
     Args:
-        queries: [Q, E], composed of reference and caption, L2-normalised.
+        vectors: [Q, E], composed of reference and caption, L2-normalised.
         gallery: [G, E], L2-normalised.
-        reference: int64 [Q], position of each query's reference image.
-        target: int64 [Q], position of the one right answer.
-        categories: one a query; it is ranked among the gallery images of its category. None: one category, "all".
-        gallery_categories: one a gallery image; given if and only if `categories` are.
-        members: gallery positions for each query, its reference and its target among them, in any order; not to be
-            given together with categories.
+        queries: what is asked; those with members are ranked by the protocol with members. Without categories all are
+            of one, "all".
 
     Raises:
         UserError: a reference or target outside the gallery or of another category; with members, a target that is
             its own reference, or members without reference or target; lengths that do not fit; no queries; embeddings
             that are not finite. Offending queries are listed.
     """
-    if len(queries) != len(target):
-        raise UserError(f"every query needs one target, but got {len(queries)} queries and {len(target)} targets")
-    split = _split(reference, target, len(gallery), categories, gallery_categories, members)
+    if len(vectors) != len(queries.target):
+        raise UserError(
+            f"every query needs one target, but got {len(vectors)} queries and {len(queries.target)} targets"
+        )
+    split = _split(queries, len(gallery))
     if split.members is not None:
         answers, removed = [_one_each(split.target)], _one_each(split.reference)
         in_gallery, among_members = (
-            rank_first_relevant(queries, gallery, answers, excluded=removed, candidates=candidates)[0]
+            rank_first_relevant(vectors, gallery, answers, excluded=removed, candidates=candidates)[0]
             for candidates in (None, split.members)
         )
         return ComposedResult(in_gallery, among_members)
@@ -146,32 +133,17 @@ def composed_recalls(
     for category, rows in _positions_by_key(split.categories).items():
         items = items_of[category]
         answers = [_one_each(torch.searchsorted(items, split.target[rows]))]
-        (ranks[rows],) = rank_first_relevant(queries[rows], gallery[items], answers)
+        (ranks[rows],) = rank_first_relevant(vectors[rows], gallery[items], answers)
     return ComposedResult(ranks, categories=list(split.categories))
 
 
-def chance_composed_recalls(
-    reference: Tensor,
-    target: Tensor,
-    gallery_size: int,
-    *,
-    categories: Sequence[str] | None = None,
-    gallery_categories: Sequence[str] | None = None,
-    members: Sequence[Sequence[int]] | None = None,
-) -> dict[str, float]:
-    """Expected `ComposedResult.metrics` of rankings drawn at random.
+def chance_composed_recalls(queries: ComposedQueries) -> dict[str, float]:
+    """Expected `ComposedResult.metrics` of rankings drawn at random; raises as `composed_recalls` does.
 
     `harmonic_mean` and `geometric_mean` are left out: those of expected recalls are not the expected ones.
-
-    Args:
-        reference: as in `composed_recalls`, like the other arguments.
-        target: int64 [Q].
-        gallery_size: G.
-        categories: one a query.
-        gallery_categories: one a gallery image.
-        members: gallery positions for each query.
     """
-    split = _split(reference, target, gallery_size, categories, gallery_categories, members)
+    gallery_size = len(queries.names)
+    split = _split(queries, gallery_size)
     if split.members is not None:
         in_gallery = chance_recall_at(torch.ones(1), gallery_size - 1, GALLERY_KS)
         sizes, num_queries = (split.members.sizes - 1).unique(return_counts=True)
@@ -232,22 +204,14 @@ class _Split:
     members: Groups | None
 
 
-def _split(
-    reference: Tensor,
-    target: Tensor,
-    gallery_size: int,
-    categories: Sequence[str] | None,
-    gallery_categories: Sequence[str] | None,
-    members: Sequence[Sequence[int]] | None,
-) -> _Split:
-    """Checks the arguments of `composed_recalls`."""
-    num_queries = len(target)
+def _split(queries: ComposedQueries, gallery_size: int) -> _Split:
+    """Checks what `composed_recalls` ranks."""
+    num_queries, reference, target, members = len(queries.target), queries.reference, queries.target, queries.members
+    categories, gallery_categories = queries.categories, queries.gallery_categories
     if (categories is None) != (gallery_categories is None):
         raise UserError("`categories` and `gallery_categories` must be given together")
-    if categories is None or gallery_categories is None:
+    if categories is None or gallery_categories is None or members is not None:
         categories, gallery_categories = ["all"] * num_queries, ["all"] * gallery_size
-    elif members is not None:
-        raise UserError("`members` and `categories` belong to different protocols; give one of them")
     lengths = [("reference", reference, num_queries), ("categories", categories, num_queries)]
     lengths += [("gallery_categories", gallery_categories, gallery_size)]
     lengths += [] if members is None else [("members", members, num_queries)]
@@ -311,12 +275,11 @@ class ComposedRetrieval:
     result: ComposedResult
     """Ranks of the targets."""
 
-    @staticmethod
-    def of(gallery: Tensor, vectors: Tensor, queries: ComposedQueries) -> ComposedRetrieval:
+    @classmethod
+    def of(cls, gallery: Tensor, vectors: Tensor, queries: ComposedQueries) -> Self:
         """Measures the queries' vectors by the split's protocol; takes what the fields say."""
-        target = queries.require_targets()
-        result = composed_recalls(vectors, gallery, queries.reference, target, **queries.protocol)
-        return ComposedRetrieval(gallery, vectors, queries, result)
+        queries.require_targets()
+        return cls(gallery, vectors, queries, composed_recalls(vectors, gallery, queries))
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""
@@ -324,7 +287,4 @@ class ComposedRetrieval:
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have."""
-        return chance_composed_recalls(
-            self.queries.reference, self.queries.require_targets(), len(self.gallery_embeddings),
-            **self.queries.protocol,
-        )  # fmt: skip
+        return chance_composed_recalls(self.queries)

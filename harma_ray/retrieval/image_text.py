@@ -3,11 +3,9 @@
 Shapes: Q queries, E embedding width, N images, M texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -228,13 +226,11 @@ class ImageTextRetrieval:
     result: RetrievalResult
     """Ranks, from which metrics and intervals follow."""
 
-    @staticmethod
-    def of(
-        image_embeddings: Tensor, text_embeddings: Tensor, texts: list[str], image_of_text: Tensor
-    ) -> ImageTextRetrieval:
+    @classmethod
+    def of(cls, image_embeddings: Tensor, text_embeddings: Tensor, texts: list[str], image_of_text: Tensor) -> Self:
         """Ranks embeddings; takes what the fields say."""
         result = image_text_recalls(image_embeddings, text_embeddings, image_of_text, texts)
-        return ImageTextRetrieval(image_embeddings, text_embeddings, texts, image_of_text, result)
+        return cls(image_embeddings, text_embeddings, texts, image_of_text, result)
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""

@@ -3,8 +3,6 @@
 Shapes: Q queries, G gallery images, E embedding width, F width in the other space, k neighbours.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -6,8 +6,6 @@ runs again with a graph and is given its share of that gradient. Source: Gao et 
 Batch Size under Memory Limited Setup" (GradCache, arXiv 2101.06983).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 

@@ -6,8 +6,6 @@ hash of its configuration, the fingerprint of the backbone). It is written besid
 run or a full disk leaves the previous checkpoint as it was.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -6,13 +6,11 @@ the model before any training. All of it follows from the lines of the record al
 page come to the same findings.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from harma_ray.evaluation import Metrics
 from harma_ray.task import Task
@@ -53,10 +51,10 @@ class Finding:
         """Returns the keys of a line of the record, or of an entry of the report."""
         return {**asdict(self), "advice": list(self.advice)}
 
-    @staticmethod
-    def of(record: Mapping[str, Any]) -> Finding:
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
         """Returns the finding that a line of the record or an entry of the report tells."""
-        return Finding(record["problem"], record["since"], record["message"], tuple(record["advice"]), record["over"])
+        return cls(record["problem"], record["since"], record["message"], tuple(record["advice"]), record["over"])
 
 
 class HealthWatch:

@@ -4,8 +4,6 @@ It is given which worker it is, a loader of batches, and a callback for every ev
 Tune trial, or none. What it finds in the run's folder decides where it starts.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -97,7 +95,7 @@ def run_training(
 def run_trial(
     task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader, callback: Callback
 ) -> None:
-    """Trains as `run_training` does, but only what a search compares: the selecting split after each epoch.
+    """Trains as `run_training` does, but only what a search compares: the selecting split at each evaluation.
 
     Nothing is evaluated before the first step (adapters start as the identity, so all trials are equal there), nothing
     is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are

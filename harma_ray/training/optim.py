@@ -1,7 +1,5 @@
 """The optimiser and its schedule."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

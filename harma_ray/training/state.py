@@ -1,7 +1,5 @@
 """What a training needs beside its weights to go on to the bit: optimiser, schedule, progress, random states."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any

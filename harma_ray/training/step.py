@@ -1,7 +1,5 @@
 """The parts of the training loop that know about torch's machinery: one step, wrapping, autocast, rates."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -197,16 +195,6 @@ def evaluate_stream(
     return found if worker.rank == 0 else Evaluation(metrics)
 
 
-def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
-    """Yields batches and tells the meter how long each was waited for."""
-    while True:
-        with meter.waiting():
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
-
-
 class Meter:
     """Rates since the last reading."""
 
@@ -263,6 +251,16 @@ class Meter:
     def _forget(self) -> None:
         self._started, self._steps, self._waited = time.perf_counter(), 0, 0.0
         self._amounts: dict[str, list[Tensor]] = {}
+
+
+def timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
+    """Yields batches and tells the meter how long each was waited for."""
+    while True:
+        with meter.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def local_worker(config: RunConfig) -> Worker:

@@ -1,7 +1,5 @@
 """How many threads a process has, decided in one place for workers, trials, evaluations and what encodes vectors."""
 
-from __future__ import annotations
-
 import torch
 
 from harma_ray.config import RunConfig

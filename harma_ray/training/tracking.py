@@ -3,8 +3,6 @@
 Records after the step that a run resumes at are removed first, so a record never tells of steps that were thrown away.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

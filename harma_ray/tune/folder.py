@@ -1,7 +1,5 @@
 """The folder of a search: its definition, its study, the runs of its trials, what was concluded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -122,14 +120,14 @@ def _read_trial(folder: Path, definition: SearchDefinition, trial: FrozenTrial) 
     metric = definition.objectives[0].metric
     evaluations = [record for record in read_records(own) if record["kind"] == "evaluation"]
     selecting = [record for record in evaluations if record["split"] == definition.config.selecting_split]
-    curve = tuple((record["epoch"], record[metric]) for record in selecting if record.get(metric) is not None)
+    curve = tuple((record[definition.unit], record[metric]) for record in selecting if record.get(metric) is not None)
     return TrialResult(
         number=trial.number,
         state=_STATES[trial.state],
         params=definition.read(trial.params),
         curve=curve,
         values=tuple(result["values"]) if result.get("values") else None,
-        epochs=result.get("trained", 0),
+        trained=result.get("trained", 0),
         seconds=result.get("seconds", 0),
         reason=trial.user_attrs.get(REASON),
         folder=own,

@@ -1,7 +1,5 @@
 """What a search has found so far, read from its folder; plain values, for tables, figures and the report."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from harma_ray.shell import launch_command
 from harma_ray.tune.space.definition import SearchDefinition, Target
 
 State = Literal["complete", "stopped", "failed", "running"]
-"""A trial ran all its epochs; the scheduler stopped it; it failed; it runs, or the search was interrupted meanwhile."""
+"""A trial ran to its end; the scheduler stopped it; it failed; it runs, or the search was interrupted meanwhile."""
 ENDED = ("complete", "stopped")
 """States of the trials that count."""
 
@@ -30,11 +28,11 @@ class TrialResult:
     params: Mapping[str, Any]
     """Searched parameters that this trial has (conditional ones may be missing), by dotted name."""
     curve: tuple[tuple[float, float], ...]
-    """(epoch, first objective on val) of every evaluation of the trial's first seed, in order; may be empty."""
+    """(epoch or step, first objective on val) of every evaluation of the trial's first seed, in order; may be empty."""
     values: tuple[float, ...] | None
-    """One value an objective: the best over the epochs so far, the mean over the seeds; None before the first."""
-    epochs: float
-    """Epochs trained, over all its seeds."""
+    """One value an objective: the best over the evaluations so far, the mean over the seeds; None before the first."""
+    trained: float
+    """Epochs or steps trained, over all its seeds, see `SearchDefinition.unit`."""
     seconds: float
     """Time spent in training steps, over all seeds."""
     reason: str | None
@@ -131,7 +129,7 @@ class SearchResults:
         return f"trial {self.best}" + (f" (the first of {seeds} seeds)" if seeds > 1 else "")
 
     @property
-    def ended_epochs(self) -> tuple[float, int]:
-        """Epochs that complete and stopped trials trained, and would have trained if nothing had stopped them."""
+    def ended_training(self) -> tuple[float, int]:
+        """Epochs or steps of complete and stopped trials, and how many they would be if nothing had stopped them."""
         ended = [trial for trial in self.trials if trial.state in ENDED]
-        return sum(trial.epochs for trial in ended), len(ended) * self.definition.trial_epochs
+        return sum(trial.trained for trial in ended), len(ended) * self.definition.trial_length

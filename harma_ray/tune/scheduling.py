@@ -1,7 +1,5 @@
 """Between Ray Tune and a search's study: who is tried next, and who is stopped early."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +13,11 @@ from ray.tune.search import Searcher
 from harma_ray.on_ray.quirks import Unpickled
 from harma_ray.settings import to_dict
 from harma_ray.tune.results import TrialResult
-from harma_ray.tune.space.definition import Scheduler, SearchDefinition
+from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.study import Report, SearchStudy
 
-EPOCH, VALUE = "epoch", "value"
-"""What schedulers look at: epochs of the first seed's training, and the best of the first objective so far."""
+PROGRESS, VALUE = "progress", "value"
+"""What schedulers look at: how far the first seed's training is, and the best of the first objective so far."""
 
 
 class StudySearcher(Unpickled, Searcher):
@@ -108,38 +106,38 @@ class EarlyStopping(Unpickled, FIFOScheduler):
     def __init__(self, definition: SearchDefinition, past: Iterable[TrialResult] = ()):
         """Takes the search, and its trials of earlier sessions in the order of their numbers."""
         super().__init__()
-        self._epochs = definition.config.train.epochs
+        self._length = definition.length
         objective = definition.objectives[0]
         self._judged = optuna.create_study(
-            study_name="search", direction=objective.direction, pruner=make_pruner(definition.scheduler),
+            study_name="search", direction=objective.direction, pruner=make_pruner(definition),
             sampler=optuna.samplers.RandomSampler(),
         )  # fmt: skip
         self._trials: list[optuna.trial.Trial] = []
         self._seen: set[tuple[int, int]] = set()
         for trial in past:
             best = accumulate((value for _, value in trial.curve), max if objective.maximize else min)
-            for (epoch, _), value in zip(trial.curve, best, strict=True):
-                if epoch <= trial.epochs:  # what was evaluated later was not judged before the interruption
-                    self._falls_behind(trial.number, epoch, value)
+            for (progress, _), value in zip(trial.curve, best, strict=True):
+                if progress <= trial.trained:  # what was evaluated later was not judged before the interruption
+                    self._falls_behind(trial.number, progress, value)
             if trial.state == "complete":
                 self._complete(trial.number, trial.value)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decides whether a trial goes on: the published setting always, for all others are compared with it."""
-        number, epoch = trial.config["number"], result[EPOCH]
-        behind = self._falls_behind(number, epoch, result[VALUE])
-        return TrialScheduler.STOP if behind and number != 0 and epoch < self._epochs else TrialScheduler.CONTINUE
+        number, progress = trial.config["number"], result[PROGRESS]
+        behind = self._falls_behind(number, progress, result[VALUE])
+        return TrialScheduler.STOP if behind and number != 0 and progress < self._length else TrialScheduler.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Takes in the end of a trial: the median is that of the complete ones."""
         if result.get("finished"):
             self._complete(trial.config["number"], result[VALUE])
 
-    def _falls_behind(self, number: int, epoch: float, value: float) -> bool:
+    def _falls_behind(self, number: int, progress: float, value: float) -> bool:
         """Takes in a result; a trial that was interrupted repeats what was judged before, and is not judged again."""
         while len(self._trials) <= number:
             self._trials.append(self._judged.ask())
-        step = math.floor(epoch)
+        step = math.floor(progress)
         if (number, step) in self._seen:
             return False
         self._seen.add((number, step))
@@ -153,15 +151,15 @@ class EarlyStopping(Unpickled, FIFOScheduler):
 
 def make_scheduler(definition: SearchDefinition, past: Iterable[TrialResult] = ()) -> TrialScheduler:
     """Returns the scheduler, which has seen what trials of earlier sessions reported then."""
-    settings = definition.scheduler
-    if settings.name == "none" or definition.config.train.epochs <= settings.grace_epochs:
+    if definition.scheduler.name == "none" or definition.length <= definition.grace:
         return FIFOScheduler()
     return EarlyStopping(definition, past)
 
 
-def make_pruner(settings: Scheduler) -> optuna.pruners.BasePruner:
-    """Returns Optuna's pruner of a name."""
-    grace, factor = settings.grace_epochs, settings.reduction_factor
+def make_pruner(definition: SearchDefinition) -> optuna.pruners.BasePruner:
+    """Returns Optuna's pruner of the scheduler's name."""
+    settings, grace = definition.scheduler, definition.grace
+    factor = settings.reduction_factor
     if settings.name == "median":
         return optuna.pruners.MedianPruner(n_warmup_steps=grace)
     if settings.name == "asha":

@@ -1,7 +1,5 @@
 """Runs a search on a Ray cluster: Ray Tune gives each trial its place, the study says which and keeps the results."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -61,7 +59,7 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
     module = task.backbone.build()
     task.backbone.fingerprint(module)  # noted on the module: no trial computes it again
     backbone = (task.backbone.name, ray.put(SharedModule.of(module)))
-    return TrialSetting(definition.objectives, plan.workers, backbone, describe_environment())
+    return TrialSetting(definition.objectives, definition.unit, plan.workers, backbone, describe_environment())
 
 
 def run_search(
@@ -285,11 +283,11 @@ def _log_hparams(trial: TrialResult, results: SearchResults) -> None:
         return
     metrics = {f"search/{o.metric}": v for o, v in zip(results.definition.objectives, trial.values, strict=True)}
     with SummaryWriter(str(trial_folder(results.folder, trial.number) / EVENTS_FOLDER)) as writer:
-        write_hparams(writer, trial.params, {**metrics, "search/epochs": trial.epochs})
+        write_hparams(writer, trial.params, {**metrics, f"search/{results.definition.unit}s": trial.trained})
 
 
 class _Limits(Unpickled, ray.tune.Stopper):
-    """Ends a search at its limit of hours or epochs, or when nothing works; running trials can go on later."""
+    """Ends a search at its limit of hours, epochs or steps, or when nothing works; running trials can go on later."""
 
     def __init__(self, study: SearchStudy, searcher: StudySearcher):
         self._study, self._searcher = study, searcher

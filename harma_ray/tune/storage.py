@@ -1,7 +1,5 @@
 """Where a search's Optuna study is kept, and who proposes in it."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

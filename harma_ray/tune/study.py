@@ -4,8 +4,6 @@ Everything that a search needs to go on after an interruption is in the study an
 that is marked as running when a search starts is one that was interrupted, and goes on first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time
@@ -61,18 +59,18 @@ class Assignment:
 class Report:
     """What a trial has reached so far."""
 
-    epoch: float
-    """Epochs of the first seed's training."""
+    progress: float
+    """Epochs or steps of the first seed's training, see `harma_ray.tune.space.definition.SearchDefinition.unit`."""
     value: float
-    """The first objective: the best over the epochs so far, the mean over the seeds so far."""
+    """The first objective: the best over the evaluations so far, the mean over the seeds so far."""
     values: tuple[float, ...] = ()
     """All objectives."""
     trained: float = 0
-    """Epochs trained, over all seeds."""
+    """Epochs or steps trained, over all seeds."""
     seconds: float = 0
     """Time spent."""
     finished: bool = False
-    """Whether all epochs of all seeds are done."""
+    """Whether the trainings of all seeds are done."""
     failed: str | None = None
     """Why it failed, in one line."""
 
@@ -122,7 +120,7 @@ class SearchStudy:
         # Optuna has no public way to go on with a trial of another process
         self._unfinished = [optuna.trial.Trial(self.study, t._trial_id) for t in done if t.state == TrialState.RUNNING]
         self._counted = {trial.number for trial in done if trial.state != TrialState.WAITING}
-        self._epochs = {trial.number: _result(trial).get("trained", 0) for trial in done}
+        self._trained = {trial.number: _result(trial).get("trained", 0) for trial in done}
         self._earlier_seconds = float(self.study.user_attrs.get(SECONDS, 0))
         self._seen: dict[tuple, int] = {}
         for trial in done:
@@ -182,14 +180,14 @@ class SearchStudy:
         running = self._open[number]
         running.trained = report.trained
         self._anything_worked = True
-        if report.trained < self._epochs.get(number, 0):
+        if report.trained < self._trained.get(number, 0):
             return  # an earlier session has recorded it
-        self._epochs[number] = report.trained
+        self._trained[number] = report.trained
         running.trial.set_user_attr(RESULT, {
             "values": list(report.values), "trained": report.trained, "seconds": round(report.seconds, 3),
         })  # fmt: skip
         self.save_time()
-        step = math.floor(report.epoch)
+        step = math.floor(report.progress)
         if len(self.definition.objectives) == 1 and step not in running.reported:
             running.trial.report(report.value, step=step)  # once a step: Optuna warns of a second value
             running.reported.add(step)
@@ -226,9 +224,9 @@ class SearchStudy:
         self.study.set_user_attr(SECONDS, self.seconds)
 
     @property
-    def epochs(self) -> float:
-        """Epochs trained so far, over all trials."""
-        return sum(self._epochs.values())
+    def trained(self) -> float:
+        """Epochs or steps trained so far, over all trials."""
+        return sum(self._trained.values())
 
     @property
     def seconds(self) -> float:
@@ -236,15 +234,15 @@ class SearchStudy:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def is_over(self) -> bool:
-        """Whether the limit of epochs or of hours is reached, all sessions together.
+        """Whether the limit of epochs, of steps or of hours is reached, all sessions together.
 
-        A trial that has trained all its epochs is given the moment that it needs to end.
+        A trial that has trained to its end is given the moment that it needs to end.
         """
-        limits, whole = self.definition.limits, self.definition.trial_epochs
+        definition, whole = self.definition, self.definition.trial_length
         if any(running.trained >= whole for running in self._open.values()):
             return False
-        late = bool(limits.hours and self.seconds >= 3600 * limits.hours)
-        return late or bool(limits.epochs and self.epochs >= limits.epochs)
+        late = bool(definition.limits.hours and self.seconds >= 3600 * definition.limits.hours)
+        return late or bool(definition.budget and self.trained >= definition.budget)
 
     def failure_reason(self) -> str | None:
         """Returns the last failure's reason if, in this session, trial after trial fails; None if not.

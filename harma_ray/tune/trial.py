@@ -4,8 +4,6 @@ A trial of one worker runs the loop right in its process, which several trials u
 several workers starts Ray Train from its process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import math
@@ -14,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ray
 import torch
@@ -53,6 +51,8 @@ class TrialSetting:
 
     objectives: tuple[Target, ...]
     """What the search compares."""
+    unit: Literal["epoch", "step"]
+    """What it counts trainings in."""
     plan: WorkerPlan
     """The workers of a trial."""
     backbone: tuple[str, Any] | None
@@ -62,7 +62,7 @@ class TrialSetting:
 
 
 def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[dict[str, Any]], None]) -> None:
-    """Runs a trial to its end, and reports after every epoch; what it cannot do is reported as a failure.
+    """Runs a trial to its end, and reports after every evaluation; what it cannot do is reported as a failure.
 
     Only the death of the process is left to Ray Tune, which starts the trial again, from its checkpoint.
 
@@ -72,7 +72,7 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
         report: `ray.tune.report`.
     """
     wait_for_stopped_trials()
-    tally = _Tally(setting.objectives)
+    tally = _Tally(setting.objectives, setting.unit)
     folder = Path(assignment["runs"][0]["folder"])
 
     def callback(metrics: Mapping[str, Any]) -> None:
@@ -155,30 +155,30 @@ def single_worker(config: RunConfig, plan: WorkerPlan) -> Worker:
 class _Tally:
     """Sums up a trial: the best of each training so far, the mean over its seeds."""
 
-    def __init__(self, objectives: tuple[Target, ...]):
+    def __init__(self, objectives: tuple[Target, ...], unit: str):
         self._first, self._metrics = objectives[0], tuple(target.metric for target in objectives)
-        self._folder = Path()
+        self._folder, self._unit = Path(), unit
         self._best: list[dict[str, float]] = []
-        self._epochs: list[float] = []
+        self._trained: list[float] = []
         self._costs: list[dict[str, float]] = []
 
     def begin(self, folder: Path) -> None:
         """Goes on to the next seed's training."""
         self._folder = folder
         self._best.append({})
-        self._epochs.append(0)
+        self._trained.append(0)
         self._costs.append({"seconds": 0.0})
 
     def catch_up(self) -> Iterator[Report]:
         """Forgets the current training, and yields what its record holds, one report an evaluation."""
         if self._best:
-            self._best[-1], self._epochs[-1] = {}, 0
+            self._best[-1], self._trained[-1] = {}, 0
             yield from map(self.add, past_evaluations(self._folder))
 
     def add(self, metrics: Mapping[str, Any]) -> Report:
         """Takes in an evaluation of the current training, whose checkpoint is written."""
         meta = read_meta(list_checkpoints(self._folder)[-1])
-        self._epochs[-1] = metrics["epoch"]
+        self._trained[-1] = metrics[self._unit]
         parameters = sum(math.prod(shape) for shape in meta.trainable.values())
         self._costs[-1] = {"seconds": meta.progress["seconds"], "trainable_parameters": parameters}
         first, merit = self._first.metric, self._first.merit
@@ -191,10 +191,10 @@ class _Tally:
         reached = [{**cost, **best} for best, cost in zip(self._best, self._costs, strict=True) if best]
         means = tuple(statistics.fmean(known[name] for known in reached) for name in self._metrics if reached)
         return Report(
-            epoch=self._epochs[0] if self._epochs else 0,
+            progress=self._trained[0] if self._trained else 0,
             value=means[0] if means else 0.0,
             values=means,
-            trained=sum(self._epochs),
+            trained=sum(self._trained),
             seconds=sum(cost["seconds"] for cost in self._costs),
         )
 

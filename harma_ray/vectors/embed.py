@@ -1,7 +1,5 @@
 """Vectors of a data set's images and captions, or of a folder's images, as a store, through Ray Data."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -125,7 +123,11 @@ def _find(
     for part in iterate_slices(len(found.images), settings.batch_size):
         files = [(found.name(path), path) for path in found.images[part]]
         requests.append(partial(_read_files, files, rule, max_pixels))
-    return _Found(requests, {"splits": {}, "left_out": found.counts}, _listing(found))
+    return _Found(
+        requests,
+        {"splits": {}, "left_out": {reason: len(names) for reason, names in found.left_out.items()}},
+        _listing(found),
+    )
 
 
 def _listing(found: FoundImages) -> str:

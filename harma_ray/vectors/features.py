@@ -4,8 +4,6 @@ Every image and every text is encoded once, however many triplets share it. The 
 with vectors in place of images and beside the texts; it is trained on and evaluated like the data set itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace

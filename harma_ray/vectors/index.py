@@ -3,8 +3,6 @@
 Shapes: Q queries, G gallery images, E embedding width, k neighbours.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

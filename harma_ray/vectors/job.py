@@ -1,7 +1,5 @@
 """The job that encodes: processes that hold a model read what they are asked to, and the vectors come back in order."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Vectors written in parts while they are made, so that a job that was killed goes on where it stopped."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,8 +8,6 @@ manifest lies beside it, ``NAME.npz.json``. Nothing in either is executed when i
 Shapes: N images, E embedding width.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

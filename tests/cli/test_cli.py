@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, launch, ray_warns, refused
+from command_line import ROOT, done, launch, ray_warns, refused
 
 from harma_ray.cli import main
 
@@ -83,16 +83,17 @@ def test_train_says_what_it_does_and_leaves_no_noise(one_worker):
 
 
 @pytest.mark.ray
-def test_evaluate_gives_the_runs_own_figures_for_any_number_of_workers_and_any_file(one_worker, joined, tmp_path):
+@ray_warns
+@pytest.mark.usefixtures("joined_here")
+def test_evaluate_gives_the_runs_own_figures_for_any_number_of_workers_and_any_file(capsys, one_worker, tmp_path):
     run, _ = one_worker
     expected = json.loads((run / "report.json").read_text())["metrics"]["test"]
     released, figures = tmp_path / "released.pth", tmp_path / "figures.json"
     assert main(["checkpoint", "export", "--run", str(run), "--format", "released", "--out", str(released)]) == 0
     weights = (["--run", run], ["--checkpoint", released, "--config", run / "config.yaml"])
     for workers, source in enumerate(weights, 1):
-        result = launch("evaluate", *source, "--split", "test", "--workers", workers, "--json", figures,
-                        "--report", tmp_path / f"report{workers}", environment=joined)  # fmt: skip
-        assert result.returncode == 0, result.stderr[-3000:]
+        done(capsys, "evaluate", *source, "--split", "test", "--workers", workers, "--json", figures,
+             "--report", tmp_path / f"report{workers}")  # fmt: skip
         assert json.loads(figures.read_text())["metrics"] == expected
         assert (tmp_path / f"report{workers}" / "index.html").exists()
     assert not list(run.glob(".evaluate-*")) + list(tmp_path.glob(".evaluate-*"))
@@ -164,9 +165,8 @@ def test_a_batch_that_does_not_divide_by_the_workers_leaves_no_run(scenes, capfd
 @pytest.mark.ray
 @ray_warns
 @pytest.mark.usefixtures("joined_here")
-@pytest.mark.parametrize("decode", ["worker", "tasks"])
-def test_a_mistake_found_by_a_worker_or_a_data_task_is_one_clear_line(scenes, capfd, tmp_path, decode):
-    wrong = ["--set", "data.max_pixels=10", "--set", f"data.decode={decode}"]
+def test_a_mistake_found_by_a_data_task_of_a_worker_is_one_clear_line(scenes, capfd, tmp_path):
+    wrong = ["--set", "data.max_pixels=10", "--set", "data.decode=tasks"]
     error = refused(capfd, "train", "--recipe", "harma-scenes", "--data", scenes, "--runs", tmp_path, "--name", "bad",
                     "--workers", 1, *SMALL, *wrong)  # fmt: skip
     assert error.startswith("error: row ")

@@ -12,9 +12,9 @@ from random_runs import make_random_run
 from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
 
+from harma_ray.cli import make_parser
 from harma_ray.data.convert.commands import convert_scenes_cir
-from harma_ray.data.kinds.base import BadRow
-from harma_ray.data.manifest import MANIFEST_NAME
+from harma_ray.data.manifest import MANIFEST_NAME, BadRow
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.import_export import load_model
 from harma_ray.models.backbones import build_clip
@@ -37,6 +37,7 @@ space:
 sampler: grid
 scheduler: none
 limits: {}
+concurrent: 1
 """
 
 
@@ -391,6 +392,18 @@ def test_queries_of_one_kind_alone_have_no_switch(capsys, scenes, tuned, random_
     assert "must be one of sum, image, text" in refused(
         capsys, "evaluate", "--run", tuned.path, "--split", "val", "--query", "combiner"
     )
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["predict", "cirr-test", "--data", "data"]])
+def test_the_recipes_say_how_queries_can_be_made(capsys, monkeypatch, command):
+    monkeypatch.setattr("harma_ray.recipes.QUERIES", {"product": "the product of both"})
+    arguments = [*command, "--run", "run", "--query"]
+    assert make_parser().parse_args([*arguments, "product"]).query == "product"
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([*arguments, "sum"])
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([*command, "--help"])
+    assert "product = the product of both" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_published_clip_alone_and_the_sum_of_a_second_stage_give_the_first_ones_submission(

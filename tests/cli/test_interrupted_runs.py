@@ -22,13 +22,19 @@ from interrupted import (
     started,
     told,
     train,
+    train_undisturbed,
     wait_until,
     without_times,
 )
 
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.on_ray.deaths import read_notes
 from harma_ray.on_ray.workers import WORKERS_FOLDER
+from harma_ray.recipes import make_task
+from harma_ray.runs import CONFIG_NAME, open_run
+from harma_ray.settings import build_config, to_yaml
 from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, read_meta
+from harma_ray.training.loop import run_training
 from harma_ray.training.tracking import read_records
 from harma_ray.tune.study import trial_folder
 
@@ -49,9 +55,9 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def harma(joined, scenes, runs):
+def harma(scenes, runs):
     """A run that nobody disturbs."""
-    done_here(train("harma-scenes", scenes, runs / "quiet", HARMA), joined)
+    train_undisturbed("harma-scenes", scenes, runs / "quiet", HARMA)
     return runs / "quiet"
 
 
@@ -69,7 +75,7 @@ def stopped(joined, scenes, runs):
 
 
 def test_a_run_goes_on_after_the_death_of_a_worker_ctrl_c_and_the_death_of_its_driver_and_cluster(
-    harma, stopped, tmp_path
+    harma, stopped, joined, tmp_path
 ):
     run = Path(shutil.copytree(stopped, tmp_path / "disturbed"))
     last = read_meta(list_checkpoints(run)[-1]).step
@@ -83,20 +89,32 @@ def test_a_run_goes_on_after_the_death_of_a_worker_ctrl_c_and_the_death_of_its_d
     while left := {pid for pid in below if Path(f"/proc/{pid}").exists()}:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-    done(resume(run), alone())
+    done_here(resume(run), joined)
     assert_equal_to_the_bit(run, harma)
     steps = [record["step"] for record in read_records(run) if record["kind"] == "step"]
     assert steps == list(range(1, 76))
 
 
+class Stop(Exception):
+    pass
+
+
+def five_batches(source, chunks, how):
+    for number, batch in enumerate(local_batches(source, chunks, how)):
+        if number == 5:
+            raise Stop
+        yield batch
+
+
 def test_another_number_of_workers_goes_on_with_the_same_batches(harma, stopped, joined, tmp_path):
-    """Two workers, then one, then two."""
+    """Two workers, then one, which is this process, then two."""
     run = Path(shutil.copytree(stopped, tmp_path / "passed on"))
-    last = read_meta(list_checkpoints(run)[-1]).step
-    with started(resume(run, "--workers", 1), joined) as process:
-        wait_until(process, at_step(run, last + 5, starts=3))
-        interrupt(process, run)
+    config = build_config(open_run(run).config, {"scaling.num_workers": 1})
+    (run / CONFIG_NAME).write_text(to_yaml(config))
+    with pytest.raises(Stop):
+        run_training(make_task(config), config, run, worker=Worker(), loader=five_batches)
     printed = done_here(resume(run, "--workers", 2), joined)
+    assert open_run(run).config.scaling.num_workers == 2
     assert "notice: 2 worker(s) go on with what 1 began" in printed
     notices = [record["text"] for record in read_records(run) if record["kind"] == "notice"]
     assert [notice.partition(":")[0] for notice in notices] == [

@@ -11,7 +11,7 @@ from dataclasses import replace
 import optuna
 import pytest
 import yaml
-from command_line import ROOT, SMALL_SPACE
+from command_line import ROOT, SMALL_SPACE, done, ray_warns
 
 from harma_ray.cli import main, make_parser
 from harma_ray.cli.tune_run import _absolute, _plan, _require_same_data, _with_features
@@ -69,6 +69,14 @@ def test_a_wrong_command_is_one_clear_line(capsys, arguments, message):
     assert "\n" not in error
 
 
+def test_a_limit_in_what_the_search_does_not_count_is_refused(capsys, space, scenes, tmp_path):
+    start = [space, "--data", scenes, "--runs", tmp_path / "runs"]
+    assert "this search counts epochs, got `--steps`; give `--epochs`" in refused(capsys, *start, "--steps", 9)
+    start += ["--set", "train.steps=8", "--set", "train.eval_every_steps=4"]
+    assert "this search counts steps, got `--epochs`; give `--steps`" in refused(capsys, *start, "--epochs", 9)
+    assert "`--steps` must be enough for one trial, 8 steps, got 7" in refused(capsys, *start, "--steps", 7)
+
+
 def test_missing_data_is_told_before_ray_starts(capsys, space, tmp_path):
     assert "does not exist" in refused(capsys, space, "--data", tmp_path / "no", "--runs", tmp_path / "runs")
     assert "no data set is given" in refused(capsys, space, "--runs", tmp_path / "runs")
@@ -89,7 +97,7 @@ def begun(space, scenes_copy, tmp_path):
     for value in (10.0, 20.0):
         number = study.next().number
         trial_folder(folder, number).mkdir(parents=True)
-        study.close(number, Report(epoch=2, value=value, values=(value,), trained=2, finished=True))
+        study.close(number, Report(progress=2, value=value, values=(value,), trained=2, finished=True))
     return folder
 
 
@@ -181,6 +189,42 @@ def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
     assert yaml.safe_load((folder / "search.yaml").read_text())["limits"] == {"trials": 3}
     assert not list(folder.glob("ray"))
     assert main(["tune", "report", str(folder)]) == 0
+
+
+STEP_SPACE = """
+recipe: harma-scenes
+fixed: {train.steps: 12, train.eval_every_steps: 4, train.global_batch_size: 20, adapter.shared_width: 8,
+        model.pretrained: random}
+space:
+  optim.learning_rate: {choices: [4e-3, 1e-9, 1e-2]}
+sampler: grid
+scheduler: {name: asha, reduction_factor: 2}
+concurrent: 1
+"""
+"""Trial 1 learns nothing."""
+
+
+@pytest.mark.ray
+@ray_warns
+@pytest.mark.timeout(300)
+def test_a_search_counts_steps_where_its_trainings_do(capsys, scenes, tmp_path, joined_here):
+    """The second session goes on within a trial, at the step where the limit of the first cut it off."""
+    (tmp_path / "steps.yaml").write_text(STEP_SPACE)
+    folder = tmp_path / "runs" / "one"
+    start = [tmp_path / "steps.yaml", "--data", scenes, "--runs", folder.parent, "--name", folder.name, "--steps", 20]
+    first = done(capsys, "tune", *start)
+    assert "a trial    12 steps, evaluated every 4" in first
+    assert "trial 1 stopped at step 4: " in first
+    assert [trial.state for trial in read_search(*open_search(folder)).trials] == ["complete", "stopped", "running"]
+    again = done(capsys, "tune", "--resume", folder, "--steps", 100)
+    assert "stopping early saved 22% of the ended trials' steps" in again
+    results = read_search(*open_search(folder))
+    assert [trial.state for trial in results.trials] == ["complete", "stopped", "complete"]
+    assert [[step for step, _ in trial.curve] for trial in results.trials] == [[4, 8, 12], [4], [4, 8, 12]]
+    assert [trial.trained for trial in results.trials] == [12, 4, 12]
+    page = (folder / "report.html").read_text()
+    assert "would have trained 36 steps; they trained 28: the scheduler saved 22.2 %" in page
+    assert "scheduler asha (grace 4, reduction 2)" in page
 
 
 COMBINER = "recipe: scenes-cir-combiner\nfixed: {data.path: nowhere}\nspace:\n"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.space.definition import Limits, SearchDefinition
 from harma_ray.tune.space.parameters import Range
@@ -20,7 +21,7 @@ SPACE = SearchDefinition(config=recipe_config("harma-scenes"), parameters=(RATE,
 
 
 def event(number, state, value=None, epoch=1.0, reason=None):
-    report = None if value is None else Report(epoch=epoch, value=value, values=(value,), trained=epoch)
+    report = None if value is None else Report(progress=epoch, value=value, values=(value,), trained=epoch)
     return Event(number, state, {"optim.learning_rate": 4e-3}, report, reason)
 
 
@@ -70,6 +71,16 @@ def test_the_table_shows_what_runs_what_ended_and_how_much_is_left(past):
     assert "2 trials ended, 1 running; best r_mean 30.00 (trial 0); about 3 min left" in text
     assert re.search(r"0 \* +│ complete +│ +3/3 +│ +30.00 +│ learning_rate=0.004", text)
     assert re.search(r"2 +│ running +│ +2/3 +│ +25.00", text)
+
+
+def test_what_is_counted_is_shown(past, capsys):
+    config = build_config(SPACE.config, {"train.steps": 1_500_000, "train.eval_every_steps": 500})
+    progress = SearchProgress(replace(past, definition=replace(SPACE, config=config)), time.perf_counter())
+    progress(event(1, "stopped", 20.0, 1_200_500))
+    assert "trial 1 stopped at step 1200500: r_mean 20.00" in told(capsys)[0]
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(progress._table())
+    assert re.search(r"step .*\n(.*\n)*.* stopped +│ +1200500/1500000 ", console.export_text())
 
 
 def test_settings_are_shown_under_their_last_names():

@@ -201,8 +201,8 @@ def test_inspect_tells_depths_bands_and_no_data(raw, tmp_path):
     _convert(raw, tmp_path / "data", rule={"stretch": "minmax"})
     facts = describe(open_split(tmp_path / "data", "train"))
     assert facts.depths == {"3 x uint8": 14}
-    assert facts.rendered.images == {"3 x int16": 1, "3 x uint16": 12}
-    assert facts.rendered.nodata_percent == pytest.approx(50 / 13, abs=1e-3)
+    assert facts.split.manifest.rendered.images == {"3 x int16": 1, "3 x uint16": 12}
+    assert facts.split.manifest.rendered.nodata_percent == pytest.approx(50 / 13, abs=1e-3)
     text = render_facts(facts)
     assert "rendered from 3 x int16 (1), 3 x uint16 (12) by --stretch minmax, no data 3.8 %" in text
     assert "WARNING" not in text

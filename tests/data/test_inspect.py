@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def split(tmp_path):
 
 def test_facts_are_counted(split):
     facts = describe(split, verify=True)
-    assert (facts.rows, facts.texts.captions, facts.texts.distinct_captions) == (10, 20, 11)
+    assert (facts.split.manifest.rows, facts.texts.captions, facts.texts.distinct_captions) == (10, 20, 11)
     assert facts.classes == {"airport": 5, "river": 5}
     assert facts.formats == {"PNG": 7, "JPEG": 3}
     assert facts.texts.caption_words.percentiles == {0: 2, 5: 2, 50: 2.5, 95: 3, 100: 3}
@@ -46,9 +48,8 @@ def test_facts_are_counted(split):
     assert facts.heights.mean == 30
     assert (facts.widths.percentiles[0], facts.widths.percentiles[100]) == (20, 29)
     assert facts.texts.captions_per_row.mean == 2
-    assert [row.source for row in facts.bad] == ["missing.png"]
+    assert [row.source for row in facts.split.manifest.bad] == ["missing.png"]
     assert facts.undecodable == ()
-    assert facts.bytes == sum(path.stat().st_size for path in split.shard_paths())
 
 
 def test_text_tells_the_facts(split):
@@ -114,10 +115,26 @@ def test_contact_sheet_needs_images_and_a_place(split, tmp_path):
         contact_sheet(split, tmp_path / "file" / "a.png")
 
 
+def test_a_contact_sheet_is_written_whole_or_not_at_all(split, tmp_path, monkeypatch):
+    path = contact_sheet(split, tmp_path / "sheets" / "sheet.png", 2)
+    before, save = path.read_bytes(), Image.Image.save
+
+    def cut_off(image, file, kind):
+        save(image, file, kind)
+        os.truncate(file, 100)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", cut_off)
+    with pytest.raises(UserError, match=r"cannot write the contact sheet .* \(No space left on device\)"):
+        contact_sheet(split, path, 3)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_scenes_can_be_described(tmp_path):
     convert_scenes(tmp_path, {"train": 6}, style="summer", size=32)
     facts = describe(open_split(tmp_path, "train"), verify=True)
-    assert facts.rows == 6
+    assert facts.split.manifest.rows == 6
     assert facts.sizes == {(32, 32): 6}
     assert facts.texts.caption_tokens.percentiles[100] <= 77
 
@@ -129,7 +146,7 @@ def test_triplets_are_described_by_their_queries(tmp_path):
     fashioniq_split(draw_fashioniq(tmp_path / "raw"), "train", tmp_path)
     split = open_split(tmp_path, "train")
     facts = describe(split, verify=True)
-    assert (facts.kind, facts.rows, facts.queries.rows, facts.queries.images) == ("triplets", 18, 18, 21)
+    assert (facts.queries.rows, facts.queries.images) == (18, 21)
     assert facts.queries.categories == {"dress": 6, "shirt": 6, "toptee": 6}
     assert (facts.texts.captions, facts.texts.distinct_captions) == (36, 19)
     assert facts.texts.captions_per_row.mean == 2
@@ -149,7 +166,7 @@ def test_galleries_are_described_with_their_queries(tmp_path):
     cirr_split(draw_cirr(tmp_path / "raw"), "test1", tmp_path)
     split = open_split(tmp_path, "test1")
     facts = describe(split, verify=True)
-    assert (facts.kind, facts.rows, facts.sizes) == ("images", 12, {(16, 20): 12})
+    assert facts.sizes == {(16, 20): 12}
     assert (facts.queries.rows, facts.queries.images, facts.queries.members, facts.queries.unanswered) == (6, 6, 6, 6)
     assert facts.texts.captions == 6
     assert "6 between 6 different images, 6 with a subset to rank, 6 without a target" in render_facts(facts)

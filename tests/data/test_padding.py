@@ -9,7 +9,6 @@ from torchvision.transforms import functional as F
 
 from harma_ray.data.images import BadImage, to_rgb
 from harma_ray.data.padding import padded_transform
-from harma_ray.errors import UserError
 
 SHAPES = [(37, 24), (24, 37), (31, 30), (30, 30), (25, 20), (20, 25), (1, 1), (2, 61), (200, 3), (40, 31)]
 MODES = ["RGB", "L", "1", "P", "P transparent", "P short", "PA", "LA", "RGBA", "CMYK", "YCbCr"]
@@ -147,17 +146,3 @@ def test_limit_of_pixels_is_exact():
     assert padded_transform(image, 20, padding="square", max_pixels=1600).shape == (3, 20, 20)
     with pytest.raises(BadImage, match="padded to 40 x 40; the limit is 1,599"):
         padded_transform(image, 20, padding="square", max_pixels=1599)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": 0}, "`size` must be at least 1, got 0"),
-        ({"padding": "round"}, "`padding` must be one of target, square, none, got 'round'"),
-        ({"target_ratio": 0.9}, r"`target_ratio` must be at least 1, got 0\.9"),
-        ({"target_ratio": float("nan")}, "`target_ratio`"),
-    ],
-)
-def test_impossible_settings_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
-        padded_transform(white(4, 4), **{"size": 8} | options)

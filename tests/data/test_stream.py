@@ -1,3 +1,4 @@
+import re
 import time
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from harma_ray.config import DataConfig
 from harma_ray.data.order import training_order
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, find_user_error
 from harma_ray.recipes import make_task, recipe_config
 
 CONFIG = DataConfig(chunk_mb=0.05)
@@ -99,6 +100,18 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
     for left, right in zip(expected, batches, strict=True):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("decode", ["worker", "tasks"])
+def test_a_row_that_cannot_be_used_is_named_wherever_it_is_decoded(scenes, transform, ray_cluster, decode):
+    from harma_ray.on_ray.stream import ray_batches
+
+    config = replace(CONFIG, decode=decode)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        next(stream(scenes, replace(transform, max_pixels=10), loader=ray_batches, config=config).steps(0, 1))
+    assert re.match(r"row \d+ \(.*\): [^\n]*pixels[^\n]*$", str(find_user_error(caught.value)))
 
 
 @pytest.mark.ray

@@ -54,7 +54,10 @@ def test_any_image_gives_a_square_of_the_size(size, shape):
 
 def test_no_augmentation_equals_evaluation(image):
     assert torch.equal(
-        train_transform(image, np.random.default_rng(0), 96, Augmentation.none()), eval_transform(image, 96)
+        train_transform(
+            image, np.random.default_rng(0), 96, Augmentation(min_scale=1.0, flip_probability=0.0, num_operations=0)
+        ),
+        eval_transform(image, 96),
     )
 
 

@@ -1,6 +1,7 @@
 """What Ray 2.60 does wrong or keeps to itself: where one of these fails, a workaround can go or needs another name."""
 
 import inspect
+import logging
 import math
 import os
 import signal
@@ -26,7 +27,9 @@ from harma_ray.data.splits import open_split
 from harma_ray.data.stream import TrainingStream, Worker
 from harma_ray.on_ray import quirks, stream
 from harma_ray.on_ray.folder import _SESSION
+from harma_ray.on_ray.workers import on_workers
 from harma_ray.recipes import make_task, recipe_config
+from harma_ray.resources import WorkerPlan
 
 RAY = Path(ray.__file__).parent
 
@@ -208,10 +211,17 @@ def test_errors_are_printed_whatever_log_to_driver_says(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ray_data_shows_bars_and_what_it_does():
-    from ray.data._internal.logging import _get_logging_config
+    from ray.data._internal.logging import configure_logging
 
-    assert _get_logging_config()["loggers"]["ray.data"]["level"] == "DEBUG"
+    configure_logging()
+    logger = logging.getLogger("ray.data")
+    names = [handler.name for handler in logger.handlers]
+    assert logger.level == logging.DEBUG
+    assert "console" in names
     assert ray.data.DataContext().enable_progress_bars
+    quirks.quiet_data()
+    assert [handler.name for handler in logger.handlers] == [name for name in names if name != "console"] != []
+    assert logger.level == logging.ERROR
 
 
 # Ray Data
@@ -252,8 +262,9 @@ def test_the_threads_that_served_a_data_set_are_not_waited_for():
     batches = iter_threaded(iter(range(3)), slow)
     next(batches)
     batches.close()
-    assert served()
+    (left,) = served()
     gate.set()
+    left.join(timeout=10)
     with quirks.closing_batches(iter_threaded(iter(range(3)), slow)) as batches:
         next(batches)
     assert not [thread for thread in served() if thread.is_alive()]
@@ -301,6 +312,16 @@ def test_ray_train_ends_on_ctrl_c_as_if_all_were_well_and_keeps_its_handler():
     with pytest.raises(KeyboardInterrupt):
         quirks.fit(SimpleNamespace(fit=fit))
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_controller_is_given_nothing_of_a_runs_settings(tmp_path, monkeypatch):
+    """It unpickles what it is given, and would import all of torch with them before it starts a worker."""
+    from ray import cloudpickle
+
+    given = []
+    monkeypatch.setattr("harma_ray.on_ray.workers.fit", given.append)
+    on_workers(print, {}, recipe_config("harma-scenes"), WorkerPlan(2, 1.0, 0.0), tmp_path)
+    assert b"harma_ray" not in cloudpickle.dumps(given[0].train_run_context)
 
 
 def test_the_exceptions_that_tell_of_a_workers_end_are_private():

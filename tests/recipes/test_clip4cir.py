@@ -192,13 +192,8 @@ def test_figures_of_an_evaluation_are_those_of_a_plain_loop(composed):
     for k in (1, 2, 3):
         assert metrics[f"group_recall_at{k}"] == pytest.approx(100 * np.mean(np.array(among) < k))
     queries = ComposedQueries.of(split)
-    alone = composed_recalls(
-        F.normalize(gallery, dim=1)[queries.reference],
-        F.normalize(gallery, dim=1),
-        queries.reference,
-        queries.target,
-        members=queries.members,
-    )
+    unit = F.normalize(gallery, dim=1)
+    alone = composed_recalls(unit[queries.reference], unit, queries)
     assert metrics["image_only_r_mean"] == pytest.approx(alone.metrics["r_mean"])
     assert 0 < metrics["text_only_r_mean"] < 100
     assert evaluation.chance()["group_recall_at1"] == pytest.approx(20)

@@ -55,8 +55,7 @@ def make_retrieval(
 
 def retrieval_of(queries, vectors, gallery) -> ComposedRetrieval:
     vectors, gallery = (torch.nn.functional.normalize(x, dim=1) for x in (vectors, gallery))
-    result = composed_recalls(vectors, gallery, queries.reference, queries.target, **queries.protocol)
-    return ComposedRetrieval(gallery, vectors, queries, result)
+    return ComposedRetrieval(gallery, vectors, queries, composed_recalls(vectors, gallery, queries))
 
 
 def read_strips(sheet: Image.Image) -> list[SimpleNamespace]:

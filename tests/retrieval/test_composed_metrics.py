@@ -8,11 +8,26 @@ from call_count import num_calls
 from chunks import scores_at_a_time
 from torch.nn import functional as F
 
+from harma_ray.data.queries import ComposedQueries
 from harma_ray.errors import UserError
-from harma_ray.retrieval.composed import ComposedResult, bootstrap_composed, chance_composed_recalls, composed_recalls
+from harma_ray.retrieval import composed
+from harma_ray.retrieval.composed import ComposedResult, bootstrap_composed
 
 SEVEN = [f"recall_at{k}" for k in (1, 5, 10, 50)] + [f"group_recall_at{k}" for k in (1, 2, 3)]
 MEANS = ["mean(R@5+R_s@1)", "arithmetic_mean", "harmonic_mean", "geometric_mean", "r_mean"]
+
+
+def asked(reference, target, gallery_size, *, categories=None, gallery_categories=None, members=None):
+    names, protocol = [""] * gallery_size, (members, categories, gallery_categories)
+    return ComposedQueries([], [], reference, target, *protocol, names, text_vectors=None, origin="here")
+
+
+def composed_recalls(vectors, gallery, reference, target, **protocol):
+    return composed.composed_recalls(vectors, gallery, asked(reference, target, len(gallery), **protocol))
+
+
+def chance_composed_recalls(reference, target, gallery_size, **protocol):
+    return composed.chance_composed_recalls(asked(reference, target, gallery_size, **protocol))
 
 
 # The protocols from their plain definitions: sorted lists of gallery positions, a target behind all that tie with it.
@@ -192,12 +207,12 @@ def test_recalls_beyond_the_gallery_are_full():
 
 def refused(message, **changes):
     """Expects an error for three good queries over a gallery of five, with some arguments replaced."""
-    arguments = {"queries": torch.ones(3, 2), "gallery": torch.ones(5, 2)}
+    arguments = {"vectors": torch.ones(3, 2), "gallery": torch.ones(5, 2)}
     arguments |= {"reference": torch.tensor([0, 1, 2]), "target": torch.tensor([1, 2, 3])}
     arguments |= changes
     with pytest.raises(UserError, match=message):
         composed_recalls(**arguments)
-    arguments.pop("queries")
+    arguments.pop("vectors")
     gallery_size = len(arguments.pop("gallery"))
     with pytest.raises(UserError, match=message):
         chance_composed_recalls(gallery_size=gallery_size, **arguments)
@@ -208,7 +223,7 @@ def test_positions_outside_the_gallery_are_refused_with_their_queries():
         r"a reference must lie in the gallery, 0\.\.4.*queries \[2\] \(1 in all\)", reference=torch.tensor([0, 1, 5])
     )
     refused(r"a target must lie in the gallery.*queries \[0, 1\] \(2 in all\)", target=torch.tensor([-1, 9, 0]))
-    many = {"queries": torch.ones(8, 2), "reference": torch.arange(8) % 5, "target": torch.arange(8) + 4}
+    many = {"vectors": torch.ones(8, 2), "reference": torch.arange(8) % 5, "target": torch.arange(8) + 4}
     refused(r"queries \[1, 2, 3, 4, 5\] \(7 in all\)", **many)
 
 
@@ -231,8 +246,6 @@ def test_members_that_do_not_fit_are_refused():
     refused(r"reference must be one of its members.*queries \[0\]", members=[[1, 4], *members[1:]])
     refused(r"target must be one of its members.*queries \[1, 2\]", members=[members[0], [1, 4], [2]])
     refused(r"members must lie in the gallery, 0\.\.4.*queries \[0, 2\]", members=[[0, 1, 5], members[1], [2, 3, -1]])
-    names = {"categories": ["a"] * 3, "gallery_categories": ["a"] * 5}
-    refused("different protocols", members=members, **names)
 
 
 def test_lengths_that_do_not_fit_are_refused():
@@ -242,7 +255,7 @@ def test_lengths_that_do_not_fit_are_refused():
     refused("`gallery_categories` must have 5 entries, but has 1", categories=["a"] * 3, gallery_categories=["a"])
     refused("must be given together", categories=["a"] * 3)
     empty = torch.empty(0, dtype=torch.int64)
-    refused("at least one query", queries=torch.ones(0, 2), reference=empty, target=empty)
+    refused("at least one query", vectors=torch.ones(0, 2), reference=empty, target=empty)
     with pytest.raises(UserError, match="3 queries and 2 targets"):
         composed_recalls(torch.ones(3, 2), torch.ones(5, 2), empty, torch.tensor([0, 1]))
 

@@ -20,7 +20,6 @@ from harma_ray.training.loop import run_training
 from harma_ray.training.optim import build_optimizer
 from harma_ray.training.step import autocast_of, check_batch, train_step
 from harma_ray.training.tracking import read_records
-from harma_ray.tune.space.file import load_search
 
 
 def settings(scenes, **changes):
@@ -70,16 +69,6 @@ def test_a_setting_that_older_runs_lack_changes_their_identity_only_where_it_is_
     raw = to_dict(config)
     assert {"steps", "eval_every_steps"} <= raw["train"].keys()
     assert config_hash(config) != config_hash(settings(scenes, train__steps=20))
-
-
-def test_searches_count_epochs(tmp_path, monkeypatch):
-    register(monkeypatch)
-    file = tmp_path / "search.yaml"
-    file.write_text(
-        "recipe: toy\nfixed: {train.steps: 7}\nspace:\n  optim.learning_rate: {type: float, low: 0.01, high: 0.1}\n"
-    )
-    with pytest.raises(UserError, match=r"`train\.steps` must be 0, because the trials of a search"):
-        load_search(file)
 
 
 class OwnRates(PackedTask):

@@ -54,7 +54,7 @@ def test_a_loss_that_is_not_a_number_at_first_is_not_the_best_for_ever(scenes, t
     task = ToldTask(config, [float("nan"), 3.0, 2.0, float("nan"), 2.0, 2.0])
     report = run_training(task, config, tmp_path, worker=Worker(), loader=local_batches)
     assert report["best_epoch"] == 2
-    tally = _Tally((LOSS,))
+    tally = _Tally((LOSS,), "epoch")
     tally.begin(tmp_path)
     assert [report.value for report in tally.catch_up()][1:] == [3.0, 2.0, 2.0]
     assert Run(tmp_path, config).best_checkpoint("loss").name == "step_00000020"
@@ -102,7 +102,7 @@ def test_the_lowest_loss_is_the_best_epoch_and_is_kept_and_patience_counts_from_
 
 
 def test_a_trial_reports_the_lowest_loss_so_far(trained):
-    tally = _Tally((LOSS,))
+    tally = _Tally((LOSS,), "epoch")
     tally.begin(trained[0].path)
     assert [report.value for report in tally.catch_up()] == [3.0, 2.0, 1.0, 1.0, 1.0]
 
@@ -153,6 +153,7 @@ def test_the_trial_with_the_higher_loss_falls_behind(loss, decision):
     past = [trial(number, *([5.0, 2.0, 1.0] * 3)) for number in range(6)]
     late = type("Trial", (), {"config": {"number": 6}})()
     decisions = [
-        make_scheduler(search, past).on_trial_result(None, late, {"epoch": epoch, "value": loss}) for epoch in (1, 2, 3)
+        make_scheduler(search, past).on_trial_result(None, late, {"progress": epoch, "value": loss})
+        for epoch in (1, 2, 3)
     ]
     assert decisions[-1] == decision

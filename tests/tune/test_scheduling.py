@@ -24,8 +24,10 @@ RATE = Range(name="optim.learning_rate", kind="float", low=1e-4, high=1e-1, log=
 WIDTH = Range(name="adapter.width", kind="int", low=16, high=128, step=16)
 
 
-def definition(epochs=4, **changes):
-    config = build_config(recipe_config("harma-scenes"), {"train.epochs": epochs})
+def definition(epochs=4, *, every=0, **changes):
+    """A search that counts epochs, or steps, of which `every` take the place of an epoch."""
+    lengths = {"train.steps": epochs * every, "train.eval_every_steps": every} if every else {"train.epochs": epochs}
+    config = build_config(recipe_config("harma-scenes"), lengths)
     found = SearchDefinition(config=config, parameters=(WIDTH,), sampler=Sampler(name="random"))
     return replace(found, **{"limits": Limits(trials=4), **changes})
 
@@ -53,14 +55,16 @@ def drive(folder, space, value_of, num_reports=None):
         run = Path(suggested["runs"][0]["folder"])
         run.mkdir(parents=True, exist_ok=True)
         (run / METRICS_NAME).write_text("")
-        epochs, best = space.config.train.epochs, 0.0
+        every, best = space.config.train.eval_every_steps, 0.0
+        epochs = space.length // (every or 1)
         for epoch in range(1, epochs + 1):
             value = value_of(suggested["params"], epoch)
             best = max(best, value)
-            line = {"kind": "evaluation", "step": epoch, "epoch": epoch, "split": "val", "r_mean": value}
+            line = {"kind": "evaluation", "step": epoch * (every or 7), "epoch": epoch / 3 if every else epoch}
             with (run / METRICS_NAME).open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            result = {"epoch": epoch, "value": best, "values": [best], "trained": epoch, "finished": epoch == epochs}
+                file.write(json.dumps({**line, "split": "val", "r_mean": value}) + "\n")
+            told = epoch * (every or 1)
+            result = {"progress": told, "value": best, "values": [best], "trained": told, "finished": epoch == epochs}
             stops = scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP
             if stops:
                 break
@@ -117,10 +121,12 @@ def test_a_trial_that_has_trained_all_its_epochs_is_complete(tmp_path, name):
     assert states(drive(tmp_path, space, late)) == ["complete"] * 4
 
 
-def test_trials_that_a_limit_cuts_off_go_on_when_it_is_raised(tmp_path):
-    space = definition(limits=Limits(epochs=6), scheduler=Scheduler(name="none"))
+@pytest.mark.parametrize(("every", "limits"), [(0, (Limits(epochs=6), Limits(epochs=8))),
+                                               (50, (Limits(steps=300), Limits(steps=400)))])  # fmt: skip
+def test_trials_that_a_limit_cuts_off_go_on_when_it_is_raised(tmp_path, every, limits):
+    space = definition(every=every, limits=limits[0], scheduler=Scheduler(name="none"))
     assert states(drive(tmp_path, space, narrower_is_better)) == ["complete", "running"]
-    space = replace(space, limits=Limits(epochs=8))
+    space = replace(space, limits=limits[1])
     assert states(drive(tmp_path, space, narrower_is_better)) == ["complete", "complete"]
 
 
@@ -138,7 +144,7 @@ def test_what_was_judged_before_an_interruption_is_not_judged_again(tmp_path, na
     space = definition(9, scheduler=Scheduler(name=name, reduction_factor=2, brackets=1))
     curves = {number: [50.0] * 9 for number in range(1, 6)} | {7: [10.0] * 8}
     past = [made_trial(number, curve, tmp_path) for number, curve in curves.items()]
-    results = [{"epoch": epoch, "value": 10.0} for epoch in range(1, 9)]
+    results = [{"progress": epoch, "value": 10.0} for epoch in range(1, 9)]
     decided = decisions(make_scheduler(space, past), 7, results)
     assert decided == [TrialScheduler.CONTINUE] * 8
     assert TrialScheduler.STOP in decisions(make_scheduler(space, past[:-1]), 7, results)
@@ -161,7 +167,7 @@ def test_halving_lets_the_best_half_go_on():
     scheduler = make_scheduler(definition(scheduler=Scheduler(name="asha", reduction_factor=2)))
     goes_on = {1: (50.0, True), 2: (40.0, False), 3: (60.0, True), 4: (55.0, True), 5: (54.0, False), 6: (55.5, True)}
     for number, (value, expected) in goes_on.items():
-        (decided,) = decisions(scheduler, number, [{"epoch": 1, "value": value}])
+        (decided,) = decisions(scheduler, number, [{"progress": 1, "value": value}])
         assert (decided == TrialScheduler.CONTINUE) == expected, number
 
 
@@ -171,32 +177,48 @@ def test_each_of_hyperbands_brackets_grants_more_epochs_than_the_one_before(brac
     space = definition(100, scheduler=Scheduler(name="hyperband", reduction_factor=2, brackets=brackets))
     scheduler, stopped_at = make_scheduler(space), set()
     for number in range(1, 80):
-        results = [{"epoch": epoch, "value": 1000.0 - number} for epoch in range(1, 65)]
+        results = [{"progress": epoch, "value": 1000.0 - number} for epoch in range(1, 65)]
         decided = decisions(scheduler, number, results)
         if TrialScheduler.STOP in decided:
             stopped_at.add(1 + decided.index(TrialScheduler.STOP))
     assert stopped_at == {2**bracket for bracket in range(brackets)}
 
 
+def uneven(params, epoch):
+    return 50 + 20 * math.sin(1e6 * params["optim.learning_rate"]) + epoch
+
+
+def search_of_rates(epochs, **changes):
+    rates = [1e-4 * 1.2**index for index in range(14)]
+    enqueued = tuple({"optim.learning_rate": rate} for rate in rates)
+    return definition(epochs, parameters=(RATE,), enqueued=enqueued, limits=Limits(trials=14), **changes)
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+@pytest.mark.parametrize(("grace", "grace_steps"), [(1, 0), (2, 100)])
+def test_a_search_that_counts_steps_decides_as_one_that_counts_epochs(tmp_path, name, grace, grace_steps):
+    """50 steps lie between two evaluations; it is interrupted once."""
+    scheduler = Scheduler(name=name, grace_epochs=grace, reduction_factor=2, brackets=2)
+    epochs = drive(tmp_path / "epochs", search_of_rates(9, scheduler=scheduler), uneven)
+    space = search_of_rates(9, every=50, scheduler=replace(scheduler, grace_epochs=1, grace_steps=grace_steps))
+    drive(tmp_path / "steps", space, uneven, num_reports=20)
+    steps = drive(tmp_path / "steps", space, uneven)
+    assert states(steps) == states(epochs)
+    assert states(steps).count("stopped") >= 2
+    assert [trial.trained for trial in steps.trials] == [50 * trial.trained for trial in epochs.trials]
+    assert [trial.curve for trial in steps.trials] == [
+        tuple((50 * epoch, value) for epoch, value in trial.curve) for trial in epochs.trials
+    ]
+
+
 @pytest.mark.parametrize("name", ["hyperband", "median"])
 def test_a_search_that_is_interrupted_again_and_again_decides_as_one_that_is_not(tmp_path, name):
     """With three brackets; it is cut off after any number of reports, also in the middle of a trial."""
-    rates = [1e-4 * 1.2**index for index in range(14)]
-    space = definition(
-        5,
-        parameters=(RATE,),
-        enqueued=tuple({"optim.learning_rate": rate} for rate in rates),
-        limits=Limits(trials=14),
-        scheduler=Scheduler(name=name, reduction_factor=2, brackets=3),
-    )
-
-    def uneven(params, epoch):
-        return 50 + 20 * math.sin(1e6 * params["optim.learning_rate"]) + epoch
-
+    space = search_of_rates(5, scheduler=Scheduler(name=name, reduction_factor=2, brackets=3))
     whole = drive(tmp_path / "whole", space, uneven)
     for num_reports in (7, 12, None):
         parts = drive(tmp_path / "parts", space, uneven, num_reports=num_reports)
-    told = [[(trial.state, trial.epochs, trial.values) for trial in found.trials] for found in (whole, parts)]
+    told = [[(trial.state, trial.trained, trial.values) for trial in found.trials] for found in (whole, parts)]
     assert told[0] == told[1]
     assert states(whole).count("stopped") >= 2
     assert states(whole).count("complete") > 2

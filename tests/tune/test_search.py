@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import toy_language
 from ray import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -19,16 +20,17 @@ from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config, to_dict
-from harma_ray.training.checkpoint import list_checkpoints
+from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
 from harma_ray.tune.folder import _read_confirmations, read_search
-from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition
+from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.parameters import Range
 from harma_ray.tune.study import trial_folder
 
 pytestmark = pytest.mark.ray
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test
+TESTS = Path(toy_language.__file__).parent
 RATE = Range(name="optim.learning_rate", kind="float", low=1e-3, high=1e-2, log=True)
 WIDTH = Range(name="adapter.width", kind="int", low=16, high=128, step=16)
 
@@ -66,7 +68,9 @@ def learning_curve(assignment, setting, report):
         line = {"kind": "evaluation", "step": epoch, "epoch": epoch, "split": "val", "r_mean": value}
         with record.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        report({"epoch": epoch, "value": value, "values": [value], "trained": epoch, "seconds": 0.1, "finished": done})
+        report(
+            {"progress": epoch, "value": value, "values": [value], "trained": epoch, "seconds": 0.1, "finished": done}
+        )
 
 
 def noting_its_process(assignment, setting, report):
@@ -89,7 +93,7 @@ def test_every_trial_runs_and_reports_every_epoch(real):
     for trial in results.trials:
         assert [epoch for epoch, _ in trial.curve] == [1, 2]
         assert trial.values == (max(value for _, value in trial.curve),)
-        assert trial.epochs == 2
+        assert trial.trained == 2
 
 
 def test_no_trial_looks_at_test(real):
@@ -219,7 +223,7 @@ def test_asha_stops_weak_trials_but_never_the_published_setting(scenes, ray_clus
     assert states[128] == "complete"  # the worst, and published
     assert list(states.values()).count("stopped") >= 4
     assert results.trials[results.best].params["adapter.width"] == 16
-    assert all(trial.epochs == 1 for trial in results.trials if trial.state == "stopped" and trial.number > 4)
+    assert all(trial.trained == 1 for trial in results.trials if trial.state == "stopped" and trial.number > 4)
 
 
 def dies(assignment, setting, report):
@@ -231,7 +235,7 @@ def dies(assignment, setting, report):
     def reporting(result):
         report(result)
         mark = folder.parent / f"died-{folder.name}"
-        if result["epoch"] == 1 and number == 1 and not mark.exists():
+        if result["progress"] == 1 and number == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -261,8 +265,39 @@ def test_several_seeds_are_averaged_and_share_one_decision(scenes, ray_cluster, 
         records = read_records(trial_folder(results.folder, 0, seed))
         best.append(max(record["r_mean"] for record in records if record["kind"] == "evaluation"))
     assert results.trials[0].values == (pytest.approx(sum(best) / 2),)
-    assert results.trials[0].epochs == 4
+    assert results.trials[0].trained == 4
     assert results.best == 0
+
+
+def of_the_toy(assignment, setting, report):
+    """Makes the toy known in the process of the trial first."""
+    from harma_ray.tune.trial import run
+
+    sys.path.insert(0, str(TESTS))
+    import toy_language
+
+    with pytest.MonkeyPatch.context() as patch:
+        toy_language.register(patch)
+        run(assignment, setting, report)
+
+
+def test_a_search_for_the_lowest_loss_that_counts_steps(scenes, ray_cluster, tmp_path, monkeypatch):
+    """The second trial, which learns nothing, is stopped; the best is that of the lowest loss, at its lowest."""
+    toy_language.register(monkeypatch)
+    changes = {"data.path": str(scenes), "train.steps": 9, "train.eval_every_steps": 3}
+    space = SearchDefinition(
+        config=build_config(toy_language.toy_config(), changes), parameters=(replace(RATE, low=1e-9, high=0.1),),
+        enqueued=({"optim.learning_rate": 1e-9}, {"optim.learning_rate": 0.1}), limits=Limits(trials=3), concurrent=1,
+        scheduler=Scheduler(name="asha", reduction_factor=2), objectives=(Target(metric="loss", direction="minimize"),),
+    )  # fmt: skip
+    results, _ = search(tmp_path / "loss", space, ray_cluster, trial=of_the_toy)
+    assert [trial.state for trial in results.trials] == ["complete", "stopped", "complete"]
+    curves = [dict(trial.curve) for trial in results.trials]
+    assert [list(curve) for curve in curves] == [[3, 6, 9], [3], [3, 6, 9]]
+    assert [trial.values for trial in results.trials] == [(min(curve.values()),) for curve in curves]
+    assert results.best == min(results.trials, key=lambda trial: trial.values[0]).number
+    kept = [read_meta(path).metrics["loss"] for path in list_checkpoints(results.best_trial.folder)]
+    assert min(kept) == results.best_trial.value
 
 
 def takes_all_memory(assignment, setting, report):

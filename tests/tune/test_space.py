@@ -144,6 +144,51 @@ def test_every_key_is_read(load):
     assert (definition.seeds, definition.concurrent, definition.storage) == (2, 4, "sqlite:///trials.db")
 
 
+def test_a_search_counts_steps_where_trainings_do(load):
+    text = ONE + "fixed: {train.steps: 60, train.eval_every_steps: 20, train.eval_every_epochs: 5}\n"
+    definition = load(text + "limits: {steps: 400}\nseeds: 2\n")
+    assert (definition.unit, definition.length, definition.trial_length) == ("step", 60, 120)
+    assert (definition.grace, definition.budget) == (20, 400)
+    assert load(to_yaml(definition)) == definition
+    definition = load(text + "scheduler: {name: asha, grace_steps: 40}\n")
+    assert (definition.grace, definition.budget) == (40, 0)
+    assert load(to_yaml(definition)) == definition
+
+
+def test_an_epoch_search_is_written_as_before(load):
+    written = yaml.safe_load(to_yaml(load(ONE)))
+    assert written["scheduler"] == {"name": "asha", "grace_epochs": 1, "reduction_factor": 3, "brackets": 3}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "more", "told"),
+    [
+        ("train.steps: 9", "", "`train.eval_every_steps` must be above 0, because trials that are counted in"),
+        ("train.eval_every_steps: 3", "", "`train.eval_every_steps` must be 0, because the trials of a search report"),
+        ("train.steps: 9, train.eval_every_steps: 10", "", "`grace_steps` must not be above `train.steps`, or no"),
+        ("train.steps: 9, train.eval_every_steps: 3", "limits: {steps: 8}", "(`train.steps` times `seeds`), got 8 and"),
+        (
+            "train.steps: 9, train.eval_every_steps: 3",
+            "limits: {epochs: 8}",
+            "counts steps, got `epochs`; give `steps`",
+        ),
+        (
+            "train.steps: 9, train.eval_every_steps: 3",
+            "scheduler: {grace_epochs: 2}",
+            "got `grace_epochs`; give `grace_s",
+        ),
+        (
+            "train.epochs: 9",
+            "scheduler: {grace_steps: 2}",
+            "without `train.steps` a search counts epochs, got `grace_st",
+        ),
+    ],
+)
+def test_what_is_counted_is_told(fixed, more, told, mistakes):
+    (line,) = mistakes(ONE + f"fixed: {{{fixed}}}\n{more}\n")
+    assert told in line
+
+
 def test_names_alone_stand_for_sampler_scheduler_and_objective(load):
     definition = load(ONE + "sampler: random\nscheduler: none\nobjective: [r_mean, seconds]\n")
     assert (definition.sampler, definition.scheduler) == (Sampler(name="random"), Scheduler(name="none"))

@@ -29,7 +29,7 @@ def definition(*parameters, **changes):
 
 
 def reached(value, epoch=1.0, *, finished=False, failed=None):
-    return Report(epoch=epoch, value=value, values=(value,), trained=epoch, finished=finished, failed=failed)
+    return Report(progress=epoch, value=value, values=(value,), trained=epoch, finished=finished, failed=failed)
 
 
 def run(study, assignment, value):
@@ -87,7 +87,7 @@ def test_the_epochs_of_all_trials_are_limited(tmp_path):
     study.close(one.number, reached(1.0, 3.0, finished=True))
     assert not study.is_over()
     study.report(two.number, reached(1.0, 2.0))
-    assert study.epochs == 5
+    assert study.trained == 5
     assert study.is_over()
     assert study.next() is None
 
@@ -150,14 +150,14 @@ def test_epochs_of_all_sessions_count(tmp_path):
     before.report(0, reached(1.0, 2.0))
     before.close(1, reached(1.0, 3.0, finished=True))
     after = SearchStudy(tmp_path, definition(limits=Limits(epochs=6)))
-    assert after.epochs == 5
+    assert after.trained == 5
     after.next()
     after.report(0, reached(1.0, 1.0))
-    assert after.epochs == 5
+    assert after.trained == 5
     after.report(0, reached(1.0, 2.0))
     assert not after.is_over()
     after.report(0, reached(1.0, 3.0))
-    assert after.epochs == 6
+    assert after.trained == 6
     after.close(0, reached(1.0, 3.0, finished=True))
 
 
@@ -280,7 +280,7 @@ def test_after_an_interruption_the_sampler_knows_and_does_not_repeat_itself(tmp_
         run(after, after.next(), 1.0)
     values = [trial.params["optim.learning_rate"] for trial in after.study.trials]
     assert len(set(values)) == len(values) == 10
-    assert after.epochs == 30
+    assert after.trained == 30
 
 
 @pytest.mark.parametrize("name", ["tpe-multivariate", "cmaes"])
@@ -304,7 +304,7 @@ def test_two_objectives_give_a_front(tmp_path):
     study = SearchStudy(tmp_path, space)
     for values in ((10.0, 100.0), (20.0, 300.0), (15.0, 400.0), (5.0, 50.0)):
         assignment = study.next()
-        report = Report(epoch=3, value=values[0], values=values, trained=3, finished=True)
+        report = Report(progress=3, value=values[0], values=values, trained=3, finished=True)
         study.report(assignment.number, report)
         study.close(assignment.number, report)
     results = read_search(tmp_path, space, study.study)

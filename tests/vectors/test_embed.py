@@ -36,7 +36,7 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, tmp_pa
         random_run.task, random_run.config, random_run.load_model(), "test", worker=Worker(), loader=local_batches
     )
     details, retriever = evaluation.retrieval, load_run(random_run.path, "cpu")
-    summary = embed(random_run, scenes, tmp_path / "vectors", JobSettings(4, num_actors=2), split="test")
+    summary = embed(random_run, scenes, tmp_path / "vectors", JobSettings(4), split="test")
     assert "11 image and 55 text vectors of width 128" in summary
     table = pq.read_table(tmp_path / "vectors" / "vectors.parquet")
     assert table.schema.field("vector").type == pa.list_(pa.float32(), 128)
@@ -67,21 +67,9 @@ def test_bf16_vectors_are_made_where_they_are_asked_for_and_said(random_run, sce
     assert not torch.allclose(found, exact, atol=1e-5)
 
 
-def test_bad_images_of_a_folder_are_listed_and_limited(random_run, scenes, tmp_path, ray_cluster):
-    folder = tmp_path / "images"
-    (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "good.png").write_bytes(images_of(scenes)[0])
-    (folder / "bad.png").write_bytes(b"nothing")
-    (folder / "notes.txt").write_text("no image")
-    with pytest.raises(UserError, match=r"bad\.png"):
-        embed(random_run, folder, tmp_path / "out", JobSettings())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
-    assert "left out: bad.png" in embed(random_run, folder, tmp_path / "out", JobSettings(max_bad=1))
-    (row,) = pq.read_table(tmp_path / "out" / "vectors.parquet").to_pylist()
-    assert (row["id"], row["kind"], row["text"]) == ("deep/good.png", "image", None)
-
-
-def test_folders_are_walked_as_in_conversion(random_run, scenes, tmp_path, ray_cluster):
+def test_folders_are_walked_as_in_conversion_and_bad_images_listed_and_limited(
+    random_run, scenes, tmp_path, ray_cluster
+):
     image = images_of(scenes)[0]
     folder, disk = tmp_path / os.fsdecode(b"images \xff"), tmp_path / "disk"
     names = [
@@ -90,18 +78,24 @@ def test_folders_are_walked_as_in_conversion(random_run, scenes, tmp_path, ray_c
         "farm/.ipynb_checkpoints/2-checkpoint.png",
         "farm/_.txt",
     ]
-    for path in [*(folder / name for name in names), disk / "3.png"]:
+    empty, spoiled = folder / os.fsdecode(b"farm/\xc5\xa90\xff.png"), disk / "4.png"
+    for path in [*(folder / name for name in names), disk / "3.png", empty, spoiled]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
     (folder / "lake").symlink_to(disk)
-    embed(random_run, folder, tmp_path / "out", JobSettings(batch_size=2))
-    table = pq.read_table(tmp_path / "out" / "vectors.parquet")
-    assert table["id"].to_pylist() == ["farm/2.GIF", "farm/ũ1\\xff.png", "lake/3.png"]
+    empty.write_bytes(b"")
+    spoiled.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"farm/ũ0\\xff\.png: .*the file is empty"):
+        embed(random_run, folder, tmp_path / "out", JobSettings(batch_size=2))
+    assert sorted(tmp_path.iterdir()) == [disk, folder]
+    summary = embed(random_run, folder, tmp_path / "out", JobSettings(batch_size=2, max_bad=2))
+    assert "left out: farm/ũ0\\xff.png: " in summary
+    assert "left out: lake/4.png: " in summary
+    rows = pq.read_table(tmp_path / "out" / "vectors.parquet").to_pylist()
+    assert [row["id"] for row in rows] == ["farm/2.GIF", "farm/ũ1\\xff.png", "lake/3.png"]
+    assert {(row["kind"], row["text"]) for row in rows} == {("image", None)}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["left_out"] == {"hidden": 1, "no images": 1}
-    (folder / names[0]).write_bytes(b"")
-    with pytest.raises(UserError, match=r"farm/ũ1\\xff\.png: .*the file is empty"):
-        embed(random_run, folder, tmp_path / "out2", JobSettings())
 
 
 def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):

@@ -175,7 +175,8 @@ def test_on_the_fly_nothing_is_written(config, ray_cluster, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unreadable_image_is_named_and_leaves_nothing(config, composed, ray_cluster, tmp_path):
+def test_an_unreadable_image_is_named_and_leaves_nothing(config, cached, composed, ray_cluster, tmp_path):
+    """The split before it is whole, and what it was the first time to the bit."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -202,3 +203,5 @@ def test_an_unreadable_image_is_named_and_leaves_nothing(config, composed, ray_c
     with pytest.raises(UserError, match=f"val: image {rows[1]['source']}: not an image"):
         with_features(build_config(config, {"data.path": str(data)}), tmp_path / "run", ray_cluster)
     assert [path.parent.name for path in (tmp_path / "run").rglob(MANIFEST_NAME)] == ["train"]
+    again, first = (open_split(folder, "train") for folder in (tmp_path / "run" / FOLDER, cached.data.path))
+    assert [path.read_bytes() for path in again.shard_paths()] == [path.read_bytes() for path in first.shard_paths()]

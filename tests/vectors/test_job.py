@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 from functools import partial
 
@@ -75,10 +76,13 @@ def test_what_cannot_be_opened_is_left_out_as_far_as_it_may(requests, ray_cluste
         list(encode([*requests, broken], load, JobSettings(max_bad=1), progress="means", hint=" or not"))
 
 
-def test_a_process_that_is_killed_ends_the_job_in_one_line(requests, ray_cluster):
+def test_a_process_that_is_killed_ends_the_job_in_one_line(requests, ray_cluster, capfd):
+    """Ray's own trace is not shown."""
     load = loader(lambda images: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(WorkerDied, match=r"^a process that worked for this command died: killed \(SIGKILL\)[^\n]*$"):
         list(encode(requests, load, JobSettings(), progress="means"))
+    printed = capfd.readouterr()
+    assert not re.sub(r"means: .*", "", printed.out + printed.err).strip()
 
 
 def test_identities_tell_by_what_they_differ():

@@ -1,15 +1,13 @@
 """Rows and values of annotation files, read with checks that say what is wrong and where."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from harma_ray.errors import UserError, first_few
 
@@ -60,9 +58,9 @@ class Entry:
         """Returns a field that must be a list."""
         return self._field(name, list)
 
-    def part(self, name: str) -> Entry:
+    def part(self, name: str) -> Self:
         """Returns a field that must be an object, as a part of this value."""
-        return Entry(self._field(name, dict), self.origin, self.expected)
+        return replace(self, value=self._field(name, dict))
 
     def as_text(self) -> str:
         """Returns a value that must be a text itself, without half a character."""
@@ -84,8 +82,8 @@ class Entry:
         got = f"`{name}` = {describe_shape(value)}" if name in self.fields else f"no `{name}` (keys: {keys})"
         raise self._mistake(f"{got}{_advise(self.fields, name, kind)}")
 
-    def _inside(self, name: str, value: object) -> Entry:
-        return Entry(value, f"{self.origin}: `{name}`", self.expected)
+    def _inside(self, name: str, value: object) -> Self:
+        return replace(self, value=value, origin=f"{self.origin}: `{name}`")
 
     def _mistake(self, got: str) -> UserError:
         return UserError(f"{self.origin} must look like {self.expected}, got {got}")

@@ -1,14 +1,12 @@
 """The converters as the command line calls them: read a source, write its splits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from harma_ray.data.convert.annotations import hash_files
-from harma_ray.data.convert.composed import CATEGORIES, ComposedSource, read_cirr, read_fashioniq
+from harma_ray.data.convert.composed import ComposedSource
 from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
 from harma_ray.data.convert.sources import read_harma, read_karpathy
@@ -51,18 +49,17 @@ def convert_karpathy(
     images: str | Path,
     out: str | Path,
     *,
-    splits: Sequence[str] | None = None,
     talks: bool = False,
     settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
-    """Converts a Karpathy-style annotation file to the splits in it (or those named) of the data set ``out``.
+    """Converts a Karpathy-style annotation file to the splits in it of the data set ``out``.
 
     With `talks` the rows are talks made from captions, see ``talks_of_images``.
 
     Raises:
         UserError: If the source or the folder ``out`` is not as it should be; see ``read_karpathy``, ``write_split``.
     """
-    records = read_karpathy(annotations, images, splits)
+    records = read_karpathy(annotations, images)
     inputs = hash_files(annotations)
     return _write_images(records, out, {"converter": "karpathy"}, settings, talks=talks, inputs=inputs)
 
@@ -147,37 +144,21 @@ def convert_scenes(
     return _write_splits(records, out, options, settings, counts=counts)
 
 
-def convert_fashioniq(
-    root: str | Path,
-    split: str,
-    out: str | Path,
-    *,
-    categories: Sequence[str] = CATEGORIES,
-    settings: WriteSettings = DEFAULTS,
-) -> Manifest:
-    """Converts a split of FashionIQ to one of the data set ``out``: triplets for ``train``, else images and queries.
+def convert_composed(source: ComposedSource, out: str | Path, *, settings: WriteSettings = DEFAULTS) -> Manifest:
+    """Converts a split of FashionIQ or CIRR to one of the data set ``out``: triplets for ``train``, else a gallery.
+
+    Args:
+        source: What `read_fashioniq` or `read_cirr` has read.
+        out: Folder of the data set.
+        settings: How to write.
 
     Raises:
-        UserError: If the source or the folder ``out`` is not as it should be; see ``read_fashioniq``, ``write_split``.
+        UserError: If the folder ``out`` is not as it should be; see ``write_split``.
     """
-    source = read_fashioniq(root, split, categories)
-    options = {"converter": "fashioniq", "categories": [part.category for part in source.parts]}
-    return _write_composed(source, out, options, settings)
-
-
-def convert_cirr(
-    root: str | Path,
-    split: str,
-    out: str | Path,
-    *,
-    settings: WriteSettings = DEFAULTS,
-) -> Manifest:
-    """Converts a split of CIRR to one of the data set ``out``: triplets for ``train``, else images and queries.
-
-    Raises:
-        UserError: If the source or the folder ``out`` is not as it should be; see ``read_cirr``, ``write_split``.
-    """
-    return _write_composed(read_cirr(root, split), out, {"converter": "cirr"}, settings)
+    hint = "; --annotations-only lists all that are missing"
+    records, queries = {source.split: source.records}, {source.split: source.queries}
+    manifests = _write_splits(records, out, source.options, settings, queries=queries, inputs=source.inputs, hint=hint)
+    return manifests[source.split]
 
 
 def convert_scenes_cir(
@@ -200,16 +181,6 @@ def convert_scenes_cir(
     records = {split: records for split, (records, _) in splits.items()}
     queries = {split: queries for split, (_, queries) in splits.items()}
     return _write_splits(records, out, options, settings, queries=queries, counts=counts)
-
-
-def _write_composed(
-    source: ComposedSource, out: str | Path, options: Mapping[str, Any], settings: WriteSettings
-) -> Manifest:
-    hint = "; --annotations-only lists all that are missing"
-    records, queries = {source.split: source.records}, {source.split: source.queries}
-    return _write_splits(records, out, options, settings, queries=queries, inputs=source.inputs, hint=hint)[
-        source.split
-    ]
 
 
 def _check_name(split: str) -> None:

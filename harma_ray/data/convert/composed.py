@@ -1,12 +1,11 @@
 """Readers of the data sets of composed image retrieval: FashionIQ and CIRR."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from harma_ray.data.convert.annotations import Entry, check_distinct, count_names, describe_shape, hash_files
 from harma_ray.data.convert.image_paths import image_root, locate_image
@@ -65,6 +64,8 @@ class ComposedSource:
     """Absolute paths of the images that the split needs, by their names; a file may be missing."""
     inputs: dict[str, str]
     """Annotation files and their SHA-256."""
+    options: dict[str, Any]
+    """What the manifest says of the reader: its name and settings."""
 
     @property
     def queries(self) -> list[QueryRecord]:
@@ -117,7 +118,9 @@ def read_fashioniq(root: str | Path, split: str, categories: Sequence[str] = CAT
     unknown = [name for name in categories if name not in CATEGORIES]
     if unknown or not categories:
         raise UserError(f"FashionIQ's categories are {', '.join(CATEGORIES)}, got {', '.join(unknown) or 'none'}")
-    source = ComposedSource(split, [], image_root(root), {}, {})
+    read = [category for category in CATEGORIES if category in categories]
+    options = {"converter": "fashioniq", "categories": read}
+    source = ComposedSource(split, [], image_root(root), {}, {}, options)
     with all_mistakes(f"FashionIQ's split {split}") as mistakes:
         for label, category in enumerate(CATEGORIES):
             if category in categories:
@@ -164,7 +167,7 @@ def read_cirr(root: str | Path, split: str) -> ComposedSource:
         files = {name: files[name] for query in queries for name in _names_of(query, split)}
     part = ComposedPart(split, queries, list(places))
     _warn([part])
-    return ComposedSource(split, [part], folder, files, hash_files(texts, index))
+    return ComposedSource(split, [part], folder, files, hash_files(texts, index), {"converter": "cirr"})
 
 
 def _add_category(source: ComposedSource, category: str, label: int, mistakes: Mistakes) -> None:

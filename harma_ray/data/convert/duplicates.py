@@ -1,7 +1,5 @@
 """Images that two splits of a data set share, byte for byte."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

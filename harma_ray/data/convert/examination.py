@@ -1,7 +1,5 @@
 """What is known of a split's images before any is decoded, and what is said of those that cannot be used."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -18,7 +16,8 @@ from harma_ray.data.headers import read_header
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import needs_rule
 from harma_ray.data.images import BadImage
-from harma_ray.data.kinds.base import BadRow, ImageSource, Record
+from harma_ray.data.kinds.base import ImageSource, Record
+from harma_ray.data.manifest import BadRow
 from harma_ray.data.rasters import describe_raster
 from harma_ray.data.rendering import OPTIONS, Rendering
 from harma_ray.errors import UserError

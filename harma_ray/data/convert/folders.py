@@ -1,7 +1,5 @@
 """Sources without annotation files: folders named after classes, and generated scenes."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Where the images are that annotations name, and which file may be meant if one is not there."""
 
-from __future__ import annotations
-
 import functools
 import os
 import unicodedata

@@ -1,12 +1,9 @@
 """What is in a converted split: facts for people."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +12,7 @@ from tabulate import tabulate
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.headers import read_header
 from harma_ray.data.images import BadImage, decode_stored
-from harma_ray.data.kinds import KINDS
-from harma_ray.data.kinds.base import BadRow
-from harma_ray.data.manifest import Rendered
+from harma_ray.data.manifest import BadRow, Rendered
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import Split, open_shard
 
@@ -38,7 +33,7 @@ class Distribution:
     """Value at each of ``PERCENTS``; 0 is the smallest, 100 the largest."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Distribution | None:
+    def of(cls, values: Sequence[float]) -> Self | None:
         """Returns the distribution of some numbers, or None if there are none."""
         if not len(values):
             return None
@@ -61,7 +56,7 @@ class TextFacts:
     """CLIP tokens of a caption, start and end included; 77 is the most that CLIP reads. None of talks."""
 
     @classmethod
-    def of(cls, captions: Sequence[Sequence[str]], *, for_clip: bool) -> TextFacts:
+    def of(cls, captions: Sequence[Sequence[str]], *, for_clip: bool) -> Self:
         """Returns the facts about the captions of some rows; those `for_clip` are counted in its tokens."""
         counts = Counter(caption for texts in captions for caption in texts)
         words, tokens = [], []
@@ -98,7 +93,7 @@ class QueryFacts:
     """Number of queries whose target is not known."""
 
     @classmethod
-    def of(cls, table: pa.Table) -> QueryFacts:
+    def of(cls, table: pa.Table) -> Self:
         """Returns the facts about a table of ``QUERY_SCHEMA``."""
         columns = ("reference", "target", "members", "category")
         reference, target, members, category = (table.column(name).to_pylist() for name in columns)
@@ -115,14 +110,8 @@ class QueryFacts:
 class SplitFacts:
     """What a split holds."""
 
-    name: str
-    """Name of the split."""
-    path: Path
-    """Its folder."""
-    kind: str
-    """What a row is: the name of the kind."""
-    rows: int
-    """Number of rows."""
+    split: Split
+    """The split, whose manifest says the rest."""
     texts: TextFacts
     """The captions, of the queries if there are any, else of the images."""
     queries: QueryFacts | None
@@ -131,18 +120,10 @@ class SplitFacts:
     """Number of different images of each file format."""
     depths: dict[str, int]
     """Number of different images by what a pixel of the stored file is, such as ``3 x uint8``."""
-    rendered: Rendered | None
-    """What is known of those that are stored as rendered from rasters; None without any."""
     looks: Looks
     """How images look: all if verified, else some."""
     stored_wide: int
     """Number of images of more than 8 bits, which older versions stored."""
-    shards: int
-    """Number of files."""
-    bytes: int
-    """Size of the files in all."""
-    bad: tuple[BadRow, ...]
-    """What was left out when the split was converted."""
     verified: bool
     """Whether every image has been decoded."""
     undecodable: tuple[BadRow, ...] = ()
@@ -187,20 +168,13 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         except BadImage as error:
             undecodable.append(BadRow(source, str(error)))
     return SplitFacts(
-        name=split.name,
-        path=split.path,
-        kind=kind.name,
-        rows=table.num_rows,
+        split=split,
         texts=TextFacts.of(list(own_texts), for_clip=kind.text == "caption"),
         queries=None if queries is None else QueryFacts.of(queries),
         formats=dict(formats.most_common()),
         depths=dict(depths.most_common()),
-        rendered=manifest.rendered,
         looks=looks,
         stored_wide=stored_wide,
-        shards=len(manifest.shards),
-        bytes=sum(shard.bytes for shard in manifest.shards),
-        bad=manifest.bad,
         verified=verify,
         undecodable=tuple(undecodable) if verify else (),
         groups=dict(Counter(table.column(kind.group_column).to_pylist())) if kind.group_column else {},
@@ -225,25 +199,26 @@ def _describe_images(table: pa.Table) -> dict[str, Any]:
 
 def render_facts(facts: SplitFacts) -> str:
     """Returns facts as plain text with tables."""
-    kind = KINDS[facts.kind]
+    kind, manifest = facts.split.kind, facts.split.manifest
     noun, text = ("query" if facts.queries else kind.row), kind.text
+    size = sum(shard.bytes for shard in manifest.shards) / 1e6
     sizes = ", ".join(f"{width} x {height} ({count:,})" for (width, height), count in facts.sizes.items())
     lines = [
-        ("folder", str(facts.path)),
-        (facts.kind, f"{facts.rows:,} in {facts.shards} shards, {facts.bytes / 1e6:,.1f} MB"),
+        ("folder", str(facts.split.path)),
+        (manifest.kind, f"{manifest.rows:,} in {len(manifest.shards)} shards, {size:,.1f} MB"),
         ("formats", ", ".join(f"{name} ({count:,})" for name, count in facts.formats.items())),
         ("pixels", ", ".join(f"{held} ({count:,})" for held, count in facts.depths.items())),
-        ("rendered", describe_rendered(facts.rendered) if facts.rendered else "none: stored as they came"),
-        ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < facts.rows else ''}" if sizes else "not read"),
+        ("rendered", describe_rendered(manifest.rendered) if manifest.rendered else "none: stored as they came"),
+        ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < manifest.rows else ''}" if sizes else "not read"),
         ("queries", _tell_queries(facts.queries) if facts.queries else "none"),
         (f"{text}s", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct"),
         ("classes", f"{len(facts.classes)}" if facts.classes else "none"),
-        ("left out", f"{len(facts.bad)}"),
+        ("left out", f"{len(manifest.bad)}"),
         ("decodable", _tell_decodable(facts)),
         ("looks", _tell_looks(facts)),
         *(("WARNING", warning) for warning in _find_warnings(facts)),
     ]
-    parts = [f"split {facts.name}", tabulate(lines, tablefmt="plain", disable_numparse=True)]
+    parts = [f"split {facts.split.name}", tabulate(lines, tablefmt="plain", disable_numparse=True)]
     distributions = {
         "image height": facts.heights,
         "image width": facts.widths,
@@ -258,7 +233,7 @@ def render_facts(facts: SplitFacts) -> str:
         parts.append(tabulate(facts.groups.items(), headers=[kind.group_column, f"{noun}s"]))
     if facts.queries and facts.queries.categories:
         parts.append(tabulate(facts.queries.categories.items(), headers=["category", "queries"]))
-    for title, bad in (("left out when converted", facts.bad), ("not decodable", facts.undecodable)):
+    for title, bad in (("left out when converted", manifest.bad), ("not decodable", facts.undecodable)):
         if bad:
             parts.append(tabulate([(row.source, row.reason) for row in bad], headers=[title, "reason"]))
     return "\n\n".join(parts) + "\n"

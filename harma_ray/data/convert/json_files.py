@@ -1,7 +1,5 @@
 """Reading of JSON files, and what is said of those that are none."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Statistics that the pictures of a split rest on: of its own rasters, or those of the data set's train split."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from contextlib import suppress

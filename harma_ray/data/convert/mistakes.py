@@ -1,7 +1,5 @@
 """Mistakes in the rows of annotation files, told all at once."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

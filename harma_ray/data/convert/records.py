@@ -1,7 +1,5 @@
 """What converters make of annotations: cleaned captions, numbered classes, scenes to draw."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any

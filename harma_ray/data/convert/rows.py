@@ -15,8 +15,9 @@ from PIL import Image
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.image_reading import Picture, read_picture, shrink
 from harma_ray.data.images import MAX_PIXELS, BadImage
-from harma_ray.data.kinds.base import BadRow, ImageSource, Record, StoredImage
+from harma_ray.data.kinds.base import ImageSource, Record, StoredImage
 from harma_ray.data.kinds.queries import QUERY_SCHEMA, QueryRecord
+from harma_ray.data.manifest import BadRow
 from harma_ray.data.rendering import Rendering
 
 JPEG_QUALITY = 95

@@ -1,7 +1,5 @@
 """Planning and writing of single shards: what one task of a conversion does. Knows nothing of Ray."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

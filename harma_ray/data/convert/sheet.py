@@ -1,7 +1,5 @@
 """A sheet of sample rows of a converted split: images with their captions, or triplets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from harma_ray.data.kinds.drawing import MARGIN
 from harma_ray.data.order import IndexedSplit, read_samples
 from harma_ray.data.splits import Split, index_rows
 from harma_ray.errors import UserError
-from harma_ray.files import output_path
+from harma_ray.files import atomic, output_path
 
 
 def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0) -> Path:
@@ -45,8 +43,8 @@ def contact_sheet(split: Split, path: str | Path, n: int = 24, *, seed: int = 0)
         sheet.paste(cell, (MARGIN + position % columns * width, MARGIN + position // columns * height))
     target = output_path(path)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(target, "PNG")
+        with atomic(target) as made:
+            sheet.save(made, "PNG")
     except OSError as error:
         raise UserError(
             f"cannot write the contact sheet {target} ({error.strerror or error}); choose another folder (--sheet)"

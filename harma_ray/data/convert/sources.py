@@ -1,7 +1,5 @@
 """Readers of annotation files: HarMA's two layouts and Karpathy's."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -51,9 +49,7 @@ def read_harma(annotations: str | Path, images: str | Path) -> list[SourceRecord
         return fill_labels(records, mistakes)
 
 
-def read_karpathy(
-    annotations: str | Path, images: str | Path, splits: Sequence[str] | None = None
-) -> dict[str, list[SourceRecord]]:
+def read_karpathy(annotations: str | Path, images: str | Path) -> dict[str, list[SourceRecord]]:
     """Reads a Karpathy-style annotation file, which RSICD, UCM and Sydney captions are published in, or NWPU-Captions'.
 
     The latter has classes, each with rows that hold their captions as ``raw``, ``raw_1``, ...; its images lie in
@@ -62,13 +58,13 @@ def read_karpathy(
     Args:
         annotations: The JSON file; all splits are in it.
         images: Folder that ``filename`` (after ``filepath``, if there) is relative to.
-        splits: The splits to read; by default those of train, val and test that are there.
 
     Returns:
-        The records of each split, in the file's order, numbered by their place in the file.
+        The records of those of the splits train, val and test that are there, in the file's order, numbered by their
+        place in the file.
 
     Raises:
-        UserError: Naming file and all rows that do not have this shape, or if it has no such split.
+        UserError: Naming file and all rows that do not have this shape, or if it has none of these splits.
     """
     root, file = image_root(images), Path(annotations).name
     content = read_json(annotations)
@@ -86,14 +82,13 @@ def read_karpathy(
         )
         for split, record in read:
             found.setdefault(split, []).append(record)
-        wanted = splits if splits is not None else [split for split in SPLITS if split in found]
+        wanted = [split for split in SPLITS if split in found]
         for split in wanted:
-            check_unique(found.get(split, []), mistakes)
-    missing = [split for split in wanted if split not in found]
-    if missing or not wanted:
+            check_unique(found[split], mistakes)
+    if not wanted:
         there = ", ".join(sorted(found))
-        raise UserError(f"{file} has no images of split {', '.join(missing or SPLITS)}; it has {there}")
-    others = sorted(found.keys() - set(wanted)) if splits is None else []
+        raise UserError(f"{file} has no images of split {', '.join(SPLITS)}; it has {there}")
+    others = sorted(found.keys() - set(wanted))
     if others:
         left_out = ", ".join(f"{len(found[split])} of split {split}" for split in others)
         _logger.warning("%s: images of other splits than %s are left out: %s", file, ", ".join(wanted), left_out)

@@ -1,7 +1,5 @@
 """Where a split is made and how it gets to its place, whole, when several programs or a crash could interfere."""
 
-from __future__ import annotations
-
 import fcntl
 import logging
 import os

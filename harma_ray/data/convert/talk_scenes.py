@@ -1,7 +1,5 @@
 """Talks about generated scenes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

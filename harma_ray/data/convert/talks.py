@@ -1,7 +1,5 @@
 """Talks about images: ViTP's meta and JSON Lines files, and talks made from captions and classes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ run that was cut off goes on where it stopped, and one with other inputs starts 
 included, is moved to ``OUT/SPLIT`` in one step; an older split stays usable until then.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -35,7 +33,7 @@ from harma_ray.data.convert.shards import (
     write_table,
 )
 from harma_ray.data.convert.staging import lock, put_in_place, work_folder
-from harma_ray.data.kinds.base import BadRow, Record
+from harma_ray.data.kinds.base import Record
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.manifest import (
     MANIFEST_NAME,
@@ -43,6 +41,7 @@ from harma_ray.data.manifest import (
     ROW_GROUP_BYTES,
     SCHEMA_VERSION,
     SHARD_BYTES,
+    BadRow,
     Manifest,
     Rendered,
     Shard,

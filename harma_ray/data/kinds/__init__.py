@@ -1,7 +1,5 @@
 """Kinds of rows: a file each, and an entry here."""
 
-from __future__ import annotations
-
 from harma_ray.data.kinds.base import RowKind
 from harma_ray.data.kinds.images import IMAGE_VECTORS, IMAGES
 from harma_ray.data.kinds.talks import TALKS

@@ -6,25 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-if TYPE_CHECKING:
-    from harma_ray.data.manifest import Manifest
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """An input that was left out of a split."""
-
-    source: str
-    """Path of the image, or annotation file and row."""
-    reason: str
-    """Why it could not be used."""
+from harma_ray.data.manifest import BadRow, Manifest
 
 
 @dataclass(frozen=True)

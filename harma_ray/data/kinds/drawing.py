@@ -1,7 +1,5 @@
 """What the cells of a contact sheet are drawn with: thumbnails and texts."""
 
-from __future__ import annotations
-
 import textwrap
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps

@@ -1,21 +1,17 @@
 """Rows that are an image with its captions and class."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from harma_ray.data.kinds.base import BadRow, ImageSource, Record, RowKind, StoredImage
+from harma_ray.data.kinds.base import ImageSource, Record, RowKind, StoredImage
 from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
-
-if TYPE_CHECKING:
-    from harma_ray.data.manifest import Manifest
+from harma_ray.data.manifest import BadRow, Manifest
 
 IMAGE_SCHEMA = pa.schema(
     [

@@ -1,13 +1,11 @@
 """Queries of composed retrieval: part of a triplet, or in a file beside the images among which answers are found."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from harma_ray.data.kinds.base import BadRow
+from harma_ray.data.manifest import BadRow
 
 QUERY_SCHEMA = pa.schema(
     [

@@ -1,20 +1,16 @@
 """Rows that composed retrieval trains on: a query with its reference and target image."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from harma_ray.data.kinds.base import BadRow, ImageSource, Record, RowKind, StoredImage
+from harma_ray.data.kinds.base import ImageSource, Record, RowKind, StoredImage
 from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
 from harma_ray.data.kinds.queries import QUERY_SCHEMA, QUERY_VECTOR_SCHEMA, QueryRecord
-
-if TYPE_CHECKING:
-    from harma_ray.data.manifest import Manifest
+from harma_ray.data.manifest import BadRow, Manifest
 
 TRIPLET_SCHEMA = pa.schema(
     [

@@ -6,8 +6,6 @@ palette, the light, the sensor and the phrasing.
 Everything follows from (seed, index, style) alone and is the same in every process.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from PIL import Image

@@ -6,20 +6,15 @@ at v > 0.82. The whole is then turned and mirrored by the frame of the scene. Th
 (layout seed, identity of the item) alone, so that a change to one item leaves every other item where it is.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from harma_ray.data.scenes.content import SceneContent
 from harma_ray.data.scenes.looks import LOOKS, RGB, STYLES, Look, check_style
 from harma_ray.data.scenes.shapes import SHAPES, box, ellipse, polygon
 from harma_ray.errors import UserError
-
-if TYPE_CHECKING:
-    from harma_ray.data.scenes.content import SceneContent
 
 MIN_SIZE = 32
 _SUPERSAMPLING = 2

@@ -7,8 +7,6 @@ all equally likely, is told. So the pictures alone leave three answers; and the 
 the target after another edit still shows what they say.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """How the styles of scenes look: palettes, light and sensor."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """How scenes are told: captions that are true, in the phrasing of a style."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from string import Formatter
 

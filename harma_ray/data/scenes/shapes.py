@@ -1,7 +1,5 @@
 """The objects of scenes, as seen from above."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

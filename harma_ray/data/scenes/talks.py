@@ -1,7 +1,5 @@
 """Questions about scenes, with answers that are true by construction."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Parameters in groups: which of them decay, and how much slower the vision transformer's first layers learn."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

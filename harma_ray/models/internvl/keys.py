@@ -4,8 +4,6 @@ The original keeps queries, keys and values of the vision transformer in one mat
 differs but names. Both ways are exact: there and back gives the same names and numbers.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 

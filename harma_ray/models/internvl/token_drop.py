@@ -6,8 +6,6 @@ the rest. Its released code and an older description of it do other things, whic
 Shape letters: B batch, L tokens, K tokens that are left of the longest sample.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

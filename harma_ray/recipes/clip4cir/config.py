@@ -1,7 +1,5 @@
 """Settings of CLIP4Cir runs: what can be set, the published values, and those for drawn scenes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 Shape letters: B batch, S side of the images, L tokens, F features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

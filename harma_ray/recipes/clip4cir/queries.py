@@ -3,8 +3,6 @@
 Shape letters: Q queries, G gallery, F features of CLIP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -3,8 +3,6 @@
 A CLIP comes in as a backbone, like any other (`harma_ray.import_export`); a Combiner is read here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

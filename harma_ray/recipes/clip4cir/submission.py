@@ -1,7 +1,5 @@
 """Answers to queries whose targets are not public, as the evaluation server of CIRR wants them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ the sum of both features finds it; stage 2 trains a Combiner of the features of 
 Shape letters: Q queries, G gallery, F features of CLIP.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Settings of HarMA runs: what can be set, the published values, and the demo's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal

@@ -6,8 +6,6 @@ temperature. The released code knows one size (width 128, shared width 64, 8 hea
 (`text_tokens: full`); the number of heads is not in the file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Shape letters: B batch, N images, M texts, E embedding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -185,7 +183,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
             counts = torch.tensor([len(row) for row in captions])
             image_of_text = torch.repeat_interleave(torch.arange(len(captions)), counts)
             retrieval = ImageTextRetrieval.of(image_embeddings, text_embeddings, texts, image_of_text)
-            found = ImageTextEvaluation.of(retrieval)
+            found = ImageTextEvaluation(retrieval.result.metrics, retrieval=retrieval)
         return found or Evaluation({})
 
     def monitor(self, model: DualEncoder) -> dict[str, float]:

@@ -1,7 +1,5 @@
 """Settings of ViTP runs: what can be set, the published values, and the drawn scenes' own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """What an evaluation of ViTP finds: the loss on held-out talks, answers by kind of question, Top-1 of the vectors."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

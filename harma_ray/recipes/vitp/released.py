@@ -3,8 +3,6 @@
 What is imported is read where it lies: nothing of it is copied into the run, whose checkpoint holds no weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

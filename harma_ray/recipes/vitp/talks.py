@@ -3,8 +3,6 @@
 Shape letters: B talks, L tokens of the longest, T tiles of all, S side of a tile.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence

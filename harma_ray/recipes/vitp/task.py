@@ -3,8 +3,6 @@
 Source: ViTP (Visual insTruction Pretraining, arXiv 2509.17562). Shape letters: B talks, L tokens, T tiles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args

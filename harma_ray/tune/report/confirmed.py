@@ -1,7 +1,5 @@
 """Whether the best setting holds: runs with fresh seeds, beside those of the published setting."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

@@ -83,7 +83,7 @@ def draw_curves(results: SearchResults) -> bytes | None:
         else:
             titled.add(trial.state)
         axes.plot(*zip(*trial.curve, strict=True), label=title, markevery=[len(trial.curve) - 1], **style)
-    drawing.dress(axes, "epoch", drawing.label(results.objective), whole=True)
+    drawing.dress(axes, results.definition.unit, drawing.label(results.objective), whole=True)
     axes.margins(x=0.02)
     figure.legend(loc="outside upper right", ncols=6, fontsize=8, frameon=False)
     return to_png(figure)

@@ -1,7 +1,5 @@
 """The page of a search: the best setting, whether it holds, what the search cost, and figures of all trials."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from harma_ray.tune.report.importance import MIN_TRIALS, importance, partial_par
 from harma_ray.tune.report.parameter_figures import draw_importance, draw_parallel, draw_slices
 from harma_ray.tune.report.scale import end_of_range, short_names, show
 from harma_ray.tune.results import SearchResults, State, TrialResult
+from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.space.parameters import Choices, Parameter
 
 PAGE_NAME = "report.html"
@@ -57,9 +56,21 @@ def _subtitle(results: SearchResults) -> str:
     metrics = " and ".join(f"{'highest' if o.maximize else 'lowest'} {label(o)}" for o in search.objectives)
     return (
         f"Recipe {search.config.recipe} on {search.config.data.path}, searched for the {metrics}; sampler "
-        f"{search.sampler.name}, scheduler {search.scheduler}. {len(results.trials)} trials: "
+        f"{search.sampler.name}, scheduler {_show_scheduler(search)}. {len(results.trials)} trials: "
         f"{results.counts or 'none yet'}."
     )
+
+
+def _show_scheduler(search: SearchDefinition) -> str:
+    """Returns the scheduler's name, and the settings that it makes use of."""
+    scheduler = search.scheduler
+    halving = f"grace {search.grace}, reduction {scheduler.reduction_factor:g}"
+    details = {
+        "asha": f" ({halving})",
+        "hyperband": f" ({halving}, {scheduler.brackets} brackets)",
+        "median": f" (grace {search.grace})",
+    }
+    return scheduler.name + details.get(scheduler.name, "")
 
 
 def _best_section(results: SearchResults, file: Path) -> str:
@@ -122,19 +133,20 @@ def _final_table(results: SearchResults) -> str:
 def _cost_section(results: SearchResults) -> str:
     groups = {state: [trial for trial in results.trials if trial.state == state] for state in get_args(State)}
     groups = {state: trials for state, trials in groups.items() if trials} | {"all": list(results.trials)}
+    units, digits = ("steps", 0) if results.definition.unit == "step" else ("epochs", 1)
     columns = [
         ("trials", list(groups)),
         ("number", [str(len(trials)) for trials in groups.values()]),
-        ("epochs trained", [f"{sum(trial.epochs for trial in trials):,.1f}" for trials in groups.values()]),
+        (f"{units} trained", [f"{sum(trial.trained for trial in trials):,.{digits}f}" for trials in groups.values()]),
         ("hours of training", [f"{sum(trial.seconds for trial in trials) / 3600:,.2f}" for trials in groups.values()]),
     ]
-    trained, planned = results.ended_epochs
+    trained, planned = results.ended_training
     parts = [page.table(columns, num_text_columns=1, sum_row=True)]
     if planned:
         parts.append(
             page.paragraph(
-                f"Without stopping, the complete and stopped trials would have trained {planned:,} epochs; they "
-                f"trained {trained:,.1f}: the scheduler saved {100 * (1 - trained / planned):.1f} %."
+                f"Without stopping, the complete and stopped trials would have trained {planned:,} {units}; they "
+                f"trained {trained:,.{digits}f}: the scheduler saved {100 * (1 - trained / planned):.1f} %."
             )
         )
     return "\n".join(parts)
@@ -163,8 +175,8 @@ def _figure_sections(results: SearchResults) -> list[Section]:
          "Each dot is a trial, complete or stopped; choices are spread sideways to show them all.",
          "Needs two complete or stopped trials."),
         ("curves", "Learning curves", draw_curves(results),
-         f"{objective} over the epochs of each trial, of its first seed where it has several; the marks show where a "
-         "trial ended.", "No trial has been evaluated yet."),
+         f"{objective} over the {results.definition.unit}s of each trial, of its first seed where it has several; the "
+         "marks show where a trial ended.", "No trial has been evaluated yet."),
     ]  # fmt: skip
     if len(results.definition.objectives) == 2:
         note = "No other complete trial beats those of the front in both objectives. Numbers are trials."
@@ -190,7 +202,7 @@ def _trials_section(results: SearchResults) -> str:
     for index, objective in enumerate(results.definition.objectives):
         cells = [objective.show(trial.values[index]) if trial.values else _NO_VALUE for trial in trials]
         columns.append((label(objective), cells))
-    columns.append(("epochs", [f"{trial.epochs:g}" for trial in trials]))
+    columns.append((f"{results.definition.unit}s", [f"{trial.trained:.9g}" for trial in trials]))
     columns.append(("seconds", [f"{trial.seconds:,.0f}" for trial in trials]))
     searched = results.definition.parameters
     shorts = short_names([parameter.name for parameter in searched])

@@ -1,7 +1,5 @@
 """Where the values of a searched parameter lie between the ends of its range, and which trials count."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What must hold between the parts of a search, each of which is right by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from itertools import combinations, product
@@ -32,7 +30,8 @@ def find_mistakes(definition: SearchDefinition, known: Collection[str]) -> Mista
     yield from _find_wrong_enqueued(definition, known)
     yield from _find_wrong_sampler(definition)
     yield from _find_wrong_objectives(definition)
-    yield from _find_wrong_epochs(definition)
+    yield from _find_wrong_units(definition)
+    yield from _find_wrong_lengths(definition)
     yield from _find_refused_points(definition)
 
 
@@ -122,16 +121,27 @@ def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
             yield where, f"{rule}, got {target.direction} {target.metric}; put it second"
 
 
-def _find_wrong_epochs(definition: SearchDefinition) -> Mistakes:
-    epochs, scheduler = definition.config.train.epochs, definition.scheduler
-    if scheduler.name != "none" and scheduler.grace_epochs > epochs:
-        rule = "`grace_epochs` must not be above `train.epochs`, or no trial is ever stopped"
-        text = f"{rule}, got {scheduler.grace_epochs} and {epochs}; lower it or use the scheduler none"
-        yield ("scheduler", "grace_epochs"), text
-    needed = definition.trial_epochs
-    if 0 < definition.limits.epochs < needed:
-        rule = "`epochs` must be enough for one whole trial (`train.epochs` times `seeds`)"
-        yield ("limits", "epochs"), f"{rule}, got {definition.limits.epochs} and {needed}; raise it"
+def _find_wrong_units(definition: SearchDefinition) -> Mistakes:
+    """Finds limits in epochs where steps are counted, and the other way round."""
+    other = "epoch" if definition.unit == "step" else "step"
+    why = "with" if definition.unit == "step" else "without"
+    for section, key in (("scheduler", f"grace_{other}s"), ("limits", f"{other}s")):
+        given = getattr(definition, section)
+        if getattr(given, key) != getattr(type(given), key):
+            own = key.replace(other, definition.unit)
+            yield (section, key), f"{why} `train.steps` a search counts {definition.unit}s, got `{key}`; give `{own}`"
+
+
+def _find_wrong_lengths(definition: SearchDefinition) -> Mistakes:
+    units, length = f"{definition.unit}s", definition.length
+    if definition.scheduler.name != "none" and definition.grace > length:
+        rule = f"`grace_{units}` must not be above `train.{units}`, or no trial is ever stopped"
+        text = f"{rule}, got {definition.grace} and {length}; lower it or use the scheduler none"
+        yield ("scheduler", f"grace_{units}"), text
+    needed = definition.trial_length
+    if 0 < definition.budget < needed:
+        rule = f"`{units}` must be enough for one whole trial (`train.{units}` times `seeds`)"
+        yield ("limits", units), f"{rule}, got {definition.budget} and {needed}; raise it"
 
 
 def _find_refused_points(definition: SearchDefinition) -> Mistakes:

@@ -54,21 +54,13 @@ class Scheduler:
     name: Literal["asha", "hyperband", "median", "none"] = "asha"
     """Successive halving, several of them with other grace, the median of complete trials, or nothing."""
     grace_epochs: Annotated[int, Field(strict=True, ge=1)] = 1
-    """Epochs that every trial is granted."""
+    """Epochs that every trial is granted, where epochs are counted (see `SearchDefinition.unit`)."""
+    grace_steps: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Steps that every trial is granted, where steps are counted; 0 = up to the first evaluation."""
     reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 3
     """One trial in this many goes on at each decision."""
     brackets: Annotated[int, Field(strict=True, ge=1)] = 3
-    """Halvings of hyperband, each granting `reduction_factor` times the epochs of the one before."""
-
-    def __str__(self) -> str:
-        """Returns the name, and the settings that it makes use of."""
-        halving = f"grace {self.grace_epochs}, reduction {self.reduction_factor:g}"
-        details = {
-            "asha": f" ({halving})",
-            "hyperband": f" ({halving}, {self.brackets} brackets)",
-            "median": f" (grace {self.grace_epochs})",
-        }
-        return self.name + details.get(self.name, "")
+    """Halvings of hyperband, each granting `reduction_factor` times the grace of the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +100,9 @@ class Limits:
     hours: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 0.0
     """Time."""
     epochs: Annotated[int, Field(strict=True, ge=1)] = 0
-    """Epochs of all trials together."""
+    """Epochs of all trials together, where epochs are counted (see `SearchDefinition.unit`)."""
+    steps: Annotated[int, Field(strict=True, ge=1)] = 0
+    """Steps of all trials together, where steps are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +133,31 @@ class SearchDefinition:
     """Name of the search's study in it, which a new search is given; None = that of its folder."""
 
     @property
-    def trial_epochs(self) -> int:
-        """Epochs of a trial that nothing stops, over all its seeds."""
-        return self.config.train.epochs * self.seeds
+    def unit(self) -> Literal["epoch", "step"]:
+        """What trainings are counted in, wherever trials are compared, stopped, limited and told of."""
+        return "step" if self.config.train.steps else "epoch"
+
+    @property
+    def length(self) -> int:
+        """Epochs or steps of a training that nothing stops."""
+        return self.config.train.steps or self.config.train.epochs
+
+    @property
+    def trial_length(self) -> int:
+        """Epochs or steps of a trial that nothing stops, over all its seeds."""
+        return self.length * self.seeds
+
+    @property
+    def grace(self) -> int:
+        """Epochs or steps that every trial is granted."""
+        if self.unit == "epoch":
+            return self.scheduler.grace_epochs
+        return self.scheduler.grace_steps or self.config.train.eval_every_steps
+
+    @property
+    def budget(self) -> int:
+        """Epochs or steps of all trials together at which the search ends; 0 = no limit."""
+        return self.limits.epochs if self.unit == "epoch" else self.limits.steps
 
     @property
     def published(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The file that describes a search: read with all its mistakes listed at once, and written."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter
 
-from harma_ray.config import RunConfig, SharedByTrials
+from harma_ray.config import RunConfig, SharedByTrials, TrainConfig
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.recipes import RECIPES, make_task, recipe_config
@@ -23,9 +21,9 @@ _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective
          "storage", "study")  # fmt: skip
 _SAME_FOR_ALL = {
     "train.epochs": "trials are compared, stopped and counted by epochs",
-    "train.steps": "trials are compared, stopped and counted by epochs",
+    "train.steps": "trials are compared, stopped and counted by steps",
     "train.eval_every_epochs": "trials report every epoch",
-    "train.eval_every_steps": "trials report every epoch",
+    "train.eval_every_steps": "trials report after equally many steps",
     "train.select_on": "trials are compared on one split",
     "train.early_stopping_patience": "the scheduler decides who is stopped early",
     "train.threads": "it changes how fast a trial is, not how good",
@@ -70,7 +68,7 @@ def to_yaml(definition: SearchDefinition) -> str:
         },
         "start": definition.enqueued,
         "sampler": dataclasses.asdict(definition.sampler),
-        "scheduler": dataclasses.asdict(definition.scheduler),
+        "scheduler": {name: value for name, value in dataclasses.asdict(definition.scheduler).items() if value},
         "objective": [dataclasses.asdict(target) for target in definition.objectives],
         "limits": {name: value for name, value in dataclasses.asdict(definition.limits).items() if value},
         "seeds": definition.seeds,
@@ -177,13 +175,22 @@ class _SearchReader:
         config, problem = _change(config, self._overrides)
         if problem:
             self._file.add_mistake(None, f"--set: {problem}")
-        for setting, needed in (("eval_every_epochs", 1), ("eval_every_steps", 0), ("steps", 0)):
-            name, value = f"train.{setting}", getattr(config.train, setting)
-            if value != needed:
-                where = None if name in self._overrides else self._fixed.get(name, ("recipe",))
-                problem = f"`{name}` must be {needed}, because the trials of a search report every epoch"
-                self._file.add_mistake(where, f"{problem}, got {value}")
+        self._check_evaluations(config.train)
         return config
+
+    def _check_evaluations(self, train: TrainConfig) -> None:
+        """Notes what keeps trials from being evaluated after equal parts of their trainings."""
+        if train.steps:
+            wrong = {} if train.eval_every_steps else {"train.eval_every_steps": ("above 0", 0)}
+            why = "trials that are counted in `train.steps` report after equally many"
+        else:
+            found = {"train.eval_every_epochs": (1, train.eval_every_epochs)}
+            found["train.eval_every_steps"] = (0, train.eval_every_steps)
+            wrong = {name: (needed, value) for name, (needed, value) in found.items() if value != needed}
+            why = "the trials of a search report every epoch unless `train.steps` is set"
+        for name, (needed, value) in wrong.items():
+            where = None if name in self._overrides else self._fixed.get(name, ("recipe",))
+            self._file.add_mistake(where, f"`{name}` must be {needed}, because {why}, got {value}")
 
     def _with_fixed(self, config: RunConfig) -> RunConfig:
         """Returns the settings with what is `fixed`, as far as that is right."""

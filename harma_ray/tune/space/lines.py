@@ -1,7 +1,5 @@
 """YAML that remembers where everything stands, its check against types, and its mistakes, listed all at once."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,5 @@
 """URLs of the databases in which searches may be kept."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import sqlalchemy
