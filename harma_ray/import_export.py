@@ -63,7 +63,7 @@ def export_checkpoint(
         run: The run.
         format: ``released`` (the layout of the paper's own program), ``adapter`` (the trainable tensors), ``open_clip``
             (a whole CLIP).
-        out_file: The file; written whole or not at all.
+        out_file: The file, or the folder if the paper's programs read folders; written whole or not at all.
         metric: What the best weights are the best by; None = the recipe's objective.
         overwrite: Whether an existing file may be replaced.
 

@@ -51,10 +51,14 @@ ORIGINAL = {
 }
 
 
-def language_config():
+def language_config(vocabulary=TEXT["vocab_size"]):
     from transformers import Qwen2Config
 
-    return Qwen2Config(**TEXT, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    return Qwen2Config(
+        **TEXT | {"vocab_size": vocabulary},
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
 
 
 def write_original(folder, tensors, settings=ORIGINAL, name="model.safetensors"):
@@ -93,7 +97,7 @@ def inner_of(state):
     return {n.removeprefix("vision_model."): t for n, t in state.items() if n.startswith("vision_model.")}
 
 
-def original_loss(state, pixels, batch):
+def original_loss(state, pixels, batch, image_token=IMAGE):
     """The original's loss, its language model being transformers' own Qwen2."""
     from transformers import Qwen2ForCausalLM
 
@@ -106,9 +110,9 @@ def original_loss(state, pixels, batch):
     x = torch.stack(shuffled, 1)
     x = F.layer_norm(x, x.shape[-1:], state["mlp1.0.weight"], state["mlp1.0.bias"])
     x = F.gelu(x @ state["mlp1.1.weight"].T + state["mlp1.1.bias"]) @ state["mlp1.3.weight"].T + state["mlp1.3.bias"]
-    language = Qwen2ForCausalLM(language_config()).eval()
     prefix = "language_model."
+    language = Qwen2ForCausalLM(language_config(len(state[f"{prefix}lm_head.weight"]))).eval()
     language.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     embeds = language.get_input_embeddings()(batch["input_ids"]).clone()
-    embeds[batch["input_ids"] == IMAGE] = x.flatten(0, 1)
+    embeds[batch["input_ids"] == image_token] = x.flatten(0, 1)
     return language(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss

@@ -24,7 +24,7 @@ def add_commands(commands: shared.Commands) -> None:
     made = shared.make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
     made.add_argument("--run", required=True, help="folder of the run")
     made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip"], help="layout")
-    made.add_argument("--out", required=True, help="file to write")
+    made.add_argument("--out", required=True, help="file to write; of an InternVL, a folder")
     made.add_argument("--overwrite", action="store_true", help="replace the file")
     shared.add_metric(made)
     text = "Write the vision transformer of a run's best model alone, as a Hugging Face folder."
@@ -58,7 +58,8 @@ def _export(options: argparse.Namespace) -> None:
     path = export_checkpoint(
         open_run(options.run), options.format, options.out, metric=options.metric, overwrite=options.overwrite
     )
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    print(f"wrote {path} ({size / 1e6:.1f} MB)")
 
 
 def _extract(options: argparse.Namespace) -> None:

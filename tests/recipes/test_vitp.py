@@ -253,10 +253,11 @@ def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
 
 
 def test_settings_that_contradict_each_other_are_refused(data):
-    with pytest.raises(UserError, match=r"names top_1, which needs `features\.data`"):
-        settings(data, selection__criterion="top_1")
     config = settings(data, features__data=str(data / "talks"))
     train_split = open_split(config.data.path, "train")
+    for named, metrics in (({"selection__criterion": "top_1"}, []), ({}, ["loss", "top_1"])):
+        with pytest.raises(UserError, match=r"names top_1, which needs `features\.data`"):
+            make_task(settings(data, **named)).check(train_split, [], metrics)
     with pytest.raises(UserError, match=r"`features\.data` needs images, but .* holds talks"):
         make_task(config).check(train_split, [])
 

@@ -6,11 +6,19 @@ import shutil
 import pytest
 import torch
 from command_line import done, refused
-from original_internvl import ORIGINAL, ORIGINAL_VISION, inner_of, language_config, original_states, write_original
+from original_internvl import (
+    ORIGINAL,
+    ORIGINAL_VISION,
+    inner_of,
+    language_config,
+    original_loss,
+    original_states,
+    write_original,
+)
 from PIL import Image
 from random_runs import make_random_run
 from safetensors.torch import load_file, save_file
-from small_internvl import small_config, small_core, tiles
+from small_internvl import IMAGE, small_config, small_core, talks, tiles
 
 from harma_ray.data.convert.commands import convert_scenes_talk
 from harma_ray.models.internvl.files import read_vision
@@ -134,7 +142,7 @@ def as_native_shards(folder, source, core):
 
 
 @pytest.mark.parametrize("write", [as_original, as_bin, as_native_shards])
-def test_a_whole_model_becomes_a_run_that_encodes_and_answers(whole, tmp_path, capsys, write):
+def test_a_whole_model_becomes_a_run_that_encodes_and_answers(whole, tmp_path, capsys, caplog, write):
     core, source = whole
     folder = tmp_path / "model"
     write(folder, source, core)
@@ -153,6 +161,7 @@ def test_a_whole_model_becomes_a_run_that_encodes_and_answers(whole, tmp_path, c
     Image.new("RGB", (40, 30), "green").save(tmp_path / "field.png")
     question = ("--image", tmp_path / "field.png", "--max-tokens", 3, "--device", "cpu", "What is it?")
     done(capsys, "generate", "--run", run.path, *question)
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("transformers")]
 
 
 def test_a_model_that_was_changed_since_it_was_imported_is_refused(whole, tmp_path, capsys):
@@ -285,9 +294,39 @@ def test_files_that_are_none_are_refused_in_a_line(run, alone, whole, tmp_path, 
     assert "`--clip` is for a Combiner" in said
 
 
-def test_exports_say_what_there_is_instead(run, tmp_path, capsys):
+def test_a_model_is_exported_as_the_originals_and_comes_back_equal(run, whole, tmp_path, capsys):
+    small, _ = imported(capsys, whole[1], tmp_path / "small")
+    for number, source in enumerate((run, small)):
+        folder = tmp_path / f"released{number}"
+        told = done(capsys, "checkpoint", "export", "--run", source.path, "--format", "released", "--out", folder)
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+        assert told.endswith(f"wrote {folder} ({size:.1f} MB)\n")
+        again, _ = imported(capsys, folder, tmp_path / f"again{number}")
+        found, own = (each.load_model().core.state_dict() for each in (again, source))
+        assert found.keys() == own.keys()
+        assert all(torch.equal(found[name], own[name]) for name in own)
+    state = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert state.keys() == to_original(whole[0].state_dict()).keys()
+    model, batch, pixels = small.load_model(), talks([2, 1]), tiles(3)
+    image_token = model.core.config.image_token_id
+    batch["input_ids"][batch["input_ids"] == IMAGE] = image_token
+    with torch.no_grad():
+        expected = original_loss(state, normalise(pixels, next(iter(state.values()))), batch, image_token)
+        torch.testing.assert_close(model(pixels, **batch)["loss"], expected, rtol=1e-4, atol=1e-4)
+    written, before = (json.loads((path / "config.json").read_text()) for path in (folder, whole[1]))
+    for part, ignored in (
+        ("vision_config", ("initializer_factor", "drop_path_rate")),
+        ("llm_config", ("sliding_window",)),
+    ):
+        same = {name for name in before[part] if name not in (*ignored, "torch_dtype", "attn_implementation")}
+        assert {name: written[part].get(name) for name in same} == {name: before[part][name] for name in same}
+    assert "exists; choose another file" in refused(
+        capsys, "checkpoint", "export", "--run", run.path, "--format", "released", "--out", folder
+    )
+
+
+def test_of_other_exports_there_are_what_was_trained_and_no_clip(run, tmp_path, capsys):
     line = ("checkpoint", "export", "--run", run.path, "--out", tmp_path / "x", "--format")
-    assert "extract-vit --run" in refused(capsys, *line, "released")
     assert "is not built on a CLIP" in refused(capsys, *line, "open_clip")
     done(capsys, *line, "adapter")
     assert load_file(tmp_path / "x").keys() == {n for n, p in run.load_model().named_parameters() if p.requires_grad}

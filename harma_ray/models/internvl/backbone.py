@@ -165,7 +165,7 @@ class InternVLBackbone(Backbone):
                     "a random InternVL needs a tokenizer, which this recipe has not; give pretrained=FOLDER"
                 )
             return with_special_tokens(self.make_tokenizer()), 0
-        found = read_tokenizer(Path(self.pretrained).expanduser())
+        found = read_tokenizer(Path(self.pretrained).expanduser(), self._folder_config)
         before = len(found)
         tokenizer: Any = with_special_tokens(found)
         config, wanted = self._folder_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

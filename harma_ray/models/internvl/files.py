@@ -1,4 +1,4 @@
-"""Folders of InternVL and InternViT, read strictly and without executing anything in them; a ViT written."""
+"""Folders of InternVL and InternViT, read strictly and without executing anything in them, and written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from harma_ray.models.internvl.keys import (
     VISION_MARKS,
     is_original,
     to_native,
+    to_original,
     vision_part,
     vision_to_native,
     vision_to_original,
@@ -29,6 +30,7 @@ from harma_ray.models.internvl.keys import (
 from harma_ray.models.internvl.layouts import (
     CONFIG,
     check_tensors,
+    original_settings,
     original_vision_settings,
     read_config,
     read_vision_config,
@@ -214,17 +216,44 @@ def write_vision(
     own = {name.removeprefix(NATIVE_VISION): t for name, t in state.items() if name.startswith(NATIVE_VISION)}
     settings = tower.config.to_dict() | {"architectures": ["InternVLVisionModel"], "dtype": _name(dtype)}
     if layout == "original":
-        if "layernorm.weight" in own or "embeddings.mask_token" in own:
-            raise UserError("the original's InternViT has no final norm and no mask token; use layout hf")
+        _require_original(own)
         own, settings = vision_to_original(own), original_vision_settings(tower.config, dtype)
     elif layout != "hf":
         raise UserError(f"the layout must be hf or original, got {layout!r}")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {name: t.detach().to("cpu", dtype).contiguous().clone() for name, t in own.items()}
-    save_file(written, folder / _WEIGHTS[0], metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    _write(folder, own, settings, dtype)
     kept = tuple(name for name in state if name.startswith(NATIVE_VISION))
     return Extraction(kept, tuple(name for name in state if name not in kept))
+
+
+def write_internvl(model: InternVLForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a whole model in the layout of InternVL's own code, without its tokenizer.
+
+    Args:
+        model: transformers' whole model.
+        folder: Is made if it is not there; ``config.json`` and ``model.safetensors`` are written into it.
+        dtype: Of the numbers.
+
+    Raises:
+        UserError: If the layout has no place or no words for what the model has.
+    """
+    state = model.state_dict()
+    _require_original(vision_part(state)[0])
+    if model.config.tie_word_embeddings:
+        del state[_HEAD]
+    _write(folder, to_original(state), original_settings(model.config, dtype), dtype)
+
+
+def _require_original(tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError if the original has no place for what a vision transformer has."""
+    if "layernorm.weight" in tensors or "embeddings.mask_token" in tensors:
+        raise UserError("the original's InternViT has no final norm and no mask token; use layout hf")
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {name: t.detach().to("cpu", dtype).contiguous().clone() for name, t in tensors.items()}
+    save_file(written, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -131,6 +131,37 @@ def original_vision_settings(config: InternVLVisionConfig, dtype: torch.dtype) -
     return {**named, **sides, **rest}
 
 
+def original_settings(config: InternVLConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns what `InternVLChatModel` of the original reads from its ``config.json``.
+
+    Raises:
+        UserError: If the language model's positions are scaled, which the original has other words for.
+    """
+    own: Any = config
+    llm, said = own.text_config.to_dict(), str(dtype).removeprefix("torch.")
+    positions = llm.pop("rope_parameters")
+    if positions["rope_type"] != "default":
+        raise UserError(f"the original's layout has no words for positions of type {positions['rope_type']}")
+    beside = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_theta": positions["rope_theta"],
+        "tie_word_embeddings": own.tie_word_embeddings,
+        "torch_dtype": said,
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": own.downsample_ratio,
+        "ps_version": "v2",
+        "select_layer": own.vision_feature_layer,
+        "force_image_size": own.vision_config.image_size[0],
+        "template": "internvl2_5",
+        "torch_dtype": said,
+        "vision_config": original_vision_settings(own.vision_config, dtype),
+        "llm_config": {name: value for name, value in llm.items() if name not in ("dtype", "layer_types")} | beside,
+    }
+
+
 def in_full_precision(config: Any) -> Any:
     """Returns a configuration by which models are built in fp32, whatever its files hold."""
     for each in (config, *(getattr(config, part, None) for part in ("vision_config", "text_config"))):

@@ -12,11 +12,15 @@ from harma_ray.errors import UserError
 from harma_ray.models.internvl.marks import SPECIAL_TOKENS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import InternVLConfig, PreTrainedTokenizerBase
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a Hugging Face folder; nothing in it is executed, nothing fetched.
+
+    Args:
+        folder: The folder.
+        config: Its configuration: transformers, left to read the original's by itself, warns of an unknown model.
 
     Raises:
         UserError: If there is none that transformers knows by itself.
@@ -24,7 +28,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder} must hold a tokenizer that transformers can read by itself ({reason})") from error

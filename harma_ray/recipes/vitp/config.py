@@ -143,11 +143,6 @@ class VitpConfig(RunConfig):
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     """Weight decay and learning rates by layer."""
 
-    def __post_init__(self) -> None:
-        wanted = (self.selection.criterion, *self.selection.also_keep)
-        if "top_1" in wanted and not self.features.data:
-            raise ValueError("`selection` names top_1, which needs `features.data`: a converted data set with classes")
-
 
 def vitp_internvl_1b() -> VitpConfig:
     """ViTP's pretraining of InternViT-300M in InternVL2.5-1B, as in the released script (8 GPUs, a talk at a time)."""

@@ -14,11 +14,12 @@ from harma_ray.errors import UserError
 from harma_ray.files import kept_path
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.foreign import ForeignWeights
-from harma_ray.models.internvl.files import TRANSLATED, Extraction, Layout, read_outline, write_vision
+from harma_ray.models.internvl.files import TRANSLATED, Extraction, Layout, read_outline, write_internvl, write_vision
 from harma_ray.models.internvl.keys import VISION_MARKS, is_original, vision_part
 from harma_ray.models.internvl.layouts import check_tensors, is_internvl, read_vision_config, vision_facts
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.recipes.vitp.config import VitpConfig
+from harma_ray.recipes.vitp.talks import backbone_of
 from harma_ray.recipes.vitp.task import VitpTask
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
@@ -81,18 +82,11 @@ class InternVLFile(ForeignFormat):
         use = ("embed", "--data", "IMAGES", "--out", "VECTORS") if config.model.knows_no_answers else Reading.use
         return Reading(model, config, fingerprint, "\n".join(lines), keeps_clip=False, use=use)
 
-    def check_export(self, run: StoredRun, format: str) -> None:
-        """Raises UserError for the paper's own layout of whole models, which is not written."""
-        if format == "released":
-            way_out = launch_command("checkpoint", "extract-vit", "--run", run.path, "--out", "FOLDER")
-            raise UserError(
-                f"of run {run.path} the vision transformer is what the paper's programs read; write it with {way_out}, "
-                "or all that was trained as `adapter`"
-            )
-
     def write(self, model: VisualInstructionModel, run: StoredRun, epoch: float, path: Path) -> None:
-        """Is never called, see `check_export`."""
-        raise NotImplementedError
+        """Writes the whole model as a folder in the layout of InternVL's own code, with its tokenizer, in fp32."""
+        assert isinstance(run.config, VitpConfig)
+        write_internvl(model.core, path)
+        backbone_of(run.config).tokenizer().save_pretrained(path)
 
     def write_vision(
         self, model: VisualInstructionModel, folder: Path, layout: Layout, dtype: torch.dtype

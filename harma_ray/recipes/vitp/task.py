@@ -61,7 +61,11 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
         self._step_values: dict[str, Tensor] = {}
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
-        """Raises UserError for a model that is not there or no InternVL, or data of another kind."""
+        """Raises UserError for a model that is not there or no InternVL, data of another kind, or Top-1 of nothing."""
+        for asker, names in (("selection", self.metrics.kept), ("objective", metrics)):
+            if "top_1" in names and not self.config.features.data:
+                rule = f"`{asker}` names top_1, which needs `features.data`"
+                raise UserError(f"{rule}: a converted data set with classes; --set features.data=FOLDER")
         super().check(training, evaluated, metrics)
         training.require_kind([TALKS], f"recipe {self.config.recipe}")
         if self.config.features.data:
