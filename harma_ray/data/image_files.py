@@ -172,6 +172,13 @@ def readable_name(name: str | Path) -> str:
     return name.replace("\\", "\\x5c").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def original_name(name: str) -> str:
+    """Returns the name that `readable_name` was given, as Python spells it."""
+    parts = _ESCAPE.split(name)
+    raw = b"".join(bytes.fromhex(part) if number % 2 else part.encode() for number, part in enumerate(parts))
+    return raw.decode("utf-8", "surrogateescape")
+
+
 def _list_entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:

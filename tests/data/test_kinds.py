@@ -151,7 +151,12 @@ def test_a_new_kind_is_counted_and_streamed(split):
 
 def test_a_new_kind_is_inspected_and_drawn(split, tmp_path):
     facts = describe(split, verify=True)
-    assert (facts.kind, facts.rows, facts.texts.captions, facts.texts.distinct_captions) == ("walks", 10, 13, 3)
+    assert (facts.split.kind, facts.split.manifest.rows, facts.texts.captions, facts.texts.distinct_captions) == (
+        WALKS,
+        10,
+        13,
+        3,
+    )
     assert (facts.formats, facts.undecodable, facts.queries, facts.heights) == ({"PNG": 20}, (), None, None)
     assert "walks" in render_facts(facts)
     with Image.open(contact_sheet(split, tmp_path / "sheet.png", 10)) as sheet:
