@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from harma_ray.api import find_rendering, load_encoder, open_picture, require_encoder
-from harma_ray.data.convert.shards import write_tables
+from harma_ray.data.convert.shards import disk_error, write_tables
 from harma_ray.data.convert.staging import lock, work_folder
 from harma_ray.data.image_files import FoundImages, find_images, readable_name
 from harma_ray.data.kinds import IMAGES
@@ -47,7 +48,7 @@ def embed(
     Args:
         run: Whose best weights encode, in its `train.eval_precision`.
         data: Folder of a converted data set, or of images (with sub-folders).
-        out: Folder to make, or a file that ends in ``.npz``; written whole or not at all.
+        out: Folder to make, or a file that ends in ``.npz``, of images alone; written whole or not at all.
         settings: Of the job.
         split: One split of a data set; None = all.
         rendering: How a folder's images of more than 8 bits are shown; None = as those that the run was trained on, if
@@ -66,15 +67,20 @@ def embed(
     require_encoder(run)
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
-    found = _find(folder, splits, rule, settings, run.config.data.max_pixels)
+    found = _find(folder, splits, rule, settings, run.config.data.max_pixels, captions=target.suffix != NPZ)
     about = {"data": readable_name(folder), "rendering": rule and rule.to_dict(), **found.about}
     model = [str(run.path), config_hash(run.config), str(run.best_checkpoint())]
     job = json.dumps([model, about, found.listing, settings.batch_size])
-    with making(target) as made, lock(target):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(target))
+        except OSError as error:
+            raise disk_error(target, error) from error
         work = _own_folder(work_folder(target), job)
         hint = " or allow them with --max-bad"
         parts = encode_parts(work, found.requests, partial(load_encoder, run), settings, hint=hint)
-        manifest = _write(parts, made, target, about)
+        with making(target) as made:
+            manifest = _write(parts, made, target, about)
         shutil.rmtree(work)
     shown = f"; images of more than 8 bits were rendered by {rule.options}" if rule else ""
     origin = f", as in {run.config.data.path}" if rule and rendering is None else ""
@@ -102,7 +108,13 @@ class _Found:
 
 
 def _find(
-    folder: Path, splits: Sequence[str], rule: Rendering | None, settings: JobSettings, max_pixels: int
+    folder: Path,
+    splits: Sequence[str],
+    rule: Rendering | None,
+    settings: JobSettings,
+    max_pixels: int,
+    *,
+    captions: bool,
 ) -> _Found:
     """Returns what is to be encoded, of splits or of a folder's images, each once, and what is left out there."""
     requests: list[Request] = []
@@ -110,7 +122,8 @@ def _find(
     for name in splits:
         split = open_split(folder, name)
         split.require_kind([IMAGES], "embed")
-        requests += image_requests(split, range(split.manifest.rows), settings, "image", max_pixels, captions=True)
+        rows = range(split.manifest.rows)
+        requests += image_requests(split, rows, settings, "image", max_pixels, captions=captions)
         fingerprints[name] = split.fingerprint
     if splits:
         return _Found(requests, {"splits": fingerprints, "left_out": {}})
@@ -167,7 +180,7 @@ def _write(parts: Sequence[Part], made: Path, target: Path, about: Mapping[str, 
     }
     if target.suffix == NPZ:
         write_npz(pa.concat_tables([part.read() for part in parts]), made)
-        write_text(npz_manifest(target), json.dumps({**manifest, "counts": {"image": counts["image"]}}, indent=1))
+        write_text(npz_manifest(target), json.dumps(manifest, indent=1))
         return manifest
     made.mkdir()
     first = parts[0].read()

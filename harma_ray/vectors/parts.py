@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harma_ray.data.convert.shards import write_table
+from harma_ray.data.convert.shards import disk_error, write_table
 from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
@@ -62,7 +62,7 @@ def encode_parts(
         hint: See `encode`.
 
     Raises:
-        UserError: As `encode`, or if another model has made the parts that are there.
+        UserError: As `encode`, if the disk is full, or if another model has made the parts that are there.
     """
     cuts = [*iterate_slices(len(requests), _BATCHES)]
     parts = {number: part for number in range(len(cuts)) if (part := _find(folder, number)) is not None}
@@ -95,7 +95,10 @@ def _write(folder: Path, number: int, found: Sequence[Encoded]) -> Part:
     width = found[0].images.shape[1]
     rows = [line for each in found for line in _lines(each)]
     file = _record(folder, number).with_suffix(".parquet")
-    write_table(pa.Table.from_pylist(rows, store_schema(width)), file)
+    try:
+        write_table(pa.Table.from_pylist(rows, store_schema(width)), file)
+    except OSError as error:
+        raise disk_error(file, error) from error
     vectors = np.stack([row["vector"] for row in rows]) if rows else np.ones((1, 1))
     part = Part(
         file=str(file),

@@ -123,7 +123,8 @@ def test_triplets_are_refused_before_ray_works(random_run, composed, tmp_path, r
 def test_a_store_of_either_layout_reads_back_equal_with_classes_and_hashes(random_run, scenes, tmp_path, ray_cluster):
     split = open_split(scenes, "test")
     embed(random_run, scenes, tmp_path / "store", JobSettings(4), split="test")
-    embed(random_run, scenes, tmp_path / "store.npz", JobSettings(4), split="test")
+    summary = embed(random_run, scenes, tmp_path / "store.npz", JobSettings(4), split="test")
+    assert summary.startswith("wrote 11 image and 0 text vectors of width 128")
     one, other = open_store(tmp_path / "store"), open_store(tmp_path / "store.npz")
     torch.testing.assert_close(one.vectors, other.vectors, rtol=0, atol=0)
     assert (one.ids, one.sources, one.labels, one.contents) == (other.ids, other.sources, other.labels, other.contents)
@@ -165,3 +166,12 @@ def test_a_job_that_was_cut_off_goes_on_and_gives_what_one_that_was_not_does(
     one, other = (pq.read_table(tmp_path / name / "vectors.parquet") for name in ("whole", "out"))
     assert one.equals(other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "scenes", "whole"]
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line_before_anything_is_encoded(
+    random_run, scenes, tmp_path, ray_cluster
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^cannot write [^\n]*file/out [^\n]*$"):
+        embed(random_run, scenes, tmp_path / "file" / "out", JobSettings())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
