@@ -29,6 +29,7 @@ from harma_ray.report.pictures import (
     Thumbs,
     choose_spread,
     load_font,
+    make_layout,
     read_images,
     read_thumbs,
     wrap,
@@ -160,7 +161,7 @@ def neighbours_sheet(
     scores, items = retrieval.neighbours(queries, k)
     rows = retrieval.rows[list(queries)].tolist()
     own, found = pictured.queries(rows, thumb), pictured.gallery(items.flatten().tolist(), thumb)
-    layout = Layout.of(thumb, thumb + max(200, round(2.0 * thumb)), k * (thumb + GAP))
+    layout = make_layout(thumb, thumb + max(200, round(2.0 * thumb)), k * (thumb + GAP))
     strips = [layout.heading("Image to images", f"the first {k} of {len(retrieval.gallery):,} images")]
     for query, row, near, near_scores in zip(queries, rows, items.tolist(), scores.tolist(), strict=True):
         strips.append(_draw_query(layout, retrieval, query, own[row], near, near_scores, found))
