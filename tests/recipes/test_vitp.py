@@ -3,6 +3,8 @@
 import datetime
 import io
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -167,6 +169,21 @@ def test_what_is_measured_is_recorded_and_selects(data, tmp_path):
     assert final["top_1"] == max(record["top_1"] for record in evaluations)
 
 
+def test_answers_are_drawn_beside_the_true_ones(data):
+    config = settings(data, selection__answers=5)
+    task, split = make_task(config), open_split(config.data.path, "val")
+    with torch.no_grad():
+        found = task.evaluate(task.new_model().eval(), EvaluationStream(split, config.data, Worker(), local_batches))
+    assert [answer.row for answer in found.answers] == list(range(5))
+    for answer, row in zip(found.answers, rows_of(config, "val", 5), strict=True):
+        assert (answer.kind, answer.truth) == (row["dataset"], row["conversations"][1]["value"])
+    picture = np.asarray(found.picture(split))
+    assert np.asarray(found.picture(split)).std() > 10
+    assert (picture[8 : 8 + 176, 8 : 8 + 176] != 255).any()
+    (section, _) = found.sections(split)
+    assert "always the commonest" in section.html
+
+
 def train(config, folder, **more):
     return run_training(make_task(config), config, folder, worker=Worker(), loader=local_batches, **more)
 
@@ -219,9 +236,9 @@ def test_answers_are_counted_by_kind_against_the_commonest():
     said = [("count", "two", "Two."), ("count", "two", "two"), ("count", "one", "two"), ("scene", "a  farm", "A farm")]
     answers = [Answer(n, kind, "?", answer, truth) for n, (kind, answer, truth) in enumerate(said)]
     count, scene = answer_table(answers)
-    assert (count["question"], count["asked"], scene["right (%)"]) == ("count", 3, 100)
-    assert count["right (%)"] == pytest.approx(200 / 3)
-    assert count["commonest (%)"] == 100
+    assert (count.kind, count.asked, scene.right) == ("count", 3, 100)
+    assert count.right == pytest.approx(200 / 3)
+    assert count.commonest == 100
 
 
 def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
@@ -252,6 +269,43 @@ def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
     torch.testing.assert_close(vectors, torch.nn.functional.normalize(states, dim=-1), rtol=1e-4, atol=1e-5)
 
 
+def test_without_the_extra_one_line_says_what_to_install(data):
+    program = """
+import sys
+sys.modules["transformers"] = sys.modules["tokenizers"] = sys.modules["faiss"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in ("transformers", "tokenizers") else find(name, *more)
+from harma_ray.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    ran = [
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                program,
+                "train",
+                "--recipe",
+                name,
+                "--data",
+                str(data / folder),
+                "--runs",
+                str(data / "runs"),
+                "--set",
+                "train.global_batch_size=1000000",
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for name, folder in (("scenes-vitp", "talks"), ("scenes-pretrain", "scenes"))
+    ]
+    assert [found.returncode for found in ran] == [2, 2]
+    assert ran[0].stderr == 'error: InternVL needs the library transformers; pip install "harma-ray[vitp]"\n'
+    assert "must not exceed" in ran[1].stderr
+
+
 def test_settings_that_contradict_each_other_are_refused(data):
     config = settings(data, features__data=str(data / "talks"))
     train_split = open_split(config.data.path, "train")
@@ -259,7 +313,7 @@ def test_settings_that_contradict_each_other_are_refused(data):
         with pytest.raises(UserError, match=r"names top_1, which needs `features\.data`"):
             make_task(settings(data, **named)).check(train_split, [], metrics)
     with pytest.raises(UserError, match=r"`features\.data` needs images, but .* holds talks"):
-        make_task(config).check(train_split, [])
+        make_task(config).check(train_split, [open_split(config.data.path, "val")])
 
 
 def work(rank, folder, data):

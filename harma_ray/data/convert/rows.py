@@ -77,6 +77,7 @@ def make_row(record: Record, settings: ImageSettings, found: Found) -> dict[str,
     for name, source in record.images:
         try:
             images.append(_load(source, settings, found))
+            record.check_image(images[-1].image)
         except BadImage as error:
             found.bad.append(BadRow(name, str(error)))
             lost.append(name)

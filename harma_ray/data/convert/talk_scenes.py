@@ -13,12 +13,14 @@ from harma_ray.data.scenes.content import SceneContent, sample_content
 from harma_ray.data.scenes.talks import QUESTION_KINDS, add_up, ask, compare, partner
 
 _SURVEY = ("scene", "count", "reason", "locate", "describe")
+"""In this order a question tells little of the answers that follow."""
+_SURVEY_LENGTH = 3
 
 
 def list_talk_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) -> dict[str, list[TalkRecord]]:
     """Lists talks about generated scenes; no scene that one is about is in two splits.
 
-    In ``train`` a scene gives one talk in which all is asked that can be asked of it, every fourth one a talk that
+    In ``train`` a scene gives one talk in which three things are asked of it, every fourth one a talk that
     compares it with another, every eighth one a talk without an image. In other splits a scene gives one question, of
     the kinds in turn, so that answers can be counted by kind.
 
@@ -65,9 +67,10 @@ class _Place:
         return self._record(kind, [self.index, other], [asked])
 
     def survey(self) -> TalkRecord:
-        """Returns a talk of all questions about the scene alone; none tells what is asked later."""
+        """Returns a talk of three questions about the scene alone: the first, which any may be, needs a look at it."""
         rng, content = self._rng(len(QUESTION_KINDS)), self._content(self.index)
-        asked = [ask(kind, content, self.style, rng) for kind in _SURVEY]
+        first = int(rng.integers(len(_SURVEY)))
+        asked = [ask(kind, content, self.style, rng) for kind in (_SURVEY[first:] + _SURVEY)[:_SURVEY_LENGTH]]
         return self._record("survey", [self.index], asked)
 
     def sum_up(self) -> TalkRecord:

@@ -75,6 +75,9 @@ class Record(ABC):
         """What else a second conversion must find unchanged, by its ``repr``; None = the inputs' hashes cover it."""
         return None
 
+    def check_image(self, image: Image.Image) -> None:  # noqa: B027
+        """Raises BadImage for an image that a row of this kind cannot hold."""
+
     @abstractmethod
     def make_row(self, images: Sequence[StoredImage]) -> dict[str, Any]:
         """Returns the row, by the columns of the schema.

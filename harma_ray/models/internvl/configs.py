@@ -32,6 +32,8 @@ class Size:
     """Base of the wave lengths of Qwen2's positions."""
     max_tokens: int
     """Longest text, in tokens."""
+    layer_scale: float
+    """Factor on each branch of the vision transformer, at the start: small ones are slow to learn from nothing."""
 
     @property
     def tokens_per_tile(self) -> int:
@@ -41,9 +43,9 @@ class Size:
 
 SIZES = {
     # 64 px as the drawn scenes; 1.6 million parameters with a vocabulary of 600
-    "scenes-tiny": Size(64, 8, (128, 4, 4, 512), (128, 3, 4, 384), 2, 0, 10_000.0, 4096),
+    "scenes-tiny": Size(64, 8, (128, 4, 4, 512), (128, 3, 4, 384), 2, 0, 10_000.0, 4096, 1.0),
     # InternViT-300M-448 and Qwen2.5-0.5B with an output head of its own: 938 million
-    "internvl2.5-1b": Size(448, 14, (1024, 24, 16, 4096), (896, 24, 14, 4864), 2, 151_674, 1_000_000.0, 32_768),
+    "internvl2.5-1b": Size(448, 14, (1024, 24, 16, 4096), (896, 24, 14, 4864), 2, 151_674, 1_000_000.0, 32_768, 0.1),
 }
 """By name."""
 
@@ -68,7 +70,7 @@ def vision_settings(size: Size) -> dict[str, Any]:
         "use_qk_norm": False,
         "norm_type": "layer_norm",
         "layer_norm_eps": 1e-6,
-        "layer_scale_init_value": 0.1,
+        "layer_scale_init_value": size.layer_scale,
         "use_mean_pooling": True,
     }
 

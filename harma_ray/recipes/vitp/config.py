@@ -95,11 +95,10 @@ class FeatureConfig:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How an image is resized to the model's square (bilinear as in the guide; training tiles are bicubic)."""
     data: Annotated[str, OnDisk("folder"), Incidental()] = ""
-    """Folder of a converted data set with classes, on which Top-1 is measured at every evaluation; empty: none."""
+    """Folder of a converted data set with classes, on which Top-1 is measured at every evaluation; empty: none. The
+    images that are asked for are those of its split of the same name as that of the talks, such as ``val``."""
     gallery: str = "train"
     """Its split that images are found in."""
-    queries: str = "val"
-    """Its split whose images are asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from tabulate import tabulate
 
+from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
 from harma_ray.data.kinds.talks import IMAGE_MARK
-from harma_ray.data.splits import Split
+from harma_ray.data.order import IndexedSplit, read_samples
+from harma_ray.data.splits import Split, index_rows
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.distributed import gather_rows, sum_over_ranks
 from harma_ray.evaluation import Evaluation, Section
@@ -18,6 +22,8 @@ from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.recipes.vitp.config import VitpConfig
 from harma_ray.recipes.vitp.talks import QuestionTransform, TalkReader, TalkTransform, question_of
 from harma_ray.retrieval.by_class import ByClassResult
+
+_DRAWN, _ACROSS, _TEXT_LINES = 12, 6, 9
 
 
 @dataclass(frozen=True)
@@ -53,14 +59,45 @@ class VitpEvaluation(Evaluation):
         return {} if self.retrieval is None else self.retrieval.intervals()
 
     def chance(self) -> dict[str, float]:
-        """Returns what the metrics by class are expected to be for random rankings."""
-        return {} if self.retrieval is None else self.retrieval.chance()
+        """Returns the metrics by class of random rankings, and answers if all were the commonest of their kind."""
+        of_features = {} if self.retrieval is None else self.retrieval.chance()
+        table = answer_table(self.answers)
+        commonest = {f"answers_{row.kind}": row.commonest for row in table}
+        if table:
+            commonest["answers"] = sum(row.commonest * row.asked for row in table) / len(self.answers)
+        return {**of_features, **commonest}
+
+    def picture(self, split: Split) -> Image.Image | None:
+        """Draws some talks with the model's answers beside the true ones."""
+        shown = self.answers[:_DRAWN]
+        if not shown:
+            return None
+        samples = np.array([(answer.row, 0) for answer in shown])
+        rows = read_samples(IndexedSplit(split, index_rows(split)), samples, epoch=0).to_pylist()
+        step = THUMBNAIL + MARGIN
+        height = THUMBNAIL + _TEXT_LINES * LINE + MARGIN
+        sheet = Image.new("RGB", (_ACROSS * step + MARGIN, -(-len(shown) // _ACROSS) * height + MARGIN), "white")
+        for number, (answer, row) in enumerate(zip(shown, rows, strict=True)):
+            cell = Image.new("RGB", (step, height), "white")
+            if row["images"]:
+                paste(cell, row["images"][0], 0)
+            top = THUMBNAIL + 2
+            for text, colour in (
+                (answer.question, "black"),
+                (f"model: {answer.answer}", "darkgreen" if answer.is_right else "firebrick"),
+                (f"true: {answer.truth}", "dimgrey"),
+            ):
+                top += write(cell, (0, top), text, colour, 3)
+            sheet.paste(cell, (MARGIN + number % _ACROSS * step, MARGIN + number // _ACROSS * height))
+        return sheet
 
     def sections(self, split: Split) -> list[Section]:
         """Returns the answers by kind of question, and some of them."""
         if not self.answers:
             return []
-        table = tabulate(answer_table(self.answers), headers="keys", floatfmt=".1f", tablefmt="html")
+        rows = [(row.kind, row.asked, row.right, row.commonest) for row in answer_table(self.answers)]
+        headers = ("question", "asked", "right (%)", "always the commonest (%)")
+        table = tabulate(rows, headers=headers, floatfmt=".1f", tablefmt="html")
         some = [
             {"kind": a.kind, "question": a.question, "answer": a.answer, "true answer": a.truth}
             for a in self.answers[:24]
@@ -76,24 +113,27 @@ def normalised(answer: str) -> str:
     return " ".join(answer.lower().split()).removesuffix(".")
 
 
-def answer_table(answers: Sequence[Answer]) -> list[dict[str, str | int | float]]:
-    """Returns, for each kind of question, how many answers are right, and would be if all were the commonest one.
+@dataclass(frozen=True)
+class KindFigures:
+    """What was found for one kind of question."""
 
-    The commonest one is that of the questions themselves: a bound that no answer without a look at the image passes.
-    """
+    kind: str
+    asked: int
+    right: float
+    """Answers that are right, in percent."""
+    commonest: float
+    """What would be right if all were the commonest one of the questions themselves, in percent: no answer without a
+    look at the image does better."""
+
+
+def answer_table(answers: Sequence[Answer]) -> list[KindFigures]:
+    """Returns the figures of each kind of question."""
     rows = []
     for kind in sorted({answer.kind for answer in answers}):
         own = [answer for answer in answers if answer.kind == kind]
         commonest = Counter(normalised(answer.truth) for answer in own).most_common(1)[0][1]
         right = sum(answer.is_right for answer in own)
-        rows.append(
-            {
-                "question": kind,
-                "asked": len(own),
-                "right (%)": 100 * right / len(own),
-                "commonest (%)": 100 * commonest / len(own),
-            }
-        )
+        rows.append(KindFigures(kind, len(own), 100 * right / len(own), 100 * commonest / len(own)))
     return rows
 
 
@@ -145,5 +185,5 @@ def evaluate_talks(
     answers = answer_questions(model, data, reader, config)
     if answers:
         metrics["answers"] = 100 * sum(answer.is_right for answer in answers) / len(answers)
-        metrics |= {f"answers_{row['question']}": float(row["right (%)"]) for row in answer_table(answers)}
+        metrics |= {f"answers_{row.kind}": row.right for row in answer_table(answers)}
     return VitpEvaluation(metrics, answers=answers)

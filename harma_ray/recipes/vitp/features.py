@@ -71,13 +71,13 @@ def vision_encoder(
     return Encoder(vision_tower.config.hidden_size, transform.prepare, encode_images)
 
 
-def labelled_splits(settings: FeatureConfig) -> tuple[Split, Split]:
-    """Returns the gallery and the queries on which Top-1 is measured.
+def labelled_splits(settings: FeatureConfig, queries: str) -> tuple[Split, Split]:
+    """Returns the gallery on which Top-1 is measured, and the split of some name, whose images are asked for.
 
     Raises:
         UserError: If they are not there, are no images, or have no classes.
     """
-    splits = open_split(settings.data, settings.gallery), open_split(settings.data, settings.queries)
+    splits = open_split(settings.data, settings.gallery), open_split(settings.data, queries)
     for split in splits:
         split.require_kind([IMAGES], "`features.data`")
         if split.read(["label_name"]).column("label_name").null_count:
@@ -90,7 +90,7 @@ def measure_features(
 ) -> ByClassResult:
     """Ranks the gallery's images for each query by their vectors; called on every worker, each encodes its share."""
     vectors, names = [], []
-    for split in labelled_splits(settings):
+    for split in labelled_splits(settings, data.split.name):
         stream = data.over(split)
         parts = [encoder.encode_images(b["image"]) for b in stream.batches(transform, batch_size=batch_size)]
         vectors.append(gather_rows(torch.cat([torch.empty(0, encoder.width), *parts])))

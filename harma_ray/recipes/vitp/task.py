@@ -68,8 +68,8 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
                 raise UserError(f"{rule}: a converted data set with classes; --set features.data=FOLDER")
         super().check(training, evaluated, metrics)
         training.require_kind([TALKS], f"recipe {self.config.recipe}")
-        if self.config.features.data:
-            labelled_splits(self.config.features)
+        for split in evaluated if self.config.features.data else ():
+            labelled_splits(self.config.features, split.name)
 
     @property
     def trains_backbone(self) -> bool:
