@@ -22,10 +22,11 @@ from harma_ray.data.order import iterate_slices
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
+from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.runs import Run, open_run
 from harma_ray.task import Answerer, Task
-from harma_ray.training.checkpoint import read_meta
+from harma_ray.training.checkpoint import WEIGHTS_NAME, read_meta
 
 _logger = logging.getLogger(__name__)
 
@@ -204,11 +205,11 @@ def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
     checkpoint = run.best_checkpoint()
     encoder = _encoder_of(run, run.load_model(), device)
     values = {
-        "run": str(run.path),
         "recipe": run.config.recipe,
-        "checkpoint": checkpoint.name,
         "backbone": read_meta(checkpoint).backbone,
+        "weights": file_fingerprint(checkpoint / WEIGHTS_NAME),
         "precision": run.config.train.eval_precision,
+        **encoder.depends_on,
     }
     return encoder, VectorIdentity(values)
 

@@ -149,6 +149,7 @@ def _add_embed(commands: shared.Commands) -> None:
     shared.add_precision(parser)
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images (default: the run's setting "
                         "data.max_pixels, or 100 million in a folder)")  # fmt: skip
+    shared.add_settings(parser)
     shared.add_rendering(parser, split=False)
     shared.add_scaling(parser, default="1")
     shared.add_address(parser)
@@ -157,12 +158,19 @@ def _add_embed(commands: shared.Commands) -> None:
 def _embed(options: argparse.Namespace) -> None:
     from harma_ray.on_ray.cluster import ray_cluster, require_visible
     from harma_ray.runs import Run, open_run
-    from harma_ray.settings import build_config
+    from harma_ray.settings import build_config, parse_overrides, to_dict
     from harma_ray.vectors.embed import embed
     from harma_ray.vectors.job import JobSettings
 
     found = open_run(options.run)
-    changes = {"train.eval_precision": options.precision} if options.precision else {}
+    changes = parse_overrides(options.overrides)
+    section = found.task.vector_section
+    fixed = [name for name in changes if not section or name.partition(".")[0] != section]
+    if fixed:
+        known = [f"{section}.{name}" for name in to_dict(found.config)[section]] if section else ["none here"]
+        raise UserError(f"`--set` of embed says how vectors are made ({', '.join(known)}), got `{fixed[0]}`")
+    if options.precision:
+        changes["train.eval_precision"] = options.precision
     if options.max_pixels is not None:
         changes["data.max_pixels"] = options.max_pixels
     run = Run(found.path, build_config(found.config, changes))

@@ -103,6 +103,11 @@ def folder_fingerprint(folder: Path) -> str:
         raise UserError(f"{folder} must hold weights in {_WHOLE}, or in the files of {_INDEX} ({reason})") from error
 
 
+def file_fingerprint(file: Path) -> str:
+    """Returns the SHA-256 of the tensors in a safetensors file, as `folder_fingerprint` counts them."""
+    return _remembered(_identity([file]), lambda: _hash_files([file], None))
+
+
 def _hash_files(files: Sequence[Path], named: dict[str, str] | None) -> str:
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:

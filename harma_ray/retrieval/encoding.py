@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -29,6 +29,8 @@ class Encoder:
     """Turns uint8[B, 3, S, S] into fp32[B, F] on CPU."""
     encode_texts: Callable[[list[str]], Tensor] | None = None
     """Turns texts into fp32[B, F] on CPU; None = it takes none."""
+    depends_on: Mapping[str, str | float | bool] = field(default_factory=dict)
+    """What vectors depend on beside the weights, by name, such as the layer."""
 
 
 @dataclass(frozen=True)

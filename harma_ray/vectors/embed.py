@@ -68,7 +68,8 @@ def embed(
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
     found = _find(folder, splits, rule, settings, run.config.data.max_pixels, captions=target.suffix != NPZ)
-    about = {"data": readable_name(folder), "rendering": rule and rule.to_dict(), **found.about}
+    origin = {"run": str(run.path), "checkpoint": run.best_checkpoint().name, "data": readable_name(folder)}
+    about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
     model = [str(run.path), config_hash(run.config), str(run.best_checkpoint())]
     job = json.dumps([model, about, found.listing, settings.batch_size])
     with ExitStack() as stack:

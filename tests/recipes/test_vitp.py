@@ -3,6 +3,7 @@
 import datetime
 import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 from ranks import run_on_ranks
 
+from harma_ray.api import load_encoder, load_run
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_talk
 from harma_ray.data.order import IndexedSplit, planned_order, read_samples
 from harma_ray.data.splits import index_rows, open_split
@@ -26,7 +28,7 @@ from harma_ray.recipes.vitp.evaluation import Answer, answer_table
 from harma_ray.recipes.vitp.talks import TalkTransform, compress, reader_of
 from harma_ray.recipes.vitp.task import token_drop_of
 from harma_ray.recipes.vitp.vocabulary import vocabulary
-from harma_ray.runs import create_run
+from harma_ray.runs import Run, create_run, open_run
 from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import autocast_of, parameters_without_gradient, train_step
@@ -242,8 +244,6 @@ def test_answers_are_counted_by_kind_against_the_commonest():
 
 
 def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
-    from harma_ray.api import load_run
-
     config = settings(data)
     run = create_run(tmp_path, "one", config)
     train(config, run.path)
@@ -259,6 +259,20 @@ def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
         model.ask(images, "<image>?")
     with pytest.raises(UserError, match=r"`max_tokens` must be at least 1, got 0"):
         model.ask(images[0], "Where?", 0)
+    _, identity = load_encoder(run, "cpu")
+    assert {name: identity.values[name] for name in ("layer", "pooling", "image_size", "interpolation")} == {
+        "layer": -1,
+        "pooling": "mean_all",
+        "image_size": 64,
+        "interpolation": "bilinear",
+    }
+    moved = shutil.copytree(run.path, tmp_path / "moved")
+    assert load_encoder(open_run(moved), "cpu")[1] == identity
+    pooled = Run(run.path, build_config(config, {"features.pooling": "cls"}))
+    assert load_encoder(pooled, "cpu")[1].differing(identity) == "pooling"
+    other = create_run(tmp_path, "two", build_config(config, {"seed": 1}))
+    train(other.config, other.path)
+    assert load_encoder(other, "cpu")[1].differing(identity) == "backbone, weights"
     vectors = model.encode_images(images)
     core = run.load_model().core.model.vision_tower
     squares = [

@@ -68,7 +68,13 @@ def vision_encoder(
         hidden = hidden_states(vision_tower, images.to(device), settings.layer)
         return torch.nn.functional.normalize(pool(hidden, settings.pooling).float(), dim=-1).cpu()
 
-    return Encoder(vision_tower.config.hidden_size, transform.prepare, encode_images)
+    depends_on = {
+        "layer": settings.layer,
+        "pooling": settings.pooling,
+        "image_size": transform.size,
+        "interpolation": transform.interpolation,
+    }
+    return Encoder(vision_tower.config.hidden_size, transform.prepare, encode_images, depends_on=depends_on)
 
 
 def labelled_splits(settings: FeatureConfig, queries: str) -> tuple[Split, Split]:

@@ -48,6 +48,7 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
 
     accumulation = "summed"
     evaluated_kinds = (TALKS,)
+    vector_section = "features"
     unseen_settings = ("features", "talk", "token_drop", "model.drop_path")
 
     def __init__(self, config: VitpConfig):
