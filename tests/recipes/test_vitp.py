@@ -122,7 +122,7 @@ def test_a_talk_whose_image_would_be_cut_is_refused_by_name(data):
 
 
 def test_the_presets_of_token_drop(data):
-    drop = {preset: token_drop_of(settings(data, token_drop__preset=preset, token_drop__ratio=None).token_drop)
+    drop = {preset: token_drop_of(settings(data, token_drop__preset=preset, token_drop__ratio=0.75).token_drop)
             for preset in ("paper", "released", "guide", "none")}  # fmt: skip
     shown = {name: (found.ratio, found.probability, found.mode) for name, found in drop.items()}
     assert shown["paper"] == (0.75, 1, "drop")

@@ -14,6 +14,7 @@ from harma_ray.tune.space.parameters import Choices, Range
 
 SHIPPED = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 FOUR = {"optim.learning_rate", "loss.margin", "loss.gamma", "adapter.width"}
+FIVE = {"optim.learning_rate", "token_drop.ratio", "model.drop_path", "features.layer", "features.pooling"}
 CONDITIONAL = """\
 recipe: harma-scenes
 space:
@@ -79,11 +80,14 @@ def test_these_files_are_shipped():
         "clip4cir",
         "clip4cir_finetune",
         "scenes_cir",
+        "vitp",
+        "scenes_vitp",
     }
 
 
 def test_shipped_files_search_what_their_method_rests_on(shipped):
-    wanted = FOUR if shipped.config.recipe.startswith("harma") else {"optim.learning_rate", "train.global_batch_size"}
+    methods = {"harma": FOUR, "vitp": FIVE, "cir": {"optim.learning_rate", "train.global_batch_size"}}
+    wanted = next(wanted for method, wanted in methods.items() if method in shipped.config.recipe)
     assert {parameter.name for parameter in shipped.parameters} >= wanted
 
 

@@ -80,8 +80,9 @@ class TokenDropConfig:
     preset: Preset = "paper"
     """``paper``: 0.75 of the image tokens, always, and the sequence is shorter; ``released``: as the released code, in
     one of four steps; ``guide``: 0.3 of them, in three of four steps, become zero; ``none``."""
-    ratio: Fraction | None = None
-    """Share of the image tokens; null = the preset's. In ``released`` one minus this is the chance of a step."""
+    ratio: Fraction = 0.75
+    """Share of the image tokens in ``paper`` and ``released``; in ``released`` one minus this is the chance of a step,
+    too."""
 
 
 @dataclass(frozen=True, kw_only=True)

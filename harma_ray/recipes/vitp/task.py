@@ -197,6 +197,6 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
 def token_drop_of(settings: TokenDropConfig) -> TokenDrop:
     """Returns which image tokens are dropped, how often."""
     preset = TOKEN_DROPS[settings.preset]
-    if settings.ratio is None or settings.preset == "none":
-        return preset
-    return released_drop(settings.ratio) if settings.preset == "released" else replace(preset, ratio=settings.ratio)
+    if settings.preset == "released":
+        return released_drop(settings.ratio)
+    return replace(preset, ratio=settings.ratio) if settings.preset == "paper" else preset
