@@ -291,7 +291,8 @@ def _describe_weights(known: ForeignFormat | None, weights: ForeignWeights) -> s
 def _describe_tensors(state: Mapping[str, Tensor]) -> str:
     """Returns lines with counts, dtypes and the sizes of what a paper adds to its backbone."""
     kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-    lines = [f"tensors     {len(state)}, {sum(tensor.numel() for tensor in state.values()):,} numbers ({kinds})"]
+    count = f"{sum(tensor.numel() for tensor in state.values()):,} numbers"
+    lines = [f"tensors     {len(state)}, {count} ({kinds})" if kinds else f"tensors     {len(state)}, {count}"]
     return "\n".join([*lines, *(line for known in FORMATS for line in known.sizes(state))])
 
 

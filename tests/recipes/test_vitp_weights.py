@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from small_internvl import IMAGE, small_config, small_core, talks, tiles
 
 from harma_ray.data.convert.commands import convert_scenes_talk
+from harma_ray.errors import UserError
+from harma_ray.import_export import load_model
 from harma_ray.models.internvl.files import read_vision
 from harma_ray.models.internvl.keys import to_original, vision_to_original
 from harma_ray.models.internvl.marks import IMAGE_TOKEN
@@ -156,8 +158,12 @@ def test_a_whole_model_becomes_a_run_that_encodes_and_answers(whole, tmp_path, c
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     assert sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) < 10_000
     shown = done(capsys, "checkpoint", "show", folder)
-    assert f"InternVL {folder}: a vision transformer of 3 layers of width 24" in shown
-    assert f"run {run.path} of recipe scenes-vitp" in done(capsys, "checkpoint", "show", run.path)
+    assert f"InternVL {folder}: a whole model with a vision transformer of 3 layers of width 24" in shown
+    shown = done(capsys, "checkpoint", "show", run.path)
+    assert f"run {run.path} of recipe scenes-vitp" in shown
+    assert "tensors     0, 0 numbers\n" in shown
+    named = load_model(folder, recipe_config("scenes-vitp"))
+    assert all(torch.equal(named.core.state_dict()[name], tensor) for name, tensor in core.state_dict().items())
     Image.new("RGB", (40, 30), "green").save(tmp_path / "field.png")
     question = ("--image", tmp_path / "field.png", "--max-tokens", 3, "--device", "cpu", "What is it?")
     done(capsys, "generate", "--run", run.path, *question)
@@ -197,6 +203,8 @@ def test_a_vision_transformer_becomes_a_run_that_encodes(run, tower, alone, tmp_
     said = refused(capsys, "generate", "--run", new.path, "--device", "cpu", "What is it?")
     assert "answers nothing" in said
     assert "model.pretrained=FOLDER" in said
+    with pytest.raises(UserError, match="is a vision transformer without the rest of a model"):
+        load_model(path, recipe_config("scenes-vitp"))
 
 
 def test_a_vision_transformer_is_put_into_the_rest_of_a_model(whole, tmp_path, capsys):

@@ -52,7 +52,8 @@ class InternVLFile(ForeignFormat):
         kinds = f"{facts['norm_type']}, {'' if facts['attention_bias'] else 'no '}bias of queries, keys and values, "
         kinds += f"{'' if facts['use_qk_norm'] else 'no '}q/k norm"
         sizes = f"{facts['num_hidden_layers']} layers of width {facts['hidden_size']}, images of {side} px in patches"
-        return f"{_kind(weights)} {weights.path}: a vision transformer of {sizes} of {patch} px; {kinds}"
+        whole = "a whole model with " if _is_whole(weights.tensors) else ""
+        return f"{_kind(weights)} {weights.path}: {whole}a vision transformer of {sizes} of {patch} px; {kinds}"
 
     def load(self, weights: ForeignWeights, config: RunConfig) -> VisualInstructionModel:
         """Builds the whole model; of a vision transformer if the settings name the rest."""
