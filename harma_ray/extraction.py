@@ -37,26 +37,21 @@ def extract_vision(
         dtype: Of the numbers.
         metric: What the best model is the best by; None = the recipe's objective.
 
-    Returns:
-        A summary for the user.
+    Returns a summary for the user.
 
     Raises:
-        UserError: If the recipe's models have no vision transformer of their own, the run has no checkpoint, the layout
-            has no place for what the transformer has, or the folder exists or cannot be written.
+        UserError: If the models have no such transformer, the run no checkpoint, the layout no place for what it has,
+            or the folder exists or cannot be written.
     """
-    folder = output_path(out)
-    if folder.exists():
+    if (folder := output_path(out)).exists():
         raise UserError(f"{folder} exists; choose another --out")
     own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
     if own is None or type(own).write_vision is ForeignFormat.write_vision:
-        raise UserError(
-            f"run {run.path} is of recipe {run.config.recipe}, whose models have no vision transformer of their own to "
-            "take out; export the model with launch.py checkpoint export"
-        )
+        what = f"run {run.path} is of recipe {run.config.recipe}, whose models have no vision transformer of their own"
+        raise UserError(f"{what}; export the model with launch.py checkpoint export")
     checkpoint = run.best_checkpoint(metric)
-    model = run.load_model(metric)
     with making(folder) as made:
-        found = own.write_vision(model, made, layout, _DTYPES[dtype])
+        found = own.write_vision(run.load_model(metric), made, layout, _DTYPES[dtype])
         fingerprint = folder_fingerprint(made)
         report = {
             "run": str(run.path),

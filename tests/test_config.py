@@ -170,7 +170,8 @@ def test_the_hash_changes_with_what_is_computed_and_not_with_where():
     same = build_config(base, {"scaling.num_workers": 3, "data.path": "/elsewhere", "data.decode": "tasks"})
     assert config_hash(same) == config_hash(base)
     for name in RECIPES:
-        named = build_config(recipe_config(name), {"model.activation": "quick_gelu", "train.keep_checkpoints": 3})
+        incidental = {"model.parallel": "fsdp2"} if "vitp" in name else {"model.activation": "quick_gelu"}
+        named = build_config(recipe_config(name), {**incidental, "train.keep_checkpoints": 3})
         assert config_hash(named) == config_hash(recipe_config(name))
     for changes in ({"seed": 1}, {"loss.gamma": 1.0}, {"data.shuffle_window_mb": 1.0}, {"train.epochs": 7}):
         assert config_hash(build_config(base, changes)) != config_hash(base)
@@ -195,7 +196,7 @@ def test_runs_made_before_later_settings_came_go_on():
         "scenes-cir-finetune": "1cf688b5069e22381bc096c428eb915909d0ffc360a7e4f5936ca1c46cd65b4a",
         "scenes-cir-combiner": "716cdcdce81f99b7164fee551a67eec6cf5728e975ee4c657f33d45afb95b92d",
     }
-    assert {name: config_hash(recipe_config(name)) for name in RECIPES} == told
+    assert {name: config_hash(recipe_config(name)) for name in told} == told
     later = build_config(recipe_config("harma-rsitmd-vit"), {"train.eval_precision": "bf16"})
     assert config_hash(later) not in told.values()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,16 +51,7 @@ def _add_convert(commands: shared.Commands) -> None:
             action="store_true",
             help="write talks for visual-instruction pretraining, with questions that captions and classes answer",
         )
-    vitp = kind("vitp", "Talks of a ViTP (InternVL) meta file with JSON Lines, for visual-instruction pretraining.")
-    vitp.add_argument("--meta", required=True, help="JSON file that names the data sets")
-    vitp.add_argument("--images", required=True, help="folder that the data sets' `root` start from")
-    vitp.add_argument("--split", default="train", help="name of the split: train, val, test (default: train)")
-    vitp.add_argument(
-        "--repeat",
-        choices=["head", "random"],
-        default="head",
-        help="lines that a `repeat_time` below 1 keeps: the first, as the released code, or any (default: head)",
-    )
+    _add_talks(kind)
     fashioniq = kind("fashioniq", "One split of FashionIQ, for composed image retrieval.", out_required=False)
     fashioniq.add_argument("--root", required=True, help="folder with captions, image_splits and images")
     fashioniq.add_argument("--split", required=True, help="train or val; the answers of test were never published")
@@ -79,6 +71,19 @@ def _add_convert(commands: shared.Commands) -> None:
         made.add_argument("--size", type=int, default=size, help=f"height and width in pixels (default: {size})")
         made.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
                           help=f"{noun} of each split (default: 2000 200 200)")  # fmt: skip
+
+
+def _add_talks(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    vitp = kind("vitp", "Talks of a ViTP (InternVL) meta file with JSON Lines, for visual-instruction pretraining.")
+    vitp.add_argument("--meta", required=True, help="JSON file that names the data sets")
+    vitp.add_argument("--images", required=True, help="folder that the data sets' `root` start from")
+    vitp.add_argument("--split", default="train", help="name of the split: train, val, test (default: train)")
+    vitp.add_argument(
+        "--repeat",
+        choices=["head", "random"],
+        default="head",
+        help="lines that a `repeat_time` below 1 keeps: the first, as the released code, or any (default: head)",
+    )
 
 
 def _add_kind(kinds: shared.Commands, name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:

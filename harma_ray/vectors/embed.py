@@ -42,8 +42,8 @@ def embed(
     """Writes a store of vectors, see `harma_ray.vectors.store`, or goes on with one where a killed process stopped.
 
     Ray must have been initialised. Rows are in the order of the shards, or of the sorted paths of a folder's images
-    (see `find_images`; names that are not UTF-8 are escaped by `readable_name`); a row of an image is followed by those
-    of its captions. The class of a folder's image is the name of the folder that it lies in.
+    (see `find_images`, `readable_name`), each image followed by its captions. The class of a folder's image is the name
+    of the folder that it lies in.
 
     Args:
         run: Whose best weights encode, in its `train.eval_precision`.
@@ -51,15 +51,12 @@ def embed(
         out: Folder to make, or a file that ends in ``.npz``, of images alone; written whole or not at all.
         settings: Of the job.
         split: One split of a data set; None = all.
-        rendering: How a folder's images of more than 8 bits are shown; None = as those that the run was trained on, if
-            they were and its data set is still there.
+        rendering: How a folder's images of more than 8 bits are shown; None = as the run's own were.
 
-    Returns:
-        A summary for the user.
+    Returns a summary for the user.
 
     Raises:
-        UserError: If there is nothing to encode, `out` exists, or as `encode` does.
-        WorkerDied: If one of the processes ends.
+        UserError: If there is nothing to encode, `out` exists, or as `encode` does; WorkerDied if a process ends.
     """
     target, folder = output_path(out), Path(data).expanduser().absolute()
     if target.exists():
@@ -70,22 +67,25 @@ def embed(
     found = _find(folder, splits, rule, settings, run.config.data.max_pixels, captions=target.suffix != NPZ)
     origin = {"run": str(run.path), "checkpoint": run.best_checkpoint().name, "data": readable_name(folder)}
     about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
-    model = [str(run.path), config_hash(run.config), str(run.best_checkpoint())]
-    job = json.dumps([model, about, found.listing, settings.batch_size])
+    job = json.dumps([config_hash(run.config), about, found.listing, settings.batch_size])
     with ExitStack() as stack:
-        try:
-            stack.enter_context(lock(target))
-        except OSError as error:
-            raise disk_error(target, error) from error
+        _lock(stack, target)
         work = _own_folder(work_folder(target), job)
-        hint = " or allow them with --max-bad"
-        parts = encode_parts(work, found.requests, partial(load_encoder, run), settings, hint=hint)
+        load = partial(load_encoder, run)
+        parts = encode_parts(work, found.requests, load, settings, hint=" or allow them with --max-bad")
         with making(target) as made:
             manifest = _write(parts, made, target, about)
         shutil.rmtree(work)
-    shown = f"; images of more than 8 bits were rendered by {rule.options}" if rule else ""
-    origin = f", as in {run.config.data.path}" if rule and rendering is None else ""
-    return _summarise(manifest, f"{target}{shown}{origin}")
+    as_in = f", as in {run.config.data.path}" if rendering is None else ""
+    shown = f"; images of more than 8 bits were rendered by {rule.options}{as_in}" if rule else ""
+    return _summarise(manifest, f"{target}{shown}")
+
+
+def _lock(stack: ExitStack, target: Path) -> None:
+    try:
+        stack.enter_context(lock(target))
+    except OSError as error:
+        raise disk_error(target, error) from error
 
 
 def _own_folder(work: Path, job: str) -> Path:

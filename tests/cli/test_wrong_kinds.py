@@ -136,7 +136,7 @@ def test_workers_are_not_started_for_what_cannot_be_evaluated(places, runs):
 @pytest.mark.parametrize("place", ["image vectors", "triplet vectors"])
 def test_vectors_cannot_be_looked_at(capsys, places, place):
     told = refused(capsys, "inspect", places[place])
-    assert told.endswith(f"inspect needs images or triplets, but {places[place]}/train holds {place}")
+    assert told.endswith(f"inspect needs images or triplets or talks, but {places[place]}/train holds {place}")
 
 
 def test_a_combiner_without_stored_features_evaluates_vectors_of_its_encoders(places):

@@ -148,16 +148,13 @@ class VisualInstructionModel(nn.Module):
         """Computes the loss of talks.
 
         Args:
-            pixels: [T, 3, S, S], uint8, or floating point and normalised; the tiles of all samples in the order of
-                their tokens, at least one. Tiles beyond those that the tokens stand for change nothing, but every
-                parameter gets a gradient: batches of texts alone carry one.
+            pixels: [T, 3, S, S], uint8, or floating point and normalised; the tiles in the order of their tokens, at
+                least one. Those that no token stands for change nothing, but give every parameter a gradient.
             input_ids: int64[B, L].
             attention_mask: [B, L], 0 in padding, on either side.
             labels: int64[B, L], the ids that are supervised, and `IGNORED`.
-            drop: Whether `token_drop` happens, a boolean scalar, the same on all workers; None: it does not. It never
-                does in evaluation.
-            scores: [B, L], in [0, 1): of each sample's image tokens those with the lowest are lost; None: they are
-                drawn by torch's default generator on the CPU.
+            drop: Whether `token_drop` happens, a boolean scalar, the same on all workers; never in evaluation.
+            scores: [B, L], in [0, 1): of a sample's image tokens those with the lowest are lost; None: drawn by torch.
 
         Returns:
             Scalars: ``loss``, the mean cross-entropy over the supervised tokens, each predicted by the token that is
