@@ -98,8 +98,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     """Kinds of rows that splits are evaluated of; empty: all."""
     unseen_settings: Sequence[str] = ()
     """Settings that change what weights compute but not their shapes."""
-    vector_section: str = ""
-    """The section of the settings that only says how `encoder` makes vectors: ``embed`` may change it."""
+    vector_settings: Sequence[str] = ()
+    """Settings that only say how `encoder` makes vectors: ``embed`` may change them."""
     feature_sections: Sequence[str] = ()
     """Sections of the settings that decide what `features` is."""
     accumulation: Literal["cached", "summed"] = "cached"

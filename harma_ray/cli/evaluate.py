@@ -158,17 +158,16 @@ def _add_embed(commands: shared.Commands) -> None:
 def _embed(options: argparse.Namespace) -> None:
     from harma_ray.on_ray.cluster import ray_cluster, require_visible
     from harma_ray.runs import Run, open_run
-    from harma_ray.settings import build_config, parse_overrides, to_dict
+    from harma_ray.settings import build_config, parse_overrides
     from harma_ray.vectors.embed import embed
     from harma_ray.vectors.job import JobSettings
 
     found = open_run(options.run)
     changes = parse_overrides(options.overrides)
-    section = found.task.vector_section
-    fixed = [name for name in changes if not section or name.partition(".")[0] != section]
+    fixed = [name for name in changes if name not in found.task.vector_settings]
     if fixed:
-        known = [f"{section}.{name}" for name in to_dict(found.config)[section]] if section else ["none here"]
-        raise UserError(f"`--set` of embed says how vectors are made ({', '.join(known)}), got `{fixed[0]}`")
+        known = ", ".join(found.task.vector_settings) or "nothing in this recipe"
+        raise UserError(f"`--set` of embed says how vectors are made ({known}), got `{fixed[0]}`")
     if options.precision:
         changes["train.eval_precision"] = options.precision
     if options.max_pixels is not None:

@@ -18,6 +18,7 @@ SYSTEM_PROMPT = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 """What InternVL2.5 is told first, unless a talk begins with a system turn of its own."""
+_RESERVED = (IMAGE_START, IMAGE_TOKEN, IMAGE_END, TURN_START, TURN_END)
 _ANSWER_HEADER = f"{TURN_START}assistant\n"
 
 
@@ -133,6 +134,9 @@ def check_turns(turns: Sequence[Turn], num_images: int) -> None:
     for number, turn in enumerate(turns, 1):
         if turn.speaker == "gpt" and not turn.value.strip():
             raise UserError(f"turn {number} is an empty answer")
+        reserved = [mark for mark in _RESERVED if mark in turn.value]
+        if reserved:
+            raise UserError(f"turn {number} holds {reserved[0]}, which the model's template means something by")
         if turn.speaker != "human" and IMAGE_MARK in turn.value:
             raise UserError(f"turn {number} ({turn.speaker}) holds {IMAGE_MARK}, which only questions may")
     marks = sum(turn.value.count(IMAGE_MARK) for turn in turns)

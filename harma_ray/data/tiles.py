@@ -15,7 +15,7 @@ def choose_grid(width: int, height: int, tile: int, max_tiles: int, min_tiles: i
     """Returns the grid of tiles whose shape is nearest to an image's.
 
     Of all grids of `min_tiles` to `max_tiles` tiles it is the one with the smallest |width / height - columns / rows|.
-    Grids of equal distance have equal shapes: the larger one is taken if the image has more than half of its pixels.
+    Of those that are equally near a larger one is taken if the image has more than half of its pixels.
 
     Args:
         width: Of the image, in pixels.

@@ -273,6 +273,7 @@ class _Training:
     def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
         with whole_model(self._model), torch.no_grad():
             watched = self._task.monitor(self._model)
+        rates = meter.read(self._device)
         if self._tracker is None:
             return
         terms = {f"loss_{name}": float(loss) for name, loss in losses.items()}
@@ -281,7 +282,7 @@ class _Training:
             **terms,
             "learning_rate": learning_rate,
             "grad_norm": float(grad_norm),
-            **meter.read(self._device),
+            **rates,
         }
         step = self._progress.step
         self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)

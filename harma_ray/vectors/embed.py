@@ -23,8 +23,10 @@ from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, write_text
+from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.runs import Run
 from harma_ray.settings import config_hash
+from harma_ray.training.checkpoint import WEIGHTS_NAME
 from harma_ray.vectors.job import Inputs, JobSettings, Request, image_requests
 from harma_ray.vectors.parts import Part, encode_parts
 from harma_ray.vectors.store import ENCODER, NPZ, VECTORS_NAME, npz_manifest, parent_name, write_npz
@@ -67,7 +69,8 @@ def embed(
     found = _find(folder, splits, rule, settings, run.config.data.max_pixels, captions=target.suffix != NPZ)
     origin = {"run": str(run.path), "checkpoint": run.best_checkpoint().name, "data": readable_name(folder)}
     about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
-    job = json.dumps([config_hash(run.config), about, found.listing, settings.batch_size])
+    weights = file_fingerprint(run.best_checkpoint() / WEIGHTS_NAME)
+    job = json.dumps([config_hash(run.config), weights, about, found.listing, settings.batch_size])
     with ExitStack() as stack:
         _lock(stack, target)
         work = _own_folder(work_folder(target), job)

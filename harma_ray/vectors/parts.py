@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def _find(folder: Path, number: int) -> Part | None:
     if not path.is_file():
         return None
     part = Part(**json.loads(path.read_text()))
-    return None if part.bad else part
+    return None if part.bad else replace(part, file=str(path.with_suffix(".parquet")))  # its folder may have moved
 
 
 def _record(folder: Path, number: int) -> Path:

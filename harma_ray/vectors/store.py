@@ -137,6 +137,14 @@ def require_comparable(query: Store, gallery: Store) -> None:
             f"vectors must have one width, but those of {query.path} have {widths[0]} and those of {gallery.path} "
             f"{widths[1]}; embed both with one model"
         )
+    rules = [store.manifest.get("rendering") for store in (query, gallery)]
+    if rules[0] != rules[1]:
+        _logger.warning(
+            "images of %s and %s were rendered by different rules (%s; %s): vectors may differ for that alone",
+            query.path,
+            gallery.path,
+            *rules,
+        )
     ours, theirs = query.identity, gallery.identity
     if ours is None or theirs is None:
         unknown = query.path if ours is None else gallery.path
@@ -158,6 +166,8 @@ def image_keys(query: Store, gallery: Store) -> tuple[list[str], list[str]]:
     """Returns what tells the images of two stores apart: hashes of their files, or names if hashes are not known."""
     if query.contents and gallery.contents:
         return query.contents, gallery.contents
+    if query.contents or gallery.contents:
+        _logger.warning("one of the stores has no hashes of files: images are told apart by their names alone")
     return query.ids, gallery.ids
 
 

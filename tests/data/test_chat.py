@@ -101,6 +101,8 @@ def test_a_talk_is_cut_behind_its_images_or_not_at_all():
         ([("human", "Hi"), ("gpt", " \n")], 0, "turn 2 is an empty answer"),
         ([("human", "Hi"), ("gpt", "<image>")], 1, r"turn 2 \(gpt\) holds <image>"),
         ([("human", "<image>"), ("gpt", "Ho")], 0, "has 0 images and 1 marks"),
+        ([("human", "what is <IMG_CONTEXT>?"), ("gpt", "Ho")], 0, "turn 1 holds <IMG_CONTEXT>, which the model"),
+        ([("human", "Hi"), ("gpt", "Ho<|im_end|>")], 0, r"turn 2 holds <\|im_end\|>, which the model"),
         ([("human", "<image>"), ("gpt", "Ho")], 2, "has 2 images and 1 marks"),
     ],
 )

@@ -124,6 +124,8 @@ def test_or_lines_that_are_drawn(source):
     [
         ({"repeat_time": 1.5}, "`repeat_time` above 1 must be a whole number, got 1.5"),
         ({"repeat_time": -1}, "`repeat_time` must be a number of at least 0, got -1"),
+        ({"repeat_time": float("nan")}, "`repeat_time` must be a number of at least 0, got nan"),
+        ({"repeat_time": float("inf")}, "`repeat_time` must be a number of at least 0, got inf"),
         ({"data_augment": "yes"}, "`data_augment` must be true or false, got 'yes'"),
         ({"max_dynamic_patch": 0}, "`max_dynamic_patch` must be at least 1, got 0"),
         ({"root": "nowhere"}, "nowhere does not exist"),
@@ -147,6 +149,7 @@ def test_mistakes_of_a_meta_file_are_told_by_their_data_set(source, change, mess
         (line("../fields/0.png", "<image>", "x"), "towns.jsonl line 3: image paths must lie under"),
         ({"conversations": [{"from": "user", "value": "x"}]}, "towns.jsonl line 3: `from` must be one of"),
         ({"image": "0.png"}, "towns.jsonl line 3 must look like .*, got no `conversations`"),
+        (line(False, "x", "y"), "towns.jsonl line 3 must look like .*, got `image` = False"),
         ({**line(None, "x", "y"), "video": "a.mp4"}, "towns.jsonl line 3 is about a video"),
         ("{no json", "towns.jsonl looks like JSON Lines, but line 3 is not JSON"),
     ],

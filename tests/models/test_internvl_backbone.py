@@ -1,6 +1,9 @@
 """Where an InternVL comes from: sizes, seeds, folders and their tokenizers."""
 
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from harma_ray.models.internvl.backbone import InternVLBackbone
 from harma_ray.models.internvl.configs import SIZES
 from harma_ray.models.internvl.marks import IMAGE_TOKEN, SPECIAL_TOKENS
 from harma_ray.models.internvl.model import VisualInstructionModel
+from harma_ray.models.internvl.vision import set_drop_path
 
 WORDS = ["a", "small", "house", "and", "three", "large", "trees", "beside", "the", "river"]
 
@@ -88,7 +92,7 @@ def test_what_cannot_be_built_is_refused_without_loading(tmp_path, monkeypatch):
     for backbone, said in [
         (InternVLBackbone("random", "huge", 0, make_tokenizer), "must be one of scenes-tiny"),
         (InternVLBackbone("random", "scenes-tiny", 0), "needs a tokenizer"),
-        (InternVLBackbone(str(tmp_path / "no"), ""), "must hold weights"),
+        (InternVLBackbone(str(tmp_path / "no"), ""), "must be a folder with config.json"),
     ]:
         with pytest.raises(UserError, match=said):
             backbone.check()
@@ -97,6 +101,23 @@ def test_what_cannot_be_built_is_refused_without_loading(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "harma-ray\[vitp\]"'):
         scenes().check()
+
+
+@pytest.mark.timeout(120)
+def test_without_transformers_everything_imports_and_says_what_is_missing():
+    code = """
+import sys
+sys.modules["transformers"] = sys.modules["tokenizers"] = None
+import harma_ray.models.internvl.backbone, harma_ray.models.internvl.groups
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_model_goes_to_another_process_and_computes_the_same():
+    model = VisualInstructionModel(scenes().build()).eval()
+    set_drop_path(model.vision_tower, 0.1)
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(model.encode_tiles(tiles(1, side=64)), other.encode_tiles(tiles(1, side=64)))
 
 
 @pytest.fixture
@@ -125,6 +146,8 @@ def test_a_folder_without_the_special_tokens_gets_rows_at_the_mean(folder):
         assert own.shape == (known + 9, 16)
         assert torch.equal(own[:known], before[:known])
         torch.testing.assert_close(own[known:], before[:known].mean(0).expand(9, 16))
+    backbone.outline()
+    assert backbone.build().lm_head.weight.shape == (known + 9, 16)  # once more, the same
     outline = backbone.outline().state_dict()
     assert {name: t.shape for name, t in built.state_dict().items()} == {name: t.shape for name, t in outline.items()}
     batch = talks([0])

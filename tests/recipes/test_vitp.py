@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talks")
     convert_scenes_talk(folder / "talks", {"train": 32, "val": 12}, style="summer", size=64)
-    convert_scenes(folder / "scenes", {"train": 30, "val": 10}, style="summer", size=64)
+    convert_scenes(folder / "scenes", {"train": 60, "val": 60}, style="summer", size=64)
     return folder
 
 
@@ -184,6 +184,27 @@ def test_answers_are_drawn_beside_the_true_ones(data):
     assert (picture[8 : 8 + 176, 8 : 8 + 176] != 255).any()
     (section, _) = found.sections(split)
     assert "always the commonest" in section.html
+
+
+def test_an_image_does_not_find_itself(data):
+    """Queries and gallery are one split: each image is ranked among the others alone."""
+    config = settings(data, features__data=str(data / "scenes"), features__gallery="val")
+    task = make_task(config)
+    model = task.new_model().eval()
+    with torch.no_grad():
+        stream = EvaluationStream(open_split(config.data.path, "val"), config.data, Worker(), local_batches)
+        found = task.evaluate(model, stream).metrics
+    rows = rows_of(build_config(config, {"data.path": str(data / "scenes")}), "val", 60)
+    encoder = task.encoder(model, "cpu")
+    images = [Image.open(io.BytesIO(row["image"])) for row in rows]
+    vectors = encoder.encode_images(torch.stack([encoder.prepare(image) for image in images]))
+    scores = (vectors @ vectors.T).fill_diagonal_(-2)
+    names = [row["label_name"] for row in rows]
+    counted = [place for place, name in enumerate(names) if names.count(name) > 1]
+    right = [names[int(scores[place].argmax())] == names[place] for place in counted]
+    assert len(counted) == len(rows)
+    assert found["top_1"] == pytest.approx(100 * sum(right) / len(right))
+    assert found["top_1"] < 100
 
 
 def train(config, folder, **more):
@@ -345,7 +366,13 @@ def work(rank, folder, data):
 
 
 def both(data):
-    plain = {"token_drop__preset": "none", "model__drop_path": 0, "selection__answers": 4, "train__steps": 4}
+    plain = {
+        "token_drop__preset": "none",
+        "model__drop_path": 0,
+        "selection__answers": 5,
+        "train__steps": 4,
+        "train__eval_batch_size": 2,
+    }
     return {way: settings(data, model__parallel=way, **plain) for way in ("ddp", "fsdp2")}
 
 

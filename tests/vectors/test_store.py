@@ -63,6 +63,7 @@ def test_an_npz_of_another_program_has_the_parent_folders_names_as_classes(tmp_p
     assert "guide.npz does not say what made its vectors" in caplog.text
     mine = open_store(write(tmp_path / "store", vectors))
     assert image_keys(mine, store) == (mine.ids, paths)
+    assert "images are told apart by their names alone" in caplog.text
     assert image_keys(mine, mine) == (["aa", "bb", "aa"], ["aa", "bb", "aa"])
 
 

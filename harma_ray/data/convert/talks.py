@@ -1,5 +1,6 @@
 """Talks about images: ViTP's meta and JSON Lines files, and talks made from captions and classes."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def _read_entry(entry: Entry, name: str, meta: Path, images: str | Path) -> _Dat
     """Reads what a meta file says of a data set."""
     fields = entry.fields
     repeat = fields.get("repeat_time", 1)
-    if isinstance(repeat, bool) or not isinstance(repeat, int | float) or repeat < 0:
+    if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 <= repeat < math.inf:
         raise UserError(f"{entry.origin}: `repeat_time` must be a number of at least 0, got {repeat!r}")
     if repeat > 1 and repeat != int(repeat):
         raise UserError(f"{entry.origin}: `repeat_time` above 1 must be a whole number, got {repeat}")
@@ -123,8 +124,8 @@ def _read_talk(entry: Entry, number: int, data: _DataSet) -> TalkRecord:
     """Reads a line."""
     if entry.has("video"):
         raise UserError(f"{entry.origin} is about a video, which is not read; remove the line")
-    named = entry.fields.get("image") or []
-    names = [entry.text("image")] if isinstance(named, str) else entry.texts("image") if named else ()
+    named = entry.fields.get("image")
+    names = [named] if isinstance(named, str) and named else entry.texts("image") if named not in (None, "") else ()
     found = [locate_image(data.root, name, entry.origin) for name in names]
     pictures = tuple((f"{data.name}/{name}", path) for name, path in found)  # data sets may use one name for two images
     turns = [_read_turn(Entry(turn, entry.origin, _LINE)) for turn in entry.items("conversations")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from harma_ray.errors import UserError
 from harma_ray.models.backbones import RANDOM, Backbone
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.internvl.configs import SIZES, internvl_config, require_transformers
-from harma_ray.models.internvl.files import build_empty, files_of, read_internvl, read_vision, weight_files
+from harma_ray.models.internvl.files import build_empty, files_of, read_internvl, read_vision
 from harma_ray.models.internvl.layouts import (
     CONFIG,
     UNKNOWN_TOKEN,
@@ -99,7 +100,7 @@ class InternVLBackbone(Backbone):
         """Returns transformers' model without weights."""
         tokenizer, num_new = self._tokenizer
         with torch.device("meta"):
-            model = build_empty(self._config)
+            model = build_empty(copy.deepcopy(self._config))  # `make_room` writes into it
             if not self._is_random:
                 make_room(model, len(tokenizer), num_new)
         return model
@@ -115,7 +116,7 @@ class InternVLBackbone(Backbone):
         """
         require_transformers()
         if not self._is_random:
-            weight_files(Path(self.pretrained).expanduser())
+            read_internvl(Path(self.pretrained).expanduser(), data=False)
         self.tokenizer()
         if not self.vision:
             return
@@ -129,8 +130,8 @@ class InternVLBackbone(Backbone):
         """Raises UserError if nobody said which weights it has."""
         if not self.pretrained:
             raise UserError(
-                f"recipe {recipe} keeps the backbone frozen, so its weights must be named; give "
-                "--set model.pretrained=FOLDER, or model.pretrained=random if random ones are what you want"
+                f"recipe {recipe} starts from a model whose weights must be named; give --set model.pretrained=FOLDER, "
+                "or model.pretrained=random if random ones are what you want"
             )
 
     def notes(self) -> tuple[str, ...]:

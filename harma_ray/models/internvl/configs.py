@@ -32,6 +32,8 @@ class Size:
     """Base of the wave lengths of Qwen2's positions."""
     max_tokens: int
     """Longest text, in tokens."""
+    init_std: float
+    """Standard deviation of linear layers and embeddings at the start: narrow layers of 0.02 let little through."""
     layer_scale: float
     """Factor on each branch of the vision transformer, at the start: small ones are slow to learn from nothing."""
 
@@ -43,9 +45,11 @@ class Size:
 
 SIZES = {
     # 64 px as the drawn scenes; 1.6 million parameters with a vocabulary of 600
-    "scenes-tiny": Size(64, 8, (128, 4, 4, 512), (128, 3, 4, 384), 2, 0, 10_000.0, 4096, 1.0),
+    "scenes-tiny": Size(64, 8, (128, 4, 4, 512), (128, 3, 4, 384), 2, 0, 10_000.0, 4096, 0.08, 1.0),
     # InternViT-300M-448 and Qwen2.5-0.5B with an output head of its own: 938 million
-    "internvl2.5-1b": Size(448, 14, (1024, 24, 16, 4096), (896, 24, 14, 4864), 2, 151_674, 1_000_000.0, 32_768, 0.1),
+    "internvl2.5-1b": Size(
+        448, 14, (1024, 24, 16, 4096), (896, 24, 14, 4864), 2, 151_674, 1_000_000.0, 32_768, 0.02, 0.1
+    ),
 }
 """By name."""
 
@@ -71,6 +75,7 @@ def vision_settings(size: Size) -> dict[str, Any]:
         "norm_type": "layer_norm",
         "layer_norm_eps": 1e-6,
         "layer_scale_init_value": size.layer_scale,
+        "initializer_range": size.init_std,
         "use_mean_pooling": True,
     }
 
@@ -95,6 +100,7 @@ def internvl_config(size: Size, vocabulary: int, image_token_id: int) -> InternV
         intermediate_size=mlp_width,
         max_position_embeddings=size.max_tokens,
         tie_word_embeddings=False,
+        initializer_range=size.init_std,
         rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
     )
     return InternVLConfig(

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 class VisualInstructionModel(nn.Module):
     """An InternVL whose loss is that of the supervised tokens alone.
 
-    What it is called with may lie on the CPU, all but the tiles: then nothing in a step waits for a GPU.
+    What it is called with may lie on the CPU, all but the tiles: then nothing in a step waits for a GPU; else each call
+    waits once for what was computed before.
 
     Attributes:
         core: transformers' model; its parameters lie under ``core.``. Those that no loss depends on (layers above the
@@ -81,6 +82,7 @@ class VisualInstructionModel(nn.Module):
     def set_grad_checkpointing(self) -> None:
         """Keeps only the layers' inputs for the backward pass and computes the rest again: less memory, more time."""
         self.core.activation_checkpointing_enable({"use_reentrant": False})
+        self.core.disable_input_require_grads()  # a frozen part would be gone back through for nothing
 
     def freeze(
         self,
@@ -221,6 +223,7 @@ class VisualInstructionModel(nn.Module):
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=0 if pad is None else pad,
+            synced_gpus=False,  # workers answer different numbers of questions, each with the whole model
         )
 
     def _lost(self, image_mask: Tensor, drop: Tensor | None, scores: Tensor | None) -> Tensor:

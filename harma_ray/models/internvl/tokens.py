@@ -52,11 +52,17 @@ def make_room(model: Any, num_tokens: int, num_new: int) -> None:
         model: transformers' model.
         num_tokens: Of the tokenizer.
         num_new: The last so many of them were added to it.
+
+    Raises:
+        UserError: If the tokenizer is not the model's.
     """
-    if not num_new:
-        return
     known = num_tokens - num_new
     embeddings, head = model.get_input_embeddings(), model.lm_head
+    if known > len(embeddings.weight):
+        rows = f"{len(embeddings.weight):,}"
+        raise UserError(f"the tokenizer has {known:,} tokens, but the model {rows} rows; take both from one model")
+    if not num_new:
+        return
     is_tied = head.weight is embeddings.weight
     embeddings.weight = _extended(embeddings.weight, known, num_tokens)
     head.weight = embeddings.weight if is_tied else _extended(head.weight, known, num_tokens)

@@ -60,8 +60,8 @@ def set_drop_path(vision_tower: InternVLVisionModel, rate: float) -> None:
         for place in (layer.attention.projection_dropout, layer.dropout):
             if isinstance(place, nn.Dropout) and place.p:
                 raise UserError(f"drop path takes the place of the vision tower's dropout, got {place.p}; set it to 0")
-        layer.attention.projection_dropout = DropPath(own_rate)
-        layer.dropout = DropPath(own_rate)
+        layer.attention.projection_dropout = DropPath(own_rate).train(layer.training)
+        layer.dropout = DropPath(own_rate).train(layer.training)
 
 
 def normalise(pixels: Tensor, like: Tensor) -> Tensor:

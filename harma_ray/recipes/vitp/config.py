@@ -8,7 +8,6 @@ from pydantic import Field
 
 from harma_ray.config import (
     Count,
-    Fraction,
     Incidental,
     OnDisk,
     OptimConfig,
@@ -80,7 +79,7 @@ class TokenDropConfig:
     preset: Preset = "paper"
     """``paper``: 0.75 of the image tokens, always, and the sequence is shorter; ``released``: as the released code, in
     one of four steps; ``guide``: 0.3 of them, in three of four steps, become zero; ``none``."""
-    ratio: Fraction = 0.75
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Share of the image tokens in ``paper`` and ``released``; in ``released`` one minus this is the chance of a step,
     too."""
 
@@ -121,7 +120,7 @@ class GroupsConfig:
     """Which parameters are decayed, and how fast layers learn."""
 
     released: bool = False
-    """Decay as the released code does: layer scale, class and position embeddings and RMS norms too."""
+    """Decay as the released code does: RMS norms, too. Layer scale, class token and positions decay in any case."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate of each vision layer below the next; 1 = none (released)."""
 

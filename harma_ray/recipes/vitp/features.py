@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,12 +19,12 @@ from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import to_tensor
 from harma_ray.distributed import gather_rows
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 from harma_ray.models.internvl.vision import hidden_states, pool
 from harma_ray.models.precision import evaluating
 from harma_ray.recipes.vitp.config import FeatureConfig
 from harma_ray.retrieval.by_class import ByClassResult, rank_by_class
-from harma_ray.retrieval.classes import Classes
+from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.retrieval.encoding import Encoder
 
 if TYPE_CHECKING:
@@ -45,8 +46,12 @@ class SquareTransform(RowTransform):
         return to_tensor(to_rgb(image).resize((self.size, self.size), _RESAMPLING[self.interpolation]))
 
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
-        """Returns ``image`` uint8[3, S, S]; nothing is random."""
-        return {"image": self.prepare(decode_stored(row["image"], max_pixels=self.max_pixels))}
+        """Returns ``image`` uint8[3, S, S], and ``content``, int64, which tells files apart; nothing is random."""
+        digest = hashlib.sha256(row["image"]).digest()
+        return {
+            "image": self.prepare(decode_stored(row["image"], max_pixels=self.max_pixels)),
+            "content": np.int64(int.from_bytes(digest[:8], "big", signed=True)),
+        }
 
 
 def vision_encoder(
@@ -81,25 +86,38 @@ def labelled_splits(settings: FeatureConfig, queries: str) -> tuple[Split, Split
     """Returns the gallery on which Top-1 is measured, and the split of some name, whose images are asked for.
 
     Raises:
-        UserError: If they are not there, are no images, or have no classes.
+        UserError: If they are not there, are no images, have no classes, or one that the gallery lacks.
     """
     splits = open_split(settings.data, settings.gallery), open_split(settings.data, queries)
     for split in splits:
         split.require_kind([IMAGES], "`features.data`")
         if split.read(["label_name"]).column("label_name").null_count:
             raise UserError(f"{split.path} has images without a class, by which Top-1 is measured; convert it with one")
+    gallery, asked = ({*split.read(["label_name"]).column("label_name").to_pylist()} for split in splits)
+    if asked - gallery:
+        raise UserError(
+            f"`features.gallery` must hold images of every class that is asked for, but {splits[0].path} has none of "
+            f"{first_few(sorted(asked - gallery))}; convert both with all classes"
+        )
     return splits
 
 
 def measure_features(
     encoder: Encoder, transform: SquareTransform, settings: FeatureConfig, data: EvaluationStream, batch_size: int
 ) -> ByClassResult:
-    """Ranks the gallery's images for each query by their vectors; called on every worker, each encodes its share."""
-    vectors, names = [], []
+    """Ranks the gallery's images for each query by their vectors; called on every worker, each encodes its share.
+
+    An image that is the query itself, byte for byte, is left out of its ranking.
+    """
+    vectors, names, contents = [], [], []
     for split in labelled_splits(settings, data.split.name):
         stream = data.over(split)
-        parts = [encoder.encode_images(b["image"]) for b in stream.batches(transform, batch_size=batch_size)]
-        vectors.append(gather_rows(torch.cat([torch.empty(0, encoder.width), *parts])))
+        encoded, seen = [torch.empty(0, encoder.width)], [torch.empty(0, dtype=torch.int64)]
+        for batch in stream.batches(transform, batch_size=batch_size):
+            encoded.append(encoder.encode_images(batch["image"]))
+            seen.append(batch["content"].cpu())
+        vectors.append(gather_rows(torch.cat(encoded)))
+        contents.append(gather_rows(torch.cat(seen)).tolist())
         names.append(stream.table(["label_name"]).column("label_name").to_pylist())
-    gallery, queries = vectors
-    return rank_by_class(queries, gallery, Classes.of(names[1], names[0]))
+    excluded = same_images(contents[1], contents[0])
+    return rank_by_class(vectors[1], vectors[0], Classes.of(names[1], names[0]), excluded=excluded)

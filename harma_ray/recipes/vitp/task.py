@@ -48,8 +48,8 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
 
     accumulation = "summed"
     evaluated_kinds = (TALKS,)
-    vector_section = "features"
-    unseen_settings = ("features", "talk", "token_drop", "model.drop_path")
+    vector_settings = ("features.layer", "features.pooling", "features.interpolation")
+    unseen_settings = ("talk.max_tiles", "talk.thumbnail", "talk.max_tokens", "talk.system")
 
     def __init__(self, config: VitpConfig):
         """Takes the settings; nothing is loaded yet."""
@@ -72,9 +72,13 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
         for split in evaluated if self.config.features.data else ():
             labelled_splits(self.config.features, split.name)
 
+    def require_backbone(self) -> None:
+        """Raises UserError unless somebody said which weights it starts from."""
+        self.backbone.require_named(self.config.recipe)
+
     @property
     def trains_backbone(self) -> bool:
-        """Whether any of the model is trained that has no use unless it was trained before."""
+        """Whether the model itself is trained."""
         return True
 
     def build_model(self, backbone: nn.Module) -> VisualInstructionModel:
@@ -171,7 +175,10 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
         limit = self.config.talk.max_tokens
         too_long = sum(length > limit for length in lengths["tokens of a talk"])
         share = 100 * too_long / max(1, len(lengths["tokens of a talk"]))
-        return SampleFacts(lengths, [f"{share:.1f} % of the talks are longer than talk.max_tokens = {limit:,}"])
+        count = len(lengths["tokens of a talk"])
+        return SampleFacts(
+            lengths, [f"{share:.1f} % of the first {count:,} talks are longer than talk.max_tokens = {limit:,}"]
+        )
 
     def _encoder(self, model: VisualInstructionModel) -> Encoder:
         config = self.config
