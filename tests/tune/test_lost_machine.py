@@ -39,7 +39,7 @@ def test_trials_of_a_lost_machine_go_on_elsewhere_from_their_checkpoints(scenes,
         two = Cluster(cpus=2, gpus=0, nodes=2, address=nodes.address, dashboard="", shapes=((1, 0, 8), (1, 0, 8)))
 
         def on_event(event):
-            reports = [e for e in (*told, event) if e.report is not None and e.report.epoch >= 1]
+            reports = [e for e in (*told, event) if e.report is not None and e.report.progress >= 1]
             told.append(event)
             if len({e.number for e in reports}) == 2 and not lost:  # both have a checkpoint
                 lost.append(second)

@@ -320,7 +320,7 @@ from pathlib import Path
 memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
 total, free = (int(memory[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
 os.environ["RAY_memory_usage_threshold"] = str(round((total - free + min(9 * 2**20, free // 2)) / total, 3))
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}
 import test_search as made
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.tune.space.definition import Limits
