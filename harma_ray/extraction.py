@@ -8,7 +8,7 @@ import torch
 
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path
-from harma_ray.formats import ForeignFormat
+from harma_ray.formats import no_vision
 from harma_ray.models.fingerprints import folder_fingerprint
 from harma_ray.models.internvl.files import Layout
 from harma_ray.recipes import FORMATS
@@ -46,9 +46,8 @@ def extract_vision(
     if (folder := output_path(out)).exists():
         raise UserError(f"{folder} exists; choose another --out")
     own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
-    if own is None or type(own).write_vision is ForeignFormat.write_vision:
-        what = f"run {run.path} is of recipe {run.config.recipe}, whose models have no vision transformer of their own"
-        raise UserError(f"{what}; export the model with launch.py checkpoint export")
+    if own is None:
+        raise no_vision()
     checkpoint = run.best_checkpoint(metric)
     with making(folder) as made:
         found = own.write_vision(run.load_model(metric), made, layout, _DTYPES[dtype])

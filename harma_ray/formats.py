@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
+from harma_ray.errors import UserError
 from harma_ray.models.foreign import ForeignWeights
 from harma_ray.models.internvl.files import Extraction, Layout
 from harma_ray.task import StoredRun
@@ -55,6 +56,14 @@ class Submission:
     """The folder that is written unless another is named."""
     write: Callable[..., tuple[list[Path], str]]
     """Writes them, see `harma_ray.recipes.clip4cir.submission.predict_cirr`; returns the files and a note on them."""
+
+
+def no_vision() -> UserError:
+    """Returns what is told of a model that no vision transformer can be taken out of."""
+    return UserError(
+        "the models of this run's recipe have no vision transformer of their own; export the model with launch.py "
+        "checkpoint export"
+    )
 
 
 class ForeignFormat(ABC):
@@ -130,6 +139,6 @@ class ForeignFormat(ABC):
             dtype: Of the numbers.
 
         Raises:
-            UserError: If the layout has no place for what the transformer has.
+            UserError: If the recipe's models have none, or the layout has no place for what it has.
         """
-        raise NotImplementedError
+        raise no_vision()
