@@ -6,8 +6,7 @@ Shapes: Q queries, G gallery images, E embedding width, k neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from PIL import Image
 
 from harma_ray.data.splits import Split
 from harma_ray.data.transforms import eval_transform
-from harma_ray.evaluation import Evaluation, Projection, Section, show_figure
+from harma_ray.evaluation import Projection, Section, show_figure
 from harma_ray.report import page
 from harma_ray.report.figures import MAX_POINTS, draw_classes, draw_confusion
 from harma_ray.report.image_text import queries_section
@@ -31,7 +30,6 @@ from harma_ray.report.pictures import (
     load_font,
     make_layout,
     read_images,
-    read_thumbs,
     wrap,
 )
 from harma_ray.retrieval.by_class import ByClassRetrieval
@@ -56,56 +54,17 @@ class Pictured:
     gallery: ReadThumbs
 
 
-@dataclass(frozen=True)
-class ByClassEvaluation(Evaluation):
-    """An evaluation of a split's images, each of which looks for others of its class."""
+def gallery_projection(retrieval: ByClassRetrieval, images: Split) -> Projection:
+    """Returns up to 500 vectors of the gallery, labelled by class, with thumbnails.
 
-    retrieval: ByClassRetrieval = field(kw_only=True)
-    """Embeddings and ranks."""
-
-    @staticmethod
-    def of(retrieval: ByClassRetrieval) -> ByClassEvaluation:
-        """Measures a retrieval of `ByClassRetrieval.leaving_one_out`."""
-        return ByClassEvaluation(retrieval.result.metrics, retrieval=retrieval)
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % bootstrap intervals of the metrics."""
-        return self.retrieval.intervals()
-
-    def chance(self) -> dict[str, float]:
-        """Returns the metrics that rankings drawn at random are expected to have."""
-        return self.retrieval.chance()
-
-    def picture(self, split: Split) -> Image.Image | None:
-        """Draws some queries with their neighbours; nothing if the images are not there any more."""
-        pictured = _pictured(split)
-        return neighbours_sheet(self.retrieval, pictured) if pictured else None
-
-    def projection(self, split: Split) -> Projection:
-        """Returns up to 500 vectors, labelled by class, with thumbnails if there are images."""
-        retrieval, thumbnails = self.retrieval, None
-        vectors = retrieval.gallery[:_MAX_PROJECTED]
-        classes = retrieval.result.classes
-        labels = [classes.names[number] for number in classes.gallery[: len(vectors)].tolist()]
-        if split.pictured:
-            images = read_images(split.pictured, np.arange(len(vectors)), longest_side=64)
-            thumbnails = torch.stack([eval_transform(image, 32) for image in images]) / 255
-        return Projection(vectors, [label.replace("\t", " ") for label in labels], thumbnails)
-
-    def sections(self, split: Split) -> list[Section]:
-        """Returns some queries, the worst ones, the classes, their confusion and a map of the vectors.
-
-        Raises:
-            UserError: If an image cannot be read.
-        """
-        return retrieval_sections(self.retrieval, _pictured(split))
-
-
-def _pictured(split: Split) -> Pictured | None:
-    if split.pictured is None:
-        return None
-    read = partial(read_thumbs, split.pictured)
-    return Pictured(read, read)
+    Args:
+        retrieval: Embeddings and classes.
+        images: Those of the gallery.
+    """
+    vectors, classes = retrieval.gallery[:_MAX_PROJECTED], retrieval.result.classes
+    labels = [classes.names[number].replace("\t", " ") for number in classes.gallery[: len(vectors)].tolist()]
+    shown = read_images(images, np.arange(len(vectors)), longest_side=64)
+    return Projection(vectors, labels, torch.stack([eval_transform(image, 32) for image in shown]) / 255)
 
 
 def retrieval_sections(retrieval: ByClassRetrieval, pictured: Pictured | None, note: str = "") -> list[Section]:

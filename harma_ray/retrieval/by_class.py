@@ -5,7 +5,7 @@ Shapes: Q queries, G gallery images, E embedding width, K cut-offs, C queries of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError, first_few
-from harma_ray.retrieval.classes import Classes, same_images
+from harma_ray.retrieval.classes import Classes
 from harma_ray.retrieval.image_text import chance_recall_at, percentile_intervals, recall_at, resampled_sums
 from harma_ray.retrieval.ranking import Groups, score_chunks, top_k
 
@@ -150,7 +150,8 @@ def rank_by_class(
         queries: [Q, E]; normalise for cosine similarity.
         gallery: [G, E].
         classes: Theirs.
-        excluded: Images taken out of a query's ranking: those that are the query itself, see `same_images`.
+        excluded: Images taken out of a query's ranking: those that are the query itself, see
+                `harma_ray.retrieval.classes.same_images`.
         ks: Cut-offs of Top-k.
 
     Raises:
@@ -254,32 +255,6 @@ class ByClassRetrieval:
     rows: Tensor
     """int64[Q], where the queries stand among all images that they were chosen of."""
 
-    @staticmethod
-    def leaving_one_out(
-        embeddings: Tensor, labels: Sequence[str | None], images: Sequence[Hashable] = (), ks: Sequence[int] = TOP_KS
-    ) -> ByClassRetrieval:
-        """Ranks all other images for each; those whose class has no other image are no queries.
-
-        Args:
-            embeddings: fp32[G, E], L2-normalised.
-            labels: Classes of the G images.
-            images: What tells them apart, such as their hashes: equal ones are never found by each other; none: each
-                is another one.
-            ks: Cut-offs of Top-k.
-
-        Raises:
-            UserError: As `Classes.of` and `rank_by_class`.
-        """
-        keys = images or range(len(embeddings))
-        classes, excluded = Classes.of(labels, labels), same_images(keys, keys)
-        kept = (classes.sizes(excluded)[0] > 0).nonzero()[:, 0]
-        if not len(kept):
-            raise UserError("retrieval by class needs a class with two different images, but none has them")
-        if len(kept) < len(embeddings):
-            classes, excluded = classes.chosen(kept), excluded.chosen(kept)
-        result = rank_by_class(embeddings[kept], embeddings, classes, excluded=excluded, ks=ks)
-        return ByClassRetrieval(embeddings[kept], embeddings, excluded, result, kept)
-
     def neighbours(self, chosen: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
         """Returns scores, float32, and gallery positions, int64, of the k first images of some queries, the best first.
 
@@ -289,11 +264,3 @@ class ByClassRetrieval:
         rows = torch.tensor(list(chosen), dtype=torch.int64)
         excluded = self.excluded.chosen(rows) if self.excluded is not None else None
         return top_k(self.queries[rows], self.gallery, k, excluded=excluded)
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Returns 95 % bootstrap intervals of the metrics."""
-        return self.result.intervals()
-
-    def chance(self) -> dict[str, float]:
-        """Returns the metrics that rankings drawn at random are expected to have."""
-        return self.result.chance()

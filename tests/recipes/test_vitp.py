@@ -3,10 +3,12 @@
 import datetime
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from ranks import run_on_ranks
 
 from harma_ray.api import load_encoder, load_run
+from harma_ray.cli.evaluate_run import evaluate_and_print
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_talk
 from harma_ray.data.order import IndexedSplit, planned_order, read_samples
 from harma_ray.data.splits import index_rows, open_split
@@ -184,6 +187,29 @@ def test_answers_are_drawn_beside_the_true_ones(data):
     assert (picture[8 : 8 + 176, 8 : 8 + 176] != 255).any()
     (section, _) = found.sections(split)
     assert "always the commonest" in section.html
+
+
+def test_the_page_of_a_run_shows_classes_beside_answers(data, tmp_path):
+    config = settings(data, selection__answers=9, features__data=str(data / "scenes"))
+    run = create_run(tmp_path, "one", config)
+    train(config, run.path)
+    assert (run.path / "tensorboard" / "projector_config.pbtxt").is_file()
+    evaluate_and_print(
+        config, str(run.path), split="val", json_file=str(tmp_path / "found.json"), report=str(tmp_path / "page")
+    )
+    html = (tmp_path / "page" / "index.html").read_text()
+    titles = ("Answers by kind of question", "Some queries", "Classes", "Confusion", "Embeddings")
+    assert [title for title in titles if f">{title}</h2>" not in html] == []
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {"answers", "top_1", "top_3", "top_5", "map"} <= set(found["metrics"])
+    assert {"top_1", "map"} <= set(found["interval_95"]) & set(found["chance"])
+    rows = rows_of(build_config(config, {"data.path": str(data / "scenes")}), "val", 60)
+    cells = re.findall(r"<tr><td[^>]*>([^<]+)</td><td[^>]*>[^<]*</td>" + r"<td[^>]*>([\d.,]+)</td>" * 6, html)
+    queries = Counter(row["label_name"] for row in rows)
+    assert {name: int(count) for name, count, *_ in cells} == dict(queries)
+    for place, metric in enumerate(("top_1", "top_3", "top_5", "map"), start=3):
+        mean = sum(float(row[place]) * int(row[1]) for row in cells) / 60
+        assert mean == pytest.approx(found["metrics"][metric], abs=0.06)
 
 
 def test_an_image_does_not_find_itself(data):

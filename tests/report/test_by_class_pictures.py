@@ -1,4 +1,5 @@
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,10 +7,11 @@ import torch
 from drawn_split import write_split
 from PIL import Image
 
-from harma_ray.report.by_class import ByClassEvaluation
+from harma_ray.report.by_class import Pictured, gallery_projection, neighbours_sheet, retrieval_sections
 from harma_ray.report.figures import draw_classes, draw_confusion
-from harma_ray.report.pictures import RIGHT, WRONG
-from harma_ray.retrieval.by_class import ByClassRetrieval
+from harma_ray.report.pictures import RIGHT, WRONG, read_thumbs
+from harma_ray.retrieval.by_class import ByClassRetrieval, rank_by_class
+from harma_ray.retrieval.classes import Classes, same_images
 
 LABELS = [f"class {number % 4}" for number in range(23)] + ["alone"]
 
@@ -24,26 +26,33 @@ def retrieval(seed=0, spread=1.0):
     centres = torch.randn(5, 8, generator=generator)
     numbers = torch.tensor([sorted(set(LABELS)).index(label) for label in LABELS])
     vectors = centres[numbers] + spread * torch.randn(24, 8, generator=generator)
-    return ByClassRetrieval.leaving_one_out(torch.nn.functional.normalize(vectors, dim=1), LABELS)
+    vectors, queries = torch.nn.functional.normalize(vectors, dim=1), torch.arange(23)
+    excluded = same_images(range(23), range(24))
+    result = rank_by_class(vectors[:23], vectors, Classes.of(LABELS[:23], LABELS), excluded=excluded)
+    return ByClassRetrieval(vectors[:23], vectors, excluded, result, queries)
+
+
+def pictured(split):
+    return Pictured(*[partial(read_thumbs, split)] * 2)
 
 
 def test_neighbours_of_the_querys_class_have_green_frames(split):
-    perfect, wrong = ByClassEvaluation.of(retrieval(spread=0.0)), ByClassEvaluation.of(retrieval(spread=50.0))
-    sheets = [np.asarray(found.picture(split)) for found in (perfect, wrong)]
+    perfect, wrong = retrieval(spread=0.0), retrieval(spread=50.0)
+    sheets = [np.asarray(neighbours_sheet(found, pictured(split))) for found in (perfect, wrong)]
     colours = [[(sheet == colour).all(axis=2).sum() for colour in (RIGHT, WRONG)] for sheet in sheets]
     assert colours[0][0] > 2 * colours[1][0]
     assert colours[1][1] > 2 * colours[0][1]
 
 
 def test_sections_name_the_worst_class_first_and_draw_what_failed(split):
-    found = ByClassEvaluation.of(retrieval(spread=1.5))
-    sections = {section.name: section for section in found.sections(split)}
+    found = retrieval(spread=1.5)
+    sections = {section.name: section for section in retrieval_sections(found, pictured(split))}
     assert list(sections) == ["retrievals", "failures", "classes", "confusion", "embeddings"]
-    figures = found.retrieval.result.by_class()
+    figures = found.result.by_class()
     html = sections["classes"].html
     places = [html.index(f">{row.name}<") for row in figures]
     assert places == sorted(places)
-    failed = int((found.retrieval.result.ranks >= 5).sum())
+    failed = int((found.result.ranks >= 5).sum())
     assert f"{failed} of 23 queries" in sections["failures"].html
     for section in sections.values():
         for png in section.pictures.values():
@@ -51,16 +60,10 @@ def test_sections_name_the_worst_class_first_and_draw_what_failed(split):
 
 
 def test_the_projection_has_a_label_and_a_thumbnail_a_vector(split):
-    projection = ByClassEvaluation.of(retrieval()).projection(split)
+    projection = gallery_projection(retrieval(), split)
     assert projection.labels == LABELS
     assert projection.vectors.shape == (24, 8)
     assert projection.thumbnails.shape == (24, 3, 32, 32)
-
-
-def test_an_evaluation_knows_intervals_and_chance_of_its_metrics():
-    found = ByClassEvaluation.of(retrieval())
-    assert list(found.metrics) == ["top_1", "top_3", "top_5", "map"]
-    assert set(found.metrics) == set(found.intervals()) == set(found.chance())
 
 
 def test_figures_of_one_and_two_groups_and_of_many_classes():

@@ -91,9 +91,10 @@ def test_a_case_worked_out_by_hand():
 
 def test_equal_vectors_of_all_images_are_as_bad_as_can_be():
     labels = ["a"] * 4 + ["b"] * 4
-    found = ByClassRetrieval.leaving_one_out(torch.ones(8, 3), labels)
-    assert found.result.ranks.tolist() == [4] * 8
-    assert found.result.metrics["top_1"] == 0
+    itself = same_images(range(8), range(8))
+    found = rank_by_class(torch.ones(8, 3), torch.ones(8, 3), Classes.of(labels, labels), excluded=itself)
+    assert found.ranks.tolist() == [4] * 8
+    assert found.metrics["top_1"] == 0
 
 
 def test_top_k_is_that_of_the_platforms_ranking_without_ties():
@@ -125,13 +126,15 @@ def test_what_an_index_found_is_judged_as_the_whole_ranking_is():
 def test_queries_in_the_gallery_never_find_themselves_or_their_copies():
     vectors = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     vectors[3] = vectors[0]
-    hashes, labels = ["x", "y", "z", "x", "u", "v"], ["a", "b", "a", "b", "a", "c"]
-    found = ByClassRetrieval.leaving_one_out(vectors, labels, hashes, ks=(1, 2))
-    assert found.result.num_items.tolist() == [4, 5, 5, 4, 5]  # the only image of class c is no query
-    assert found.result.num_right.tolist() == [2, 1, 2, 1, 2]
-    for query, row in enumerate([0, 1, 2, 3, 4]):
+    hashes, labels = ["x", "y", "z", "x", "u"], ["a", "b", "a", "b", "a"]
+    vectors, excluded = vectors[:5], same_images(hashes, hashes)
+    result = rank_by_class(vectors, vectors, Classes.of(labels, labels), excluded=excluded, ks=(1, 2))
+    assert result.num_items.tolist() == [3, 4, 4, 3, 4]
+    assert result.num_right.tolist() == [2, 1, 2, 1, 2]
+    found = ByClassRetrieval(vectors, vectors, excluded, result, torch.arange(5))
+    for query in range(5):
         _, items = found.neighbours([query], 3)
-        assert not {hashes[item] for item in items[0].tolist()} & {hashes[row]}
+        assert not {hashes[item] for item in items[0].tolist()} & {hashes[query]}
     assert same_images(["x"], hashes).indices.tolist() == [0, 3]
 
 
@@ -148,7 +151,6 @@ def test_chance_equals_the_mean_over_random_rankings():
     generator = torch.Generator().manual_seed(0)
     labels = [str(min(n, 2)) for n in range(12)]
     keys = [str(max(n, 1)) for n in range(12)]
-    expected = ByClassRetrieval.leaving_one_out(small_integers(generator, 12, 3), labels, keys).chance()
     totals: dict[str, list[float]] = {}
     for _ in range(400):
         queries, gallery = torch.eye(12), torch.rand(12, 12, generator=generator).T
@@ -158,6 +160,7 @@ def test_chance_equals_the_mean_over_random_rankings():
         result = rank_by_class(queries[kept], gallery, classes.chosen(kept), excluded=excluded)
         for name, value in result.metrics.items():
             totals.setdefault(name, []).append(value)
+    expected = result.chance()
     assert expected == pytest.approx({name: np.mean(values) for name, values in totals.items()}, abs=1.0)
 
 
@@ -205,5 +208,3 @@ def test_what_cannot_be_measured_is_one_line():
         rank_by_class(vectors[:2], vectors, Classes.of(["a", "c"], labels), ks=(1,))
     with pytest.raises(UserError, match=r"`gallery` must be finite .* rows 1 are not"):
         rank_by_class(vectors, torch.tensor([[0.0] * 4, [torch.nan] * 4, [0.0] * 4, [0.0] * 4]), classes, ks=(1,))
-    with pytest.raises(UserError, match="a class with two different images"):
-        ByClassRetrieval.leaving_one_out(vectors, ["a", "b", "c", "d"])

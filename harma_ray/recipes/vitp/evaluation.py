@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from harma_ray.data.order import IndexedSplit, read_samples
 from harma_ray.data.splits import Split, index_rows
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.distributed import gather_rows, sum_over_ranks
-from harma_ray.evaluation import Evaluation, Section
+from harma_ray.evaluation import Evaluation, Projection, Section
 from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.recipes.vitp.config import VitpConfig
 from harma_ray.recipes.vitp.talks import QuestionTransform, TalkReader, TalkTransform, question_of
-from harma_ray.retrieval.by_class import ByClassResult
+from harma_ray.report.by_class import Pictured, gallery_projection, retrieval_sections
+from harma_ray.report.pictures import read_thumbs
+from harma_ray.retrieval.by_class import ByClassRetrieval
 
 _DRAWN, _ACROSS, _TEXT_LINES = 12, 6, 9
 
@@ -51,16 +54,18 @@ class VitpEvaluation(Evaluation):
 
     answers: Sequence[Answer] = ()
     """Of all workers' questions."""
-    retrieval: ByClassResult | None = None
+    retrieval: ByClassRetrieval | None = None
     """By the vision transformer's vectors, if there is labelled data."""
+    labelled: tuple[Split, Split] | None = None
+    """That data: the gallery's images and the queries'."""
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % intervals of the metrics by class."""
-        return {} if self.retrieval is None else self.retrieval.intervals()
+        return {} if self.retrieval is None else self.retrieval.result.intervals()
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics by class of random rankings, and answers if all were the commonest of their kind."""
-        of_features = {} if self.retrieval is None else self.retrieval.chance()
+        of_features = {} if self.retrieval is None else self.retrieval.result.chance()
         table = answer_table(self.answers)
         commonest = {f"answers_{row.kind}": row.commonest for row in table}
         if table:
@@ -91,8 +96,25 @@ class VitpEvaluation(Evaluation):
             sheet.paste(cell, (MARGIN + number % _ACROSS * step, MARGIN + number // _ACROSS * height))
         return sheet
 
+    def projection(self, split: Split) -> Projection | None:
+        """Returns vectors of the labelled gallery, if there is one."""
+        if self.retrieval is None or self.labelled is None:
+            return None
+        return gallery_projection(self.retrieval, self.labelled[0])
+
     def sections(self, split: Split) -> list[Section]:
-        """Returns the answers by kind of question, and some of them."""
+        """Returns the answers by kind of question, some of them, and what the images of labelled data found.
+
+        Raises:
+            UserError: If an image cannot be read.
+        """
+        found = self._answer_sections()
+        if self.retrieval is not None and self.labelled is not None:
+            gallery, queries = (partial(read_thumbs, images) for images in self.labelled)
+            found += retrieval_sections(self.retrieval, Pictured(queries, gallery))
+        return found
+
+    def _answer_sections(self) -> list[Section]:
         if not self.answers:
             return []
         rows = [(row.kind, row.asked, row.right, row.commonest) for row in answer_table(self.answers)]

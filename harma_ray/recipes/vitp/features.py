@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ from harma_ray.errors import UserError, first_few
 from harma_ray.models.internvl.vision import hidden_states, pool
 from harma_ray.models.precision import evaluating
 from harma_ray.recipes.vitp.config import FeatureConfig
-from harma_ray.retrieval.by_class import ByClassResult, rank_by_class
+from harma_ray.retrieval.by_class import ByClassRetrieval, rank_by_class
 from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.retrieval.encoding import Encoder
 
@@ -103,14 +103,21 @@ def labelled_splits(settings: FeatureConfig, queries: str) -> tuple[Split, Split
 
 
 def measure_features(
-    encoder: Encoder, transform: SquareTransform, settings: FeatureConfig, data: EvaluationStream, batch_size: int
-) -> ByClassResult:
+    encoder: Encoder, transform: SquareTransform, labelled: Sequence[Split], data: EvaluationStream, batch_size: int
+) -> ByClassRetrieval:
     """Ranks the gallery's images for each query by their vectors; called on every worker, each encodes its share.
 
     An image that is the query itself, byte for byte, is left out of its ranking.
+
+    Args:
+        encoder: Makes the vectors.
+        transform: How images become its input.
+        labelled: See `labelled_splits`.
+        data: A stream whose workers share the images.
+        batch_size: Images at a time.
     """
     vectors, names, contents = [], [], []
-    for split in labelled_splits(settings, data.split.name):
+    for split in labelled:
         stream = data.over(split)
         encoded, seen = [torch.empty(0, encoder.width)], [torch.empty(0, dtype=torch.int64)]
         for batch in stream.batches(transform, batch_size=batch_size):
@@ -120,4 +127,5 @@ def measure_features(
         contents.append(gather_rows(torch.cat(seen)).tolist())
         names.append(stream.table(["label_name"]).column("label_name").to_pylist())
     excluded = same_images(contents[1], contents[0])
-    return rank_by_class(vectors[1], vectors[0], Classes.of(names[1], names[0]), excluded=excluded)
+    result = rank_by_class(vectors[1], vectors[0], Classes.of(names[1], names[0]), excluded=excluded)
+    return ByClassRetrieval(vectors[1], vectors[0], excluded, result, torch.arange(len(vectors[1])))

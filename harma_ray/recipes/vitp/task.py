@@ -195,10 +195,10 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
         found = evaluate_talks(model, data, reader_of(config), config)
         if not config.features.data:
             return found
-        retrieval = measure_features(
-            self._encoder(model), self._square, config.features, data, config.train.eval_batch_size
-        )
-        return replace(found, retrieval=retrieval, metrics={**found.metrics, **retrieval.metrics})
+        labelled = labelled_splits(config.features, data.split.name)
+        retrieval = measure_features(self._encoder(model), self._square, labelled, data, config.train.eval_batch_size)
+        metrics = {**found.metrics, **retrieval.result.metrics}
+        return replace(found, retrieval=retrieval, labelled=labelled, metrics=metrics)
 
 
 def token_drop_of(settings: TokenDropConfig) -> TokenDrop:
