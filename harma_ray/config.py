@@ -205,3 +205,11 @@ class RunConfig:
     def selecting_split(self) -> str:
         """The split that selects the best epoch."""
         return self.data.val_split if self.train.select_on == "val" else self.data.test_split
+
+    @property
+    def data_sets(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Folders of the data sets that figures depend on, with the splits that are used, by the settings' names.
+
+        A recipe with a setting that names another one adds it.
+        """
+        return {"data.path": (self.data.path, (self.data.train_split, self.selecting_split, self.data.test_split))}

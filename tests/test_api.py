@@ -111,7 +111,7 @@ def test_the_rule_of_a_data_set_is_the_runs_only_if_it_was_trained_on_it(random_
     config = build_config(random_run.config, {"data.path": str(tmp_path / "data")})
     run = make_random_run(tmp_path, "trained", config)
     checkpoint = run.best_checkpoint() / META_NAME
-    meta = json.loads(checkpoint.read_text()) | {"data": data_identity(config.data.path, ["train"])}
+    meta = json.loads(checkpoint.read_text()) | {"data": data_identity(config)}
     checkpoint.write_text(json.dumps(meta))
     assert find_rendering(run) == rule
     (train / MANIFEST_NAME).write_text(json.dumps(manifest | {"captions": 0}))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from harma_ray.config import RunConfig
-from harma_ray.data.identity import Identity, data_identity
+from harma_ray.data.identity import Identity, split_identity
 from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
@@ -85,7 +85,7 @@ def _print_figures(
 ) -> tuple[dict[str, Any], list[FiguresTable]]:
     """Prints the tables of an evaluation and, if there are several kinds of queries, of them; returns both."""
     config = task.config
-    identity, trained_on = data_identity(config.data.path, [data.name])[data.name], _trained_on(file)
+    identity, trained_on = split_identity(data), _trained_on(file)
     outcome: dict[str, Any] = {
         "split": data.name,
         "data": str(data.path),

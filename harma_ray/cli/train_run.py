@@ -126,7 +126,7 @@ def _check_same_data(run: Run) -> None:
     checkpoints = list_checkpoints(run.path)
     if checkpoints:
         known = read_meta(checkpoints[-1]).data
-        require_same_data(known, data, subject=f"run {run.path}", way_out="start a new run")
+        require_same_data(known, run.config, subject=f"run {run.path}", way_out="start a new run")
 
 
 def print_report(run: Run) -> None:

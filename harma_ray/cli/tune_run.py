@@ -14,7 +14,7 @@ from tabulate import tabulate
 from harma_ray.cli.train_run import print_notices
 from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.config import OnDisk
-from harma_ray.data.identity import data_identity, require_same_data, used_splits
+from harma_ray.data.identity import data_identity, require_same_data
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -122,22 +122,22 @@ def _check_data(definition: SearchDefinition) -> None:
 
 
 def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
-    """Keeps with a search what its data set holds, and checks that it still does.
+    """Keeps with a search what its data sets hold, and checks that they still do.
 
     Raises:
-        UserError: If it does not: trials on other data cannot be compared with earlier ones.
+        UserError: If one does not: trials on other data cannot be compared with earlier ones.
     """
-    study, config = open_study(folder, definition), definition.config
-    known = study.user_attrs.get(DATA)
-    if known is not None:
-        require_same_data(known, config.data.path, subject=f"search {folder}", way_out="start a new search")
-        return
-    if study.get_trials(deepcopy=False):
-        print("notice: this search was begun by an earlier version, which did not keep what its data set held: whether "
-              "it still holds that cannot be checked, but will be from now on")  # fmt: skip
-        if definition.scheduler.name == "hyperband":
+    study = open_study(folder, definition)
+    known, found = study.user_attrs.get(DATA) or {}, data_identity(definition.config)
+    require_same_data(known, definition.config, subject=f"search {folder}", way_out="start a new search")
+    unknown = [name for name in found if name not in known]
+    if unknown and study.get_trials(deepcopy=False):
+        print(f"notice: what {', '.join(unknown)} held when this search was begun was not kept: whether it changed "
+              "cannot be checked, but will be from now on")  # fmt: skip
+        if not known and definition.scheduler.name == "hyperband":
             print("notice: its trials drew their brackets of hyperband at random; now all have that of their number")
-    study.set_user_attr(DATA, data_identity(config.data.path, used_splits(config)))
+    if unknown:
+        study.set_user_attr(DATA, known | found)
 
 
 def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:

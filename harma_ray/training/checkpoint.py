@@ -54,7 +54,7 @@ class CheckpointMeta:
     trainable: dict[str, list[int]] = field(default_factory=dict)
     """Names and shapes of the trainable tensors."""
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`harma_ray.data.identity.data_identity` of the splits that the run uses; empty in old checkpoints and imports."""
+    """`harma_ray.data.identity.data_identity` of the run; empty in old checkpoints and imports."""
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

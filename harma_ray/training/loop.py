@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.config import RunConfig
-from harma_ray.data.identity import data_identity, require_same_data, used_splits
+from harma_ray.data.identity import data_identity, require_same_data
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Worker
@@ -146,7 +146,7 @@ class _Training:
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._state = TrainState(checked_groups(task, self._model), config, self._total_steps, worker)
         self._autocast = autocast_of(config.train, self._device)
-        self._identity = data_identity(data.path, used_splits(config))
+        self._identity = data_identity(config)
         self._tracker: Tracker | None = None  # worker 0 keeps the record
         self._build_seconds = time.perf_counter() - started
 
@@ -307,13 +307,15 @@ class _Training:
             raise UserError(
                 f"{path} was written with other settings; resume with the run's own config.yaml, or start a new run"
             )
-        require_same_data(meta.data, self._config.data.path, subject=f"run {self._run_dir}", way_out="start a new run")
+        require_same_data(meta.data, self._config, subject=f"run {self._run_dir}", way_out="start a new run")
         state = load_state(path)
         if not state:
             raise UserError(f"{path} holds weights alone (an import), so there is no training to continue")
         notices = self._state.load_state_dict(state, meta.progress)
-        if not meta.data:
-            notices.append("the checkpoint does not say which data it was trained on, so nobody can tell if it changed")
+        unknown = [name for name in self._identity if name not in meta.data]
+        if unknown:
+            what = f"what {', '.join(unknown)} held" if meta.data else "which data it was trained on"
+            notices.append(f"the checkpoint does not say {what}, so nobody can tell if it changed")
         return notices
 
     def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:

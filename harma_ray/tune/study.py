@@ -39,7 +39,7 @@ STATES: dict[State, TrialState] = {
 SECONDS = "seconds"
 """Name of what is kept with the study: the time spent, over all sessions."""
 DATA = "data"
-"""Name of what is kept with the study: the content of the data set, see `harma_ray.data.identity.data_identity`."""
+"""Name of what is kept with the study: the content of its data sets, see `harma_ray.data.identity.data_identity`."""
 _IDENTITY = "identity"
 _MOST_DUPLICATES = 30
 

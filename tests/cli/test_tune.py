@@ -124,6 +124,25 @@ def test_a_search_by_an_earlier_version_says_that_its_data_cannot_be_checked(cap
     assert capsys.readouterr().out == ""
 
 
+def test_a_search_does_not_go_on_with_other_labelled_data(capsys, scenes, scenes_copy, tmp_path):
+    """Top-1 is measured on a data set of its own; one of before, which did not keep what that held, goes on."""
+    (tmp_path / "vitp.yaml").write_text("recipe: scenes-vitp\nspace: {model.drop_path: {choices: [0, 0.05]}}\n")
+    data = {"data.path": str(scenes), "features.data": str(scenes_copy)}
+    folder = create_search(tmp_path / "runs", "one", load_search(tmp_path / "vitp.yaml", overrides=data))
+    _require_same_data(*open_search(folder))
+    SearchStudy(*open_search(folder)).next()
+    shutil.rmtree(scenes_copy / "val")
+    shutil.copytree(scenes_copy / "test", scenes_copy / "val")
+    with pytest.raises(UserError, match=r"`features.data/val` held 13 rows .* holds 11 rows .* start a new search"):
+        _require_same_data(*open_search(folder))
+    study = open_study(*open_search(folder))
+    known = {name: split for name, split in study.user_attrs["data"].items() if "/" not in name}
+    study.set_user_attr("data", known)
+    _require_same_data(*open_search(folder))
+    assert "what features.data/train, features.data/val, features.data/test held" in capsys.readouterr().out
+    assert open_study(*open_search(folder)).user_attrs["data"]["features.data/val"]["rows"] == 11
+
+
 def test_a_report_elsewhere_leaves_the_search_as_it_is(capsys, begun, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in [begun, *begun.rglob("*")]}
     assert main(["tune", "report", str(begun), "--out", str(tmp_path / "out")]) == 0

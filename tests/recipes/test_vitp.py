@@ -21,6 +21,7 @@ from ranks import run_on_ranks
 from harma_ray.api import load_encoder, load_run
 from harma_ray.cli.evaluate_run import evaluate_and_print
 from harma_ray.data.convert.commands import convert_scenes, convert_scenes_talk
+from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.order import IndexedSplit, planned_order, read_samples
 from harma_ray.data.splits import index_rows, open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
@@ -33,6 +34,7 @@ from harma_ray.recipes.vitp.task import token_drop_of
 from harma_ray.recipes.vitp.vocabulary import vocabulary
 from harma_ray.runs import Run, create_run, open_run
 from harma_ray.settings import build_config
+from harma_ray.training.checkpoint import META_NAME, list_checkpoints
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import autocast_of, parameters_without_gradient, train_step
 from harma_ray.training.tracking import read_records
@@ -172,6 +174,33 @@ def test_what_is_measured_is_recorded_and_selects(data, tmp_path):
     assert watched[0]["dropped_percent"] > 1
     evaluations = [record for record in read_records(tmp_path) if record["kind"] == "evaluation"]
     assert final["top_1"] == max(record["top_1"] for record in evaluations)
+
+
+def test_a_run_goes_on_with_the_labelled_data_it_was_begun_on(data, tmp_path):
+    """A checkpoint of before, which does not say what that held, is gone on with, and that is said."""
+    labelled = shutil.copytree(data / "scenes", tmp_path / "labelled")
+    short = settings(data, features__data=str(labelled), train__steps=2, train__eval_every_steps=1)
+
+    class Stop(Exception):
+        pass
+
+    def stop(metrics):
+        if metrics["step"] == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(short, tmp_path / "run", callback=stop)
+    shutil.rmtree(labelled)
+    convert_scenes(labelled, {"train": 60, "val": 60}, style="summer", size=64, settings=WriteSettings(seed=1))
+    with pytest.raises(UserError, match=r"`features.data/train` held 60 .*; `features.data/val` held 60 .*new run"):
+        train(short, tmp_path / "run")
+    for path in list_checkpoints(tmp_path / "run"):
+        meta = json.loads((path / META_NAME).read_text())
+        meta["data"] = {name: split for name, split in meta["data"].items() if "/" not in name}
+        (path / META_NAME).write_text(json.dumps(meta))
+    assert train(short, tmp_path / "run")["steps"] == 2
+    (notice,) = [record["text"] for record in read_records(tmp_path / "run") if record["kind"] == "notice"]
+    assert "does not say what features.data/train, features.data/val held" in notice
 
 
 def test_answers_are_drawn_beside_the_true_ones(data):

@@ -142,6 +142,12 @@ class VitpConfig(RunConfig):
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     """Weight decay and learning rates by layer."""
 
+    @property
+    def data_sets(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """The talks and, if there is one, the data set with classes on which Top-1 is measured."""
+        used = (self.features.gallery, self.selecting_split, self.data.test_split)
+        return super().data_sets | ({"features.data": (self.features.data, used)} if self.features.data else {})
+
 
 def vitp_internvl_1b() -> VitpConfig:
     """ViTP's pretraining of InternViT-300M in InternVL2.5-1B, as in the released script (8 GPUs, a talk at a time)."""
