@@ -169,6 +169,19 @@ def test_json_lines_are_read(tmp_path):
         read_harma(tmp_path / "bad.json", tmp_path)
 
 
+def test_blank_lines_of_json_lines_are_skipped_but_counted(tmp_path):
+    for name, encoding in (("rows.json", "utf-8"), ("rows.jsonl", "utf-8-sig"), ("wide.jsonl", "utf-16")):
+        text = f"\n{json.dumps(_eval_row(0))}\n \n\n{json.dumps(_eval_row(1))}\n\n"
+        (tmp_path / name).write_text(text, encoding=encoding)
+        assert [r.origin for r in read_harma(tmp_path / name, tmp_path)] == [f"{name} line 2", f"{name} line 5"]
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "one.jsonl").write_text(f"\n\n {json.dumps(_eval_row(0))}\n", encoding=encoding)
+        assert read_harma(tmp_path / "one.jsonl", tmp_path)[0].origin == "one.jsonl line 3"
+    (tmp_path / "rows.json").write_text(f"\n{json.dumps(_eval_row(0))}\n\n{json.dumps([])}\n")
+    with pytest.raises(UserError, match=r"rows\.json line 4 must look like"):
+        read_harma(tmp_path / "rows.json", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -160,6 +160,14 @@ def test_mistakes_of_a_line_are_told_by_file_and_line(source, row, message):
         source.read()
 
 
+def test_blank_lines_are_skipped_but_counted(source):
+    source.lines["towns"] = ["", source.lines["towns"][0], "", " ", line("0.png", "<image>", "")]
+    with pytest.raises(UserError, match=r"towns\.jsonl line 5: turn 2 is an empty answer"):
+        source.read()
+    source.lines["towns"][4] = source.lines["towns"][1]
+    assert [talk.source for talk in source.read()][:2] == ["towns.jsonl line 2", "towns.jsonl line 5"]
+
+
 def test_missing_images_are_told_and_nothing_is_written(source, tmp_path):
     (source.images / "towns" / "3.png").unlink()
     with pytest.raises(UserError, match=r"1 of 7 images cannot be used.*3\.png"):

@@ -28,7 +28,11 @@ def read_json(path: str | Path, *, unique_keys: bool = False) -> Any:
     Raises:
         UserError: If it is missing, cannot be read or is none of these, told as what it is; or a key stands twice.
     """
-    path = Path(path)
+    return _read(Path(path), unique_keys=unique_keys)[0]
+
+
+def _read(path: Path, *, unique_keys: bool = False) -> tuple[Any, list[int]]:
+    """Returns what `read_json` does, and of JSON Lines the line that each row stands in, counted from 1."""
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         check_distinct([key for key, _ in pairs], path.name)
@@ -41,14 +45,17 @@ def read_json(path: str | Path, *, unique_keys: bool = False) -> Any:
     hook = check if unique_keys else None
     try:
         content = json.loads(data, object_pairs_hook=hook)
-        return [content] if path.suffix in (".jsonl", ".ndjson") and isinstance(content, dict) else content
+        if path.suffix not in (".jsonl", ".ndjson") or not isinstance(content, dict):
+            return content, []
+        text = data.decode(json.detect_encoding(data))
+        return [content], [1 + text[: text.index("{")].count("\n")]
     except RecursionError as error:
         raise UserError(f"annotation file {path} is nested too deeply to be a list of annotations") from error
     except UnicodeDecodeError as error:
         raise UserError(f"annotation file {path} {_explain_encoding(path, data, error)}") from error
     except json.JSONDecodeError as error:
         reason = _recognise(data)
-        if reason is None and error.msg == "Extra data" and data.lstrip().startswith(b"{"):
+        if reason is None and error.msg == "Extra data" and error.doc.lstrip().startswith("{"):
             return _read_lines(path, error.doc, hook)
         raise UserError(f"annotation file {path} {reason or _explain_syntax(error)}") from error
 
@@ -62,29 +69,32 @@ def read_rows(path: Path, expected: str, hint: Callable[[object], str] = lambda 
         hint: What the message about a file of another shape ends with.
 
     Returns:
-        The rows as they are, with origins such as ``val.json row 1``; counted from 1, as people count.
+        The rows as they are, with origins such as ``val.json row 1`` or, of JSON Lines, ``val.jsonl line 1``; counted
+        from 1, as people count, blank lines too.
 
     Raises:
         UserError: If the file cannot be read or is no list, or an empty one.
     """
-    rows = read_json(path)
+    rows, lines = _read(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path.name} must be a JSON list of rows {expected}, got {describe_shape(rows)}{hint(rows)}")
-    return [Entry(row, f"{path.name} row {number}", expected) for number, row in enumerate(rows, 1)]
+    word, numbers = ("line", lines) if lines else ("row", range(1, len(rows) + 1))
+    return [Entry(row, f"{path.name} {word} {number}", expected) for number, row in zip(numbers, rows, strict=True)]
 
 
-def _read_lines(path: Path, text: str, hook: Any) -> list[Any]:
-    rows = []
+def _read_lines(path: Path, text: str, hook: Any) -> tuple[list[Any], list[int]]:
+    rows, numbers = [], []
     for number, line in enumerate(text.split("\n"), 1):  # texts may hold other separators, such as U+2028
         try:
             if line.strip():
                 rows.append(json.loads(line, object_pairs_hook=hook))
+                numbers.append(number)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"annotation file {path} looks like JSON Lines, but line {number} is not JSON ({error.msg}, column "
                 f"{error.colno}); correct the line"
             ) from error
-    return rows
+    return rows, numbers
 
 
 def _recognise(data: bytes) -> str | None:

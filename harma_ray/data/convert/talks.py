@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from harma_ray.data.chat import check_turns
 from harma_ray.data.convert.annotations import Entry, describe_shape, hash_file
 from harma_ray.data.convert.image_paths import image_root, locate_image
-from harma_ray.data.convert.json_files import read_json
+from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
 from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.data.kinds.talks import IMAGE_MARK, Speaker, TalkRecord, Turn
@@ -40,7 +40,6 @@ class _DataSet:
     repeat_time: float = 1
     max_tiles: int | None = None
     augment: bool = False
-    lines: list[object] = field(default_factory=list)
 
 
 def read_vitp(
@@ -105,9 +104,7 @@ def _read_lines(
     data: _DataSet, choice: str, seed: int, mistakes: Mistakes, check: Callable[[TalkRecord], None]
 ) -> Iterator[TalkRecord]:
     """Yields the talks of a data set that are kept."""
-    lines = read_json(data.annotation)
-    if not isinstance(lines, list):
-        raise UserError(f"{data.annotation.name} must hold lines like {_LINE}, got {describe_shape(lines)}")
+    lines = read_rows(data.annotation, _LINE)
     kept = range(len(lines))
     if data.repeat_time < 1:
         number = int(len(lines) * data.repeat_time)
@@ -115,7 +112,7 @@ def _read_lines(
         kept = kept[:number] if choice == "head" else sorted(drawn.tolist())
     for number in kept:
         with mistakes.noted():
-            record = _read_talk(Entry(lines[number], f"{data.annotation.name} line {number + 1}", _LINE), number, data)
+            record = _read_talk(lines[number], number, data)
             check(record)
             yield record
 
