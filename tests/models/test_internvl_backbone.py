@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from small_internvl import small_config, talks, tiles
 from harma_ray.errors import UserError
 from harma_ray.models.internvl.backbone import InternVLBackbone
 from harma_ray.models.internvl.configs import SIZES
+from harma_ray.models.internvl.layouts import UNKNOWN_TOKEN
 from harma_ray.models.internvl.marks import IMAGE_TOKEN, SPECIAL_TOKENS
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.models.internvl.vision import set_drop_path
@@ -19,14 +21,14 @@ from harma_ray.models.internvl.vision import set_drop_path
 WORDS = ["a", "small", "house", "and", "three", "large", "trees", "beside", "the", "river"]
 
 
-def make_tokenizer(special=()):
+def make_tokenizer(special=(), turns=("<|im_start|>", "<|im_end|>")):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(["<unk>", *WORDS])}, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<|endoftext|>")
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", *special], special_tokens=True)
+    tokenizer.add_tokens([*turns, *special], special_tokens=True)
     return tokenizer
 
 
@@ -127,7 +129,8 @@ def folder(tmp_path):
     from transformers import InternVLForConditionalGeneration
 
     torch.manual_seed(0)
-    model = InternVLForConditionalGeneration(small_config(text={"vocab_size": len(tokenizer) + 2}, image_token_id=3))
+    config = small_config(text={"vocab_size": len(tokenizer) + 2}, image_token_id=UNKNOWN_TOKEN)
+    model = InternVLForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model", model
@@ -153,6 +156,28 @@ def test_a_folder_without_the_special_tokens_gets_rows_at_the_mean(folder):
     batch = talks([0])
     batch["input_ids"] = batch["input_ids"] % known
     VisualInstructionModel(built)(tiles(1), **batch | {"labels": batch["input_ids"]})["loss"].backward()
+
+
+@pytest.mark.parametrize(
+    ("has", "lacks"),
+    [
+        ({"turns": ()}, "lacks <|im_start|>, <|im_end|>; take"),
+        ({"turns": ("<|im_start|>",), "special": SPECIAL_TOKENS}, "lacks <|im_end|>; take"),
+    ],
+)
+def test_a_tokenizer_that_cannot_write_talks_is_refused(folder, has, lacks):
+    path, _ = folder
+    make_tokenizer(**has).save_pretrained(path)
+    with pytest.raises(UserError, match=re.escape(lacks)):
+        InternVLBackbone(str(path), "").check()
+
+
+def test_a_model_that_knows_image_tokens_needs_a_tokenizer_that_does(folder):
+    path, _ = folder
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"image_token_id": 12}))
+    with pytest.raises(UserError, match="lacks <img>, <IMG_CONTEXT>, </img>; take"):
+        InternVLBackbone(str(path), "").check()
 
 
 def test_a_folder_with_them_is_loaded_as_it_is(tmp_path):

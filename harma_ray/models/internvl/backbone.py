@@ -24,8 +24,8 @@ from harma_ray.models.internvl.layouts import (
     read_config,
     read_vision_config,
 )
-from harma_ray.models.internvl.marks import IMAGE_TOKEN, TURN_END
-from harma_ray.models.internvl.tokens import make_room, read_tokenizer, with_special_tokens
+from harma_ray.models.internvl.marks import IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END, TURN_START
+from harma_ray.models.internvl.tokens import make_room, read_tokenizer, require_tokens, with_special_tokens
 from harma_ray.models.internvl.vision import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
@@ -167,10 +167,12 @@ class InternVLBackbone(Backbone):
                 )
             return with_special_tokens(self.make_tokenizer()), 0
         found = read_tokenizer(Path(self.pretrained).expanduser(), self._folder_config)
-        before = len(found)
+        before, config = len(found), self._folder_config
+        of_images = () if config.image_token_id == UNKNOWN_TOKEN else (IMAGE_START, IMAGE_TOKEN, IMAGE_END)
+        require_tokens(found, (TURN_START, TURN_END, *of_images), self.pretrained)
         tokenizer: Any = with_special_tokens(found)
-        config, wanted = self._folder_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if config.image_token_id not in (UNKNOWN_TOKEN, wanted) and len(tokenizer) == before:
+        wanted = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        if config.image_token_id not in (UNKNOWN_TOKEN, wanted):
             raise UserError(
                 f"{self.pretrained} must mean one token by `{IMAGE_TOKEN}`, got {config.image_token_id} in its "
                 f"configuration and {wanted} in its tokenizer; take both from one model"

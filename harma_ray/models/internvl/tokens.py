@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,17 @@ def read_tokenizer(folder: Path, config: InternVLConfig) -> PreTrainedTokenizerB
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder} must hold a tokenizer that transformers can read by itself ({reason})") from error
+
+
+def require_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], origin: str) -> None:
+    """Raises UserError, naming those that are missing, if a tokenizer has not all of some tokens."""
+    known: Any = tokenizer.get_vocab()
+    missing = [token for token in tokens if token not in known]
+    if missing:
+        raise UserError(
+            f"{origin} must have a tokenizer with the tokens that talks are written with, but it lacks "
+            f"{', '.join(missing)}; take the tokenizer of an InternVL, with its model"
+        )
 
 
 def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
