@@ -1,5 +1,6 @@
 """ViTP as a recipe: what a batch is, what training does with it, on one worker and on two, and what is measured."""
 
+import contextlib
 import datetime
 import io
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -417,7 +419,37 @@ def work(rank, folder, data):
         worker = Worker(rank=rank, world_size=2)
         run_training(make_task(config), config, Path(folder) / name, worker=worker, loader=local_batches)
         dist.barrier()
+    for name, ways in (("undisturbed", ["ddp"]), ("resumed", ALTERNATING)):
+        for number, way in enumerate(ways, start=1):
+            config = restless(Path(data), way)
+            with contextlib.suppress(Stop):
+                run_training(
+                    make_task(config), config, Path(folder) / name, worker=worker, loader=local_batches,
+                    callback=partial(stop_at, 2 * number if len(ways) > 1 else 6),
+                )  # fmt: skip
+            dist.barrier()
     dist.destroy_process_group()
+
+
+class Stop(Exception):
+    pass
+
+
+ALTERNATING = ["ddp", "fsdp2", "ddp"]
+
+
+def stop_at(step, metrics):
+    if metrics["step"] == step < 6:
+        raise Stop
+
+
+def restless(data, way):
+    """All that a checkpoint must bring back: moments of groups of parameters, of some none, and random numbers."""
+    return settings(
+        data, model__parallel=way, model__activation_checkpointing=True, model__drop_path=0.4,
+        model__freeze_vision_layers=1, groups__layer_decay=0.6, train__accumulation=2, train__steps=6,
+        train__eval_every_steps=2, optim__learning_rate=3e-3,
+    )  # fmt: skip
 
 
 def both(data):
@@ -431,7 +463,7 @@ def both(data):
     return {way: settings(data, model__parallel=way, **plain) for way in ("ddp", "fsdp2")}
 
 
-def test_two_workers_train_as_one_whole_or_spread(data, tmp_path):
+def test_two_workers_train_as_one_whole_or_spread_or_in_turns(data, tmp_path):
     run_on_ranks(work, 2, str(tmp_path), str(data))
     for name, config in both(data).items():
         one = train(config, tmp_path / f"one-{name}")
@@ -442,3 +474,9 @@ def test_two_workers_train_as_one_whole_or_spread(data, tmp_path):
             for folder in (tmp_path / name, tmp_path / f"one-{name}")
         ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    whole, resumed = (list(read_records(tmp_path / name)) for name in ("undisturbed", "resumed"))
+    for kind, count in (("step", 6), ("evaluation", 4)):
+        found, expected = ([each["loss"] for each in run if each["kind"] == kind] for run in (resumed, whole))
+        assert len(found) == count
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert [each["kind"] for each in resumed].count("start") == len(ALTERNATING)
