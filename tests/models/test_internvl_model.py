@@ -2,6 +2,7 @@
 
 import datetime
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients():
         loss.backward()
         found.append((loss.detach(), *gradients(model).values()))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [([], [2, 2, 2, 2, 2]), (["language_model", "lm_head"], [2, 2, 2, 2, 2]), (["vision"], [1, 1, 1, 2, 2])],
+)
+def test_layers_that_are_gone_back_through_are_checkpointed_though_they_are_frozen(frozen, expected):
+    model, calls = small_model(), Counter()
+    model.freeze(**dict.fromkeys(frozen, True))
+    model.set_grad_checkpointing()
+    for layer in model.layers():
+        layer.mlp.register_forward_pre_hook(lambda module, inputs: calls.update([module]))
+    model.train()(tiles(4), **talks([3, 1]))["loss"].backward()
+    assert [calls[layer.mlp] for layer in model.layers()] == expected
+    assert model.core.model.language_model.layers[0].mlp.training == ("language_model" not in frozen)
+    assert not any(module.training for module in model.eval().modules())
 
 
 def test_in_bf16_the_loss_is_of_full_precision_and_close():

@@ -128,6 +128,8 @@ class VisualInstructionModel(nn.Module):
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 module.eval()
+        for layer in self.layers():  # a frozen layer is gone back through, but checkpointed by its own flag alone
+            layer.training |= mode and bool(layer.gradient_checkpointing)
         return self
 
     def encode_tiles(self, pixels: Tensor) -> Tensor:
