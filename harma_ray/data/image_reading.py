@@ -63,6 +63,17 @@ def read_picture(
     return Picture(image, False, False, raster.held, raster.nodata_fraction)
 
 
+def picture_size(file: bytes | Path, *, resize: int | None = None) -> tuple[int, int]:
+    """Returns width and height of what `read_picture` makes of a file, from its header alone.
+
+    Raises:
+        BadImage: If the file cannot be read, or its header is damaged.
+    """
+    header = read_header(file)
+    upright = (header.width, header.height) if header.orientation < 5 else (header.height, header.width)
+    return upright if resize is None or min(upright) <= resize else _fitted(upright, resize)
+
+
 def load_raster(
     file: bytes | Path,
     header: Header,

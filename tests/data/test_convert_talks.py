@@ -20,6 +20,9 @@ from harma_ray.data.scenes.phrasing import COUNT_WORDS, PHRASINGS
 from harma_ray.data.scenes.talks import QUESTION_KINDS
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
+from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes.vitp.vocabulary import vocabulary
+from harma_ray.settings import build_config
 
 
 def line(image, *said, **more):
@@ -267,3 +270,33 @@ def test_talks_are_described_and_drawn(source, tmp_path):
     sheet = Image.open(contact_sheet(split, tmp_path / "sheet.png"))
     assert sheet.width > 3 * 176
     assert np.asarray(sheet).std() > 1
+
+
+# --- lengths, by a recipe's tokenizer, tiles and limits ---
+
+
+def task_of(**changes):
+    settings = {key.replace("__", "."): value for key, value in changes.items()}
+    return make_task(build_config(recipe_config("scenes-vitp"), settings))
+
+
+def length_of(tiles, *said):
+    """Tokens of a talk, by writing all of it down and encoding that as one text; 16 tokens stand for a tile."""
+    text = ""
+    for number, each in enumerate(said):
+        text += f"<|im_start|>{'assistant' if number % 2 else 'user'}\n{each}<|im_end|>\n"
+    for count in tiles:
+        text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * 16 * count}</img>", 1)
+    return len(vocabulary().encode(text))
+
+
+def test_all_talks_are_measured(source, tmp_path):
+    """More than a few thousand, wherever the longest stands."""
+    source.meta.pop("fields")
+    said = [("Tell", "left"), ("Tell", "on and on " * 20)]
+    source.lines = {"towns": [line(None, *said[number == 2000]) for number in range(2100)]}
+    convert_vitp(source.write(), source.images, "train", tmp_path / "data")
+    lengths = [length_of([], *each) for each in said]
+    facts = task_of(talk__max_tokens=lengths[1] - 1).sample_facts(open_split(tmp_path / "data", "train"))
+    assert Counter(facts.numbers["tokens of a talk"]) == {lengths[0]: 2099, lengths[1]: 1}
+    assert facts.notes == [f"1 of 2,100 talks (0.0 %) are longer than talk.max_tokens = {lengths[1] - 1:,}"]

@@ -13,7 +13,7 @@ from raster_files import bare_tiff, save, write_raster
 
 from harma_ray.data import rasters
 from harma_ray.data.headers import read_header
-from harma_ray.data.image_reading import read_picture
+from harma_ray.data.image_reading import picture_size, read_picture
 from harma_ray.data.images import BadImage, decode_image
 from harma_ray.data.rendering import Rendering
 
@@ -273,6 +273,18 @@ def test_a_cut_off_raster_is_bad(kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_a_header_says_how_large_the_picture_will_be(tmp_path, kind, orientation):
+    """As it is, and made smaller; upright too."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "image"
+    Image.new("RGB", (301, 120)).save(path, kind, exif=exif)
+    for resize in (None, 50, 120, 200):
+        assert picture_size(path, resize=resize) == read_picture(path, resize=resize).image.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_raster_is_turned_upright(orientation):
     buffer = io.BytesIO()
     Image.fromarray(ELEVEN[..., 0]).save(buffer, "TIFF", tiffinfo={274: orientation})
@@ -400,7 +412,7 @@ def test_usual_files_are_read_without_gdal(tmp_path):
     for kind in ("PNG", "TIFF", "JPEG"):
         Image.fromarray(SCENE).save(tmp_path / f"a.{kind}", kind)
     code = (
-        "import sys; from pathlib import Path; from harma_ray.data.image_reading import read_picture\n"
+        "import sys; from pathlib import Path; from harma_ray.data.image_reading import picture_size, read_picture\n"
         f"for path in Path({str(tmp_path)!r}).iterdir(): assert read_picture(path).unchanged\n"
         "assert 'rasterio' not in sys.modules and 'torch' not in sys.modules"
     )

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from harma_ray.data.chat import ChatTemplate
+from harma_ray.data.image_reading import picture_size
 from harma_ray.data.images import decode_stored
 from harma_ray.data.kinds.talks import IMAGE_MARK, Turn
-from harma_ray.data.order import IndexedSplit, iterate_slices, read_samples
 from harma_ray.data.samples import Array, RowTransform
-from harma_ray.data.splits import Split, index_rows
+from harma_ray.data.splits import Split, open_shard
 from harma_ray.data.tiles import count_tiles, cut_tiles, tiles_each
 from harma_ray.data.transforms import to_tensor
 from harma_ray.models.internvl.backbone import InternVLBackbone
@@ -44,9 +44,7 @@ class TalkReader:
             UserError: If the talk is too long, or its marks and images do not agree.
         """
         turns = [Turn(turn["from"], turn["value"]) for turn in row["conversations"]]
-        image_token = self.backbone.tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
-        assert isinstance(image_token, int)
-        tokens = self.template.render(turns, counts).cut(self.settings.max_tokens, image_token)
+        tokens = self.template.render(turns, counts).cut(self.settings.max_tokens, self._image_token)
         return {"pixels": self.stack(tiles), "ids": tokens.ids, "labels": tokens.labels}
 
     def ask(self, turns: Sequence[Turn], images: Sequence[Image.Image], max_tiles: int | None) -> dict[str, Array]:
@@ -64,6 +62,18 @@ class TalkReader:
     def template(self) -> ChatTemplate:
         """The chat template over the model's tokenizer."""
         return ChatTemplate(_encoder(self.backbone), self.backbone.tokens_per_tile, self.settings.system)
+
+    @property
+    def _image_token(self) -> int:
+        token = self.backbone.tokenizer().convert_tokens_to_ids(IMAGE_TOKEN)
+        assert isinstance(token, int)
+        return token
+
+    def count(self, sizes: Sequence[tuple[int, int]], max_tiles: int | None = None) -> list[int]:
+        """Returns how many tiles `cut` makes of each of a talk's images, given their widths and heights."""
+        each = tiles_each(max_tiles or self.settings.max_tiles, len(sizes))
+        side, thumbnail = self.backbone.image_size, self.settings.thumbnail
+        return [count_tiles(width, height, side, each, thumbnail=thumbnail) for width, height in sizes]
 
     def cut(self, images: Sequence[Image.Image], max_tiles: int | None = None) -> list[list[Image.Image]]:
         """Returns the tiles of the images of a talk."""
@@ -135,22 +145,18 @@ def question_of(conversations: Sequence[Mapping[str, str]]) -> tuple[int, str]:
     return first, conversations[first + 1]["value"]
 
 
-def measure_talks(split: Split, reader: TalkReader, max_rows: int = 2000) -> dict[str, list[int]]:
-    """Returns the tokens and answer tokens of the first talks of a split, and the tiles of their images."""
-    rows = np.arange(min(max_rows, split.manifest.rows))
+def measure_talks(split: Split, reader: TalkReader) -> dict[str, list[int]]:
+    """Returns tokens and supervised tokens of all talks of a split, and the tiles of their images; none is decoded."""
     found: dict[str, list[int]] = {"tokens of a talk": [], "supervised tokens of a talk": [], "tiles of an image": []}
-    size, thumbnail = reader.backbone.image_size, reader.settings.thumbnail
-    source = IndexedSplit(split, index_rows(split))
-    for part in iterate_slices(len(rows), 64):
-        samples = np.stack([rows[part], np.zeros_like(rows[part])], axis=1)
-        for row in read_samples(source, samples, epoch=0).to_pylist():
-            each = tiles_each(row["max_tiles"] or reader.settings.max_tiles, len(row["images"]))
-            sizes = [decode_stored(data, max_pixels=reader.max_pixels).size for data in row["images"]]
-            tiles = [count_tiles(width, height, size, each, thumbnail=thumbnail) for width, height in sizes]
-            tokens = reader.template.render([Turn(t["from"], t["value"]) for t in row["conversations"]], tiles)
-            found["tokens of a talk"].append(len(tokens.ids))
-            found["supervised tokens of a talk"].append(int(np.count_nonzero(tokens.labels != IGNORED)))
-            found["tiles of an image"] += tiles
+    for path in split.shard_paths():
+        with open_shard(path) as file:
+            for batch in file.iter_batches(64, columns=["images", "conversations", "max_tiles"]):
+                for row in batch.to_pylist():
+                    tiles = reader.count([picture_size(data) for data in row["images"]], row["max_tiles"])
+                    tokens = reader.template.render([Turn(t["from"], t["value"]) for t in row["conversations"]], tiles)
+                    found["tokens of a talk"].append(len(tokens.ids))
+                    found["supervised tokens of a talk"].append(int(np.count_nonzero(tokens.labels != IGNORED)))
+                    found["tiles of an image"] += tiles
     return found
 
 

@@ -170,15 +170,14 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
         return answer
 
     def sample_facts(self, split: Split) -> SampleFacts:
-        """Returns tokens and tiles of up to 2,000 talks, and how many of them are longer than may be."""
-        lengths = measure_talks(split, reader_of(self.config))
-        limit = self.config.talk.max_tokens
-        too_long = sum(length > limit for length in lengths["tokens of a talk"])
-        share = 100 * too_long / max(1, len(lengths["tokens of a talk"]))
-        count = len(lengths["tokens of a talk"])
-        return SampleFacts(
-            lengths, [f"{share:.1f} % of the first {count:,} talks are longer than talk.max_tokens = {limit:,}"]
-        )
+        """Returns tokens and tiles of all talks, and how many of them are longer than may be."""
+        split.require_kind([TALKS], f"recipe {self.config.recipe}")
+        self.require_backbone()  # else the tokenizer would be another model's
+        measured, limit = measure_talks(split, reader_of(self.config)), self.config.talk.max_tokens
+        lengths = measured["tokens of a talk"]
+        too_long = sum(length > limit for length in lengths)
+        share = f"{too_long:,} of {len(lengths):,} talks ({100 * too_long / len(lengths):.1f} %)"
+        return SampleFacts(measured, [f"{share} are longer than talk.max_tokens = {limit:,}"])
 
     def _encoder(self, model: VisualInstructionModel) -> Encoder:
         config = self.config
