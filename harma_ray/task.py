@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.config import OptimConfig, RunConfig
-from harma_ray.data.kinds.base import RowKind
+from harma_ray.data.kinds.base import RowCheck, RowKind
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream, Worker
@@ -244,6 +244,14 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     def amounts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Returns what else a batch holds, as scalars by name: of ``tokens``, ``tokens_per_second`` is recorded."""
         return {}
+
+    def row_check(self) -> RowCheck:
+        """Returns what ``convert`` asks of rows with this recipe.
+
+        Raises:
+            UserError: If that is nothing, as by default.
+        """
+        raise UserError(f"recipe {self.config.recipe} sets no limit to the rows that are converted; leave out --recipe")
 
     def sample_facts(self, split: Split) -> SampleFacts:
         """Returns what the rows of a split are to the model, for ``inspect``; nothing by default."""

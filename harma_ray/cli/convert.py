@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from harma_ray.data.convert.composed import ComposedSource
     from harma_ray.data.convert.writer import WriteSettings
     from harma_ray.data.manifest import Manifest
+    from harma_ray.task import Task
 
 
 def add_commands(commands: shared.Commands) -> None:
@@ -51,6 +52,7 @@ def _add_convert(commands: shared.Commands) -> None:
             action="store_true",
             help="write talks for visual-instruction pretraining, with questions that captions and classes answer",
         )
+        _add_recipe(made)
     _add_talks(kind)
     fashioniq = kind("fashioniq", "One split of FashionIQ, for composed image retrieval.", out_required=False)
     fashioniq.add_argument("--root", required=True, help="folder with captions, image_splits and images")
@@ -66,6 +68,7 @@ def _add_convert(commands: shared.Commands) -> None:
     scenes = kind("scenes", "Drawn scenes with true captions: data for trials without a data set.")
     composed = kind("scenes-cir", "Drawn scenes with sentences that change them, for composed image retrieval.")
     talks = kind("scenes-talk", "Drawn scenes with questions and true answers, for visual-instruction pretraining.")
+    _add_recipe(talks)
     for made, size, noun in ((scenes, 96, "scenes"), (composed, 64, "queries"), (talks, 64, "scenes")):
         made.add_argument("--style", default="summer", help="summer, infrared or winter (default: summer)")
         made.add_argument("--size", type=int, default=size, help=f"height and width in pixels (default: {size})")
@@ -84,6 +87,14 @@ def _add_talks(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
         default="head",
         help="lines that a `repeat_time` below 1 keeps: the first, as the released code, or any (default: head)",
     )
+    _add_recipe(vitp)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--recipe`` and ``--set`` of a converter that makes talks."""
+    parser.add_argument("--recipe", metavar="NAME", help="refuse talks that are longer than this recipe reads, by its "
+                        "tokenizer, tiles and limits (--set model.pretrained=FOLDER)")  # fmt: skip
+    shared.add_settings(parser)
 
 
 def _add_kind(kinds: shared.Commands, name: str, text: str, *, out_required: bool = True) -> argparse.ArgumentParser:
@@ -112,6 +123,7 @@ def _convert(options: argparse.Namespace) -> None:
     from harma_ray.files import output_path
     from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
     from harma_ray.on_ray.tasks import map_with_ray
+    from harma_ray.shell import launch_command
 
     composed = _read_composed(options) if options.kind in ("fashioniq", "cirr") else None
     if composed and options.annotations_only:
@@ -119,14 +131,22 @@ def _convert(options: argparse.Namespace) -> None:
         return
     if options.out is None:
         raise UserError("give the folder of the data set with --out")
+    makes_talks = options.kind in ("vitp", "scenes-talk") or getattr(options, "talks", False)
+    task = _task_of(options)
+    if task and not makes_talks:
+        raise UserError("`--recipe` looks at the lengths of talks; add --talks, or leave it out")
     changes = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
     if not options.kind.startswith("scenes"):
         changes["rendering"] = shared.rendering_from(options)
     settings = WriteSettings(
         resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
-        map_tasks=map_with_ray, **changes,
+        map_tasks=map_with_ray, check=task and task.row_check(), **changes,
     )  # fmt: skip
     sources = [getattr(options, name) for name in ("images", "root") if name in options]
+    if task:
+        from harma_ray.on_ray.workers import read_paths
+
+        sources += read_paths(task.config)[1:]
     with ray_cluster(options.address) as cluster:
         require_shared_folder(output_path(options.out), cluster)
         require_visible([Path(source).expanduser() for source in sources], cluster)
@@ -135,6 +155,9 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"{Path(options.out) / split}: {_summarise(manifest)}")
         for bad in manifest.bad:
             print(f"  left out: {bad.source}: {bad.reason}")
+    if makes_talks and not task:
+        print("lengths of talks were not looked at, which takes a tokenizer: --recipe NAME refuses what is too long; "
+              f"or look: {launch_command('inspect', options.out, '--recipe', 'NAME')}")  # fmt: skip
 
 
 def _write(
@@ -206,6 +229,22 @@ def _add_inspect(commands: shared.Commands) -> None:
     shared.add_settings(parser)
 
 
+def _task_of(options: argparse.Namespace) -> Task | None:
+    """Returns what ``--recipe`` and ``--set`` name; None without them."""
+    from harma_ray.errors import UserError
+
+    if not getattr(options, "recipe", None):
+        if getattr(options, "overrides", None):
+            raise UserError("`--set` changes a recipe's settings; name it with --recipe")
+        return None
+    from harma_ray.preflight import absolute_paths
+    from harma_ray.recipes import make_task, recipe_config
+    from harma_ray.settings import build_config, parse_overrides
+
+    config = build_config(recipe_config(options.recipe), parse_overrides(options.overrides))
+    return make_task(absolute_paths(config))
+
+
 def _inspect(options: argparse.Namespace) -> None:
     from harma_ray.data.convert.duplicates import find_shared
     from harma_ray.data.convert.inspect import describe, render_distributions, render_facts
@@ -213,13 +252,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from harma_ray.data.splits import list_splits, open_split
     from harma_ray.errors import UserError
 
-    names = list_splits(options.data)
-    task = None
-    if options.recipe:
-        from harma_ray.recipes import make_task, recipe_config
-        from harma_ray.settings import build_config, parse_overrides
-
-        task = make_task(build_config(recipe_config(options.recipe), parse_overrides(options.overrides)))
+    names, task = list_splits(options.data), _task_of(options)
     failed = None
     for name in [options.split] if options.split else names or ["train"]:
         split = open_split(options.data, name)

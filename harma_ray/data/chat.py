@@ -31,20 +31,22 @@ class Tokens:
     labels: np.ndarray
     """int64[L], the ids of supervised tokens and ``IGNORED`` elsewhere."""
 
-    def cut(self, max_tokens: int, image_id: int) -> Tokens:
+    def cut(self, max_tokens: int, image_id: int, *, whole: bool = False) -> Tokens:
         """Returns the talk without what lies behind so many tokens.
 
         Args:
             max_tokens: Most tokens.
             image_id: Id of an image token.
+            whole: Nothing may be lost.
 
         Raises:
-            UserError: If image tokens would be lost, or nothing that is supervised would be left.
+            UserError: If image tokens would be lost, or nothing that is supervised would be left, or what `whole` says.
         """
         rest = Tokens(self.ids[:max_tokens], self.labels[:max_tokens])
         lost = int(np.count_nonzero(self.ids[max_tokens:] == image_id))
-        if lost or not np.any(rest.labels != IGNORED):
-            what = f"{lost} image tokens" if lost else "all of its answers"
+        has_answer = bool(np.any(rest.labels != IGNORED))
+        if lost or not has_answer or (whole and len(self.ids) > max_tokens):
+            what = f"{lost} image tokens" if lost else "its end" if has_answer else "all of its answers"
             raise UserError(
                 f"has {len(self.ids)} tokens, of which {max_tokens} are read, so that {what} would be cut off; allow "
                 "fewer tiles or more tokens, or shorten the talk"
@@ -76,7 +78,7 @@ class ChatTemplate:
             tiles: Tiles of each of its images.
 
         Raises:
-            UserError: If the marks in the questions are not as many as the images.
+            UserError: If the marks in the questions are not as many as the images, or a text holds image tokens.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -99,7 +101,8 @@ class ChatTemplate:
                 add(f"{TURN_START}user\n{self._with_images(turn.value, rest)}{TURN_END}\n")
         if rest:
             raise UserError(f"has {len(tiles)} images but only {len(tiles) - len(rest)} marks {IMAGE_MARK}")
-        return Tokens(np.array(ids, np.int64), np.array(labels, np.int64))
+        written = Tokens(np.array(ids, np.int64), np.array(labels, np.int64))
+        return self._with_tokens(written, tiles) if tiles else written
 
     def ask(self, turns: Sequence[Turn], tiles: Sequence[int]) -> np.ndarray:
         """Returns the tokens of a talk that ends with a question, up to where the answer begins: int64[L].
@@ -109,13 +112,23 @@ class ChatTemplate:
         """
         return np.concatenate([self.render(turns, tiles).ids, np.array(self._encode(_ANSWER_HEADER), np.int64)])
 
+    def _with_tokens(self, written: Tokens, tiles: Sequence[int]) -> Tokens:
+        """Repeats the one image token of each image as often as its tiles need: not one by one through a tokenizer."""
+        is_image = np.isin(written.ids, self._encode(IMAGE_TOKEN))
+        if np.count_nonzero(is_image) != len(tiles):
+            raise UserError(f"holds {IMAGE_TOKEN}, which the model's template means something by")
+        times = np.ones(len(is_image), np.int64)
+        times[is_image] = self._tokens_per_tile * np.array(tiles)
+        return Tokens(np.repeat(written.ids, times), np.repeat(written.labels, times))
+
     def _with_images(self, text: str, tiles: list[int]) -> str:
-        """Puts image tokens in place of the marks, and takes the tiles that they stand for from the list."""
+        """Puts an image token in place of each mark, and takes the tiles that it stands for from the list."""
         first, *others = text.split(IMAGE_MARK)
         if len(others) > len(tiles):
             raise UserError(f"has more marks {IMAGE_MARK} than images")
         for other in others:
-            first += f"{IMAGE_START}{IMAGE_TOKEN * (self._tokens_per_tile * tiles.pop(0))}{IMAGE_END}{other}"
+            tiles.pop(0)
+            first += f"{IMAGE_START}{IMAGE_TOKEN}{IMAGE_END}{other}"
         return first
 
 

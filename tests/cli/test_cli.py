@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,22 @@ def test_a_batch_that_does_not_divide_by_the_workers_leaves_no_run(scenes, capfd
                     "--workers", 2, *SMALL, "--set", "train.global_batch_size=21")  # fmt: skip
     assert error.endswith("got 21 and 2; use 20 or 22")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ray
+@ray_warns
+@pytest.mark.usefixtures("joined_here")
+def test_talks_that_a_recipe_could_not_read_are_refused_where_they_are_converted(capsys, tmp_path):
+    talk = json.dumps({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "on and on " * 9}]})
+    (tmp_path / "talks.jsonl").write_text(f"\n{talk}\n")
+    (tmp_path / "meta.json").write_text(json.dumps({"talks": {"annotation": "talks.jsonl"}}))
+    command = ["convert", "vitp", "--meta", tmp_path / "meta.json", "--images", tmp_path, "--out", tmp_path / "data"]
+    limits = ["--recipe", "scenes-vitp", "--set", "talk.max_tokens=20"]
+    assert main(list(map(str, [*command, *limits]))) == 2
+    assert re.search(r"error: talks\.jsonl line 2: has \d+ tokens, of which 20 are read", capsys.readouterr().err)
+    assert not (tmp_path / "data").exists()
+    assert "lengths of talks were not looked at" not in done(capsys, *command, *limits[:2])
+    assert "lengths of talks were not looked at, which takes a tokenizer" in done(capsys, *command)
 
 
 @pytest.mark.ray

@@ -88,6 +88,14 @@ def test_a_talk_is_cut_behind_its_images_or_not_at_all():
     with pytest.raises(UserError, match="all of its answers would be cut off"):
         tokens.cut(last_image + 1, image)
     assert np.array_equal(tokens.cut(10_000, image).ids, tokens.ids)
+    assert np.array_equal(tokens.cut(len(tokens.ids), image, whole=True).ids, tokens.ids)
+    with pytest.raises(UserError, match="its end would be cut off"):
+        tokens.cut(len(tokens.ids) - 1, image, whole=True)
+
+
+def test_image_tokens_come_from_images_alone():
+    with pytest.raises(UserError, match="holds <IMG_CONTEXT>"):
+        ChatTemplate(encode, 2).ask(turns(("human", "<image>what is <IMG_CONTEXT>?")), [1])
 
 
 @pytest.mark.parametrize(

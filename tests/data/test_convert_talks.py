@@ -1,19 +1,22 @@
 """Talks from meta files, from drawn scenes, and from captions and classes."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from command_line import refused
+from PIL import Image, ImageFile
 
 from harma_ray.data.convert.commands import convert_harma, convert_scenes_talk, convert_vitp
 from harma_ray.data.convert.inspect import describe, render_facts
 from harma_ray.data.convert.sheet import contact_sheet
 from harma_ray.data.convert.talk_scenes import list_talk_scenes
 from harma_ray.data.convert.talks import read_vitp
+from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.order import training_order
 from harma_ray.data.scenes.content import LABELS, sample_content
 from harma_ray.data.scenes.phrasing import COUNT_WORDS, PHRASINGS
@@ -290,6 +293,71 @@ def length_of(tiles, *said):
     return len(vocabulary().encode(text))
 
 
+@pytest.fixture
+def long_source(source):
+    """Talks about images of 20 x 10 pixels, which give 2 tiles and a thumbnail."""
+    source.meta.pop("fields")
+    source.lines = {"towns": [
+        line("0.png", "<image>\nWhere?", "left"), "", line("1.png", "<image>\nWhere is it?", "left"),
+        line(None, "Tell", "on and on " * 20), line(["2.png", "3.png"], "<image><image>Same?", "yes"),
+    ]}  # fmt: skip
+    return source
+
+
+def test_talks_that_are_too_long_are_refused_by_file_and_line(long_source, tmp_path, monkeypatch):
+    """All at once, before anything is written, and by what image files say of themselves: none is decoded."""
+    lengths = {
+        1: length_of([3], "<image>\nWhere?", "left"), 3: length_of([3], "<image>\nWhere is it?", "left"),
+        4: length_of([], "Tell", "on and on " * 20), 5: length_of([3, 3], "<image><image>Same?", "yes"),
+    }  # fmt: skip
+    limit = lengths[1]
+    assert limit < lengths[3] < lengths[4] < lengths[5]
+
+    def convert(max_tokens):
+        settings = WriteSettings(check=task_of(talk__max_tiles=4, talk__max_tokens=max_tokens).row_check())
+        return convert_vitp(long_source.write(), long_source.images, "train", tmp_path / "data", settings=settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("an image is decoded"))
+        with pytest.raises(UserError) as caught:
+            convert(limit)
+    header, *told = str(caught.value).splitlines()
+    assert header == f"what is to become {tmp_path / 'data'} has 3 mistakes:"
+    assert len(told) == 2  # line 4 is like line 3
+    assert re.match(
+        rf"  towns.jsonl line 3: has {lengths[3]} tokens, .* so that its end would.*1 more like this", told[0]
+    )
+    assert re.match(rf"  towns.jsonl line 5: has {lengths[5]} tokens, .* so that \d+ image tokens would", told[1])
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(UserError, match=rf"^towns\.jsonl line 5: has {lengths[5]} tokens"):
+        convert(lengths[5] - 1)
+    assert convert(lengths[5]).rows == 4
+
+
+def test_lengths_are_those_of_images_as_they_will_be_stored(long_source, tmp_path):
+    """Wide images give more tiles; made smaller, they keep their shape. One that is not there is told as ever."""
+    Image.new("RGB", (400, 100)).save(long_source.images / "towns" / "0.png")
+    limit = length_of([5], "<image>\nWhere?", "left")
+    for resize in (None, 10):
+        check = task_of(talk__max_tiles=4, talk__max_tokens=limit - 1).row_check()
+        settings = WriteSettings(check=check, resize=resize)
+        with pytest.raises(UserError, match=rf"towns\.jsonl line 1: has {limit} tokens"):
+            convert_vitp(long_source.write(), long_source.images, "train", tmp_path / "data", settings=settings)
+    (long_source.images / "towns" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 4 images cannot be used.*0\.png"):
+        convert_vitp(long_source.write(), long_source.images, "train", tmp_path / "data", settings=WriteSettings(
+            check=task_of(talk__max_tokens=400).row_check()
+        ))  # fmt: skip
+
+
+def test_talks_of_all_splits_are_looked_at_before_one_is_written(tmp_path):
+    counts, settings = {"train": 4, "val": 4}, WriteSettings(check=task_of(talk__max_tokens=9).row_check())
+    number = sum(map(len, list_talk_scenes(counts, style="summer", size=64, seed=0).values()))
+    with pytest.raises(UserError, match=f"has {number} mistakes"):
+        convert_scenes_talk(tmp_path / "data", counts, style="summer", size=64, settings=settings)
+    assert not (tmp_path / "data").exists()
+
+
 def test_all_talks_are_measured(source, tmp_path):
     """More than a few thousand, wherever the longest stands."""
     source.meta.pop("fields")
@@ -300,3 +368,14 @@ def test_all_talks_are_measured(source, tmp_path):
     facts = task_of(talk__max_tokens=lengths[1] - 1).sample_facts(open_split(tmp_path / "data", "train"))
     assert Counter(facts.numbers["tokens of a talk"]) == {lengths[0]: 2099, lengths[1]: 1}
     assert facts.notes == [f"1 of 2,100 talks (0.0 %) are longer than talk.max_tokens = {lengths[1] - 1:,}"]
+
+
+def test_a_recipe_is_for_talks(capsys):
+    folder = ("convert", "folder", "--images", "images", "--out", "data")
+    assert "add --talks, or leave it out" in refused(capsys, *folder, "--recipe", "scenes-vitp")
+    assert "name it with --recipe" in refused(capsys, *folder, "--talks", "--set", "talk.max_tokens=9")
+    assert "has no folder" not in refused(capsys, *folder, "--talks", "--recipe", "no-such")
+    with pytest.raises(UserError, match=r"recipe harma-scenes sets no limit .* leave out --recipe"):
+        make_task(recipe_config("harma-scenes")).row_check()
+    with pytest.raises(UserError, match=r"vitp-internvl-1b starts from a model .* give --set model\.pretrained"):
+        make_task(recipe_config("vitp-internvl-1b")).row_check()

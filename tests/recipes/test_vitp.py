@@ -87,6 +87,7 @@ def test_a_batch_holds_tiles_in_the_order_of_their_marks(data):
         answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
         assert supervised == "".join(f"{answer}<|im_end|>" for answer in answers)
         assert written.count("<img>") == len(row["images"])
+        assert vocabulary().encode(written) == batch["ids"][place][batch["mask"][place].bool()].tolist()
     assert not batch["ids"][batch["mask"] == 0].any()
 
 

@@ -1,6 +1,6 @@
 """The converters as the command line calls them: read a source, write its splits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +9,7 @@ from harma_ray.data.convert.annotations import hash_files
 from harma_ray.data.convert.composed import ComposedSource
 from harma_ray.data.convert.duplicates import warn_of_shared
 from harma_ray.data.convert.folders import list_composed_scenes, list_scenes, read_class_folders
+from harma_ray.data.convert.limits import check_rows
 from harma_ray.data.convert.sources import read_harma, read_karpathy
 from harma_ray.data.convert.talk_scenes import list_talk_scenes
 from harma_ray.data.convert.talks import read_vitp, talks_of_images
@@ -16,7 +17,6 @@ from harma_ray.data.convert.writer import DEFAULTS, WriteSettings, write_split
 from harma_ray.data.kinds.base import Record
 from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.data.kinds.queries import QueryRecord
-from harma_ray.data.kinds.talks import TalkRecord
 from harma_ray.data.manifest import Manifest
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -92,7 +92,6 @@ def convert_vitp(
     out: str | Path,
     *,
     choice: str = "head",
-    check: Callable[[TalkRecord], None] = lambda record: None,
     settings: WriteSettings = DEFAULTS,
 ) -> Manifest:
     """Converts the talks of a ViTP (InternVL) meta file to one split of the data set ``out``; see ``read_vitp``.
@@ -101,7 +100,7 @@ def convert_vitp(
         UserError: If the source or the folder ``out`` is not as it should be.
     """
     _check_name(split)
-    source = read_vitp(meta, images, choice=choice, seed=settings.seed, check=check)
+    source = read_vitp(meta, images, choice=choice, seed=settings.seed)
     options = {"converter": "vitp", "choice": choice}
     return _write_splits({split: source.records}, out, options, settings, inputs=source.inputs)[split]
 
@@ -216,6 +215,7 @@ def _write_splits(
     hint: str = "",
 ) -> dict[str, Manifest]:
     """Writes splits; takes what `write_split` does, and the counts of what is drawn."""
+    check_rows([record for rows in records.values() for record in rows], settings, f"what is to become {out}")
     manifests = {
         split: write_split(
             rows,

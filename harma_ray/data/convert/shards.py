@@ -54,7 +54,7 @@ class ShardResult:
 
 _RESULT = TypeAdapter(ShardResult)
 
-TaskMap = Callable[[Callable[[ShardPlan], Any], Sequence[ShardPlan]], Iterator[Any]]
+TaskMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 """Calls a function on each of several plans, somewhere, and yields the results in any order, as `map` does."""
 
 

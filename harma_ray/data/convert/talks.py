@@ -1,7 +1,7 @@
 """Talks about images: ViTP's meta and JSON Lines files, and talks made from captions and classes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,6 @@ def read_vitp(
     *,
     choice: str = "head",
     seed: int = 0,
-    check: Callable[[TalkRecord], None] = lambda record: None,
 ) -> TalkSource:
     """Reads the talks of all data sets of a meta file, as InternVL and ViTP have them.
 
@@ -58,7 +57,6 @@ def read_vitp(
         choice: Which lines a ``repeat_time`` below 1 keeps: the first (``head``, as the released code) or any
             (``random``).
         seed: Of that choice.
-        check: Raises UserError for talks that cannot be trained on, beside those that no training takes.
 
     Raises:
         UserError: Naming file and line of every talk that cannot be used: a mark without an image or an image without
@@ -74,7 +72,7 @@ def read_vitp(
     records: list[TalkRecord] = []
     with all_mistakes(path.name) as mistakes:
         for each in sets:
-            records += _read_lines(each, choice, seed, mistakes, check)
+            records += _read_lines(each, choice, seed, mistakes)
     if not records:
         raise UserError(f"{path.name} keeps no line of {first_few([each.name for each in sets])}; raise `repeat_time`")
     files = {f"{each.name}: {each.annotation.name}": hash_file(each.annotation) for each in sets}
@@ -100,9 +98,7 @@ def _read_entry(entry: Entry, name: str, meta: Path, images: str | Path) -> _Dat
     return _DataSet(name, root, annotation, repeat, limit, augment)
 
 
-def _read_lines(
-    data: _DataSet, choice: str, seed: int, mistakes: Mistakes, check: Callable[[TalkRecord], None]
-) -> Iterator[TalkRecord]:
+def _read_lines(data: _DataSet, choice: str, seed: int, mistakes: Mistakes) -> Iterator[TalkRecord]:
     """Yields the talks of a data set that are kept."""
     lines = read_rows(data.annotation, _LINE)
     kept = range(len(lines))
@@ -112,9 +108,7 @@ def _read_lines(
         kept = kept[:number] if choice == "head" else sorted(drawn.tolist())
     for number in kept:
         with mistakes.noted():
-            record = _read_talk(lines[number], number, data)
-            check(record)
-            yield record
+            yield _read_talk(lines[number], number, data)
 
 
 def _read_talk(entry: Entry, number: int, data: _DataSet) -> TalkRecord:

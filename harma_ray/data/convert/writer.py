@@ -33,7 +33,7 @@ from harma_ray.data.convert.shards import (
     write_table,
 )
 from harma_ray.data.convert.staging import lock, put_in_place, work_folder
-from harma_ray.data.kinds.base import Record
+from harma_ray.data.kinds.base import Record, RowCheck
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.manifest import (
     MANIFEST_NAME,
@@ -75,6 +75,8 @@ class WriteSettings(ImageSettings):
     """Shows a progress bar on stderr."""
     map_tasks: TaskMap = map
     """Runs the tasks: here, or as `harma_ray.on_ray.tasks.map_with_ray` on a cluster."""
+    check: RowCheck | None = None
+    """What converters ask of all rows before any is written; None = nothing."""
 
     def __post_init__(self) -> None:
         least_values = {"resize": 1, "max_pixels": 1, "max_bad": 0, "seed": 0, "shard_bytes": 1, "row_group_bytes": 1}

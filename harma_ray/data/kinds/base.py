@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -89,6 +89,11 @@ class Record(ABC):
     @abstractmethod
     def explain(self, lost: Sequence[str]) -> BadRow | None:
         """Returns why it is left out if some of its images, by name, are; None if that says it all."""
+
+
+RowCheck = Callable[[Record, Sequence[tuple[int, int]]], None]
+"""Raises UserError, naming where it stands, for a record whose row a model could not read whole, given width and height
+of each of its images in pixels; travels to other processes."""
 
 
 class RowKind:

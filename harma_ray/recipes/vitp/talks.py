@@ -16,11 +16,13 @@ from PIL import Image
 from harma_ray.data.chat import ChatTemplate
 from harma_ray.data.image_reading import picture_size
 from harma_ray.data.images import decode_stored
-from harma_ray.data.kinds.talks import IMAGE_MARK, Turn
+from harma_ray.data.kinds.base import Record
+from harma_ray.data.kinds.talks import IMAGE_MARK, TalkRecord, Turn
 from harma_ray.data.samples import Array, RowTransform
 from harma_ray.data.splits import Split, open_shard
 from harma_ray.data.tiles import count_tiles, cut_tiles, tiles_each
 from harma_ray.data.transforms import to_tensor
+from harma_ray.errors import UserError
 from harma_ray.models.internvl.backbone import InternVLBackbone
 from harma_ray.models.internvl.marks import IGNORED, IMAGE_TOKEN
 from harma_ray.recipes.vitp.config import TalkConfig, VitpConfig
@@ -36,6 +38,15 @@ class TalkReader:
     backbone: InternVLBackbone
     settings: TalkConfig
     max_pixels: int = 0
+
+    def check(self, record: Record, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raises UserError for a talk that is longer than is read; a `RowCheck`."""
+        assert isinstance(record, TalkRecord)
+        tokens = self.template.render(record.turns, self.count(sizes, record.max_tiles))
+        try:
+            tokens.cut(self.settings.max_tokens, self._image_token, whole=True)
+        except UserError as error:
+            raise UserError(f"{record.source}: {error}") from error
 
     def read(self, row: Mapping[str, Any], tiles: Sequence[Image.Image], counts: Sequence[int]) -> dict[str, Array]:
         """Returns ``pixels`` uint8[T, 3, S, S], ``ids`` and ``labels`` int64[L] of a row whose images are cut.

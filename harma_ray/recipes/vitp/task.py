@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harma_ray.config import OptimConfig
+from harma_ray.data.kinds.base import RowCheck
 from harma_ray.data.kinds.talks import IMAGE_MARK, TALKS, Turn
 from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
@@ -169,10 +170,16 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
 
         return answer
 
+    def row_check(self) -> RowCheck:
+        """Returns what refuses talks of more than ``talk.max_tokens`` tokens."""
+        self.require_backbone()  # else the tokenizer would be another model's
+        self.backbone.tokenizer()
+        return reader_of(self.config).check
+
     def sample_facts(self, split: Split) -> SampleFacts:
         """Returns tokens and tiles of all talks, and how many of them are longer than may be."""
         split.require_kind([TALKS], f"recipe {self.config.recipe}")
-        self.require_backbone()  # else the tokenizer would be another model's
+        self.require_backbone()
         measured, limit = measure_talks(split, reader_of(self.config)), self.config.talk.max_tokens
         lengths = measured["tokens of a talk"]
         too_long = sum(length > limit for length in lengths)
