@@ -34,7 +34,8 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 _SHARED_DRAWS = (2**32 - 1,)
 """Tells the draws that all workers share from those of samples, none of which has this number."""
 ParameterGroup = dict[str, Any]
-"""Parameters under ``params``, and what torch's optimisers are told of them, such as ``weight_decay`` and ``lr``."""
+"""Parameters under ``params``, and what torch's optimisers are told of them, such as ``weight_decay`` and ``lr``; the
+learning rate of those with a ``name`` is recorded by itself."""
 
 
 Answerer = Callable[[str, Sequence[Image.Image], int], str]

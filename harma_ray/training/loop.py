@@ -188,10 +188,10 @@ class _Training:
                 self._model.train()
                 self._task.begin_step(progress.step)
                 losses = train_step(self._task, self._forward, step_batches, train, self._autocast)
-                grad_norm, learning_rate = update_weights(self._state, self._trainable, losses, self._config.optim)
+                grad_norm, rates = update_weights(self._state, self._trainable, losses, self._config.optim)
                 meter.count(self._task.amounts(batch) for batch in step_batches)
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
-                    self._log_step(losses, grad_norm, learning_rate, meter)
+                    self._log_step(losses, grad_norm, rates, meter)
                 if self._is_evaluated:
                     progress.seconds += meter.lap()
                     self.evaluate_and_save()
@@ -270,19 +270,19 @@ class _Training:
     def _evaluate(self, stream: EvaluationStream) -> Evaluation:
         return evaluate_stream(self._task, self._config, self._model, stream, self._worker)
 
-    def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, learning_rate: float, meter: Meter) -> None:
+    def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, rates: dict[str, float], meter: Meter) -> None:
         with whole_model(self._model), torch.no_grad():
             watched = self._task.monitor(self._model)
-        rates = meter.read(self._device)
+        measured = meter.read(self._device)
         if self._tracker is None:
             return
         terms = {f"loss_{name}": float(loss) for name, loss in losses.items()}
         values = {
             "loss": sum(terms.values()),
             **terms,
-            "learning_rate": learning_rate,
-            "grad_norm": float(grad_norm),
             **rates,
+            "grad_norm": float(grad_norm),
+            **measured,
         }
         step = self._progress.step
         self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)

@@ -44,10 +44,19 @@ class TrainState:
             worker: This worker.
         """
         self.device, self.worker, self._seed = torch.device(worker.device), worker, config.seed
-        self.optimizer = build_optimizer(groups, config.optim, self.device)
+        self._names = [group.get("name") for group in groups]
+        unnamed = [{key: value for key, value in group.items() if key != "name"} for group in groups]
+        self.optimizer = build_optimizer(unnamed, config.optim, self.device)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps)
         self.progress = Progress()
         _seed_worker(config.seed, worker.rank)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The next step's largest ``learning_rate``, and ``learning_rate_NAME`` of each group that has a name."""
+        rates = list(map(float, self.schedule.get_last_lr()))
+        named = {f"learning_rate_{name}": rate for name, rate in zip(self._names, rates, strict=False) if name}
+        return {"learning_rate": max(rates), **named}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of all workers but the progress, which `progress_dict` gives; called on every worker.

@@ -72,8 +72,8 @@ class TrainingDiverged(UserError):
 
 def update_weights(
     state: TrainState, trainable: Sequence[nn.Parameter], losses: dict[str, Tensor], optim: OptimConfig
-) -> tuple[Tensor, float]:
-    """Moves the weights by their gradients; returns their norm, before clipping, and the largest learning rate.
+) -> tuple[Tensor, dict[str, float]]:
+    """Moves the weights by their gradients; returns their norm, before clipping, and the learning rates.
 
     Args:
         state: Of the training; its step is counted.
@@ -92,12 +92,12 @@ def update_weights(
             f"({terms}, grad_norm={float(grad_norm)}); start a new run with a lower optim.learning_rate, with "
             "optim.clip_grad_norm, or with train.precision=fp32"
         )
-    learning_rate = float(max(state.schedule.get_last_lr()))
+    learning_rates = state.learning_rates
     state.optimizer.step()
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.progress.step += 1
-    return grad_norm, learning_rate
+    return grad_norm, learning_rates
 
 
 def train_step(

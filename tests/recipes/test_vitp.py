@@ -36,7 +36,7 @@ from harma_ray.recipes.vitp.task import token_drop_of
 from harma_ray.recipes.vitp.vocabulary import vocabulary
 from harma_ray.runs import Run, create_run, open_run
 from harma_ray.settings import build_config
-from harma_ray.training.checkpoint import META_NAME, list_checkpoints
+from harma_ray.training.checkpoint import META_NAME, list_checkpoints, load_state
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import autocast_of, parameters_without_gradient, train_step
 from harma_ray.training.tracking import read_records
@@ -204,6 +204,19 @@ def test_a_run_goes_on_with_the_labelled_data_it_was_begun_on(data, tmp_path):
     assert train(short, tmp_path / "run")["steps"] == 2
     (notice,) = [record["text"] for record in read_records(tmp_path / "run") if record["kind"] == "notice"]
     assert "does not say what features.data/train, features.data/val held" in notice
+
+
+def test_the_learning_rate_of_every_layer_is_recorded_where_they_differ(data, tmp_path):
+    train(settings(data, groups__layer_decay=0.5, optim__schedule="linear"), tmp_path)
+    steps = [record for record in read_records(tmp_path) if record["kind"] == "step"]
+    names = ["vision_embeddings", *(f"vision_layer_{number}" for number in range(4)), "rest"]
+    for done, record in enumerate(steps):
+        peak = 1e-3 * (1 - done / 3)
+        found = [record[f"learning_rate_{name}"] for name in names]
+        assert found == pytest.approx([peak * 0.5**distance for distance in (5, 4, 3, 2, 1, 0)])
+        assert record["learning_rate"] == pytest.approx(peak)
+    state = load_state(list_checkpoints(tmp_path)[-1])
+    assert not any("name" in group for group in state["optimizer"]["param_groups"])
 
 
 def test_answers_are_drawn_beside_the_true_ones(data):

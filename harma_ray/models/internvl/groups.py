@@ -27,7 +27,7 @@ def parameter_groups(
             decay, too, which are all norms of the language model.
         layer_decay: In (0, 1]. A vision transformer of n layers learns at rates that are multiplied by
             ``layer_decay ** (n + 1 - k)``, where k = 0 for its embeddings and i + 1 for layer i; 1: all alike, as in
-            ViTP's pretraining.
+            ViTP's pretraining. Below 1 groups have names, such as ``vision_layer_0`` and ``rest``.
 
     Raises:
         UserError: If the layer decay is none.
@@ -39,11 +39,14 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        scale, decays = layer_decay ** _distance(model, name), name not in undecayed
+        distance, decays = _distance(model, name), name not in undecayed
+        scale = layer_decay**distance
         group = groups.setdefault(
             (scale, decays),
             {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr": learning_rate * scale},
         )
+        if layer_decay < 1:
+            group["name"] = _name(model, distance)
         group["params"].append(parameter)
     return list(groups.values())
 
@@ -67,3 +70,9 @@ def _distance(model: VisualInstructionModel, name: str) -> int:
         return num_layers + 1
     layer = re.search(r"\.vision_tower\.encoder\.layer\.(\d+)\.", name)
     return num_layers - int(layer[1]) if layer else 0
+
+
+def _name(model: VisualInstructionModel, distance: int) -> str:
+    """Returns what the parameters at a distance are called, the first layer ``vision_layer_0``."""
+    layer = len(model.vision_tower.encoder.layer) - distance
+    return "vision_embeddings" if layer < 0 else f"vision_layer_{layer}" if distance else "rest"
