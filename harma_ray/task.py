@@ -240,7 +240,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
 
         Of a batch in which it is 0 the terms must be 0.
         """
-        return torch.tensor(len(batch["row"]), device=batch["row"].device)
+        return torch.tensor(len(batch["row"]))
 
     def amounts(self, batch: Batch) -> Mapping[str, Tensor]:
         """Returns what else a batch holds, as scalars by name: of ``tokens``, ``tokens_per_second`` is recorded."""

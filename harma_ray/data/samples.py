@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,9 @@ Array: TypeAlias = "np.ndarray | np.generic | Tensor"
 
 class RowTransform(ABC):
     """Turns one row of a shard into the arrays of one sample; runs inside Ray Data, so it must pickle."""
+
+    on_cpu: ClassVar[frozenset[str]] = frozenset()
+    """Names of what stays on the CPU, as ``row`` and ``caption`` do, when a batch goes to a model's device."""
 
     @abstractmethod
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from harma_ray.config import DataConfig
 from harma_ray.data.order import (
@@ -94,8 +95,19 @@ class Batches:
         return replace(self, decode=DecodeRows(self.decode.transform, self.decode.seed, num_threads))
 
     def collate(self, table: pa.Table) -> Batch:
-        """Decodes rows into tensors on CPU."""
-        return {name: torch.as_tensor(array) for name, array in self.decode(table).items()}
+        """Decodes rows into tensors on CPU, in memory from which they can be sent."""
+        return {name: self._sendable(torch.as_tensor(array)) for name, array in self.decode(table).items()}
+
+    def send(self, batch: Batch) -> Batch:
+        """Returns a batch on the device, but for `RowTransform.on_cpu`; nobody waits for the device."""
+        kept = self.decode.transform.on_cpu | {"row", "caption"}
+        return {
+            name: value if name in kept else self._sendable(value).to(self.device, non_blocking=True)
+            for name, value in batch.items()
+        }
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if torch.device(self.device).type == "cuda" else tensor
 
 
 Loader = Callable[[IndexedSplit, Sequence[Chunk], Batches], Iterator[Batch]]
@@ -110,10 +122,10 @@ def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -
         table = table if rest is None else pa.concat_tables([rest, table])
         full = len(table) - len(table) % how.batch_size
         for part in iterate_slices(full, how.batch_size):
-            yield _to_device(how.collate(table.slice(part.start, how.batch_size)), how.device)
+            yield how.send(how.collate(table.slice(part.start, how.batch_size)))
         rest = table.slice(full)
     if rest is not None and len(rest):
-        yield _to_device(how.collate(rest), how.device)
+        yield how.send(how.collate(rest))
 
 
 def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
@@ -223,11 +235,7 @@ class EvaluationStream:
             yield batch
 
 
-def _to_device(batch: Batch, device: str) -> Batch:
-    return {name: value.to(device) for name, value in batch.items()}
-
-
 def _check_order(batch: Batch, expected: np.ndarray) -> None:
-    seen = torch.stack([batch["row"], batch["caption"]], dim=1).cpu().numpy()
+    seen = torch.stack([batch["row"], batch["caption"]], dim=1).numpy()
     if not np.array_equal(seen, expected):
         raise RuntimeError("the loader delivered samples in another order than planned; the stream cannot be trusted")

@@ -53,7 +53,7 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
     )
     options: dict[str, Any] = {
-        "batch_size": how.batch_size, "prefetch_batches": config.prefetch_batches, "device": how.device
+        "batch_size": how.batch_size, "prefetch_batches": config.prefetch_batches, "device": "cpu"
     }  # fmt: skip
     if config.decode == "tasks":
         dataset = dataset.map_batches(
@@ -63,7 +63,8 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
         options["collate_fn"] = _Collate(how.with_threads(-(-how.decode.num_threads // at_once)))
     with closing_batches(dataset.iter_torch_batches(**options)) as batches:
-        yield from batches
+        for batch in batches:
+            yield how.send(batch)
 
 
 class _ChunkSource(Datasource):

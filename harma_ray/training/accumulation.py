@@ -40,7 +40,8 @@ def summed_step(
     Returns:
         The terms of the loss of the whole global batch.
     """
-    counts = torch.stack([task.counted(part) for part in parts]).float()
+    device = next(model.parameters()).device  # where workers add up, though tokens are counted on the CPU
+    counts = torch.stack([task.counted(part) for part in parts]).float().to(device, non_blocking=True)
     shares = counts / sum_over_ranks(counts.sum()).clamp(min=1)  # 0 in a batch that counts nothing
     sums: dict[str, Tensor] = {}
     for number, (part, share) in enumerate(zip(parts, shares, strict=True)):

@@ -148,6 +148,23 @@ def test_every_parameter_learns_from_any_batch(data):
     assert found == []
 
 
+@pytest.mark.parametrize("preset", ["paper", "guide"])
+def test_a_step_asks_its_device_for_nothing(data, preset):
+    """Whoever asks torch's ``meta`` device for a value fails; a GPU would have to be waited for."""
+    config = settings(data, train__accumulation=2, model__activation_checkpointing=True, token_drop__preset=preset)
+    task = make_task(config)
+    model = task.new_model().to("meta").train()
+    worker = Worker(device="meta")
+    stream = TrainingStream(
+        planned_order(config), task.transform(training=True), config.data, worker, local_batches
+    ).steps(0, 1, 2)
+    parts = [next(stream) for _ in range(2)]
+    train_step(task, model, parts, config.train, autocast_of(config.train, torch.device("cpu")))
+    assert all(parameter.grad.is_meta for parameter in model.parameters() if parameter.requires_grad)
+    assert [name for name, tensor in parts[0].items() if tensor.is_meta] == ["pixels"]
+    assert int(task.amounts(parts[0])["tokens"]) > 4
+
+
 def test_accumulation_changes_nothing(data):
     config = settings(data, token_drop__preset="none", model__drop_path=0)
     rows = rows_of(config, count=8)

@@ -167,7 +167,7 @@ def loss_on_talks(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in data.batches(TalkTransform(reader, training=False), batch_size=batch_size):
         found = model(batch["pixels"], batch["ids"], batch["mask"], batch["labels"])
-        count = (batch["labels"][:, 1:] != IGNORED).sum()
+        count = (batch["labels"][:, 1:] != IGNORED).sum().to(device)
         sums += torch.stack([found["loss"] * count, found["right"], count]).double()
     total, right, count = sum_over_ranks(sums).tolist()
     return {"loss": total / count, "token_accuracy": 100 * right / count}

@@ -105,6 +105,7 @@ class TalkTransform(RowTransform):
 
     reader: TalkReader
     training: bool
+    on_cpu = frozenset({"ids", "mask", "labels", "scores"})  # the model counts and places tokens there
 
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns what `TalkReader.read` does, and ``scores``, float32[L], by which image tokens are dropped.
