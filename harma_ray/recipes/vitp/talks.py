@@ -193,4 +193,9 @@ def backbone_of(config: VitpConfig) -> InternVLBackbone:
 @functools.lru_cache(maxsize=4)
 def _encoder(backbone: InternVLBackbone) -> Callable[[str], list[int]]:
     tokenizer = backbone.tokenizer()
-    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+    @functools.lru_cache(maxsize=256)  # headers, the system prompt and common questions come again and again
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return encode
