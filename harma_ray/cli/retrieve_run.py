@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from harma_ray.files import output_path, write_text
 from harma_ray.report.by_class import Pictured, retrieval_sections
 from harma_ray.report.evaluation import PAGE_NAME, FiguresTable
 from harma_ray.report.page import paragraph, write_page
-from harma_ray.vectors.comparison import Measured, Problem, Wanted, choose_methods, measure
+from harma_ray.retrieval.by_class import ByClassResult, ByClassRetrieval
+from harma_ray.vectors.comparison import Method, Problem, Wanted, choose_methods, measure
 from harma_ray.vectors.index import import_faiss
 from harma_ray.vectors.pictures import find_pictures
 from harma_ray.vectors.store import Store, open_store
@@ -51,20 +53,46 @@ def retrieve_and_print(
     methods = choose_methods(problem, wanted)
     for line in _describe(problem, *stores):
         print(line)
-    found = {method.name: measure(problem, method, wanted) for method in methods}
-    first = next(iter(found.values())).result
-    intervals, chance = {name: each.result.intervals() for name, each in found.items()}, first.chance()
-    table = methods_table({name: each.result.metrics for name, each in found.items()}, intervals, chance)
+    found = _measure_each(problem, methods, wanted, keep_best=folder is not None)
+    intervals = {name: result.intervals() for name, result in found.results.items()}
+    chance = found.results["plain"].chance()
+    table = methods_table({name: result.metrics for name, result in found.results.items()}, intervals, chance)
     print(table)
-    notes = [f"{name}: {note}" for name, each in found.items() for note in each.notes]
-    for note in notes:
-        print(note)
+    for line in found.lines():
+        print(line)
     if figures:
         outcome = _outcome(problem, stores, wanted, found, intervals, chance)
         write_text(figures, json.dumps(outcome, indent=1))
         print(f"figures    {figures}")
-    if folder:
-        _write_page(folder, problem, stores, found, table, notes)
+    if folder and found.best:
+        _write_page(folder, problem, stores, found.lines(), found.best, table)
+
+
+@dataclass
+class _Found:
+    """What the methods found, by their names; a method may need a gallery in a space of its own, which is large."""
+
+    results: dict[str, ByClassResult] = field(default_factory=dict)
+    notes: dict[str, Sequence[str]] = field(default_factory=dict)
+    """Of their indices."""
+    best: tuple[str, ByClassRetrieval] | None = None
+    """The method whose last figure is the highest, and its vectors, which no other keeps."""
+
+    def lines(self) -> list[str]:
+        """Returns the notes, each with the method's name."""
+        return [f"{name}: {note}" for name, notes in self.notes.items() for note in notes]
+
+
+def _measure_each(problem: Problem, methods: Sequence[Method], wanted: Wanted, *, keep_best: bool) -> _Found:
+    found, highest = _Found(), -1.0
+    for method in methods:
+        retrieval, found.notes[method.name] = measure(problem, method, wanted)
+        found.results[method.name] = retrieval.result
+        figure = list(retrieval.result.metrics.values())[-1]
+        if keep_best and figure > highest:
+            found.best, highest = (method.name, retrieval), figure
+        del retrieval  # before the next one needs memory
+    return found
 
 
 def _describe(problem: Problem, query: Store, gallery: Store) -> list[str]:
@@ -117,7 +145,7 @@ def _outcome(
     problem: Problem,
     stores: tuple[Store, Store],
     wanted: Wanted,
-    found: Mapping[str, Measured],
+    found: _Found,
     intervals: Mapping[str, Mapping[str, tuple[float, float]]],
     chance: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -133,12 +161,12 @@ def _outcome(
         "chance": dict(chance),
         "methods": {
             name: {
-                "metrics": each.result.metrics,
+                "metrics": result.metrics,
                 "interval_95": dict(intervals[name]),
-                "notes": list(each.notes),
-                "classes": {row.name: row.metrics for row in each.result.by_class()},
+                "notes": list(found.notes[name]),
+                "classes": {row.name: row.metrics for row in result.by_class()},
             }
-            for name, each in found.items()
+            for name, result in found.results.items()
         },
     }
 
@@ -147,20 +175,19 @@ def _write_page(
     folder: Path,
     problem: Problem,
     stores: tuple[Store, Store],
-    found: Mapping[str, Measured],
-    table: FiguresTable,
     notes: Sequence[str],
+    best: tuple[str, ByClassRetrieval],
+    table: FiguresTable,
 ) -> None:
-    """Writes the page of the best method, by its last figure, and prints where it is."""
-    names = list(found)
-    best = max(names, key=lambda name: (list(found[name].result.metrics.values())[-1], -names.index(name)))
+    """Writes the page of the best method and prints where it is."""
+    name, retrieval = best
     readers = [find_pictures(store) for store in stores]
     missing = [reader for reader in readers if isinstance(reader, str)]
     reads = [reader for reader in readers if not isinstance(reader, str)]
     pictured = Pictured(*reads) if len(reads) == len(readers) else None
     why = f"Images are not shown: {missing[0]}." if missing else ""
-    html = table.to_html() + "".join(map(paragraph, (_NOTE, *notes, f"Everything below is of: {best}.")))
-    sections = retrieval_sections(found[best].retrieval, pictured, why)
+    html = table.to_html() + "".join(map(paragraph, (_NOTE, *notes, f"Everything below is of: {name}.")))
+    sections = retrieval_sections(retrieval, pictured, why)
     subtitle = "; ".join(_describe(problem, *stores))
     path = write_page(
         folder, PAGE_NAME, "Retrieval by class", subtitle, [Section("results", "Results", html), *sections]

@@ -62,9 +62,13 @@ class Classes:
         right = torch.bincount(self.gallery, minlength=len(self.names))[self.queries]
         total = torch.full_like(right, len(self.gallery))
         if excluded is not None:
-            query, item = excluded.pairs()
-            same = query[self.queries[query] == self.gallery[item]]
-            right = right - torch.bincount(same, minlength=len(right))
+            # Queries of one class that share a set are counted once: there may be many copies of an image.
+            shared = torch.where(excluded.sizes > 0, excluded.firsts * len(self.names) + self.queries, -1)
+            distinct, place = shared.unique(return_inverse=True)
+            one = torch.empty_like(distinct).scatter_(0, place, torch.arange(len(place)))
+            query, item = excluded.chosen(one).pairs()
+            same = query[self.queries[one][query] == self.gallery[item]]
+            right = right - torch.bincount(same, minlength=len(one))[place]
             total = total - excluded.sizes
         return right, total
 

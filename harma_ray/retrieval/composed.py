@@ -122,7 +122,7 @@ def composed_recalls(vectors: Tensor, gallery: Tensor, queries: ComposedQueries)
         )
     split = _split(queries, len(gallery))
     if split.members is not None:
-        answers, removed = [_one_each(split.target)], _one_each(split.reference)
+        answers, removed = [Groups.one_each(split.target)], Groups.one_each(split.reference)
         in_gallery, among_members = (
             rank_first_relevant(vectors, gallery, answers, excluded=removed, candidates=candidates)[0]
             for candidates in (None, split.members)
@@ -132,7 +132,7 @@ def composed_recalls(vectors: Tensor, gallery: Tensor, queries: ComposedQueries)
     items_of = _positions_by_key(split.gallery_categories)
     for category, rows in _positions_by_key(split.categories).items():
         items = items_of[category]
-        answers = [_one_each(torch.searchsorted(items, split.target[rows]))]
+        answers = [Groups.one_each(torch.searchsorted(items, split.target[rows]))]
         (ranks[rows],) = rank_first_relevant(vectors[rows], gallery[items], answers)
     return ComposedResult(ranks, categories=list(split.categories))
 
@@ -247,11 +247,6 @@ def _refuse(rule: str, offending: Tensor) -> None:
     queries = offending.nonzero()[:, 0].tolist()
     if queries:
         raise UserError(f"{rule}; this fails for queries {queries[:5]} ({len(queries)} in all)")
-
-
-def _one_each(positions: Tensor) -> Groups:
-    """Gives each query one gallery item, int64 [Q]."""
-    return Groups(torch.arange(len(positions) + 1), positions)
 
 
 def _positions_by_key(keys: Sequence[str]) -> dict[str, Tensor]:

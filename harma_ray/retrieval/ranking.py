@@ -9,46 +9,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
 
-_SCORES_PER_CHUNK = 2**22  # of the one part of the score matrix that is in memory: at about 13 bytes a score
+_SCORES_PER_CHUNK = 2**22  # of the part of the score matrix that is worked on: at up to 40 bytes a score
+_SCORES_PER_PASS = 2**25  # that a large gallery is read for once: at 4 bytes a score
+_NUMBERS_KEPT = 2**25  # of a gallery in fixed point, at 8 bytes; more are made for each pass anew, a block at a time
+_NUMBERS_PER_BLOCK = 2**20
 _FRACTION_BITS = 26  # see _fixed_point
 _MAX_NORM = 2.0**63  # the product of two such norms still fits float32
 
 
 @dataclass(frozen=True)
 class Groups:
-    """A set of gallery items for each query, in compressed sparse rows.
+    """A set of gallery items for each query; queries of equal sets may share one.
 
     Attributes:
-        indptr: int64 [Q+1], on the CPU; the items of query q are `indices[indptr[q]:indptr[q+1]]`.
+        firsts: int64 [Q], on the CPU; the items of query q are `indices[firsts[q]:firsts[q] + sizes[q]]`.
+        sizes: int64 [Q], on the CPU; number of items of each query.
         indices: int64 [P], on the CPU; 0-based gallery positions, strictly increasing within a query.
     """
 
-    indptr: Tensor
+    firsts: Tensor
+    sizes: Tensor
     indices: Tensor
 
     def __post_init__(self) -> None:
-        assert self.indptr.dtype == self.indices.dtype == torch.int64
-        assert self.indptr[0] == 0
-        assert self.indptr[-1] == len(self.indices)
-        sizes = self.sizes
-        assert (sizes >= 0).all()
-        starts_query = torch.zeros(len(self.indices), dtype=torch.bool)
-        starts_query[self.indptr[:-1][sizes > 0]] = True
-        assert (starts_query[1:] | (self.indices.diff() > 0)).all(), "the items of a query must increase"
+        assert self.firsts.dtype == self.sizes.dtype == self.indices.dtype == torch.int64
+        firsts, ends = (part[self.sizes > 0] for part in (self.firsts, self.firsts + self.sizes))
+        assert not len(ends) or (firsts.min() >= 0 and ends.max() <= len(self.indices))
+        assert (self.sizes >= 0).all()
+        follows = torch.zeros(len(self.indices) + 1, dtype=torch.int64)  # above 0 where the item before is of the set
+        follows.index_add_(0, firsts + 1, torch.ones_like(firsts)).index_add_(0, ends, torch.full_like(ends, -1))
+        assert (follows.cumsum(0)[1:-1].eq(0) | (self.indices.diff() > 0)).all(), "the items of a query must increase"
 
     @classmethod
     def from_pairs(cls, query_indices: Tensor, item_indices: Tensor, *, num_queries: int) -> "Groups":
         """Collects (query, item) pairs, int64 [P] each, in any order; repeated pairs count once."""
         if not len(query_indices):
-            return cls(torch.zeros(num_queries + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+            return cls(*(torch.zeros(length, dtype=torch.int64) for length in (num_queries, num_queries, 0)))
         width = int(item_indices.max()) + 1
         if query_indices.min() < 0 or query_indices.max() >= num_queries or item_indices.min() < 0:
             raise UserError(f"query indices must lie in 0..{num_queries - 1} and item indices must not be negative")
         flat = torch.unique(query_indices.cpu() * width + item_indices.cpu())
         queries = torch.div(flat, width, rounding_mode="floor")
-        return cls(_row_pointers(torch.bincount(queries, minlength=num_queries)), flat - queries * width)
+        sizes = torch.bincount(queries, minlength=num_queries)
+        return cls(_firsts(sizes), sizes, flat - queries * width)
+
+    @classmethod
+    def one_each(cls, items: Tensor) -> "Groups":
+        """Gives each query one item, int64 [Q]."""
+        return cls(torch.arange(len(items)), torch.ones_like(items), items)
 
     @classmethod
     def from_lists(cls, lists: Iterable[Iterable[int]]) -> "Groups":
@@ -73,31 +84,21 @@ class Groups:
         query_numbers = torch.tensor([number_of.get(key, unknown) for key in _hashable(query_keys)], dtype=torch.int64)
         items_by_number = torch.argsort(item_numbers, stable=True)  # stable: increasing within a key
         items_per_number = torch.bincount(item_numbers, minlength=unknown + 1)
-        first_of_number = _row_pointers(items_per_number)[:-1]
-        sizes = items_per_number[query_numbers]
-        indptr = _row_pointers(sizes)
-        offset_in_query = torch.arange(int(indptr[-1])) - torch.repeat_interleave(indptr[:-1], sizes)
-        first = torch.repeat_interleave(first_of_number[query_numbers], sizes)
-        return cls(indptr, items_by_number[first + offset_in_query])
-
-    @property
-    def sizes(self) -> Tensor:
-        """Number of items of each query, int64 [Q]."""
-        return self.indptr.diff()
+        return cls(_firsts(items_per_number)[query_numbers], items_per_number[query_numbers], items_by_number)
 
     def chosen(self, queries: Tensor) -> "Groups":
         """The sets of some queries, int64, in their order."""
-        bounds = self.indptr.tolist()
-        return Groups.from_lists(self.indices[bounds[row] : bounds[row + 1]].tolist() for row in queries.tolist())
+        return Groups(self.firsts[queries], self.sizes[queries], self.indices)
 
     def pairs(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """All pairs of queries start..stop-1: query index minus `start`, and item index; int64 [P] each."""
-        bounds = self.indptr[start : None if stop is None else stop + 1]
-        return torch.repeat_interleave(bounds.diff()), self.indices[int(bounds[0]) : int(bounds[-1])]
+        firsts, sizes = self.firsts[start:stop], self.sizes[start:stop]
+        query = torch.repeat_interleave(sizes)
+        return query, self.indices[(firsts - _firsts(sizes))[query] + torch.arange(len(query))]
 
 
-def _row_pointers(sizes: Tensor) -> Tensor:
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+def _firsts(sizes: Tensor) -> Tensor:
+    return sizes.cumsum(0) - sizes
 
 
 def _hashable(keys: Sequence[Hashable] | Tensor) -> Sequence[Hashable]:
@@ -109,18 +110,18 @@ def _listing(indices: Tensor) -> str:
     return shown if len(indices) <= 5 else f"{shown}, ... ({len(indices)} in all)"
 
 
-def _fixed_point(embeddings: Tensor, name: str) -> Tensor:
+def _fixed_point(embeddings: Tensor, name: str, first: int = 0) -> Tensor:
     """Rounds each row to multiples of 2^-26 of (a power of two just above) its norm, as float64 [rows, E].
 
     The product of two such rows is an integer below 2^53 times a power of two, and so is every partial sum of it
     (Cauchy-Schwarz). A float64 matrix product of them therefore has no rounding error in whatever order a library
     sums: a score is the same in any chunk, tile, number of threads or device, and equal rows score exactly equal.
     In float32 a score depends on where in the matrix it stands, and ties come and go with the chunk size. The error
-    of the rounding, about 1e-8 of the norm, is that of a float32 product or less.
+    of the rounding, about 1e-8 of the norm, is that of a float32 product or less. Messages count rows from `first`.
     """
     rows = embeddings.detach().to(torch.float64, copy=True)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    unusable = (~(norms[:, 0] < _MAX_NORM)).nonzero()[:, 0]  # not a number fails the comparison too
+    unusable = first + (~(norms[:, 0] < _MAX_NORM)).nonzero()[:, 0]  # not a number fails the comparison too
     if len(unusable):
         raise UserError(
             f"`{name}` must be finite with norms below {_MAX_NORM:.1e}, but rows {_listing(unusable)} are not"
@@ -146,20 +147,40 @@ def score_chunks(
     for groups in (excluded, candidates, *relevants):
         if groups is not None:
             _check_fit(groups, num_queries, num_items)
-    device = torch.device("cpu") if gallery.device.type == "mps" else gallery.device  # MPS has no float64
-    columns = _fixed_point(gallery.to(device), "gallery").T
-    rows = _fixed_point(queries.to(device), "queries")
     chunk_size = max(1, _SCORES_PER_CHUNK // max(1, num_items))
-    for start in range(0, num_queries, chunk_size):
-        stop = min(start + chunk_size, num_queries)
-        scores = (rows[start:stop] @ columns).float()
-        if candidates is not None:
-            pairs = _on_device(device, candidates.pairs(start, stop))
-            every_score, scores = scores, torch.full_like(scores, -torch.inf)
-            scores[pairs] = every_score[pairs]
-        if excluded is not None:
-            scores[_on_device(device, excluded.pairs(start, stop))] = -torch.inf
-        yield start, stop, scores
+    for first, found in _exact_scores(queries, gallery, chunk_size):
+        for part in iterate_slices(len(found), chunk_size):
+            start, stop, scores = first + part.start, first + part.stop, found[part]
+            if candidates is not None:
+                pairs = _on_device(scores.device, candidates.pairs(start, stop))
+                every_score, scores = scores, torch.full_like(scores, -torch.inf)
+                scores[pairs] = every_score[pairs]
+            if excluded is not None:
+                scores[_on_device(scores.device, excluded.pairs(start, stop))] = -torch.inf
+            yield start, stop, scores
+
+
+def _exact_scores(queries: Tensor, gallery: Tensor, num_queries: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields the first of some queries, and their scores, float32 [some, G]; of a large gallery for more at a time.
+
+    Args:
+        queries: [Q, E].
+        gallery: [G, E], of which no more than a block is in memory in fixed point, unless it is small.
+        num_queries: How many come at a time if it is.
+    """
+    num_items, width = gallery.shape
+    device = torch.device("cpu") if gallery.device.type == "mps" else gallery.device  # MPS has no float64
+    whole = _fixed_point(gallery.to(device), "gallery") if gallery.numel() <= _NUMBERS_KEPT else None
+    if whole is None:
+        num_queries = max(num_queries, _SCORES_PER_PASS // num_items)
+    block = num_items if whole is not None else max(1, _NUMBERS_PER_BLOCK // width)
+    for some in iterate_slices(len(queries), num_queries):
+        rows = _fixed_point(queries[some].to(device), "queries", some.start)
+        scores = torch.empty(len(rows), num_items, device=device)
+        for part in iterate_slices(num_items, max(1, block)):
+            columns = whole if whole is not None else _fixed_point(gallery[part].to(device), "gallery", part.start)
+            scores[:, part] = rows @ columns.T
+        yield some.start, scores
 
 
 def _check_fit(groups: Groups, num_queries: int, num_items: int) -> None:

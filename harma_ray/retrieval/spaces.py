@@ -3,10 +3,11 @@
 Shapes: Q queries, G gallery images, E embedding width, F width in the other space, k neighbours.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,10 +103,10 @@ def fit_standardisation(gallery: Tensor) -> Space:
     Args:
         gallery: [G, E].
     """
-    from sklearn.preprocessing import StandardScaler
-
-    fitted = StandardScaler().fit(_as_array(gallery))
-    return Space(torch.from_numpy(np.asarray(fitted.mean_)), 1 / torch.from_numpy(np.asarray(fitted.scale_)))
+    mean, products = _moments(gallery, lambda centred: (centred**2).sum(dim=0))
+    variances = products / len(gallery)
+    varies = variances > _NO_VARIANCE * variances.max()
+    return Space(mean, torch.where(varies, variances, 1).rsqrt())
 
 
 def expand_queries(
@@ -160,15 +161,13 @@ def _components(gallery: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         )
     if bool((gallery == gallery[0]).all()):
         raise UserError("PCA needs a gallery of different vectors, but all are equal")
-    from sklearn.decomposition import PCA
-
-    solver = "covariance_eigh" if rows > width else "full"  # exact both; the former makes no copy of a large gallery
-    fitted = PCA(count, svd_solver=solver).fit(_as_array(gallery))
-    mean, directions, variances = (
-        torch.from_numpy(np.asarray(found)) for found in (fitted.mean_, fitted.components_, fitted.explained_variance_)
-    )
-    return mean, directions.T, variances
+    mean, products = _moments(gallery, lambda centred: centred.T @ centred)
+    variances, directions = torch.linalg.eigh(products / (rows - 1))  # the smallest first
+    return mean, directions.flip(1)[:, :count], variances.clamp(min=0).flip(0)[:count]
 
 
-def _as_array(gallery: Tensor) -> np.ndarray:
-    return gallery.detach().cpu().double().numpy()
+def _moments(gallery: Tensor, products: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the mean of a gallery, float64 [E], and the sum of what is made of its parts with the mean taken off."""
+    parts = [*iterate_slices(len(gallery), _ROWS_AT_ONCE)]  # for float64 of all would be twice the gallery's memory
+    mean = torch.stack([gallery[part].double().sum(dim=0) for part in parts]).sum(dim=0) / len(gallery)
+    return mean, functools.reduce(torch.add, (products(gallery[part].double() - mean) for part in parts))

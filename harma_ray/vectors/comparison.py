@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.by_class import ByClassResult, ByClassRetrieval, judge_neighbours, rank_by_class
+from harma_ray.retrieval.by_class import ByClassRetrieval, judge_neighbours, rank_by_class
 from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.retrieval.ranking import Groups, top_k
 from harma_ray.retrieval.spaces import Search, Space, expand_queries, fit_pca, fit_standardisation, fit_whitening
@@ -95,25 +95,10 @@ class Problem:
         if not len(rows):
             raise UserError(f"no query of {query.path} has another image of its class in the gallery {gallery.path}")
         left_out = [query.ids[row] for row in without]
+        vectors = query.vectors
         if left_out:
-            classes, excluded = classes.chosen(rows), excluded.chosen(rows)
-        units = gallery.units()
-        own = units if query is gallery else query.units()
-        return Problem(own[rows], units, classes, excluded, rows, left_out)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a method found."""
-
-    retrieval: ByClassRetrieval
-    notes: Sequence[str]
-    """Of its index."""
-
-    @property
-    def result(self) -> ByClassResult:
-        """Its ranks."""
-        return self.retrieval.result
+            classes, excluded, vectors = classes.chosen(rows), excluded.chosen(rows), vectors[rows]
+        return Problem(vectors, gallery.vectors, classes, excluded, rows, left_out)
 
 
 def choose_methods(problem: Problem, wanted: Wanted) -> list[Method]:
@@ -142,15 +127,17 @@ def choose_methods(problem: Problem, wanted: Wanted) -> list[Method]:
     return methods
 
 
-def measure(problem: Problem, method: Method, wanted: Wanted) -> Measured:
-    """Searches in the way of a method.
+def measure(problem: Problem, method: Method, wanted: Wanted) -> tuple[ByClassRetrieval, list[str]]:
+    """Searches in the way of a method; also returns what is to be said of its index.
 
     Raises:
         UserError: If no index can be built.
     """
     queries, gallery, notes = problem.queries, problem.gallery, []
     if method.space:
-        queries, gallery = method.space(queries), method.space(gallery)
+        same = queries is gallery
+        gallery = method.space(gallery)
+        queries = gallery if same else method.space(queries)
     started = time.perf_counter()
     index = None if wanted.index == "exact" else build_index(wanted.index, gallery)
     built = time.perf_counter() - started
@@ -169,7 +156,7 @@ def measure(problem: Problem, method: Method, wanted: Wanted) -> Measured:
         notes = [f"index {index.kind}{f' ({index.note})' if index.note else ''}, built in {built:.1f} s, {each}"]
         if not index.is_exact:
             notes.append(_tell_recall(problem, queries, gallery, items))
-    return Measured(ByClassRetrieval(queries, gallery, problem.excluded, result, problem.rows), notes)
+    return ByClassRetrieval(queries, gallery, problem.excluded, result, problem.rows), notes
 
 
 def _search_by(index: Index | None) -> Search:

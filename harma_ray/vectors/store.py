@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.data.manifest import MANIFEST_NAME
+from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError, first_few
 from harma_ray.retrieval.encoding import VectorIdentity
 
@@ -33,6 +34,7 @@ NPZ = ".npz"
 ENCODER = "encoder"
 """Entry of a manifest: what the vectors depend on, `VectorIdentity.values`."""
 
+_ROWS_AT_ONCE = 4096
 _NEEDED = ("id", "kind", "source", "label_name", "content", "vector")
 _WINDOWS_SEPARATOR = re.compile(r"\\(?!x[0-9a-f]{2})")
 """A backslash that is none of an escape of `readable_name`."""
@@ -65,7 +67,7 @@ class Store:
     contents: list[str]
     """N hashes of image files; none: they are not known."""
     vectors: Tensor
-    """fp32[N, E], finite, as the encoder gave them."""
+    """fp32[N, E], of length 1, so that their products are cosines."""
     manifest: Mapping[str, Any]
     """What else is known; empty if there is no manifest."""
 
@@ -78,26 +80,13 @@ class Store:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def units(self) -> Tensor:
-        """Returns vectors of length 1, whose products are cosines: fp32[N, E].
-
-        Raises:
-            UserError: If one has no direction.
-        """
-        zeros = (self.vectors == 0).all(dim=1).nonzero()[:, 0].tolist()
-        if zeros:
-            named = first_few([self.ids[row] for row in zeros])
-            raise UserError(f"{self.path} holds {len(zeros)} vectors of zeros, which have no direction ({named})")
-        exact = self.vectors.double()
-        return (exact / exact.norm(dim=1, keepdim=True)).float()
-
 
 def open_store(path: str | Path) -> Store:
     """Reads the vectors of images of a store.
 
     Raises:
         UserError: If there is none, it is damaged or of an earlier version, it holds no images, or vectors that are not
-            finite or not of the width that its manifest says.
+            finite, have no direction, or are not of the width that its manifest says.
     """
     place = Path(path).expanduser().absolute()
     if place.suffix == NPZ and place.is_file():
@@ -116,13 +105,24 @@ def open_store(path: str | Path) -> Store:
         raise UserError(
             f"{place} must hold vectors of width {width}, as its manifest says, but has {store.vectors.shape[1]}"
         )
-    wrong = (~torch.isfinite(store.vectors).all(dim=1)).nonzero()[:, 0].tolist()
-    if wrong:
-        named = first_few([store.ids[row] for row in wrong])
-        raise UserError(
-            f"{place} holds NaN or infinite numbers in {len(wrong)} vectors ({named}); embed these images again"
-        )
+    _make_units(store)
     return store
+
+
+def _make_units(store: Store) -> None:
+    """Divides vectors that were read by their lengths, where they lie, as a gallery may fill half of the memory."""
+    lengths = torch.empty(len(store), 1, dtype=torch.float64)
+    for part in iterate_slices(len(store), _ROWS_AT_ONCE):
+        exact = store.vectors[part].double()
+        lengths[part] = exact.norm(dim=1, keepdim=True)
+        store.vectors[part] = exact / lengths[part]
+    for wrong, told in (
+        (~lengths.isfinite(), "NaN or infinite numbers in {} vectors ({}); embed these images again"),
+        (lengths == 0, "{} vectors of zeros, which have no direction ({})"),
+    ):
+        rows = wrong[:, 0].nonzero()[:, 0].tolist()
+        if rows:
+            raise UserError(f"{store.path} holds {told.format(len(rows), first_few([store.ids[row] for row in rows]))}")
 
 
 def require_comparable(query: Store, gallery: Store) -> None:
@@ -216,18 +216,31 @@ def _read_parquet(place: Path) -> Store:
         if not set(_NEEDED) <= set(names):
             missing = ", ".join(name for name in _NEEDED if name not in names)
             raise UserError(f"{place} was written by an earlier version (it has no {missing}); embed the images again")
-        table = pq.read_table(place / VECTORS_NAME, columns=list(_NEEDED), filters=[("kind", "==", "image")])
-        vectors = _vectors(table)
+        columns, vectors = _read_images(place / VECTORS_NAME)
     except (OSError, pa.ArrowException, ValueError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(f"cannot read the vectors of {place} ({reason}); embed the images again") from error
-    columns = {name: table[name].to_pylist() for name in ("id", "source", "label_name", "content")}
     return Store(
         place, columns["id"], columns["source"], columns["label_name"],
         columns["content"] if all(columns["content"]) else [], torch.from_numpy(vectors), manifest,
     )  # fmt: skip
+
+
+def _read_images(path: Path) -> tuple[dict[str, list], np.ndarray]:
+    """Returns columns and vectors of the images alone, read a part at a time: vectors are in memory once."""
+    columns: dict[str, list] = {name: [] for name in ("id", "source", "label_name", "content")}
+    with pq.ParquetFile(path) as file:
+        width = file.schema_arrow.field("vector").type.list_size
+        vectors = np.empty((file.metadata.num_rows, width), np.float32)
+        for group in range(file.num_row_groups):  # `iter_batches` would read all of them ahead
+            table = file.read_row_group(group, columns=list(_NEEDED)).filter(pc.field("kind") == "image")
+            first = len(columns["id"])
+            vectors[first : first + len(table)] = _vectors(table)
+            for name, values in columns.items():
+                values += table[name].to_pylist()
+    return columns, vectors[: len(columns["id"])]
 
 
 def _vectors(table: pa.Table) -> np.ndarray:
@@ -263,5 +276,5 @@ def _read_npz(place: Path) -> Store:
     contents = texts.get("contents", [])
     return Store(
         place, texts.get("ids", names), texts.get("sources", names), [label or None for label in labels],
-        contents if all(contents) else [], torch.from_numpy(features.astype(np.float32)), manifest,
+        contents if all(contents) else [], torch.from_numpy(features.astype(np.float32, copy=False)), manifest,
     )  # fmt: skip

@@ -135,7 +135,19 @@ def test_queries_in_the_gallery_never_find_themselves_or_their_copies():
     for query in range(5):
         _, items = found.neighbours([query], 3)
         assert not {hashes[item] for item in items[0].tolist()} & {hashes[query]}
-    assert same_images(["x"], hashes).indices.tolist() == [0, 3]
+    assert same_images(["x"], hashes).pairs()[1].tolist() == [0, 3]
+
+
+def test_copies_of_an_image_take_memory_once_and_are_counted_by_class():
+    keys, numbers = [max(n, 20_000) for n in range(30_000)], torch.arange(30_000) % 3  # 400 million pairs
+    excluded, labels = same_images(keys, keys), [f"class {n}" for n in numbers.tolist()]
+    assert len(excluded.indices) == 30_000
+    right, total = Classes.of(labels, labels).sizes(excluded)
+    assert (total[:20_001] == 9_999).all()
+    assert (total[20_001:] == 29_999).all()
+    for row in (0, 1, 20_000, 20_001, 29_999):
+        same = torch.tensor(keys) == keys[row]
+        assert right[row] == ((numbers == numbers[row]) & ~same).sum()
 
 
 @pytest.mark.parametrize(("size", "right"), [(1, 1), (5, 1), (6, 2), (7, 4), (5, 5)])

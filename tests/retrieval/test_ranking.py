@@ -226,8 +226,9 @@ def test_groups_of_lists_pairs_and_keys_agree():
     from_keys = Groups.from_keys(["a", "none", "b", "a"], ["a", "b", "a"])
     from_tensors = Groups.from_keys(torch.tensor([7, 1, 5, 7]), torch.tensor([7, 5, 7]))
     for groups in (from_lists, from_pairs, from_keys, from_tensors):
-        assert groups.indptr.tolist() == [0, 2, 2, 3, 5]
-        assert groups.indices.tolist() == [0, 2, 1, 0, 2]
+        assert groups.sizes.tolist() == [2, 0, 1, 2]
+        assert [part.tolist() for part in groups.pairs()] == [[0, 0, 2, 3, 3], [0, 2, 1, 0, 2]]
+        assert [part.tolist() for part in groups.chosen(torch.tensor([3, 1, 2])).pairs()] == [[0, 0, 2], [0, 2, 1]]
         assert [part.tolist() for part in groups.pairs(1, 4)] == [[1, 2, 2], [1, 0, 2]]
     assert Groups.from_lists([[], []]).sizes.tolist() == [0, 0]
     assert Groups.from_keys([1, 2], []).sizes.tolist() == [0, 0]

@@ -65,7 +65,7 @@ def predict_cirr(
         features, texts = task.encode(model.to(device).eval(), stream, queries)
         vectors = compose(model, features, texts, queries, query, batch_size=config.train.eval_batch_size)
         gallery = unit(features)
-    reference = Groups(torch.arange(len(queries.pair_ids) + 1), queries.reference)
+    reference = Groups.one_each(queries.reference)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
