@@ -95,7 +95,7 @@ def neighbours_sheet(
     seed: int = 0,
     thumb: int = _THUMB,
 ) -> Image.Image:
-    """Draws queries with their nearest images, those of the query's class in a green frame.
+    """Draws queries with the images that they found, those of the query's class in a green frame.
 
     Args:
         retrieval: Embeddings and ranks.
@@ -119,7 +119,7 @@ def neighbours_sheet(
     k = min(k, int(result.num_items.min()))
     scores, items = retrieval.neighbours(queries, k)
     rows = retrieval.rows[list(queries)].tolist()
-    own, found = pictured.queries(rows, thumb), pictured.gallery(items.flatten().tolist(), thumb)
+    own, found = pictured.queries(rows, thumb), pictured.gallery(items[items >= 0].tolist(), thumb)
     layout = make_layout(thumb, thumb + max(200, round(2.0 * thumb)), k * (thumb + GAP))
     strips = [layout.heading("Image to images", f"the first {k} of {len(retrieval.gallery):,} images")]
     for query, row, near, near_scores in zip(queries, rows, items.tolist(), scores.tolist(), strict=True):
@@ -146,7 +146,8 @@ def _draw_query(
     if int(result.ranks[query]) < int(result.num_items[query]):
         note = f"first of its class at rank {int(result.ranks[query]) + 1:,}"
         layout.write(draw, (left, len(lines) * layout.line), wrap(note, font, layout.left - left - GAP, 2), FAINT)
-    for place, (item, score) in enumerate(zip(items, scores, strict=True)):
+    near = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
+    for place, (item, score) in enumerate(near):
         number = int(classes.gallery[item])
         colour = RIGHT if number == int(classes.queries[query]) else WRONG
         name = wrap(classes.names[number], font, thumb + GAP / 2, 1)

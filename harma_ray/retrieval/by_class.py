@@ -16,7 +16,7 @@ from torch import Tensor
 from harma_ray.errors import UserError, first_few
 from harma_ray.retrieval.classes import Classes
 from harma_ray.retrieval.image_text import chance_recall_at, percentile_intervals, recall_at, resampled_sums
-from harma_ray.retrieval.ranking import Groups, score_chunks, top_k
+from harma_ray.retrieval.ranking import Groups, Search, score_chunks, top_k
 
 TOP_KS = (1, 3, 5)
 
@@ -254,13 +254,17 @@ class ByClassRetrieval:
     """Ranks, from which metrics, intervals and chance follow."""
     rows: Tensor
     """int64[Q], where the queries stand among all images that they were chosen of."""
+    search: Search = top_k
+    """How their neighbours are found."""
 
     def neighbours(self, chosen: Sequence[int], k: int) -> tuple[Tensor, Tensor]:
         """Returns scores, float32, and gallery positions, int64, of the k first images of some queries, the best first.
+
+        Positions are -1 where an approximate index found fewer.
 
         Raises:
             UserError: If a query may find fewer.
         """
         rows = torch.tensor(list(chosen), dtype=torch.int64)
         excluded = self.excluded.chosen(rows) if self.excluded is not None else None
-        return top_k(self.queries[rows], self.gallery, k, excluded=excluded)
+        return self.search(self.queries[rows], self.gallery, k, excluded=excluded)

@@ -5,6 +5,7 @@ Shapes: Q queries, G gallery items, E embedding width, C queries of one chunk, P
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -183,6 +184,25 @@ def _exact_scores(queries: Tensor, gallery: Tensor, num_queries: int) -> Iterato
         yield some.start, scores
 
 
+def score_pairs(queries: Tensor, gallery: Tensor, items: Tensor) -> Tensor:
+    """Returns the scores, as in all rankings here, of some gallery items of each query.
+
+    Args:
+        queries: [Q, E].
+        gallery: [G, E], on the same device.
+        items: int64 [Q, n], gallery positions.
+
+    Returns:
+        float32 [Q, n].
+    """
+    scores = torch.empty(items.shape, device=queries.device)
+    for part in iterate_slices(len(items), max(1, _NUMBERS_PER_BLOCK // max(1, items.shape[1] * gallery.shape[1]))):
+        rows = _fixed_point(queries[part], "queries", part.start)
+        columns = _fixed_point(gallery[items[part].flatten()], "gallery").view(*items[part].shape, -1)
+        scores[part] = (columns @ rows[:, :, None])[:, :, 0]
+    return scores
+
+
 def _check_fit(groups: Groups, num_queries: int, num_items: int) -> None:
     if len(groups.sizes) != num_queries:
         raise UserError(f"groups must have one row a query, but got {len(groups.sizes)} for {num_queries} queries")
@@ -239,6 +259,16 @@ def rank_first_relevant(
             rule = "every query needs a relevant gallery item that is not excluded and, if candidates are given, is one"
             raise UserError(f"{rule}, but queries {_listing(without)} have none; leave them out or correct the groups")
     return ranks
+
+
+class Search(Protocol):
+    """Finds the k gallery vectors of highest inner product for each query; `top_k` does."""
+
+    def __call__(
+        self, queries: Tensor, gallery: Tensor, k: int, *, excluded: Groups | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns scores, float32 [Q, k], highest first, and gallery positions, int64 [Q, k] (-1: fewer found)."""
+        ...
 
 
 def top_k(

@@ -6,30 +6,19 @@ Shapes: Q queries, G gallery images, E embedding width, F width in the other spa
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, top_k
+from harma_ray.retrieval.ranking import Groups, Search, top_k
 
 _ROWS_AT_ONCE = 4096
 EPSILON = 1e-6
 """Added to the variance along a component before whitening divides by its root; vectors have length 1."""
 _NO_VARIANCE = 1e-10
 """Along components with less than this part of the largest variance a gallery does not vary: what is there is noise."""
-
-
-class Search(Protocol):
-    """Finds the k gallery vectors of highest inner product for each query; `harma_ray.retrieval.ranking.top_k` does."""
-
-    def __call__(
-        self, queries: Tensor, gallery: Tensor, k: int, *, excluded: Groups | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns scores, float32 [Q, k], highest first, and gallery positions, int64 [Q, k] (-1: fewer found)."""
-        ...
 
 
 @dataclass(frozen=True)

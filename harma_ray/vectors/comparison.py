@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.by_class import ByClassRetrieval, judge_neighbours, rank_by_class
+from harma_ray.retrieval.by_class import ByClassResult, ByClassRetrieval, judge_neighbours, rank_by_class
 from harma_ray.retrieval.classes import Classes, same_images
-from harma_ray.retrieval.ranking import Groups, top_k
-from harma_ray.retrieval.spaces import Search, Space, expand_queries, fit_pca, fit_standardisation, fit_whitening
+from harma_ray.retrieval.ranking import Groups, Search, top_k
+from harma_ray.retrieval.spaces import Space, expand_queries, fit_pca, fit_standardisation, fit_whitening
 from harma_ray.vectors.index import Index, IndexKind, build_index, recall_against
 from harma_ray.vectors.store import Store, image_keys, require_comparable
 
@@ -141,30 +141,53 @@ def measure(problem: Problem, method: Method, wanted: Wanted) -> tuple[ByClassRe
     started = time.perf_counter()
     index = None if wanted.index == "exact" else build_index(wanted.index, gallery)
     built = time.perf_counter() - started
+    search = _search_by(index, max(wanted.ks))
     if method.expand:
         queries = expand_queries(
-            queries, gallery, method.expand, alpha=method.alpha, excluded=problem.excluded, search=_search_by(index)
+            queries, gallery, method.expand, alpha=method.alpha, excluded=problem.excluded, search=search
         )
     if index is None:
         result = rank_by_class(queries, gallery, problem.classes, excluded=problem.excluded, ks=wanted.ks)
     else:
         started = time.perf_counter()
-        scores, items = index.search(queries, max(wanted.ks), excluded=problem.excluded)
+        result, items = _judge(index, queries, gallery, problem, wanted.ks)
         seconds = time.perf_counter() - started
-        result = judge_neighbours(scores, items, problem.classes, excluded=problem.excluded, ks=wanted.ks)
         each = f"{1000 * seconds / len(queries):.2g} ms a query"
         notes = [f"index {index.kind}{f' ({index.note})' if index.note else ''}, built in {built:.1f} s, {each}"]
         if not index.is_exact:
             notes.append(_tell_recall(problem, queries, gallery, items))
-    return ByClassRetrieval(queries, gallery, problem.excluded, result, problem.rows), notes
+    return ByClassRetrieval(queries, gallery, problem.excluded, result, problem.rows, search), notes
 
 
-def _search_by(index: Index | None) -> Search:
+def _judge(
+    index: Index, queries: Tensor, gallery: Tensor, problem: Problem, ks: Sequence[int]
+) -> tuple[ByClassResult, Tensor]:
+    """Returns the Top-k of what an index finds, and what that is: int64 [Q, k], for the largest k.
+
+    Where more images than k score the same, an exact index must give the exact figures: those queries are ranked anew.
+    """
+    k, classes, excluded = max(ks), problem.classes, problem.excluded
+    more = min(k + index.is_exact, int(classes.sizes(excluded)[1].min()))
+    scores, items = index.search(queries, more, excluded=excluded)
+    result = judge_neighbours(scores[:, :k], items[:, :k], classes, excluded=excluded, ks=ks)
+    if index.is_exact:
+        tied = (scores[:, k:] == scores[:, k - 1 : k]).any(dim=1) if more > k else torch.ones(len(queries)).bool()
+        rows = tied.nonzero()[:, 0]
+        if len(rows):
+            own = classes.chosen(rows), excluded.chosen(rows)
+            exact = rank_by_class(queries[rows], gallery, own[0], excluded=own[1], ks=ks)
+            result.ranks[rows], result.nearest[rows] = exact.ranks, exact.nearest
+    return result, items[:, :k]
+
+
+def _search_by(index: Index | None, least: int) -> Search:
+    """Returns a search by an index for at least so many, as finding more may take other ways through its graph."""
     if index is None:
         return top_k
 
     def search(queries: Tensor, gallery: Tensor, k: int, *, excluded: Groups | None = None) -> tuple[Tensor, Tensor]:
-        return index.search(queries, k, excluded=excluded)
+        scores, items = index.search(queries, max(k, least), excluded=excluded)
+        return scores[:, :k], items[:, :k]
 
     return search
 

@@ -16,16 +16,21 @@ from torch import Tensor
 
 from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups
+from harma_ray.retrieval.ranking import Groups, score_pairs, top_k
 
 IndexKind = Literal["flat", "hnsw", "ivfpq"]
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)
 
 _QUERIES_AT_ONCE = 1024
+_FOUND_AT_ONCE = 2**22
+_SPARE = 32
+"""Neighbours beyond those wanted that a flat search looks at: ties are settled by exact scores, and go on beyond."""
+_MOST_LEFT_OUT = 256
+"""A query of more copies is compared with the whole gallery at once."""
 _HNSW_LINKS = 32
 _HNSW_BUILD = 200
 _HNSW_SEARCH = 128
-"""Candidates that a search in the graph keeps; at least twice the neighbours asked for."""
+"""Candidates that a search in the graph keeps, at least; twice the neighbours asked for if that is more."""
 _PROBED = 1 / 16
 """Share of the lists of an IVF-PQ index that a search looks into."""
 _CODE_BYTES = 64
@@ -43,14 +48,17 @@ class Index:
     """An index over G vectors; `search` finds those of the highest inner product."""
 
     kind: IndexKind
-    size: int
-    """G."""
-    width: int
-    """E."""
+    vectors: Tensor
+    """fp32[G, E], on the CPU; those of the gallery, no copy."""
     built: Any
-    """FAISS's own."""
+    """FAISS's own; None of a flat one, which needs none."""
     note: str = ""
     """How it was built, in words."""
+
+    @property
+    def size(self) -> int:
+        """G."""
+        return len(self.vectors)
 
     @property
     def is_exact(self) -> bool:
@@ -60,9 +68,9 @@ class Index:
     def search(self, queries: Tensor, k: int, *, excluded: Groups | None = None) -> tuple[Tensor, Tensor]:
         """Finds neighbours of queries.
 
-        Products are float32 and may differ in the last digit from those of `harma_ray.retrieval.ranking`; those of an
-        IVF-PQ index are approximate. Of vectors that score the same, those that come first in the gallery come first,
-        among those that were found.
+        A flat index gives what `harma_ray.retrieval.ranking.top_k` does: FAISS's float32 products choose, exact scores
+        decide. Those of other indices are FAISS's, IVF-PQ's approximate; of equal ones the first of the gallery come
+        first, among those that were found.
 
         Args:
             queries: [Q, E].
@@ -76,19 +84,44 @@ class Index:
         Raises:
             UserError: If k is larger than what a query may find, or the widths differ.
         """
-        more = int(excluded.sizes.max()) if excluded is not None and len(queries) else 0
+        width, sizes = self.vectors.shape[1], excluded.sizes if excluded is not None else torch.zeros(len(queries))
+        more = int(sizes.max()) if len(queries) else 0
         if not 1 <= k <= self.size - more:
             raise UserError(f"`k` must lie in 1..{self.size - more}, the images that a query may find, but got {k}")
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise UserError(f"queries must have width {self.width}, as the index, got {list(queries.shape)}")
-        array = np.ascontiguousarray(queries.detach().cpu().float().numpy())
-        scores, items = np.empty((len(array), k), np.float32), np.empty((len(array), k), np.int64)
+        if queries.ndim != 2 or queries.shape[1] != width:
+            raise UserError(f"queries must have width {width}, as the index, got {list(queries.shape)}")
+        scores, items = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+        order = sizes.argsort(stable=True)  # so that many copies of one image do not make every search a long one
         with _threads():
-            for part in iterate_slices(len(array), _QUERIES_AT_ONCE):
-                near, places = self.built.search(array[part], k + more)
-                left_out = _pairs(excluded, part) if excluded is not None else None
-                scores[part], items[part] = _first(near, places, k, left_out)
-        return torch.from_numpy(scores), torch.from_numpy(items)
+            for part in iterate_slices(len(queries), max(1, min(_QUERIES_AT_ONCE, _FOUND_AT_ONCE // (k + more)))):
+                rows = order[part]
+                own, left_out = queries[rows].detach().cpu().float(), excluded.chosen(rows) if excluded else None
+                scores[rows], items[rows] = (self._exact if self.is_exact else self._near)(own, k, left_out)
+        return scores, items
+
+    def _near(self, queries: Tensor, k: int, excluded: Groups | None) -> tuple[Tensor, Tensor]:
+        faiss, count = import_faiss(), k + (int(excluded.sizes.max()) if excluded is not None else 0)
+        params = faiss.SearchParametersHNSW(efSearch=max(_HNSW_SEARCH, 2 * count)) if self.kind == "hnsw" else None
+        near, places = self.built.search(_padded(queries.numpy(), self.built.d), count, params=params)
+        return _first(torch.from_numpy(near), torch.from_numpy(places), k, excluded)
+
+    def _exact(self, queries: Tensor, k: int, excluded: Groups | None) -> tuple[Tensor, Tensor]:
+        faiss = import_faiss()
+        more = int(excluded.sizes.max()) if excluded is not None else 0
+        count = min(self.size, k + more + _SPARE)
+        if more > _MOST_LEFT_OUT:
+            return top_k(queries, self.vectors, k, excluded=excluded)
+        near, places = map(
+            torch.from_numpy, faiss.knn(queries.numpy(), self.vectors.numpy(), count, faiss.METRIC_INNER_PRODUCT)
+        )
+        scores, items = _first(score_pairs(queries, self.vectors, places), places, k, excluded)
+        # No sum of E float32 products is further from the exact one than this: what FAISS left out scores less.
+        error = (queries.shape[1] + 4) * 2.0**-23 * queries.norm(dim=1) * self.vectors.norm(dim=1).max()
+        unsure = (scores[:, -1] <= near[:, -1] + error).nonzero()[:, 0] if count < self.size else torch.arange(0)
+        if len(unsure):
+            left_out = excluded.chosen(unsure) if excluded is not None else None
+            scores[unsure], items[unsure] = top_k(queries[unsure], self.vectors, k, excluded=left_out)
+        return scores, items
 
 
 def build_index(kind: IndexKind, gallery: Tensor, seed: int = 0) -> Index:
@@ -108,20 +141,17 @@ def build_index(kind: IndexKind, gallery: Tensor, seed: int = 0) -> Index:
     if kind not in INDEX_KINDS:
         raise UserError(f"an index must be one of {', '.join(INDEX_KINDS)}, got {kind}")
     faiss = import_faiss()
-    array = np.ascontiguousarray(gallery.detach().cpu().float().numpy())
-    size, width = array.shape
-    product, note = faiss.METRIC_INNER_PRODUCT, ""
+    vectors = gallery.detach().cpu().float().contiguous()
+    built, note = None, ""
     with _threads():
-        if kind == "flat":
-            built = faiss.IndexFlatIP(width)
-        elif kind == "hnsw":
-            built = faiss.IndexHNSWFlat(width, _HNSW_LINKS, product)
-            built.hnsw.efConstruction, built.hnsw.efSearch = _HNSW_BUILD, _HNSW_SEARCH
-            note = f"{_HNSW_LINKS} links a vector, {_HNSW_SEARCH} candidates a search"
-        else:
-            built, note = _train_ivfpq(faiss, array, seed)
-        built.add(array)
-    return Index(kind, size, width, built, note)
+        if kind == "hnsw":
+            built = faiss.IndexHNSWFlat(vectors.shape[1], _HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+            built.hnsw.efConstruction = _HNSW_BUILD
+            built.add(vectors.numpy())
+            note = f"{_HNSW_LINKS} links a vector, at least {_HNSW_SEARCH} candidates a search"
+        elif kind == "ivfpq":
+            built, note = _build_ivfpq(faiss, vectors.numpy(), seed)
+    return Index(kind, vectors, built, note)
 
 
 def import_faiss() -> ModuleType:
@@ -148,18 +178,27 @@ def recall_against(found: Tensor, exact: Tensor) -> float:
     return 100 * float(hits.double().mean())
 
 
-def _train_ivfpq(faiss: ModuleType, array: np.ndarray, seed: int) -> tuple[Any, str]:
+def _build_ivfpq(faiss: ModuleType, array: np.ndarray, seed: int) -> tuple[Any, str]:
     size, width = array.shape
     if size < _CODES:
         raise UserError(f"an ivfpq index needs at least {_CODES} vectors, got {size}; use flat")
     lists = max(1, min(round(size**0.5), size // _POINTS_A_LIST))
-    pieces = max(count for count in range(1, min(width, _CODE_BYTES) + 1) if width % count == 0)
+    piece = -(-width // _CODE_BYTES)  # numbers that a byte stands for
+    pieces = -(-width // piece)
+    width = pieces * piece  # zeros fill the last one, which change no product
     built = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, lists, pieces, 8, faiss.METRIC_INNER_PRODUCT)
     built.nprobe = max(1, round(lists * _PROBED))
     built.cp.seed = built.pq.cp.seed = seed
     built.cp.min_points_per_centroid = built.pq.cp.min_points_per_centroid = 1  # FAISS prints a warning below 39
-    built.train(array)
+    padded = _padded(array, width)
+    built.train(padded)
+    built.add(padded)
     return built, f"{pieces} bytes a vector, {built.nprobe} of {lists} lists a search"
+
+
+def _padded(array: np.ndarray, width: int) -> np.ndarray:
+    missing = width - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(array)
 
 
 @contextmanager
@@ -174,19 +213,14 @@ def _threads() -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _pairs(excluded: Groups, part: slice) -> np.ndarray:
-    """Returns which (query of the part, gallery position) must not be found, as int64 [pairs, 2]."""
-    return torch.stack(excluded.pairs(part.start, part.stop), dim=1).numpy()
-
-
-def _first(scores: np.ndarray, items: np.ndarray, k: int, left_out: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _first(scores: Tensor, items: Tensor, k: int, excluded: Groups | None) -> tuple[Tensor, Tensor]:
     """Returns the first k neighbours, those left out taken away, of equal ones the first of the gallery first."""
     missing = items < 0
-    if left_out is not None and len(left_out):
-        size = max(int(items.max()), int(left_out[:, 1].max())) + 1
-        flat = np.arange(len(items))[:, None] * size + items
-        missing |= np.isin(flat, left_out[:, 0] * size + left_out[:, 1])
-    scores = np.where(missing, -np.inf, scores)
-    items = np.where(missing, -1, items)
-    order = np.lexsort((np.where(missing, np.iinfo(np.int64).max, items), -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(items, order, axis=1)
+    if excluded is not None and len(excluded.indices):
+        size = max(int(items.max()), int(excluded.indices.max())) + 1
+        query, item = excluded.pairs()
+        missing |= torch.isin(torch.arange(len(items))[:, None] * size + items, query * size + item)
+    scores = scores.masked_fill(missing, -torch.inf)
+    place = items.masked_fill(missing, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+    order = place.gather(1, scores.gather(1, place).argsort(dim=1, descending=True, stable=True))[:, :k]
+    return scores.gather(1, order), items.masked_fill(missing, -1).gather(1, order)

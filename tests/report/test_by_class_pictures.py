@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,25 @@ def test_neighbours_of_the_querys_class_have_green_frames(split):
     colours = [[(sheet == colour).all(axis=2).sum() for colour in (RIGHT, WRONG)] for sheet in sheets]
     assert colours[0][0] > 2 * colours[1][0]
     assert colours[1][1] > 2 * colours[0][1]
+
+
+def test_what_an_index_did_not_find_is_not_drawn(split):
+    found, asked = retrieval(), []
+
+    def search(queries, gallery, k, *, excluded=None):
+        items = torch.full((len(queries), k), -1)
+        items[:, 0] = 7
+        return torch.zeros(len(queries), k), items
+
+    def read(rows, side):
+        asked.append(set(rows))
+        return {row: Image.new("RGB", (side, side)) for row in rows}
+
+    sheet = np.asarray(neighbours_sheet(replace(found, search=search), Pictured(read, read), chosen=[0, 1]))
+    assert asked == [{0, 1}, {7}]
+    whole = np.asarray(neighbours_sheet(found, Pictured(read, read), chosen=[0, 1]))
+    framed = [sum((drawn == colour).all(axis=2).sum() for colour in (RIGHT, WRONG)) for drawn in (sheet, whole)]
+    assert 0 < 2 * framed[0] < framed[1]
 
 
 def test_sections_name_the_worst_class_first_and_draw_what_failed(split):

@@ -1,14 +1,16 @@
+import itertools
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from harma_ray.errors import UserError
 from harma_ray.retrieval.classes import same_images
 from harma_ray.retrieval.ranking import Groups, top_k
-from harma_ray.vectors.index import INDEX_KINDS, build_index, recall_against
+from harma_ray.vectors.index import INDEX_KINDS, build_index, import_faiss, recall_against
 
 pytest.importorskip("faiss")
 
@@ -45,6 +47,49 @@ def test_flat_has_the_order_of_the_exact_ranking_amid_ties_and_duplicates():
         expected = top_k(queries, gallery, most, excluded=left_out)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+
+
+def test_flat_is_exact_where_more_images_are_alike_than_float32_tells_apart():
+    """Float32 sums of one vector's products differ by where it stands; FAISS's own first k are other ones."""
+    queries, gallery = units(8, 30, 200), units(9, 40, 200).repeat(30, 1)
+    gallery[600:] = torch.nn.functional.normalize(gallery[600:] + 1e-8 * torch.randn(600, 200), dim=1)
+    index, excluded = build_index("flat", gallery), same_images(range(30), [n % 40 for n in range(1200)])
+    for k, left_out in itertools.product((1, 5, 100), (None, excluded)):
+        found, expected = (
+            index.search(queries, k, excluded=left_out),
+            top_k(queries, gallery, k, excluded=left_out),
+        )
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    built = import_faiss().knn(queries.numpy(), gallery.numpy(), 5, import_faiss().METRIC_INNER_PRODUCT)[1]
+    assert not np.array_equal(built, top_k(queries, gallery, 5)[1].numpy())
+
+
+def test_many_copies_of_an_image_make_no_other_search_longer():
+    gallery = units(10, 2000)
+    keys = [max(n, 400) for n in range(2000)]
+    gallery[:401] = gallery[0]
+    excluded = same_images(keys, keys)
+    expected = top_k(gallery, gallery, 3, excluded=excluded)[1]
+    for kind, own in (("flat", 0), ("hnsw", 401)):  # a graph is bad at what stands behind 400 equal ones
+        _, items = build_index(kind, gallery).search(gallery, 3, excluded=excluded)
+        assert recall_against(items[own:], expected[own:]) > (99.9 if kind == "flat" else 95)
+
+
+def test_a_graph_is_searched_for_more_candidates_the_more_neighbours_are_wanted():
+    queries, gallery = units(11, 20), units(12, 3000)
+    _, items = build_index("hnsw", gallery).search(queries, 1000)
+    assert (items >= 0).all()
+    assert recall_against(items, top_k(queries, gallery, 1000)[1]) > 95
+
+
+@pytest.mark.parametrize("width", [16, 67, 101])
+def test_codes_of_any_width_have_almost_64_bytes(width):
+    """Widths that no number of pieces divides are filled up with zeros."""
+    queries, gallery = clustered(13, 50, width), clustered(14, 1200, width)
+    index = build_index("ivfpq", gallery)
+    assert int(index.note.partition(" ")[0]) == {16: 16, 67: 34, 101: 51}[width]
+    assert recall_against(index.search(queries, 10)[1], top_k(queries, gallery, 10)[1]) > 30
 
 
 def test_equal_images_of_a_store_are_left_out_by_identity():
@@ -102,12 +147,14 @@ def test_torch_sklearn_and_faiss_work_with_threads_in_one_process():
     """Each brings an OpenMP of its own."""
     code = f"""
 import torch
+from sklearn.decomposition import PCA
 from harma_ray.retrieval.spaces import fit_pca
 from harma_ray.vectors.index import build_index
 torch.set_num_threads(2)
 x = torch.nn.functional.normalize(torch.randn(600, 32, generator=torch.Generator().manual_seed(0)), dim=1)
 for kind in {INDEX_KINDS!r}:
     y = (x @ x.T).softmax(1)
+    PCA(8).fit(x.numpy())
     space = fit_pca(x, 8)
     scores, items = build_index(kind, space(x)).search(space(x[:300]), 3)
     assert (items == torch.arange(300)[:, None]).any(1).double().mean() > 0.6, kind
