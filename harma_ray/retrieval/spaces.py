@@ -16,7 +16,7 @@ from harma_ray.retrieval.ranking import Groups, Search, top_k
 
 _ROWS_AT_ONCE = 4096
 EPSILON = 1e-6
-"""Added to the variance along a component before whitening divides by its root; vectors have length 1."""
+"""This part of the largest variance is added to that along a component before whitening divides by its root."""
 _NO_VARIANCE = 1e-10
 """Along components with less than this part of the largest variance a gallery does not vary: what is there is noise."""
 
@@ -67,7 +67,9 @@ def fit_pca(gallery: Tensor, components: int) -> Space:
 
 
 def fit_whitening(gallery: Tensor, components: int | None = None, epsilon: float = EPSILON) -> Space:
-    """Returns the space in which a gallery varies alike in all directions: PCA divided by sqrt(variance + epsilon).
+    """Returns the space in which a gallery varies alike in all directions: PCA divided by sqrt(variance + epsilon max).
+
+    max is the largest variance, so that vectors in another scale, or closer together, are whitened alike.
 
     Args:
         gallery: [G, E].
@@ -78,14 +80,17 @@ def fit_whitening(gallery: Tensor, components: int | None = None, epsilon: float
         UserError: If there are not as many directions.
     """
     mean, directions, variances = _components(gallery, components or min(gallery.shape))
+    largest = variances.max()
     if components is None:
-        varies = variances > _NO_VARIANCE * variances.max()
+        varies = variances > _NO_VARIANCE * largest
         directions, variances = directions[:, varies], variances[varies]
-    return Space(mean, directions / torch.sqrt(variances + epsilon))
+    return Space(mean, directions / torch.sqrt(variances + epsilon * largest))
 
 
 def fit_standardisation(gallery: Tensor) -> Space:
     """Returns the space in which every dimension of a gallery has mean 0 and deviation 1; one that is constant stays.
+
+    Constant is one whose variance is less than 1e-10 of the largest.
 
     Paper: none; guides to ViTP's retrieval call this whitening, but dimensions stay correlated.
 

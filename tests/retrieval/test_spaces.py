@@ -42,10 +42,18 @@ def test_whitening_equals_plain_numpy_and_leaves_no_correlation():
     mean, directions, variances = principal(gallery, 4)
     for count, epsilon in ((4, 1e-6), (4, 0.1)):
         space = fit_whitening(torch.from_numpy(gallery), count, epsilon)
-        expected = unit((queries - mean) @ directions / np.sqrt(variances + epsilon))
+        expected = unit((queries - mean) @ directions / np.sqrt(variances + epsilon * variances.max()))
         np.testing.assert_allclose(np.abs(space(torch.from_numpy(queries)).numpy()), np.abs(expected), atol=1e-5)
     moved = (torch.from_numpy(gallery).double() - space.mean) @ fit_whitening(torch.from_numpy(gallery)).matrix
     np.testing.assert_allclose(np.cov(moved.numpy().T), np.eye(6), atol=0.01)
+
+
+@pytest.mark.parametrize("fit", [fit_whitening, fit_standardisation])
+def test_vectors_in_another_scale_or_close_together_are_compared_alike(fit):
+    gallery, queries = (torch.from_numpy(drawn(seed, rows, 6)).double() for seed, rows in ((2, 300), (3, 5)))
+    expected = fit(gallery)(queries)
+    for moved in (lambda x: 1e-6 * x, lambda x: 1e4 * x, lambda x: gallery[0] + 1e-5 * x):
+        torch.testing.assert_close(fit(moved(gallery))(moved(queries)).abs(), expected.abs(), rtol=0, atol=1e-4)
 
 
 def test_whitening_leaves_out_directions_along_which_the_gallery_does_not_vary():
