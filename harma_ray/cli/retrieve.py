@@ -5,7 +5,8 @@ import argparse
 from harma_ray.cli import shared
 
 _EPILOG = """An image is right if it is of the query's class: the label of a converted split, or the name of the folder
-that the image lies in. A query never finds itself: images with the same bytes are left out of its ranking.
+that the image lies in. A query never finds itself: images with the same bytes are left out of its ranking; where a
+store knows no hashes of its files (an .npz of another program), those with the same name, and a notice says so.
 Everything that is fitted is fitted on the gallery alone. Of images that score the same the wrong ones count first.
 
 examples:

@@ -103,8 +103,11 @@ def _describe(problem: Problem, query: Store, gallery: Store) -> list[str]:
         f"gallery    {gallery.path}: {len(gallery):,} images of {classes} classes, width {gallery.vectors.shape[1]}",
     ]
     hidden = int((problem.excluded.sizes > 0).sum())
+    unhashed = [store.path for store in (query, gallery) if not store.contents]
+    if unhashed:
+        lines.append(f"notice: {unhashed[0]} has no hashes of files: images of the same name are taken for the same")
     if hidden and not same:
-        told = "the same bytes" if query.contents and gallery.contents else "the same name"
+        told = "the same name" if unhashed else "the same bytes"
         lines.append(f"notice: {hidden:,} queries are in the gallery too ({told}) and do not find themselves")
     if problem.left_out:
         count, named = len(problem.left_out), first_few(problem.left_out)

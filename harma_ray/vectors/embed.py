@@ -27,9 +27,9 @@ from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.runs import Run
 from harma_ray.settings import config_hash
 from harma_ray.training.checkpoint import WEIGHTS_NAME
-from harma_ray.vectors.job import Inputs, JobSettings, Request, image_requests
+from harma_ray.vectors.job import Inputs, JobSettings, Request, hash_file, image_requests
 from harma_ray.vectors.parts import Part, encode_parts
-from harma_ray.vectors.store import ENCODER, NPZ, VECTORS_NAME, npz_manifest, parent_name, write_npz
+from harma_ray.vectors.store import ENCODER, FEATURES, NPZ, VECTORS_NAME, npz_manifest, parent_name, write_npz
 
 
 def embed(
@@ -157,18 +157,10 @@ def _listing(found: FoundImages) -> str:
 
 def _read_files(files: Sequence[tuple[str, Path]], rule: Rendering | None, max_pixels: int) -> Inputs:
     rows = [
-        {"name": name, "label": name, "label_name": parent_name(name) or None, "content": _hash_file(path)}
+        {"name": name, "label": name, "label_name": parent_name(name) or None, "content": hash_file(path)}
         for name, path in files
     ]
     return Inputs(rows, [partial(open_picture, path, rule, max_pixels) for _, path in files])
-
-
-def _hash_file(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None  # who opens it as an image says why
 
 
 def _write(parts: Sequence[Part], made: Path, target: Path, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +175,7 @@ def _write(parts: Sequence[Part], made: Path, target: Path, about: Mapping[str, 
         "bad": [line for part in parts for line in part.bad],
     }
     if target.suffix == NPZ:
-        write_npz(pa.concat_tables([part.read() for part in parts]), made)
+        manifest[FEATURES] = write_npz(pa.concat_tables([part.read() for part in parts]), made)
         write_text(npz_manifest(target), json.dumps(manifest, indent=1))
         return manifest
     made.mkdir()

@@ -133,6 +133,15 @@ def image_requests(
         yield partial(_read_images, split.path, rows[part], column, max_pixels, captions)
 
 
+def hash_file(path: Path) -> str | None:
+    """Returns the SHA-256 of a file, in hexadecimal digits; None if it cannot be read: who opens it says why."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
 def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int, captions: bool) -> Inputs:
     source = _indexed(path)
     kind = source.split.kind

@@ -3,11 +3,13 @@
 A Parquet store is a folder with ``vectors.parquet`` (`store_schema`) and ``manifest.json``. An ``.npz`` holds
 ``features`` (float32 [N, E]) and ``image_paths`` (texts [N]), as guides to ViTP's retrieval have it, where the class is
 the name of the parent folder; those written here also hold ``ids``, ``sources``, ``labels`` and ``contents``, and a
-manifest lies beside it, ``NAME.npz.json``. Nothing in either is executed when it is read.
+manifest lies beside it, ``NAME.npz.json``, with shape and hash of the ``features`` that it is of. Nothing in either is
+executed when it is read.
 
 Shapes: N images, E embedding width.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -33,6 +35,9 @@ VECTORS_NAME = "vectors.parquet"
 NPZ = ".npz"
 ENCODER = "encoder"
 """Entry of a manifest: what the vectors depend on, `VectorIdentity.values`."""
+
+FEATURES = "features"
+"""Entry of an ``.npz``'s manifest: shape and SHA-256 of the vectors that it is of."""
 
 _ROWS_AT_ONCE = 4096
 _NEEDED = ("id", "kind", "source", "label_name", "content", "vector")
@@ -129,7 +134,7 @@ def require_comparable(query: Store, gallery: Store) -> None:
     """Checks that vectors of two stores lie in one space; a warning if a store does not say how it was made.
 
     Raises:
-        UserError: If widths or what the vectors depend on differ.
+        UserError: If widths, rules of rendering or what the vectors depend on differ.
     """
     widths = query.vectors.shape[1], gallery.vectors.shape[1]
     if widths[0] != widths[1]:
@@ -138,13 +143,13 @@ def require_comparable(query: Store, gallery: Store) -> None:
             f"{widths[1]}; embed both with one model"
         )
     rules = [store.manifest.get("rendering") for store in (query, gallery)]
-    if rules[0] != rules[1]:
-        _logger.warning(
-            "images of %s and %s were rendered by different rules (%s; %s): vectors may differ for that alone",
-            query.path,
-            gallery.path,
-            *rules,
+    if all(rules) and rules[0] != rules[1]:  # None: of a converted data set, of 8 bits, or not known
+        raise UserError(
+            f"images of {query.path} and {gallery.path} were rendered by different rules ({rules[0]}; {rules[1]}); "
+            "embed both with the same --stretch, --bands, --nodata and --statistics"
         )
+    if rules[0] != rules[1]:
+        _logger.warning("only one of %s and %s says how images were rendered: %s", query.path, gallery.path, rules)
     ours, theirs = query.identity, gallery.identity
     if ours is None or theirs is None:
         unknown = query.path if ours is None else gallery.path
@@ -163,11 +168,9 @@ def require_comparable(query: Store, gallery: Store) -> None:
 
 
 def image_keys(query: Store, gallery: Store) -> tuple[list[str], list[str]]:
-    """Returns what tells the images of two stores apart: hashes of their files, or names if hashes are not known."""
+    """Returns what tells the images of two stores apart: hashes of their files, or names where a store has none."""
     if query.contents and gallery.contents:
         return query.contents, gallery.contents
-    if query.contents or gallery.contents:
-        _logger.warning("one of the stores has no hashes of files: images are told apart by their names alone")
     return query.ids, gallery.ids
 
 
@@ -176,26 +179,35 @@ def npz_manifest(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def write_npz(table: pa.Table, path: Path) -> None:
+def write_npz(table: pa.Table, path: Path) -> dict[str, Any]:
     """Writes the images of a table of `store_schema` in the layout of an ``.npz``.
 
     Args:
         table: All rows; texts are left out.
         path: Where it goes.
+
+    Returns:
+        What its manifest must hold as `FEATURES`, so that it is never taken for that of other vectors.
     """
     images = table.filter(pc.field("kind") == "image")
     ids, sources, contents = (images[name].to_pylist() for name in ("id", "source", "content"))
-    labels = [label or "" for label in images["label_name"].to_pylist()]
+    labels, features = [label or "" for label in images["label_name"].to_pylist()], _vectors(images)
     with path.open("wb") as file:
         np.savez(
             file,
-            features=_vectors(images),
+            features=features,
             image_paths=np.array(list(map(_labelled_path, sources, labels)), np.str_),
             ids=np.array(ids, np.str_),
             sources=np.array(sources, np.str_),
             labels=np.array(labels, np.str_),
             contents=np.array(contents, np.str_),
         )
+    return _describe(features)
+
+
+def _describe(features: np.ndarray) -> dict[str, Any]:
+    digest = hashlib.sha256(np.ascontiguousarray(features, "<f4").data)
+    return {"shape": list(features.shape), "sha256": digest.hexdigest()}
 
 
 def parent_name(path: str) -> str:
@@ -266,6 +278,11 @@ def _read_npz(place: Path) -> Store:
     if features.dtype.kind != "f" or paths.dtype.kind != "U":
         raise UserError(
             f"{place} must hold features of float32 and image_paths of text, got {features.dtype}, {paths.dtype}"
+        )
+    if FEATURES in manifest and manifest[FEATURES] != _describe(features):
+        raise UserError(
+            f"{beside} was written with other vectors than {place} holds; put back the manifest that was written with "
+            "them, or remove it, and what made them is not known"
         )
     texts = {name: arrays[name].tolist() for name in ("ids", "sources", "labels", "contents") if name in arrays}
     wrong = [name for name, values in texts.items() if len(values) != len(paths)]

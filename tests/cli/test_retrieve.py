@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from command_line import done, refused
 from drawn_store import IDENTITY, draw_store, stored_rows, write_store
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,10 @@ def columns(line, label):
 
 def brute_force(query, gallery, ks):
     """Top-k and mAP by numpy, images with the bytes of the query left out."""
-    (ours, _), (theirs, _) = stored_rows(query), stored_rows(gallery)
+    return brute_force_rows(stored_rows(query)[0], stored_rows(gallery)[0], ks)
+
+
+def brute_force_rows(ours, theirs, ks):
     hits, precisions = {k: [] for k in ks}, []
     for one in ours:
         kept = [other for other in theirs if other["content"] != one["content"]]
@@ -88,6 +92,37 @@ def test_queries_that_are_in_another_gallery_are_told(stores, tmp_path, capsys):
     assert found == pytest.approx(brute_force(other, stores[1], (1, 3, 5)))
 
 
+def test_spaces_are_fitted_on_the_gallery_alone(stores, tmp_path, capsys):
+    """Queries that lie elsewhere and vary otherwise would move a space that were fitted on them too."""
+    rows, manifest = stored_rows(stores[0])
+    rng = np.random.default_rng(3)
+    for row in rows:
+        moved = np.array(row["vector"]) * np.geomspace(3, 0.3, 12) + rng.normal(size=12) * 0.4 + 0.3
+        row["vector"] = (moved / np.linalg.norm(moved)).astype(np.float32)
+    query = write_store(tmp_path / "query", rows, manifest)
+    done(
+        capsys, "retrieve", "--query", query, "--gallery", stores[1], "--pca", 5, "--whiten", "--standardise",
+        "--json", tmp_path / "f.json",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "f.json").read_text())["methods"]
+    (theirs, _), figures = stored_rows(stores[1]), {}
+    for fitted in ("gallery", "both"):
+        on = np.array([row["vector"] for row in (theirs if fitted == "gallery" else [*theirs, *rows])], np.float64)
+        variances, directions = np.linalg.eigh(np.cov(on.T))
+        variances, directions = variances[:-6:-1], directions[:, :-6:-1]
+        whitened = directions / np.sqrt(variances + 1e-6 * variances.max())
+        for name, matrix in (("PCA 5", directions), ("whitened 5", whitened), ("standardised", np.diag(1 / on.std(0)))):
+            spaces = []
+            for own in (rows, theirs):
+                moved = (np.array([row["vector"] for row in own]) - on.mean(axis=0)) @ matrix
+                moved /= np.linalg.norm(moved, axis=1, keepdims=True)
+                spaces.append([{**row, "vector": vector} for row, vector in zip(own, moved, strict=True)])
+            figures[fitted, name] = brute_force_rows(*spaces, (1, 3, 5))
+    for name in ("PCA 5", "whitened 5", "standardised"):
+        assert found[name]["metrics"] == pytest.approx(figures["gallery", name])
+        assert found[name]["metrics"] != pytest.approx(figures["both", name])
+
+
 def test_an_index_gives_top_k_and_says_what_it_misses(stores, tmp_path, capsys):
     pytest.importorskip("faiss")
     query, gallery = stores
@@ -133,6 +168,36 @@ def test_a_page_without_its_images_says_why(stores, tmp_path, capsys):
     assert "is not there any more" in (tmp_path / "two" / "index.html").read_text()
     shutil.rmtree(images)
     assert f"{images} is not there any more" in done(capsys, *arguments, tmp_path / "three")
+
+
+def test_an_image_that_was_replaced_since_is_not_shown(stores, tmp_path, capsys, caplog):
+    images = tmp_path / "train"
+    rows, manifest = stored_rows(stores[1])
+    shutil.copytree(manifest["data"], images)
+    store = write_store(tmp_path / "train.store", rows, {**manifest, "data": str(images)})
+    arguments = ("retrieve", "--query", store, "--gallery", store, "--report")
+    done(capsys, *arguments, tmp_path / "one")
+    for row in rows[1:]:
+        shutil.copyfile(images / rows[0]["id"], images / row["id"])
+    done(capsys, *arguments, tmp_path / "two")
+    assert "are not those any more that were embedded (" in caplog.text
+    sheets = [np.asarray(Image.open(tmp_path / name / "retrievals.png")) for name in ("one", "two")]
+    assert (sheets[0] != sheets[1]).any()
+    (images / rows[0]["id"]).write_bytes(b"no picture")  # would be one line that ends the command, if it were opened
+    done(capsys, *arguments, tmp_path / "three")
+
+
+def test_names_tell_images_apart_where_a_store_has_no_hashes_and_that_is_said(stores, tmp_path, capsys):
+    rows, _ = stored_rows(stores[1])
+    for name, own in (("few", rows[:8]), ("all", rows)):
+        features = np.array([row["vector"] for row in own], np.float32)
+        np.savez(tmp_path / f"{name}.npz", features=features, image_paths=np.array([row["id"] for row in own]))
+    few, every = tmp_path / "few.npz", tmp_path / "all.npz"
+    output = done(capsys, "retrieve", "--query", few, "--gallery", every)
+    assert f"notice: {few} has no hashes of files: images of the same name are taken for the same" in output
+    assert "notice: 8 queries are in the gallery too (the same name) and do not find themselves" in output
+    assert "no hashes" in done(capsys, "retrieve", "--query", few, "--gallery", stores[1])
+    assert "no hashes" not in done(capsys, "retrieve", "--query", stores[0], "--gallery", stores[1])
 
 
 def test_stores_that_do_not_fit_are_one_line(stores, tmp_path, capsys):
