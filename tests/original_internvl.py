@@ -51,6 +51,111 @@ ORIGINAL = {
 }
 
 
+PUBLISHED = {
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "downsample_ratio": 0.5,
+    "dynamic_image_size": True,
+    "force_image_size": 448,
+    "max_dynamic_patch": 12,
+    "min_dynamic_patch": 1,
+    "ps_version": "v2",
+    "select_layer": -1,
+    "template": "internvl2_5",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_thumbnail": True,
+    "llm_config": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 21,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151674,
+    },
+    "vision_config": ORIGINAL_VISION
+    | {
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "image_size": 448,
+        "initializer_factor": 0.1,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "use_flash_attn": True,
+    },
+}
+"""What InternVL2.5-1B says of itself."""
+
+
+def published_shapes(settings):
+    """The original's names of tensors, written anew, with their shapes."""
+    vision, text = settings["vision_config"], settings["llm_config"]
+    width, inner, side = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    tokens = (vision["image_size"] // side) ** 2 + 1
+    shapes = {
+        "vision_model.embeddings.class_embedding": (1, 1, width),
+        "vision_model.embeddings.position_embedding": (1, tokens, width),
+        "vision_model.embeddings.patch_embedding.weight": (width, 3, side, side),
+        "vision_model.embeddings.patch_embedding.bias": (width,),
+    }
+    for number in range(vision["num_hidden_layers"]):
+        layer = f"vision_model.encoder.layers.{number}"
+        shapes |= {f"{layer}.{name}": (width,) for name in ("ls1", "ls2")}
+        shapes |= {f"{layer}.{norm}.{name}": (width,) for norm in ("norm1", "norm2") for name in ("weight", "bias")}
+        for name, rows, columns in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", inner, width),
+            ("mlp.fc2", width, inner),
+        ):
+            shapes |= {f"{layer}.{name}.weight": (rows, columns), f"{layer}.{name}.bias": (rows,)}
+    size, vocabulary = text["hidden_size"], text["vocab_size"]
+    keys = size // text["num_attention_heads"] * text["num_key_value_heads"]
+    for number in range(text["num_hidden_layers"]):
+        layer = f"language_model.model.layers.{number}"
+        for name, rows in (("q", size), ("k", keys), ("v", keys)):
+            shapes |= {
+                f"{layer}.self_attn.{name}_proj.weight": (rows, size),
+                f"{layer}.self_attn.{name}_proj.bias": (rows,),
+            }
+        shapes |= {
+            f"{layer}.self_attn.o_proj.weight": (size, size),
+            f"{layer}.mlp.gate_proj.weight": (text["intermediate_size"], size),
+            f"{layer}.mlp.up_proj.weight": (text["intermediate_size"], size),
+            f"{layer}.mlp.down_proj.weight": (size, text["intermediate_size"]),
+            f"{layer}.input_layernorm.weight": (size,),
+            f"{layer}.post_attention_layernorm.weight": (size,),
+        }
+    return shapes | {
+        "language_model.model.embed_tokens.weight": (vocabulary, size),
+        "language_model.model.norm.weight": (size,),
+        "language_model.lm_head.weight": (vocabulary, size),
+        "mlp1.0.weight": (4 * width,),
+        "mlp1.0.bias": (4 * width,),
+        "mlp1.1.weight": (size, 4 * width),
+        "mlp1.1.bias": (size,),
+        "mlp1.3.weight": (size, size),
+        "mlp1.3.bias": (size,),
+    }
+
+
 def language_config(vocabulary=TEXT["vocab_size"]):
     from transformers import Qwen2Config
 

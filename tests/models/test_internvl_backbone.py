@@ -1,6 +1,7 @@
 """Where an InternVL comes from: sizes, seeds, folders and their tokenizers."""
 
 import json
+import math
 import pickle
 import re
 import subprocess
@@ -8,12 +9,14 @@ import sys
 
 import pytest
 import torch
+from original_internvl import PUBLISHED, published_shapes
 from small_internvl import small_config, talks, tiles
 
 from harma_ray.errors import UserError
 from harma_ray.models.internvl.backbone import InternVLBackbone
 from harma_ray.models.internvl.configs import SIZES
-from harma_ray.models.internvl.layouts import UNKNOWN_TOKEN
+from harma_ray.models.internvl.keys import to_original
+from harma_ray.models.internvl.layouts import UNKNOWN_TOKEN, read_config
 from harma_ray.models.internvl.marks import IMAGE_TOKEN, SPECIAL_TOKENS
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.models.internvl.vision import set_drop_path
@@ -88,6 +91,24 @@ def test_the_published_size_has_the_published_number_of_parameters():
     assert SIZES["internvl2.5-1b"].tokens_per_tile == 256
     assert outline.config.vision_config.attention_bias
     assert not outline.config.vision_config.use_qk_norm
+
+
+def test_the_published_size_has_the_published_configuration_and_tensors(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    read = read_config(tmp_path)
+    outline = InternVLBackbone("random", "internvl2.5-1b", 0, make_tokenizer).outline()
+    unsaid = {"architectures", "dtype", "initializer_factor", "max_window_layers", "transformers_version"}
+
+    def told(config):
+        return {name: value for name, value in config.to_dict().items() if name not in unsaid}
+
+    for part in ("vision_config", "text_config"):
+        assert told(getattr(read, part)) == told(getattr(outline.config, part))
+    for name in ("downsample_ratio", "vision_feature_layer", "vision_feature_select_strategy", "image_seq_length"):
+        assert getattr(read, name) == getattr(outline.config, name)
+    shapes = {name: tuple(tensor.shape) for name, tensor in to_original(outline.state_dict()).items()}
+    assert shapes == published_shapes(PUBLISHED)
+    assert sum(map(math.prod, shapes.values())) == pytest.approx(938.2e6, abs=0.3e6)
 
 
 def test_what_cannot_be_built_is_refused_without_loading(tmp_path, monkeypatch):

@@ -10,10 +10,12 @@ from command_line import done, refused
 from original_internvl import (
     ORIGINAL,
     ORIGINAL_VISION,
+    PUBLISHED,
     inner_of,
     language_config,
     original_loss,
     original_states,
+    published_shapes,
     write_original,
 )
 from PIL import Image
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from small_internvl import IMAGE, small_config, small_core, talks, tiles
 
 from harma_ray.data.convert.commands import convert_scenes_talk
+from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.import_export import load_model
 from harma_ray.models.internvl.files import read_vision
@@ -33,6 +36,7 @@ from harma_ray.recipes import make_task, recipe_config
 from harma_ray.recipes.vitp.vocabulary import vocabulary
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config
+from harma_ray.training.loop import run_training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SMALL_SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
@@ -168,6 +172,41 @@ def test_a_whole_model_becomes_a_run_that_encodes_and_answers(whole, tmp_path, c
     question = ("--image", tmp_path / "field.png", "--max-tokens", 3, "--device", "cpu", "What is it?")
     done(capsys, "generate", "--run", run.path, *question)
     assert not [record.getMessage() for record in caplog.records if record.name.startswith("transformers")]
+
+
+def test_a_folder_like_the_published_one_but_narrow_is_imported_and_trained_from(tmp_path, capsys):
+    """All 24 layers of both transformers under their real names, in three files."""
+    tokenizer = with_special_tokens(vocabulary())
+    narrow = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    settings = PUBLISHED | {
+        "vision_config": PUBLISHED["vision_config"] | narrow | {"image_size": 56},
+        "llm_config": PUBLISHED["llm_config"] | narrow | {"vocab_size": len(tokenizer)},
+        "force_image_size": 56,
+    }
+    generator, folder = torch.Generator().manual_seed(0), tmp_path / "InternVL2_5-1B"
+    tensors = {
+        name: (0.05 * torch.randn(shape, generator=generator)).to(torch.bfloat16)
+        for name, shape in published_shapes(settings).items()
+    }
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    files = {name: f"model-{1 + number % 3:05}-of-00003.safetensors" for number, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    run, _ = imported(capsys, folder, tmp_path / "run", recipe="vitp-internvl-1b")
+    state = to_original(run.load_model().core.state_dict())
+    assert state.keys() == tensors.keys()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())
+    convert_scenes_talk(tmp_path / "talks", {"train": 8, "val": 3}, style="summer", size=56)
+    changes = {
+        "model.pretrained": str(folder), "data.path": str(tmp_path / "talks"), "train.steps": 2,
+        "train.global_batch_size": 4, "train.accumulation": 2, "optim.warmup_fraction": 0,
+    }  # fmt: skip
+    config = build_config(recipe_config("vitp-internvl-1b"), changes)
+    report = run_training(make_task(config), config, tmp_path / "trained", worker=Worker(), loader=local_batches)
+    assert report["trainable_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert 0 < report["metrics"]["val"]["loss"] < 20
 
 
 def test_a_model_that_was_changed_since_it_was_imported_is_refused(whole, tmp_path, capsys):
