@@ -6,7 +6,8 @@ scores = run.similarity(["bridge.tif", "farm.png"], ["a bridge over a river", "g
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -86,14 +87,12 @@ class Retriever:
         return torch.cat(parts)
 
     def _prepare(self, image: ImageLike) -> Tensor:
-        return self.encoder.prepare(self._open(image))
+        with _named(image):
+            return self.encoder.prepare(self._open(image))
 
     def _open(self, image: ImageLike) -> Image.Image:
-        try:
+        with _named(image):
             return open_picture(image, self.rendering, self.config.data.max_pixels)
-        except BadImage as error:
-            name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
-            raise UserError(f"{name}: {error}") from error
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Encodes captions, cleaned as in training.
@@ -142,6 +141,16 @@ def open_picture(image: ImageLike, rendering: Rendering | None, max_pixels: int)
         return read_picture(file, rendering, max_pixels=max_pixels or MAX_PIXELS).image
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror or error})") from error
+
+
+@contextmanager
+def _named(image: ImageLike) -> Iterator[None]:
+    """Names an image that cannot be used."""
+    try:
+        yield
+    except BadImage as error:
+        name = readable_name(image) if isinstance(image, str | Path) else f"{type(image).__name__} image"
+        raise UserError(f"{name}: {error}") from error
 
 
 def _check_list(name: str, items: Sequence, batch_size: int) -> None:

@@ -24,6 +24,8 @@ Conversion is the door that checks it: what a data set holds is read whatever it
 above 89 million and refuse above 179 million pixels, are not asked.
 """
 
+_MAX_RATIO = 100
+
 FORMATS = ("TIFF", "JPEG", "PNG", "WEBP", "BMP", "GIF", "JPEG2000", "PPM")
 """What is read; PIL knows more, some of which it hands to other programs."""
 
@@ -120,6 +122,14 @@ def check_pixels(width: int, height: int, max_pixels: int, way_out: str = "scale
     """Raises `BadImage` if an image has more pixels than may be; 0 = any number."""
     if max_pixels and width * height > max_pixels:
         raise BadImage(f"{width} x {height} pixels; the limit is {max_pixels:,} pixels: {way_out}")
+
+
+def check_sides(image: Image.Image) -> None:
+    """Raises BadImage for a line of pixels, of which a small square would show nothing."""
+    if max(image.size) > _MAX_RATIO * min(image.size):
+        raise BadImage(
+            f"{image.width} x {image.height} pixels; a side may be {_MAX_RATIO} times as long as the other: cut it"
+        )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

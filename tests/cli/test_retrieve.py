@@ -237,6 +237,24 @@ def test_what_the_gallery_does_not_allow_is_one_line_and_leaves_nothing(stores, 
     assert not (tmp_path / "report").exists()
 
 
+def test_a_gallery_smaller_than_what_is_asked_of_it_is_one_line(stores, tmp_path, capsys):
+    rows, manifest = stored_rows(stores[1])
+    few = write_store(tmp_path / "few", rows[:8], manifest)
+    for arguments, told in [
+        (("--pca", 9, "--top", 1), "components <= min(8 gallery images, 12 dimensions), got 9; use at most 8"),
+        (("--whiten", "--pca", 9, "--top", 1), "got 9; use at most 8"),
+        (("--top", 1, 9), "`--top` must lie in 1..8, the images that a query may find, but got 9"),
+        (("--expand", 9), "`--expand` must lie in 1..8"),
+        (("--index", "ivfpq"), "an ivfpq index needs at least 256 vectors, got 8; use flat"),
+    ]:
+        if "--index" in arguments:
+            pytest.importorskip("faiss")
+        assert told in refused(capsys, "retrieve", "--query", stores[0], "--gallery", few, *arguments)
+    both = ("retrieve", "--query", few, "--gallery", few)
+    assert "`--top` must lie in 1..7" in refused(capsys, *both, "--top", 8)
+    assert "plain" in done(capsys, *both, "--pca", 8, "--top", 7)
+
+
 def test_without_faiss_only_an_index_is_missing(stores, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     query, gallery = stores

@@ -23,6 +23,7 @@ from random_runs import make_random_run
 from safetensors.torch import load_file, save_file
 from small_internvl import IMAGE, small_config, small_core, talks, tiles
 
+from harma_ray.api import load_run
 from harma_ray.data.convert.commands import convert_scenes_talk
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
@@ -244,6 +245,15 @@ def test_a_vision_transformer_becomes_a_run_that_encodes(run, tower, alone, tmp_
     assert "model.pretrained=FOLDER" in said
     with pytest.raises(UserError, match="is a vision transformer without the rest of a model"):
         load_model(path, recipe_config("scenes-vitp"))
+
+
+def test_a_line_of_pixels_has_no_vector(run, tmp_path):
+    for name, size in (("line", (1, 4000)), ("narrow", (10, 1000))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    retriever = load_run(run.path, "cpu")
+    assert len(retriever.encode_images([tmp_path / "narrow.png"])) == 1
+    with pytest.raises(UserError, match=r"^[^\n]*line\.png: 1 x 4000 pixels; a side may be 100 times as long"):
+        retriever.encode_images([tmp_path / "narrow.png", tmp_path / "line.png"])
 
 
 def test_a_vision_transformer_is_put_into_the_rest_of_a_model(whole, tmp_path, capsys):

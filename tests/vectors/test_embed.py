@@ -6,11 +6,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from random_runs import make_random_run
 
 from harma_ray.api import load_run
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
+from harma_ray.recipes import recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.step import evaluate_split
@@ -96,6 +99,19 @@ def test_folders_are_walked_as_in_conversion_and_bad_images_listed_and_limited(
     assert {(row["kind"], row["text"]) for row in rows} == {("image", None)}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["left_out"] == {"hidden": 1, "no images": 1}
+
+
+def test_a_line_of_pixels_is_told_of_and_may_be_left_out(tmp_path, ray_cluster):
+    run = make_random_run(tmp_path / "runs", "vitp", recipe_config("scenes-vitp"))
+    for name, size in (("farm/1", (30, 20)), ("farm/2", (1, 4000)), ("lake/3", (10, 1000))):
+        path = tmp_path / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size).save(path)
+    with pytest.raises(UserError, match=r"^1 images cannot be read \(farm/2\.png: 1 x 4000 pixels; [^\n]*--max-bad$"):
+        embed(run, tmp_path / "images", tmp_path / "out", JobSettings())
+    assert not (tmp_path / "out").exists()
+    embed(run, tmp_path / "images", tmp_path / "out", JobSettings(max_bad=1))
+    assert open_store(tmp_path / "out").ids == ["farm/1.png", "lake/3.png"]
 
 
 def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from harma_ray.data.images import BadImage
+from harma_ray.data.images import check_sides
 from harma_ray.data.kinds.base import BadRow, ImageSource, Record, RowKind, StoredImage
 from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
 
@@ -40,7 +40,6 @@ TALK_SCHEMA = pa.schema(
 ``augment`` says that images are compressed anew in training, ``repeats`` how often an epoch visits the row."""
 
 _MAX_DRAWN = 3
-_MAX_RATIO = 100
 _TURN_LINES = 8
 
 
@@ -131,11 +130,7 @@ class TalkRecord(Record):
 
     def check_image(self, image: Image.Image) -> None:
         """Raises BadImage for a line of pixels: tiles would show nothing of it."""
-        longer, shorter = max(image.size), min(image.size)
-        if longer > _MAX_RATIO * shorter:
-            raise BadImage(
-                f"{image.width} x {image.height} pixels; a side may be {_MAX_RATIO} times as long as the other: cut it"
-            )
+        check_sides(image)
 
     def make_row(self, images: Sequence[StoredImage]) -> dict[str, Any]:
         """Returns the row of the talk."""

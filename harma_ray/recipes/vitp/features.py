@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from harma_ray.data.images import decode_stored, to_rgb
+from harma_ray.data.images import check_sides, decode_stored, to_rgb
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.samples import Array, RowTransform
 from harma_ray.data.splits import Split, open_split
@@ -73,13 +73,17 @@ def vision_encoder(
         hidden = hidden_states(vision_tower, images.to(device), settings.layer)
         return torch.nn.functional.normalize(pool(hidden, settings.pooling).float(), dim=-1).cpu()
 
+    def prepare(image: Image.Image) -> Tensor:
+        check_sides(image)
+        return transform.prepare(image)
+
     depends_on = {
         "layer": settings.layer,
         "pooling": settings.pooling,
         "image_size": transform.size,
         "interpolation": transform.interpolation,
     }
-    return Encoder(vision_tower.config.hidden_size, transform.prepare, encode_images, depends_on=depends_on)
+    return Encoder(vision_tower.config.hidden_size, prepare, encode_images, depends_on=depends_on)
 
 
 def labelled_splits(settings: FeatureConfig, queries: str) -> tuple[Split, Split]:
