@@ -36,8 +36,8 @@ def add_commands(commands: shared.Commands) -> None:
     parser.add_argument("--index", choices=["exact", "flat", "hnsw", "ivfpq"], default="exact", help=found)
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     page = (
-        "write a page that opens offline: queries with neighbours, classes, their confusion, a t-SNE map; of the row "
-        "that is best by its last figure"
+        "write a page that opens offline: queries with the neighbours found, classes, their confusion, a t-SNE "
+        "map; of the row that is best by its last figure"
     )
     parser.add_argument("--report", metavar="FOLDER", help=page)
 
