@@ -89,7 +89,7 @@ def serve(config: RunConfig, steps: int, pipe: Any) -> None:
 def main() -> None:
     """Measures both in turns and prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("talks", 32), ("batch", 8), ("tiles", 12), ("steps", 3)):
+    for name, default in (("talks", 32), ("batch", 8), ("tiles", 36), ("steps", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ratio", type=float, default=0.75)
     options = parser.parse_args()

@@ -70,7 +70,8 @@ def _add_convert(commands: shared.Commands) -> None:
     talks = kind("scenes-talk", "Drawn scenes with questions and true answers, for visual-instruction pretraining.")
     _add_recipe(talks)
     for made, size, noun in ((scenes, 96, "scenes"), (composed, 64, "queries"), (talks, 64, "scenes")):
-        made.add_argument("--style", default="summer", help="summer, infrared or winter (default: summer)")
+        several = "; several, with commas: each scene has one of them" if made is talks else ""
+        made.add_argument("--style", default="summer", help=f"summer, infrared or winter (default: summer){several}")
         made.add_argument("--size", type=int, default=size, help=f"height and width in pixels (default: {size})")
         made.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
                           help=f"{noun} of each split (default: 2000 200 200)")  # fmt: skip

@@ -9,15 +9,23 @@ from harma_ray.cli import shared
 def add_commands(commands: shared.Commands) -> None:
     """Adds ``demo``."""
     parser = shared.make_command(
-        commands, "demo", _demo,
-        "Draw scenes, train a tiny CLIP on one style, adapt it to another with HarMA, print a results table.",
-    )  # fmt: skip
+        commands,
+        "demo",
+        _demo,
+        "Show a paper in minutes, on scenes that are drawn: train tiny models and print a results table.",
+        "papers:\n  harma  a tiny CLIP is trained on one style and adapted to another\n"
+        "  vitp   a tiny vision transformer is pretrained on talks, with and without token drop, and finds images by "
+        "image",
+    )
+    parser.add_argument("paper", nargs="?", choices=["harma", "vitp"], default="harma", help="default: harma")
     parser.add_argument("--out", default="demo", help="folder for data, runs and picture (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes and training (default: 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="workers of the adaptation (default: two)")
+    parser.add_argument("--workers", type=int, metavar="N", help="workers (default: two)")
 
 
 def _demo(options: argparse.Namespace) -> None:
     from harma_ray.cli.demo_run import run_demo
+    from harma_ray.cli.demo_talks import run_demo_of_talks
 
-    run_demo(Path(options.out), seed=options.seed, num_workers=options.workers or 0)
+    run = run_demo if options.paper == "harma" else run_demo_of_talks
+    run(Path(options.out), seed=options.seed, num_workers=options.workers or 0)

@@ -231,13 +231,28 @@ def test_places_are_told_as_they_are_drawn():
 
 
 def test_every_kind_of_question_is_held_out_and_all_are_trained_on(tmp_path):
-    convert_scenes_talk(tmp_path / "data", {"train": 16, "val": 12}, style="summer", size=32)
+    convert_scenes_talk(tmp_path / "data", {"train": 18, "val": 12}, style="summer", size=32)
     train, val = (rows_of(open_split(tmp_path / "data", name)) for name in ("train", "val"))
     assert Counter(row["dataset"] for row in val) == dict.fromkeys(QUESTION_KINDS, 2)
-    assert Counter(row["dataset"] for row in train) == {"survey": 16, "compare": 4, "sums": 2}
-    assert {len(row["conversations"]) for row in train if row["dataset"] == "survey"} == {2 * 3}
+    assert Counter(row["dataset"] for row in train) == {"scene": 18, "compare": 12, "survey": 6, "sums": 2}
+    assert {len(row["conversations"]) for row in train if row["dataset"] == "survey"} == {2 * 2}
     numbers = [{name for row in rows for name in row["image_names"]} for rows in (train, val)]
     assert not numbers[0] & numbers[1]
+
+
+def test_a_scene_has_one_look_of_those_that_are_asked_for():
+    """Whatever is asked of it, so that what is compared differs in its look as often as any two scenes do."""
+    looks: dict[int, set[str]] = {}
+    talks = list_talk_scenes({"train": 200, "val": 60}, style="summer,winter", size=64, seed=1)
+    for talk in [*talks["train"], *talks["val"]]:
+        for name, drawn in talk.pictures:
+            assert name == f"{drawn.style}/{drawn.index:06d}.png"
+            looks.setdefault(drawn.index, set()).add(drawn.style)
+    assert all(len(found) == 1 for found in looks.values())
+    shares = Counter(style for found in looks.values() for style in found)
+    assert min(shares["summer"], shares["winter"]) > 0.4 * len(looks)
+    with pytest.raises(UserError, match="unknown scene style 'autumn'"):
+        list_talk_scenes({"train": 2}, style="summer,autumn", size=64, seed=1)
 
 
 def test_captions_and_classes_answer_questions(tmp_path):
@@ -284,12 +299,12 @@ def task_of(**changes):
 
 
 def length_of(tiles, *said):
-    """Tokens of a talk, by writing all of it down and encoding that as one text; 16 tokens stand for a tile."""
+    """Tokens of a talk, by writing all of it down and encoding that as one text; 4 tokens stand for a tile."""
     text = ""
     for number, each in enumerate(said):
         text += f"<|im_start|>{'assistant' if number % 2 else 'user'}\n{each}<|im_end|>\n"
     for count in tiles:
-        text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * 16 * count}</img>", 1)
+        text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * 4 * count}</img>", 1)
     return len(vocabulary().encode(text))
 
 
@@ -299,7 +314,7 @@ def long_source(source):
     source.meta.pop("fields")
     source.lines = {"towns": [
         line("0.png", "<image>\nWhere?", "left"), "", line("1.png", "<image>\nWhere is it?", "left"),
-        line(None, "Tell", "on and on " * 20), line(["2.png", "3.png"], "<image><image>Same?", "yes"),
+        line(None, "Tell", "on and on " * 9), line(["2.png", "3.png"], "<image><image>Same?", "yes"),
     ]}  # fmt: skip
     return source
 
@@ -308,7 +323,7 @@ def test_talks_that_are_too_long_are_refused_by_file_and_line(long_source, tmp_p
     """All at once, before anything is written, and by what image files say of themselves: none is decoded."""
     lengths = {
         1: length_of([3], "<image>\nWhere?", "left"), 3: length_of([3], "<image>\nWhere is it?", "left"),
-        4: length_of([], "Tell", "on and on " * 20), 5: length_of([3, 3], "<image><image>Same?", "yes"),
+        4: length_of([], "Tell", "on and on " * 9), 5: length_of([3, 3], "<image><image>Same?", "yes"),
     }  # fmt: skip
     limit = lengths[1]
     assert limit < lengths[3] < lengths[4] < lengths[5]

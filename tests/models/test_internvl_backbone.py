@@ -60,13 +60,13 @@ def test_the_scenes_model_is_small_and_answers():
     backbone = scenes()
     model = VisualInstructionModel(backbone.build())
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
-    assert backbone.tokens_per_tile == model.tokens_per_tile == model.encode_tiles(tiles(1, side=64)).shape[1] == 16
+    assert backbone.tokens_per_tile == model.tokens_per_tile == model.encode_tiles(tiles(1, side=64)).shape[1] == 4
     assert backbone.image_size == 64
     tokenizer = backbone.tokenizer()
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(len(tokenizer) - 9, len(tokenizer)))
     assert tokenizer.encode(f"house {IMAGE_TOKEN}")[-1] == model.core.config.image_token_id
     assert model.core.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    text = f"a house <img>{IMAGE_TOKEN * 16}</img> and"
+    text = f"a house <img>{IMAGE_TOKEN * 4}</img> and"
     ids = torch.tensor([tokenizer.encode(text)])
     assert model.answer(tiles(1, side=64), ids, torch.ones_like(ids), 3).shape[0] == 1
 

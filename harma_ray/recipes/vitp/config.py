@@ -172,10 +172,10 @@ def scenes_vitp() -> VitpConfig:
     """The whole thing in minutes on 2 cores: a tiny model, drawn and pretrained on talks about drawn scenes."""
     return VitpConfig(
         recipe="scenes-vitp",
-        model=ModelConfig(architecture="scenes-tiny", pretrained="random", drop_path=0.05),
+        model=ModelConfig(architecture="scenes-tiny", pretrained="random", drop_path=0.0),
         talk=TalkConfig(max_tiles=1, max_tokens=512, system=""),
         token_drop=TokenDropConfig(ratio=0.5),
-        selection=SelectionConfig(answers=120, answer_tokens=24),
+        selection=SelectionConfig(answers=600, answer_tokens=24),
         optim=OptimConfig(
             learning_rate=1e-3,
             betas=(0.9, 0.999),
@@ -185,7 +185,7 @@ def scenes_vitp() -> VitpConfig:
             clip_grad_norm=1.0,
         ),
         train=TrainConfig(
-            epochs=1, steps=600, global_batch_size=32, eval_every_steps=150, eval_batch_size=32, log_every_steps=25
+            epochs=1, steps=1800, global_batch_size=32, eval_every_steps=600, eval_batch_size=32, log_every_steps=50
         ),
     )
 
