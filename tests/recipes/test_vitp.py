@@ -435,10 +435,6 @@ def test_settings_that_contradict_each_other_are_refused(data):
     for named, metrics in (({"selection__criterion": "top_1"}, []), ({}, ["loss", "top_1"])):
         with pytest.raises(UserError, match=r"names top_1, which needs `features\.data`"):
             make_task(settings(data, **named)).check(train_split, [], metrics)
-    for preset, share in (("guide", "0.3"), ("none", "0")):
-        make_task(settings(data, token_drop__preset=preset)).check(train_split)
-        with pytest.raises(UserError, match=rf"preset {preset}, which takes {share} of the image tokens, got 0\.9"):
-            make_task(settings(data, token_drop__preset=preset, token_drop__ratio=0.9)).check(train_split)
     with pytest.raises(UserError, match=r"`features\.data` needs images, but .* holds talks"):
         make_task(config).check(train_split, [open_split(config.data.path, "val")])
 

@@ -81,7 +81,7 @@ class TokenDropConfig:
     one of four steps; ``guide``: 0.3 of them, in three of four steps, become zero; ``none``."""
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """Share of the image tokens in ``paper`` and ``released``; in ``released`` one minus this is the chance of a step,
-    too; the other presets have their own."""
+    too."""
 
 
 @dataclass(frozen=True, kw_only=True)

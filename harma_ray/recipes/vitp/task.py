@@ -26,7 +26,7 @@ from harma_ray.models.internvl.token_drop import TOKEN_DROPS, TokenDrop, release
 from harma_ray.models.internvl.vision import set_drop_path
 from harma_ray.models.precision import evaluating
 from harma_ray.parallel import shard
-from harma_ray.recipes.vitp.config import RECIPES, Criterion, TokenDropConfig, VitpConfig
+from harma_ray.recipes.vitp.config import Criterion, TokenDropConfig, VitpConfig
 from harma_ray.recipes.vitp.evaluation import evaluate_talks
 from harma_ray.recipes.vitp.features import SquareTransform, labelled_splits, measure_features, vision_encoder
 from harma_ray.recipes.vitp.talks import TalkTransform, backbone_of, measure_talks, reader_of
@@ -68,12 +68,6 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
             if "top_1" in names and not self.config.features.data:
                 rule = f"`{asker}` names top_1, which needs `features.data`"
                 raise UserError(f"{rule}: a converted data set with classes; --set features.data=FOLDER")
-        drop, usual = self.config.token_drop, RECIPES[self.config.recipe]().token_drop.ratio
-        if drop.preset in ("guide", "none") and drop.ratio != usual:
-            raise UserError(
-                f"`token_drop.ratio` must be left out with the preset {drop.preset}, which takes "
-                f"{token_drop_of(drop).ratio:g} of the image tokens, got {drop.ratio:g}; paper and released heed it"
-            )
         super().check(training, evaluated, metrics)
         training.require_kind([TALKS], f"recipe {self.config.recipe}")
         for split in evaluated if self.config.features.data else ():
