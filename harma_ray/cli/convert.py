@@ -65,6 +65,10 @@ def _add_convert(commands: shared.Commands) -> None:
     for made in (fashioniq, cirr):
         made.add_argument("--annotations-only", action="store_true", help="write nothing: check the annotations and "
                           "list all image files that are missing or empty")  # fmt: skip
+    _add_drawn(kind)
+
+
+def _add_drawn(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
     scenes = kind("scenes", "Drawn scenes with true captions: data for trials without a data set.")
     composed = kind("scenes-cir", "Drawn scenes with sentences that change them, for composed image retrieval.")
     talks = kind("scenes-talk", "Drawn scenes with questions and true answers, for visual-instruction pretraining.")

@@ -42,8 +42,8 @@ class TalkReader:
     def check(self, record: Record, sizes: Sequence[tuple[int, int]]) -> None:
         """Raises UserError for a talk that is longer than is read; a `RowCheck`."""
         assert isinstance(record, TalkRecord)
-        tokens = self.template.render(record.turns, self.count(sizes, record.max_tiles))
         try:
+            tokens = self.template.render(record.turns, self.count(sizes, record.max_tiles))
             tokens.cut(self.settings.max_tokens, self._image_token, whole=True)
         except UserError as error:
             raise UserError(f"{record.source}: {error}") from error
@@ -162,7 +162,7 @@ def measure_talks(split: Split, reader: TalkReader) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"tokens of a talk": [], "supervised tokens of a talk": [], "tiles of an image": []}
     for path in split.shard_paths():
         with open_shard(path) as file:
-            for batch in file.iter_batches(64, columns=["images", "conversations", "max_tiles"]):
+            for batch in file.iter_batches(8, columns=["images", "conversations", "max_tiles"]):
                 for row in batch.to_pylist():
                     tiles = reader.count([picture_size(data) for data in row["images"]], row["max_tiles"])
                     tokens = reader.template.render([Turn(t["from"], t["value"]) for t in row["conversations"]], tiles)
