@@ -41,7 +41,7 @@ from harma_ray.training.loop import run_training
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SMALL_SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
-SCENES_VISION = ORIGINAL_VISION | SMALL_SIZES | {"image_size": 64}
+SCENES_VISION = ORIGINAL_VISION | SMALL_SIZES | {"image_size": 64, "patch_size": 16}
 """The original's configuration of the drawn scenes' vision transformer, but for its own numbers of 0.1."""
 
 
