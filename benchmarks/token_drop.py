@@ -1,6 +1,6 @@
 """Supervised tokens per second and peak memory of ViTP's steps, with image tokens dropped and without.
 
-Run: python benchmarks/token_drop.py [--talks 32] [--batch 8] [--tiles 12] [--steps 3] [--ratio 0.75]
+Run: python benchmarks/token_drop.py [--talks 32] [--batch 8] [--tiles 36] [--steps 3] [--ratio 0.75]
 """
 
 import argparse
