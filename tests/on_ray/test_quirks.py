@@ -210,6 +210,8 @@ def test_errors_are_printed_whatever_log_to_driver_says(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# where Ray ran in this process before, its handler leaves the file of that session open
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ray_data_shows_bars_and_what_it_does():
     from ray.data._internal.logging import configure_logging
 
