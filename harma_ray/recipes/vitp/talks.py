@@ -46,7 +46,7 @@ class TalkReader:
             tokens = self.template.render(talk.turns, self.count(sizes, talk.max_tiles))
             tokens.cut(self.settings.max_tokens, self._image_token, whole=True)
         except UserError as error:
-            raise UserError(f"{record.source}: {error}") from error
+            raise UserError(f"{talk.source}: {error}") from error
 
     def read(self, row: Mapping[str, Any], tiles: Sequence[Image.Image], counts: Sequence[int]) -> dict[str, Array]:
         """Returns ``pixels`` uint8[T, 3, S, S], ``ids`` and ``labels`` int64[L] of a row whose images are cut.
