@@ -14,6 +14,7 @@ from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.files import output_path
+from harma_ray.models.internvl.configs import require_transformers
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare
@@ -39,7 +40,11 @@ def run_demo_of_talks(out: Path, *, seed: int = 0, num_workers: int = 0) -> None
         out: Folder for data and runs.
         seed: Seed of everything.
         num_workers: Workers of both trainings; 0 = as for `train`.
+
+    Raises:
+        UserError: If what the model is built with is not installed, or pretraining brought too little.
     """
+    require_transformers()
     out = output_path(out)
     started = time.perf_counter()
     runs: dict[str, Run] = {}
