@@ -5,6 +5,7 @@ field and are checked where settings come in, by `harma_ray.settings.build_confi
 in ``__post_init__``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -213,3 +214,19 @@ class RunConfig:
         A recipe with a setting that names another one adds it.
         """
         return {"data.path": (self.data.path, (self.data.train_split, self.selecting_split, self.data.test_split))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFigures:
+    """What a paper says that a recipe reaches: quoted, not measured here."""
+
+    data: str
+    """Name of the data set."""
+    split: str
+    """Split that they were measured on."""
+    num_texts: int
+    """Captions, or queries, of this split, by which it is recognised."""
+    figures: Mapping[str, float]
+    """By metric, in percent."""
+    source: str
+    """Where they stand."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.config import RunConfig
+from harma_ray.config import PublishedFigures, RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Submission
 from harma_ray.recipes.clip4cir import config as clip4cir_config
@@ -28,6 +28,9 @@ RECIPES: Mapping[str, Callable[[], RunConfig]] = {
     **vitp_config.RECIPES,
 }
 """Functions that return a recipe's published settings."""
+
+PUBLISHED: Mapping[str, Sequence[PublishedFigures]] = {**harma_config.PUBLISHED, **clip4cir_config.PUBLISHED}
+"""What the papers say that recipes reach, by recipe; those that are left out have no published figures."""
 
 _TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
     harma_config.HarmaConfig: HarmaTask,

@@ -11,7 +11,7 @@ from harma_ray.data.splits import open_split
 from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.import_export import load_model
-from harma_ray.recipes import RECIPES, make_task, recipe_config
+from harma_ray.recipes import PUBLISHED, RECIPES, make_task, recipe_config
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
 from harma_ray.recipes.vitp.config import VitpConfig
 from harma_ray.settings import build_config, config_hash
@@ -176,3 +176,15 @@ def test_a_model_that_is_trained_whole_may_start_from_nothing(scenes, changes):
     config = build_config(recipe_config("scenes-pretrain"), changes)
     make_task(config).check(open_split(scenes, "train"))
     assert make_task(config).backbone.name == "scenes-tiny, random of seed 0"
+
+
+def test_published_figures_are_of_metrics_that_are_measured_and_agree_with_each_other():
+    assert PUBLISHED.keys() <= RECIPES.keys()
+    for name, published in PUBLISHED.items():
+        known = make_task(recipe_config(name)).metrics.names
+        for quoted in published:
+            figures = dict(quoted.figures)
+            assert figures.keys() <= set(known)
+            assert all(0 < value < 100 for value in figures.values())
+            mean = figures.pop("r_mean", None)
+            assert mean is None or round(sum(figures.values()) / 6 + 1e-9, 2) == mean, (name, quoted)

@@ -12,6 +12,7 @@ from harma_ray.config import (
     OnDisk,
     OptimConfig,
     PositiveCount,
+    PublishedFigures,
     RunConfig,
     SharedByTrials,
     TrainConfig,
@@ -185,3 +186,17 @@ RECIPES: Mapping[str, Callable[[], Clip4CirConfig]] = {
     "scenes-cir-finetune": scenes_cir_finetune,
     "scenes-cir-combiner": scenes_cir_combiner,
 }
+
+PUBLISHED: Mapping[str, tuple[PublishedFigures, ...]] = {
+    "clip4cir-combiner": (
+        PublishedFigures(
+            data="FashionIQ", split="val", num_texts=6016, figures={"average_recall": 55.36},
+            source="CLIP4Cir (arXiv 2308.11485), mean of R@10 and R@50; it picks the best epoch on the same split",
+        ),
+        PublishedFigures(
+            data="CIRR", split="test1", num_texts=4148, figures={"mean(R@5+R_s@1)": 75.10},
+            source="CLIP4Cir (arXiv 2308.11485), from CIRR's server, which `predict cirr-test` writes files for",
+        ),
+    ),
+}  # fmt: skip
+"""What the paper says that its recipes reach."""
