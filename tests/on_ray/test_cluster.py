@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import shlex
 import subprocess
 import tempfile
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harma_ray.cli import make_parser
 from harma_ray.errors import UserError
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.recipes import recipe_config
@@ -20,18 +18,6 @@ from harma_ray.settings import build_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
-
-
-def launch_commands(text):
-    return re.findall(r"launch\.py ((?:train|evaluate|tune|convert|demo|inspect|embed|checkpoint)[^\n`#]*)", text)
-
-
-@pytest.mark.parametrize("file", ["README.md", "cluster/README.md", "cluster/kuberay/rayjob.yaml"])
-def test_every_command_that_is_told_parses(file):
-    commands = launch_commands((ROOT / file).read_text())
-    assert commands
-    for command in commands:
-        make_parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.sh")))
