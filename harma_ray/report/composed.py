@@ -3,6 +3,7 @@
 Shapes: Q queries, G gallery images, F embedding, n images that a query is ranked among, k results of a query.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from harma_ray.data.padding import padded_transform
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.data.splits import Split
-from harma_ray.evaluation import Evaluation, Projection, Section
+from harma_ray.evaluation import Evaluation, Projection, Section, show_figure
 from harma_ray.report import page
-from harma_ray.report.image_text import FIRST, find_failures, queries_section
+from harma_ray.report.image_text import FIRST, find_failures, one_each, queries_section
 from harma_ray.report.pictures import (
     FAINT,
     GAP,
@@ -34,7 +35,7 @@ from harma_ray.report.pictures import (
     read_thumbs,
     wrap,
 )
-from harma_ray.retrieval.composed import ComposedRetrieval
+from harma_ray.retrieval.composed import CATEGORY_KS, ComposedRetrieval
 from harma_ray.retrieval.ranking import top_k
 
 REFERENCE: Colour = (232, 150, 20)
@@ -77,15 +78,16 @@ class ComposedEvaluation(Evaluation):
         return Projection(vectors, [name.replace("\t", " ") for name in names], thumbnails)
 
     def sections(self, split: Split) -> list[Section]:
-        """Returns some queries and the worst ones; nothing if the images are not there any more.
+        """Returns recalls by category, and, if the images are still there, some queries and the worst ones.
 
         Raises:
             UserError: If an image cannot be read.
         """
-        pictured = split.pictured
-        if not pictured:
-            return []
-        return [queries_section(composed_sheet(self.retrieval, pictured)), _failures_section(self.retrieval, pictured)]
+        sections, pictured = _categories_section(self.retrieval), split.pictured
+        if pictured:
+            sheet = composed_sheet(self.retrieval, pictured)
+            sections += [queries_section(sheet), _failures_section(self.retrieval, pictured)]
+        return sections
 
 
 def composed_sheet(
@@ -114,16 +116,35 @@ def composed_sheet(
     return _draw_sheet(retrieval, split, chosen, k, thumb)
 
 
+def _categories_section(retrieval: ComposedRetrieval) -> list[Section]:
+    """Returns recalls by the queries' categories, or nothing if there are not two of them."""
+    queries, found = retrieval.queries, retrieval.result.metrics
+    sizes, galleries = Counter(queries.categories or ()), Counter(queries.gallery_categories or ())
+    if len(sizes) < 2:
+        return []
+    names = sorted(sizes, key=lambda name: sum(found[f"{name}_recall_at{k}"] for k in CATEGORY_KS))
+    columns = [("category", names)]
+    columns += [
+        (title, [f"{of[name]:,}" for name in names]) for title, of in (("queries", sizes), ("images", galleries))
+    ]
+    for k in CATEGORY_KS:
+        cells = [show_figure(found[f"{name}_recall_at{k}"], 1, percent=True) for name in names]
+        columns.append((f"R@{k} (%)", cells))
+    note = page.paragraph("Each category's queries are ranked among its own images. The worst comes first.")
+    return [Section("classes", "Categories", note + page.table(columns, num_text_columns=1))]
+
+
 def _failures_section(retrieval: ComposedRetrieval, split: Split) -> Section:
     failed = find_failures(retrieval.result.ranks)
-    shown = f"; the worst {_MAX_FAILURES} are shown" if len(failed) > _MAX_FAILURES else ""
+    chosen = one_each(failed, retrieval.queries.reference.tolist())[:_MAX_FAILURES]
+    shown = f"; of each reference the worst one, {len(chosen)} in all, are shown" if chosen != failed else ""
     text = page.paragraph(
         f"{len(failed):,} of {len(retrieval.result.ranks):,} queries have their target outside the first {FIRST}"
         f"{shown}. The worst come first."
     )
     if not failed:
         return Section("failures", "Failures", text)
-    drawn = queries_section(_draw_sheet(retrieval, split, failed[:_MAX_FAILURES], _K, _THUMB), "failures", "Failures")
+    drawn = queries_section(_draw_sheet(retrieval, split, chosen, _K, _THUMB), "failures", "Failures")
     return replace(drawn, html=text + drawn.html)
 
 

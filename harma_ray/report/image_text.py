@@ -1,7 +1,7 @@
 """How an image-text evaluation shows itself: some queries, the failures, a map of the embeddings."""
 
 import io
-from collections.abc import Sequence, Sized
+from collections.abc import Hashable, Sequence, Sized
 from dataclasses import dataclass, field
 from html import escape
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harma_ray.data.splits import Split
 from harma_ray.data.transforms import eval_transform
-from harma_ray.evaluation import Evaluation, Projection, Section
+from harma_ray.evaluation import Evaluation, Projection, Section, show_figure
 from harma_ray.report import page
 from harma_ray.report.figures import MAX_POINTS, draw_embeddings
 from harma_ray.report.pictures import (
@@ -25,7 +25,7 @@ from harma_ray.report.pictures import (
     verdict_of_images,
     verdict_of_texts,
 )
-from harma_ray.retrieval.image_text import ImageTextRetrieval
+from harma_ray.retrieval.image_text import RECALL_KS, ImageTextRetrieval, recalls_by_class
 from harma_ray.retrieval.ranking import top_k
 
 FIRST = 10
@@ -65,7 +65,7 @@ class ImageTextEvaluation(Evaluation):
         return Projection(vectors, labels, thumbnails)
 
     def sections(self, split: Split) -> list[Section]:
-        """Returns some queries, the failures and a map of the embeddings.
+        """Returns recalls by class, some queries, the failures and a map of the embeddings.
 
         Raises:
             UserError: If an image cannot be read.
@@ -74,6 +74,7 @@ class ImageTextEvaluation(Evaluation):
         labels = split.read(["label_name"]).column("label_name").to_pylist()
         points = draw_embeddings(retrieval.image_embeddings, retrieval.text_embeddings, retrieval.image_of_text, labels)
         return [
+            *_classes_section(retrieval, labels),
             queries_section(retrieval_sheet(retrieval, split)),
             _failures_section(retrieval, split),
             _embeddings_section(points),
@@ -94,25 +95,70 @@ def find_failures(ranks: Tensor) -> list[int]:
     return order[ranks[order] >= FIRST].tolist()
 
 
+def one_each(queries: Sequence[int], *keys: Sequence[Hashable]) -> list[int]:
+    """Keeps of queries, in order, those that share no key with one that was kept before.
+
+    Args:
+        queries: Numbers of queries.
+        keys: What queries may have in common, such as their captions; each by the queries' numbers.
+    """
+    seen, kept = set(), []
+    for query in queries:
+        own = {(kind, key[query]) for kind, key in enumerate(keys)}
+        if seen.isdisjoint(own):
+            seen |= own
+            kept.append(query)
+    return kept
+
+
+def _classes_section(retrieval: ImageTextRetrieval, labels: Sequence[str | None]) -> list[Section]:
+    """Returns recalls by class, or nothing if there are not two of them."""
+    rows = recalls_by_class(retrieval.result, labels)
+    if len(rows) < 2:
+        return []
+    columns = [
+        ("class", [row.name for row in rows]),
+        ("images", [f"{row.num_images:,}" for row in rows]),
+        ("captions", [f"{row.num_texts:,}" for row in rows]),
+    ]
+    sides = {"image to text (%)": "txt", "text to image (%)": "img"}
+    names = {f"{side}_r{k}": f"R@{k}" for side in sides.values() for k in RECALL_KS}
+    names |= {"r_mean": "own pair right", "r_mean_text": "equal captions too"}
+    columns += [
+        (title, [show_figure(row.metrics[name], 1, percent=True) for row in rows]) for name, title in names.items()
+    ]
+    groups = [("", 2), *((title, len(RECALL_KS)) for title in sides), ("mean of the six (%)", 2)]
+    note = page.paragraph(
+        "Images of a class and their captions, each ranked in the whole split; the worst class comes first, by the "
+        "last column. Few images make a recall rough: the counts say how many stand behind it."
+    )
+    return [Section("classes", "Classes", note + page.table(columns, num_text_columns=1, groups=groups))]
+
+
 def _failures_section(retrieval: ImageTextRetrieval, split: Split) -> Section:
-    failed_texts = find_failures(retrieval.result.text_to_image_ranks)
-    failed_images = find_failures(retrieval.result.image_to_text_ranks)
+    result = retrieval.result
+    failed_texts = find_failures(result.text_to_image_ranks_by_text)
+    failed_images = find_failures(result.image_to_text_ranks_by_text)
+    shown_texts = one_each(failed_texts, retrieval.image_of_text.tolist(), retrieval.texts)[:_MAX_FAILURES]
+    shown_images = failed_images[:_MAX_FAILURES]
     parts = [
         page.paragraph(
-            f"Queries whose right answer is not among the first {FIRST}, the worst first. Green: right; blue: another "
-            "image's, with an equal caption; red: wrong. The number is the cosine."
+            f"Queries without a right answer among the first {FIRST}, the worst first. An equal caption counts as "
+            "right here, so that none is shown that found what it asked for. Green: right; blue: another image's, with "
+            "an equal caption; red: wrong. The number is the cosine."
         ),
-        page.subsection(f"Text to image: {_count(failed_texts, retrieval.texts, 'captions')}"),
-        _failed_texts(retrieval, split, failed_texts[:_MAX_FAILURES]),
-        page.subsection(f"Image to text: {_count(failed_images, retrieval.image_embeddings, 'images')}"),
-        _failed_images(retrieval, split, failed_images[:_MAX_FAILURES]),
+        page.subsection(f"Text to image: {_count(failed_texts, shown_texts, retrieval.texts, 'captions')}"),
+        _failed_texts(retrieval, split, shown_texts),
+        page.subsection(f"Image to text: {_count(failed_images, shown_images, retrieval.image_embeddings, 'images')}"),
+        _failed_images(retrieval, split, shown_images),
     ]
     return Section("failures", "Failures", "\n".join(parts))
 
 
-def _count(failed: Sequence[int], queries: Sized, kind: str) -> str:
-    shown = f"; the worst {_MAX_FAILURES} are shown" if len(failed) > _MAX_FAILURES else ""
-    return f"{len(failed):,} of {len(queries):,} {kind}{shown}"
+def _count(failed: Sequence[int], shown: Sequence[int], queries: Sized, kind: str) -> str:
+    each = "of each image, and of equal captions, the worst one" if kind == "captions" else "the worst"
+    more = f"; {each}, {len(shown)} in all, {'is' if len(shown) == 1 else 'are'} shown" if shown != failed else ""
+    return f"{len(failed):,} of {len(queries):,} {kind}{more}"
 
 
 def _embeddings_section(png: bytes | None) -> Section:

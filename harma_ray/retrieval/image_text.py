@@ -100,6 +100,36 @@ def _named_recalls(recalls: Sequence[Mapping[int, Any]]) -> dict[str, Any]:
     return named
 
 
+@dataclass(frozen=True)
+class ClassRecalls:
+    """What was found for the images of one class and for their captions, each ranked in the whole split."""
+
+    name: str
+    num_images: int
+    num_texts: int
+    metrics: dict[str, float]
+    """As `RetrievalResult.metrics`."""
+
+
+def recalls_by_class(result: RetrievalResult, labels: Sequence[str | None]) -> list[ClassRecalls]:
+    """Returns the recalls of each class, the lowest `r_mean_text` first; images without a class take no part.
+
+    Args:
+        result: ranks.
+        labels: [N], class of each image.
+    """
+    found = []
+    for name in sorted({label for label in labels if label}):
+        images = torch.tensor([label == name for label in labels])
+        texts = images[result.image_index_of_text]
+        recalls = [
+            recall_at(ranks[chosen], RECALL_KS)
+            for ranks, chosen in zip(result._all_ranks(), (images, texts) * 2, strict=True)
+        ]
+        found.append(ClassRecalls(name, int(images.sum()), int(texts.sum()), _named_recalls(recalls)))
+    return sorted(found, key=lambda row: row.metrics["r_mean_text"])
+
+
 def _relevance(image_index_of_text: Tensor, text_keys: Sequence[Hashable] | Tensor, num_images: int) -> list[Groups]:
     """What is relevant, in the order of `RetrievalResult`'s ranks."""
     num_texts = len(image_index_of_text)

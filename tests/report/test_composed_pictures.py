@@ -1,4 +1,5 @@
 import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,11 +201,29 @@ def test_sections_hold_some_queries_and_the_worst_ones(tmp_path, written):
 
 def test_sections_show_the_worst_twenty(tmp_path):
     num_images, count = 30, 25
-    retrieval = make_retrieval([list(range(12))] * count, [0] * count, [11] * count, num_images)
-    failures = ComposedEvaluation({}, retrieval=retrieval).sections(write_gallery(tmp_path, num_images))[1]
-    assert "25 of 25 queries have their target outside the first 10; the worst 20 are shown." in failures.html
+    retrieval = make_retrieval([list(range(12))] * count, list(range(count)), [11] * count, num_images)
+    gallery = write_gallery(tmp_path, num_images)
+    failures = ComposedEvaluation({}, retrieval=retrieval).sections(gallery)[1]
+    told = "25 of 25 queries have their target outside the first 10; of each reference the worst one, "
+    assert f"{told}20 in all, are shown." in failures.html
     sheet = Image.open(io.BytesIO(failures.pictures["failures.png"]))
     assert sheet.height > 20 * 96
+    alike = make_retrieval([list(range(12))] * count, [0] * count, [11] * count, num_images)
+    failures = ComposedEvaluation({}, retrieval=alike).sections(gallery)[1]
+    assert f"{told}1 in all, are shown." in failures.html
+    assert Image.open(io.BytesIO(failures.pictures["failures.png"])).height < 3 * 96
+
+
+def test_sections_tell_recalls_by_category_the_worst_first(tmp_path):
+    kinds = ["dress"] * 12 + ["shirt"] * 13
+    dress, shirt = list(range(12)), list(range(12, 25))
+    orders, targets = [dress, dress, shirt[::-1], shirt[::-1]], [0, 11, 13, 12]
+    asked = {"categories": ["dress", "dress", "shirt", "shirt"], "gallery_categories": kinds}
+    retrieval = make_retrieval(orders, [1, 1, 20, 20], targets, 25, **asked)
+    section = ComposedEvaluation({}, retrieval=retrieval).sections(write_gallery(tmp_path, 25, kinds))[0]
+    rows = re.findall(r"<tr>(<td.*)</tr>", section.html)
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    assert cells == [["shirt", "2", "13", "0.0", "100.0"], ["dress", "2", "12", "50.0", "100.0"]]
 
 
 def test_sections_without_failures_have_no_sheet_of_them(tmp_path):

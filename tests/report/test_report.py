@@ -121,12 +121,14 @@ def test_page_lists_exactly_the_failures(tmp_path, split):
     retrieval = random_retrieval(CAPTIONS, seed=5)
     scores = retrieval.text_embeddings @ retrieval.image_embeddings.T
     own = scores[torch.arange(48), retrieval.image_of_text][:, None]
-    failed = ((scores >= own).sum(1) - 1 >= 10).nonzero()[:, 0].tolist()
-    assert 0 < len(failed) <= 30
+    places = (scores >= own).sum(1) - 1
+    failed = (places >= 10).nonzero()[:, 0].tolist()
+    worst = {i // 2: i for i in sorted(failed, key=lambda i: (int(places[i]), -i))}  # of the two captions of an image
+    assert 0 < len(worst) < len(failed)
     text = write(tmp_path, split, retrieval).read_text()
     part = text[text.index("Text to image:") : text.index("Image to text:")]
     queries = re.findall(r'<div class="query"><p>(.*?)</p>', part)
-    assert sorted(queries) == sorted(retrieval.texts[i] for i in failed)
+    assert sorted(queries) == sorted(retrieval.texts[i] for i in worst.values())
     assert f"Text to image: {len(failed)} of 48 captions" in text
     ranks = [int(rank) for rank in re.findall(r"own image at rank (\d+)", part)]
     assert ranks == sorted(ranks, reverse=True)
@@ -136,12 +138,47 @@ def test_page_lists_exactly_the_failures(tmp_path, split):
 
 
 def test_at_most_thirty_failures_are_shown(tmp_path):
-    captions = [[f"{i}-{j}" for j in range(3)] for i in range(30)]
+    captions = [[f"{i}-{j}" for j in range(3)] for i in range(40)]
     split = write_split(tmp_path, captions)
     text = write(tmp_path / "page", split, random_retrieval(captions)).read_text()
     part = text[text.index("Text to image:") : text.index("Image to text:")]
     assert part.count('class="failure"') == 30
-    assert "; the worst 30 are shown" in part
+    assert "; of each image, and of equal captions, the worst one, 30 in all, are shown" in part
+
+
+def test_failures_are_one_an_image_and_one_a_caption_and_an_equal_captions_image_is_none(tmp_path):
+    """Image 0 has three failing captions; 1 and 2 share one; 3 found an image with an equal caption first."""
+    captions = [["a", "b", "c"], ["same"], ["same"], ["twin"], ["twin"], *([f"{i}"] for i in range(5, 20))]
+    images, texts = torch.eye(20), torch.eye(20)[[0, 0, *range(20)]]
+    for text in (0, 1, 2, 3, 4):
+        texts[text] = torch.linspace(0, 1, 20)  # finds the last images first
+        texts[text, 0] = 0.04 * text if text < 3 else 0
+    texts[5] = texts[6] = torch.tensor([0.0] * 4 + [1.0] + [0.5] * 15)  # both find image 4
+    split = write_split(tmp_path, captions)
+    text = write(tmp_path / "page", split, make_retrieval(images, texts, captions)).read_text()
+    part = text[text.index("Text to image:") : text.index("Image to text:")]
+    assert part.startswith("Text to image: 5 of 22 captions; of each image, and of equal captions, the worst one, 2 in")
+    assert re.findall(r'<div class="query"><p>(.*?)</p>', part) == ["a", "same"]
+
+
+def test_recalls_by_class_are_those_of_the_classes_images_and_captions_the_worst_first(tmp_path, split):
+    retrieval = random_retrieval(CAPTIONS, seed=5)
+    scores = retrieval.image_embeddings @ retrieval.text_embeddings.T
+    own = retrieval.image_of_text == torch.arange(24)[:, None]
+    to_text = (scores > scores.masked_fill(~own, -9).amax(1, keepdim=True)).sum(1)
+    to_image = (scores > scores.masked_fill(~own, -9).amax(0)).sum(0)
+    expected = {}
+    for number, name in enumerate(["field", "port"]):
+        rows = torch.arange(24) % 3 == number
+        ranks = [to_text[rows], to_image[rows[retrieval.image_of_text]]]
+        recalls = [100 * float((found < k).float().mean()) for found in ranks for k in (1, 5, 10)]
+        expected[name] = ["8", "16", *(f"{recall:.1f}" for recall in [*recalls, sum(recalls) / 6, sum(recalls) / 6])]
+    text = write(tmp_path, split, retrieval).read_text()
+    part = text[text.index('<h2 id="classes">') : text.index('<h2 id="retrievals">')]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in part.split("</tr>")]
+    found = {row[0]: row[1:] for row in rows if row}
+    assert found == expected
+    assert list(found) == sorted(expected, key=lambda name: float(expected[name][-1]))
 
 
 def test_equal_captions_are_marked(tmp_path):
@@ -149,10 +186,16 @@ def test_equal_captions_are_marked(tmp_path):
     images = torch.eye(14)
     texts = torch.eye(14)
     texts[0] = torch.linspace(0, 1, 14)  # finds the last image, which has an equal caption, first and its own last
-    path = write(tmp_path / "page", write_split(tmp_path, captions), make_retrieval(images, texts, captions))
-    text = path.read_text()
-    assert "own image at rank 14; one with an equal caption at rank 1" in text
-    assert text.count('class="equal"') == 1
+    split = write_split(tmp_path, captions)
+    text = write(tmp_path / "page", split, make_retrieval(images, texts, captions)).read_text()
+    assert 'class="equal"' not in text  # found what it asked for
+    texts[0] = torch.linspace(1, 0, 14)  # finds its own image first
+    texts[13] = torch.tensor([0.1, *[1.0] * 12, 0.0])  # own image last, the one with an equal caption before it
+    texts[2] = texts[5] = images.sum(0)
+    retrieval = make_retrieval(images, texts, captions)
+    assert retrieval.result.text_to_image_ranks[13] == 13
+    text = write(tmp_path / "again", split, retrieval).read_text()
+    assert "own image at rank 14; one with an equal caption at rank 13" in text
 
 
 def test_perfect_model_has_no_failures(tmp_path, split):
