@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ TEMPORARY_PREFIX = ".tmp-"
 """In folders of this prefix something is being written, or was when its writer died."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the system's errors that mean so."""
+
+SETTLED_SECONDS = 2.0
+"""A file may change twice within what a file system takes for one moment; so long after a change it is not known."""
 
 _JOB_COPY = "working_dir_files"
 """Folder in which Ray keeps the copies of working folders that jobs run in."""
@@ -176,3 +180,19 @@ def kept_path(path: str | Path, name: str) -> Path:
             "machines mount"
         )
     return path
+
+
+def settled_state(found: os.stat_result) -> tuple[int, ...] | None:
+    """Returns what the system tells a file by, and one state of it, from all others; None if it changed just now."""
+    if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED_SECONDS:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def cache_folder(name: str) -> Path | None:
+    """Returns where something of this name is remembered for the user; None: this user has no such place."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (asked if asked.is_absolute() else Path("~/.cache").expanduser()) / "harma_ray" / name
+    except RuntimeError:  # nobody knows the user's home
+        return None

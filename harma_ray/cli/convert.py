@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harma_ray.cli import shared
 
 if TYPE_CHECKING:
     from harma_ray.data.convert.composed import ComposedSource
+    from harma_ray.data.convert.shards import TaskMap
     from harma_ray.data.convert.writer import WriteSettings
     from harma_ray.data.manifest import Manifest
     from harma_ray.task import Task
+
+_LISTED = 5
 
 
 def add_commands(commands: shared.Commands) -> None:
@@ -124,15 +129,14 @@ def _add_kind(kinds: shared.Commands, name: str, text: str, *, out_required: boo
 
 def _convert(options: argparse.Namespace) -> None:
     from harma_ray.data.convert.writer import WriteSettings
+    from harma_ray.data.manifest import MANIFEST_NAME
     from harma_ray.errors import UserError
     from harma_ray.files import output_path
-    from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
-    from harma_ray.on_ray.tasks import map_with_ray
     from harma_ray.shell import launch_command
 
     composed = _read_composed(options) if options.kind in ("fashioniq", "cirr") else None
     if composed and options.annotations_only:
-        print(composed.report())
+        print(composed.report(options.out and output_path(options.out)))
         return
     if options.out is None:
         raise UserError("give the folder of the data set with --out")
@@ -143,26 +147,49 @@ def _convert(options: argparse.Namespace) -> None:
     changes = {} if options.max_pixels is None else {"max_pixels": options.max_pixels}
     if not options.kind.startswith("scenes"):
         changes["rendering"] = shared.rendering_from(options)
-    settings = WriteSettings(
-        resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite, progress=True,
-        map_tasks=map_with_ray, check=task and task.row_check(), **changes,
-    )  # fmt: skip
+    with _tasks_on_ray(options, task) as map_tasks:
+        settings = WriteSettings(
+            resize=options.resize, max_bad=options.max_bad, seed=options.seed, overwrite=options.overwrite,
+            progress=True, map_tasks=map_tasks, check=task and task.row_check(), **changes,
+        )  # fmt: skip
+        manifests = _write(options, settings, composed)
+    for split, manifest in manifests.items():
+        print(f"{Path(options.out) / split}: {_summarise(manifest)}")
+        for bad in manifest.bad[:_LISTED]:
+            print(f"  left out: {bad.source}: {bad.reason}")
+        if len(manifest.bad) > _LISTED:
+            print(f"  and {len(manifest.bad) - _LISTED:,} more: all are in {Path(options.out) / split / MANIFEST_NAME}")
+    if makes_talks and not task:
+        print("lengths of talks were not looked at, which takes a tokenizer: --recipe NAME refuses what is too long; "
+              f"or look: {launch_command('inspect', options.out, '--recipe', 'NAME')}")  # fmt: skip
+
+
+@contextmanager
+def _tasks_on_ray(options: argparse.Namespace, task: Task | None) -> Iterator[TaskMap]:
+    """Gives what runs tasks on a cluster, which is started or joined when there are any: not for work that is done."""
+    from harma_ray.files import output_path
+    from harma_ray.on_ray.cluster import ray_cluster, require_reachable, require_shared_folder, require_visible
+    from harma_ray.on_ray.tasks import map_with_ray
+
+    require_reachable(options.address)
     sources = [getattr(options, name) for name in ("images", "root") if name in options]
     if task:
         from harma_ray.on_ray.workers import read_paths
 
         sources += read_paths(task.config)[1:]
-    with ray_cluster(options.address) as cluster:
-        require_shared_folder(output_path(options.out), cluster)
-        require_visible([Path(source).expanduser() for source in sources], cluster)
-        manifests = _write(options, settings, composed)
-    for split, manifest in manifests.items():
-        print(f"{Path(options.out) / split}: {_summarise(manifest)}")
-        for bad in manifest.bad:
-            print(f"  left out: {bad.source}: {bad.reason}")
-    if makes_talks and not task:
-        print("lengths of talks were not looked at, which takes a tokenizer: --recipe NAME refuses what is too long; "
-              f"or look: {launch_command('inspect', options.out, '--recipe', 'NAME')}")  # fmt: skip
+    with ExitStack() as stack:
+
+        @functools.cache
+        def start() -> None:
+            cluster = stack.enter_context(ray_cluster(options.address))
+            require_shared_folder(output_path(options.out), cluster)
+            require_visible([Path(source).expanduser() for source in sources], cluster)
+
+        def run(function: Callable[[Any], Any], plans: Sequence[Any]) -> Iterator[Any]:
+            start()
+            yield from map_with_ray(function, plans)
+
+        yield run
 
 
 def _write(

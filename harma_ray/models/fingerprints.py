@@ -9,9 +9,7 @@ other weights pass.
 import contextlib
 import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.files import atomic
+from harma_ray.files import atomic, cache_folder, settled_state
 from harma_ray.models.weights import QUICK_GELU, has_quick_gelu, own_tensors
 
-_SETTLED_SECONDS = 2.0
-"""A file may change twice within what a file system takes for one moment; so long after a change it is not known."""
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -128,18 +124,18 @@ def _identity(files: Sequence[Path]) -> str:
     for file in files:
         try:
             path = file.expanduser().resolve(strict=True)
-            found = path.stat()
+            state = settled_state(path.stat())
         except OSError:
             return ""
-        if time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED_SECONDS:
+        if state is None:
             return ""
-        facts += [str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        facts += [str(path), *state]
     return json.dumps(facts)
 
 
 def _remembered(source: str, compute: Callable[[], str]) -> str:
     """Returns a fingerprint that was computed before, or computes and keeps it; a cache that fails is none."""
-    cache = _cache_folder()
+    cache = cache_folder("fingerprints")
     if not source or cache is None:
         return compute()
     file = cache / hashlib.sha256(source.encode()).hexdigest()
@@ -151,15 +147,6 @@ def _remembered(source: str, compute: Callable[[], str]) -> str:
     with contextlib.suppress(OSError), atomic(file) as made:
         made.write_text(fingerprint)
     return fingerprint
-
-
-def _cache_folder() -> Path | None:
-    """Returns where fingerprints are remembered; None: this user has no such place."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        return (asked if asked.is_absolute() else Path("~/.cache").expanduser()) / "harma_ray" / "fingerprints"
-    except RuntimeError:  # nobody knows the user's home
-        return None
 
 
 def _head(name: str, tensor: Tensor) -> bytes:

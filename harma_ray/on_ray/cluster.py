@@ -55,6 +55,12 @@ def ray_cluster(
             yield cluster
 
 
+def require_reachable(address: str | None) -> None:
+    """Raises UserError if a cluster is to be joined, see `ray_cluster`, and none answers; starts and joins none."""
+    prepare_environment(own_cluster=False)
+    find_address(address)
+
+
 def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, Any]:
     """Returns how a cluster is started."""
     folder, spill = choose_folder()

@@ -332,7 +332,7 @@ def test_a_dry_check_lists_all_missing_images(capsys, tmp_path):
     for name in ("Dv1.jpg", "Sv2.jpg"):
         (root / "images" / name).unlink()
     report = done(capsys, "convert", "fashioniq", "--root", root, "--split", "val", "--annotations-only")
-    assert report.splitlines()[-3:] == [f"2 are missing under {root}:", "images/Dv1.jpg", "images/Sv2.jpg"]
+    assert report.splitlines()[-3:] == [f"2 of 25 images are missing under {root}:", "images/Dv1.jpg", "images/Sv2.jpg"]
     assert "with --out" in refused(capsys, "convert", "fashioniq", "--root", root, "--split", "val")
 
 

@@ -139,8 +139,8 @@ def test_files_that_are_empty_are_not_told_as_there(fashioniq):
     (fashioniq / "images" / "Sv1.jpg").write_bytes(b"")
     (fashioniq / "images" / "Tv1.jpg").unlink()
     *_, missing, first, empty, second, third = source.report().splitlines()
-    assert missing.startswith("1 are missing under ")
-    assert empty.startswith("2 are empty (0 bytes) under ")
+    assert missing.startswith("1 of 25 images are missing under ")
+    assert empty.startswith("2 of 25 images are empty (0 bytes) under ")
     assert [first, second, third] == ["images/Tv1.jpg", "images/Dv3.jpg", "images/Sv1.jpg"]
 
 

@@ -1,13 +1,11 @@
 """Composed retrieval's data sets: triplets to train on, galleries with queries to evaluate on."""
 
-import shutil
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from raw_composed import cirr_split, draw_cirr, draw_fashioniq, edit_json, fashioniq_split
 
-from harma_ray.data.convert import examination, shards, writer
+from harma_ray.data.convert import contents, shards, writer
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.convert.composed import read_fashioniq
 from harma_ray.data.convert.writer import WriteSettings
@@ -180,20 +178,22 @@ def test_resize_makes_both_images_of_a_triplet_smaller(fashioniq, tmp_path):
 # --- images that cannot be used ---
 
 
-def test_missing_images_point_to_the_full_list(fashioniq, tmp_path):
-    shutil.rmtree(fashioniq / "images")
-    with pytest.raises(UserError, match=r"21 of 21 images.*Dt0 \(cannot be found.* and 11 more; .*--annotations-only"):
+def test_a_folder_without_any_of_the_images_is_told(fashioniq, tmp_path):
+    images = fashioniq / "images"
+    images.rename(fashioniq / "resized")
+    images.mkdir()
+    told = (
+        f"none of the {{}} images is there, so that the folder is wrong: no {images}/{{}}.jpg; give {fashioniq}/resized"
+    )
+    with pytest.raises(UserError, match=told.format(21, "Dt0")):
         fashioniq_split(fashioniq, "train", tmp_path)
     report = read_fashioniq(fashioniq, "val").report().splitlines()
-    assert report[:3] == [
-        f"{name} val: 6 queries, {n} images in the index" for name, n in (("dress", 9), ("toptee", 8), ("shirt", 9))
-    ]
-    assert report[3:6] == [
+    assert report[:4] == [
+        *(f"{name} val: 6 queries, {n} images in the index" for name, n in (("dress", 9), ("toptee", 8), ("shirt", 9))),
         "25 distinct images are needed in all",
-        f"25 are missing under {fashioniq}:",
-        "images/Dv0.jpg",
     ]
-    assert len(report) == 5 + 25
+    assert len(report) == 5
+    assert report[4].startswith(told.format(25, "Dv0"))
 
 
 def test_triplets_that_need_a_bad_image_are_left_out_but_not_counted(fashioniq, tmp_path):
@@ -242,8 +242,8 @@ def test_split_without_any_usable_row_is_refused(cirr, tmp_path):
 
 def test_image_of_many_triplets_is_hashed_once(fashioniq, tmp_path, monkeypatch):
     hashed = []
-    original = examination.hash_file
-    monkeypatch.setattr(examination, "hash_file", lambda path: hashed.append(path) or original(path))
+    original = contents.hash_file
+    monkeypatch.setattr(contents, "hash_file", lambda path: hashed.append(path) or original(path))
     fashioniq_split(fashioniq, "train", tmp_path)
     assert len(hashed) == len(set(hashed)) == 21
     hashed.clear()
@@ -337,17 +337,22 @@ def test_annotations_only_lists_what_is_missing_and_writes_nothing(fashioniq, ci
         "all images are there",
     ]
     assert sorted(tmp_path.rglob("*")) == before
-    for name in ("Dt1", "Dt3"):
+    gone = [f"{name}{number}" for name in ("Dt", "Tt") for number in (1, 2, 3)]
+    for name in gone:
         (fashioniq / "images" / f"{name}.jpg").unlink()
-    command = ["convert", "fashioniq", "--root", str(fashioniq), "--split", "train", "--categories", "dress"]
-    assert main([*command, "--annotations-only", "--out", str(tmp_path / "data")]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "dress train: 6 queries, 8 images in the index",
-        "7 distinct images are needed in all",
-        f"2 are missing under {fashioniq}:",
-        "images/Dt1.jpg",
-        "images/Dt3.jpg",
+    command = ["convert", "fashioniq", "--root", str(fashioniq), "--split", "train", "--categories", "dress", "toptee"]
+    assert main([*command, "--annotations-only"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "14 distinct images are needed in all",
+        f"6 of 14 images are missing under {fashioniq}:",
+        *(f"images/{name}.jpg" for name in gone),
     ]
-    assert not (tmp_path / "data").exists()
+    assert sorted(tmp_path.rglob("*")) == [path for path in before if path.stem not in gone]
+    assert main([*command, "--annotations-only", "--out", str(tmp_path / "data")]) == 0
+    listed = tmp_path / "data" / "missing-train.txt"
+    assert capsys.readouterr().out.splitlines()[3:] == [
+        f"6 of 14 images are missing under {fashioniq}/images: Dt1, Dt2, Dt3, Tt1, Tt2, ... (all: {listed})"
+    ]
+    assert listed.read_text().split() == gone
     assert main(command) == 2
     assert "give the folder of the data set with --out" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from harma_ray.data.convert.examination import examine
+from harma_ray.data.convert.examination import NeededImages
 from harma_ray.data.convert.folders import list_scenes, read_class_folders
 from harma_ray.data.convert.records import SceneSpec
 from harma_ray.data.convert.sources import read_harma, read_karpathy
@@ -237,7 +237,7 @@ def test_the_file_that_may_be_meant_is_named(write, tmp_path, name, meant):
     root = tmp_path / "images"
     _make_images(root, "val/A.jpg", "val/\u00e9.png")
     (record,) = read_harma(write([_eval_row(0, image=name)]), root)
-    (bad,) = examine([record], progress=False).missing
+    (bad,) = NeededImages.of([record]).examine().unreadable
     assert bad.reason.endswith(f"; is {meant!r} meant, which is there?") == (meant is not None)
 
 
@@ -245,7 +245,7 @@ def test_files_that_may_be_meant_are_looked_for_a_hundred_times(write, tmp_path)
     """Of a hundred thousand images on a network drive it would take hours."""
     _make_images(tmp_path, "val/A.jpg")
     records = read_harma(write([_eval_row(number, image=f"{number}/val/a.jpg") for number in range(120)]), tmp_path)
-    missing = examine(records, progress=False).missing
+    missing = NeededImages.of(records).examine().unreadable
     assert len(missing) == 120
     assert [bad.reason.endswith("is 'val/A.jpg' meant, which is there?") for bad in missing] == [True] * 100 + [
         False

@@ -176,7 +176,7 @@ def test_blank_lines_are_skipped_but_counted(source):
 
 def test_missing_images_are_told_and_nothing_is_written(source, tmp_path):
     (source.images / "towns" / "3.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 7 images cannot be used.*3\.png"):
+    with pytest.raises(UserError, match=r"1 of 7 images is missing under .*images: towns/3\.png; "):
         convert_vitp(source.write(), source.images, "train", tmp_path / "data")
     assert not (tmp_path / "data" / "train").exists()
 
@@ -359,7 +359,7 @@ def test_lengths_are_those_of_images_as_they_will_be_stored(long_source, tmp_pat
         with pytest.raises(UserError, match=rf"towns\.jsonl line 1: has {limit} tokens"):
             convert_vitp(long_source.write(), long_source.images, "train", tmp_path / "data", settings=settings)
     (long_source.images / "towns" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 4 images cannot be used.*0\.png"):
+    with pytest.raises(UserError, match=r"1 of 4 images is missing under .*0\.png"):
         convert_vitp(long_source.write(), long_source.images, "train", tmp_path / "data", settings=WriteSettings(
             check=task_of(talk__max_tokens=400).row_check()
         ))  # fmt: skip

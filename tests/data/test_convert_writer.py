@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from harma_ray.data.convert import shards, staging
+from harma_ray import files
+from harma_ray.data.convert import contents, examination, shards, staging
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_karpathy, convert_scenes
 from harma_ray.data.convert.duplicates import HASHES_NAME
 from harma_ray.data.convert.shards import pack_shards, write_shard
@@ -198,7 +199,7 @@ def _spoil(raw):
 
 def test_bad_images_are_listed_together_and_nothing_is_written(raw, tmp_path):
     reasons = _spoil(raw)
-    with pytest.raises(UserError, match=r"1 of 30 images cannot be used, at most 0 .*0\.jpg \(cannot be found"):
+    with pytest.raises(UserError, match=r"1 of 30 images is missing under .*images: 0\.jpg; .*--max-bad 1, now 0"):
         _convert(raw, tmp_path)  # what is missing is known before anything is decoded
     with pytest.raises(UserError, match="5 of 30 images cannot be used, at most 4 may be left out") as caught:
         _convert(raw, tmp_path, max_bad=4)
@@ -229,14 +230,74 @@ def test_mended_image_is_read_again(raw, tmp_path):
     assert _convert(raw, tmp_path).rows == NUM_IMAGES
 
 
-def test_first_ten_bad_images_and_the_rest_as_a_number(raw, tmp_path):
-    shutil.rmtree(raw / "images")
-    (raw / "images").mkdir()
-    with pytest.raises(UserError, match=r"30 of 30 images.* and 20 more; mend them") as caught:
-        _convert(raw, tmp_path)
-    assert str(caught.value).count("cannot be found") == 10
-    with pytest.raises(UserError, match=r"no images|none of the 30 images"):
-        _convert(raw, tmp_path, max_bad=30)
+def test_missing_images_are_a_number_the_first_five_and_a_file_with_all(raw, tmp_path):
+    for number in range(0, 21, 3):
+        (raw / "images" / f"{number}.jpg").unlink()
+    (raw / "images" / "00.png").write_bytes((raw / "images" / "1.png").read_bytes())
+    with pytest.raises(UserError, match=r"^7 of 30 images are missing under .*images: 0\.jpg, ") as caught:
+        _convert(raw, tmp_path / "data", max_bad=6)
+    assert str(caught.value).count(".jpg") == 5
+    listed = tmp_path / "data" / "missing-val.txt"
+    assert f"(all: {listed}); mend that, or leave them out (--max-bad 7, now 6)" in str(caught.value)
+    assert listed.read_text().split() == [f"{number}.jpg" for number in range(0, 21, 3)]
+    assert _convert(raw, tmp_path / "data", max_bad=7).rows == 23
+    assert not listed.exists()
+
+
+@pytest.mark.parametrize("place", ["raw/images/all/of/them", "elsewhere/images", "raw"])
+def test_all_images_missing_means_that_the_folder_is_wrong(raw, tmp_path, place):
+    """Too few folders, others, and too many: the folder that would do is named."""
+    there = tmp_path / place
+    if place == "raw":
+        rows = json.loads((raw / "val.json").read_text())
+        (raw / "val.json").write_text(json.dumps([{**row, "image": f"images/{row['image']}"} for row in rows]))
+    else:
+        (raw / "images").rename(tmp_path / "moved")
+        (raw / "images").mkdir()
+        there.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "moved").rename(there)
+    with pytest.raises(UserError, match=rf"none of the 30 images is there, .* no {raw}/images/.*0\.jpg; give {there} "):
+        _convert(raw, tmp_path / "data", max_bad=30)
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_any_such_file_nearby_the_path_that_was_tried_is_told(raw, tmp_path):
+    (raw / "other").mkdir()
+    (raw / "images" / "0.jpg").rename(raw / "other" / "0.jpg")
+    rows = json.loads((raw / "val.json").read_text())
+    (raw / "val.json").write_text(json.dumps([{**row, "image": f"rsitmd/{row['image']}"} for row in rows]))
+    with pytest.raises(UserError, match=rf"no {raw}/images/rsitmd/0\.jpg, but {raw}/other/0\.jpg is; give or make"):
+        _convert(raw, tmp_path / "data")
+    (raw / "other" / "0.jpg").unlink()
+    with pytest.raises(UserError, match=r"no .*/rsitmd/0\.jpg; give the folder that image names such as rsitmd/0"):
+        _convert(raw, tmp_path / "data")
+
+
+def test_images_that_stay_as_they_are_are_not_read_again(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED_SECONDS", 0.0)
+    read, original = [], contents.hash_file
+    monkeypatch.setattr(contents, "hash_file", lambda path: read.append(path.name) or original(path))
+    manifest = _convert(raw, tmp_path / "data")
+    assert len(read) == NUM_IMAGES
+    monkeypatch.setattr(examination, "read_header", None)
+    assert _convert(raw, tmp_path / "data") == manifest
+    assert len(read) == NUM_IMAGES
+    path = raw / "images" / "4.png"
+    content, found = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # as long, and of the same age
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(UserError, match=r"made differently \(images\)"):
+        _convert(raw, tmp_path / "data")
+    assert read[NUM_IMAGES:] == ["4.png"]
+
+
+def test_images_that_changed_just_now_are_read_again(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED_SECONDS", 60.0)
+    read, original = [], contents.hash_file
+    monkeypatch.setattr(contents, "hash_file", lambda path: read.append(path) or original(path))
+    for _ in range(2):
+        _convert(raw, tmp_path / "data")
+    assert len(read) == 2 * NUM_IMAGES
 
 
 def test_folder_in_place_of_an_image_is_bad(raw, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from small_clip import ADAPTERS, small_clip
 
+from harma_ray import files
 from harma_ray.errors import UserError
 from harma_ray.models import fingerprints
 from harma_ray.models.adapters import insert_adapters
@@ -23,7 +24,7 @@ TINY = "scenes-tiny"
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fingerprints, "_SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", 0.0)
     return tmp_path / "cache" / "harma_ray" / "fingerprints"
 
 
@@ -75,7 +76,7 @@ def test_other_weights_never_pass_for_those_that_were_there(tmp_path, cache, has
 
 
 def test_a_file_that_changed_just_now_is_not_remembered(tmp_path, cache, hashed, monkeypatch):
-    monkeypatch.setattr(fingerprints, "_SETTLED_SECONDS", 60.0)
+    monkeypatch.setattr(files, "SETTLED_SECONDS", 60.0)
     path = write_clip(tmp_path / "clip.safetensors", seed=3)
     assert started(path) == started(path)
     assert len(hashed) == 2

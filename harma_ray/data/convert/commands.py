@@ -154,9 +154,8 @@ def convert_composed(source: ComposedSource, out: str | Path, *, settings: Write
     Raises:
         UserError: If the folder ``out`` is not as it should be; see ``write_split``.
     """
-    hint = "; --annotations-only lists all that are missing"
     records, queries = {source.split: source.records}, {source.split: source.queries}
-    manifests = _write_splits(records, out, source.options, settings, queries=queries, inputs=source.inputs, hint=hint)
+    manifests = _write_splits(records, out, source.options, settings, queries=queries, inputs=source.inputs)
     return manifests[source.split]
 
 
@@ -212,7 +211,6 @@ def _write_splits(
     queries: Mapping[str, Sequence[QueryRecord]] = MappingProxyType({}),
     inputs: Mapping[str, str] = MappingProxyType({}),
     counts: Mapping[str, int] | None = None,
-    hint: str = "",
 ) -> dict[str, Manifest]:
     """Writes splits; takes what `write_split` does, and the counts of what is drawn."""
     check_rows([record for rows in records.values() for record in rows], settings, f"what is to become {out}")
@@ -224,7 +222,6 @@ def _write_splits(
             inputs=inputs,
             queries=queries.get(split, ()),
             settings=settings,
-            hint=hint,
         )
         for split, rows in records.items()
     }

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from harma_ray.data.convert.annotations import Entry, check_distinct, count_names, describe_shape, hash_files
+from harma_ray.data.convert.examination import NeededImages
 from harma_ray.data.convert.image_paths import image_root, locate_image
 from harma_ray.data.convert.json_files import read_json, read_rows
 from harma_ray.data.convert.mistakes import Mistakes, all_mistakes
+from harma_ray.data.convert.unusable import list_beside, tell_missing, tell_wrong_folder
 from harma_ray.data.kinds.base import Record
 from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.data.kinds.queries import QueryRecord
@@ -84,16 +86,25 @@ class ComposedSource:
             for number, (part, name) in enumerate(images)
         ]
 
-    def report(self) -> str:
-        """Returns what the annotations tell of and all image files that are missing, in lines for people."""
+    def report(self, out: Path | None = None) -> str:
+        """Returns what the annotations tell of, and which image files are missing or empty, in lines for people.
+
+        Args:
+            out: Folder of the data set, where a list of what is missing may be written; None: all are told here.
+        """
+        needed = NeededImages.of(self.records)
         lines = [f"{p.name}: {len(p.queries):,} queries, {len(p.index):,} images in the index" for p in self.parts]
-        files = list(dict.fromkeys(self.files.values()))
-        missing = [path for path in files if not os.path.isfile(path)]
-        empty = [path for path in files if os.path.isfile(path) and not os.path.getsize(path)]
-        lines.append(f"{len(files):,} distinct images are needed in all")
-        for told, paths in (("missing", missing), ("empty (0 bytes)", empty)):
+        lines.append(f"{len(needed.seen):,} distinct images are needed in all")
+        missing = {each.path: each for each in needed.missing}
+        empty = [path for path, seen in needed.seen.items() if not seen.size and path not in missing]
+        if len(missing) == len(needed.seen):
+            return "\n".join([*lines, tell_wrong_folder(list(missing.values()))])
+        if missing and out:
+            file = list_beside(out / self.split, "missing")
+            lines.append(tell_missing(list(missing.values()), len(needed.seen), file))
+        for told, paths in (("missing", [] if out else list(missing)), ("empty (0 bytes)", empty)):
             if paths:
-                lines.append(f"{len(paths):,} are {told} under {self.root}:")
+                lines.append(f"{len(paths):,} of {len(needed.seen):,} images are {told} under {self.root}:")
                 lines += [path.relative_to(self.root).as_posix() for path in paths]
         return "\n".join(lines if missing or empty else [*lines, "all images are there"])
 

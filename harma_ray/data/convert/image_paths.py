@@ -9,6 +9,11 @@ from pathlib import Path
 from harma_ray.data.image_files import EXTENSIONS, is_ignored, readable_name
 from harma_ray.errors import UserError
 
+_NEARBY, _LEVELS = 300, 3
+"""Folders that are looked through for images, and how deep below one."""
+_CHECKED = 20
+"""Images that are looked for in each."""
+
 
 def image_root(path: str | Path) -> Path:
     """Returns an image folder as a clean absolute path.
@@ -68,6 +73,45 @@ def find_alike(root: Path, name: str) -> str | None:
         if found is not None:
             return f"{readable_name(folder)}/{found}"
     return None
+
+
+def find_folder(root: Path, names: Sequence[str]) -> Path | None:
+    """Returns a folder near a root, of which images were named that are not there, in which they are.
+
+    Looked through are the folders above the root and, by a few hundred and a few levels, those below it and beside it.
+
+    Args:
+        root: The folder that does not have them.
+        names: Names of the images, relative to it.
+
+    Returns:
+        A folder that the names lead from, else one that holds a file called like the first of them; None if neither
+        is found.
+    """
+    while not root.is_dir():
+        root = root.parent
+    near = [*root.parents[:2], *_walk(root)]
+    near += [folder for above in root.parents[:2] if above != Path(root.anchor) for folder in _walk(above)]
+    checked, name = names[:_CHECKED], os.path.basename(names[0])
+    works = (folder for folder in near if sum((folder / each).is_file() for each in checked) * 2 > len(checked))
+    return next(works, next((folder for folder in near if (folder / name).is_file()), None))
+
+
+def _walk(root: Path) -> list[Path]:
+    """Returns the folders below one, the nearest first: not all of them if there are many."""
+    found, level = [root], [root]
+    for _ in range(_LEVELS):
+        level = [folder / name for folder in level for name in _list_known_folders(folder)][:_NEARBY]
+        found += level
+    return found[:_NEARBY]
+
+
+def _list_known_folders(folder: Path) -> tuple[str, ...]:
+    """Returns the names of the folders in a folder; none if it cannot be read."""
+    try:
+        return _list_folders(str(folder), os.stat(folder).st_mtime_ns)
+    except OSError:
+        return ()
 
 
 def _follow(folder: str, parts: Sequence[str]) -> str | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from harma_ray import __version__
+from harma_ray.data.convert.contents import memory_of
 from harma_ray.data.convert.duplicates import HASHES_NAME, write_hashes
-from harma_ray.data.convert.examination import Examination, examine, list_bad
+from harma_ray.data.convert.examination import Examination, NeededImages
 from harma_ray.data.convert.measuring import measure_shard, resolve, with_statistics_of_train
 from harma_ray.data.convert.rows import Found, ImageSettings, tabulate_queries
 from harma_ray.data.convert.shards import (
@@ -33,6 +35,7 @@ from harma_ray.data.convert.shards import (
     write_table,
 )
 from harma_ray.data.convert.staging import lock, put_in_place, work_folder
+from harma_ray.data.convert.unusable import Tolerance, list_bad, remove_lists
 from harma_ray.data.kinds.base import Record, RowCheck
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.manifest import (
@@ -47,7 +50,7 @@ from harma_ray.data.manifest import (
     Shard,
 )
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.splits import Split, open_split
+from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 from harma_ray.files import atomic, output_path
 
@@ -111,12 +114,8 @@ class _Job:
     """Its manifest, as far as it is known before anything is written."""
     settings: WriteSettings
     """How it is written."""
-    hint: str
-    """What messages about images that cannot be used end with."""
-
-    def check_bad(self, bad: Iterable[BadRow]) -> None:
-        """Raises UserError if more images are left out than may be."""
-        self.images.check_bad(bad, self.settings.max_bad, self.hint)
+    tolerance: Tolerance
+    """Which images may be left out."""
 
 
 def write_split(
@@ -127,7 +126,6 @@ def write_split(
     inputs: Mapping[str, str],
     queries: Sequence[QueryRecord] = (),
     settings: WriteSettings = DEFAULTS,
-    hint: str = "",
 ) -> Manifest:
     """Writes one split of a data set, or finds that it is there already.
 
@@ -138,7 +136,6 @@ def write_split(
         inputs: Annotation files and their hashes, for the manifest; image files and queries are added here.
         queries: Queries of composed retrieval whose images are among the records' ``source``; none by default.
         settings: How to write.
-        hint: What the message about images that cannot be used ends with.
 
     Returns:
         The manifest. Rows and queries that need an image that was left out are left out and listed too.
@@ -153,15 +150,19 @@ def write_split(
         raise UserError(f"there are no images to write to {split}; check the annotations and the name of the split")
     settings = replace(settings, rendering=with_statistics_of_train(settings.rendering, split))
     try:
-        images = examine(records, rendering=settings.rendering, progress=settings.progress)
+        needed = NeededImages.of(records)
+        tolerance = Tolerance(split, needed.names, settings.max_bad)
+        tolerance.check_missing(needed.missing)
+        images = needed.examine(memory=memory_of(split), progress=settings.progress)
         wanted = _describe_wanted(records, queries, images, options, inputs, settings)
-        job = _Job(split, records, queries, images, wanted, settings, hint)
+        job = _Job(split, records, queries, images, wanted, settings, tolerance)
         with lock(split):
             done = _find_done(job)
             if done is None:
                 return _write(job)
-            job.check_bad(done.bad)
-            _logger.info("%s is done already: %s", split, Split(split, done).describe())
+            tolerance.check(done.bad)
+            if settings.progress:
+                tqdm.write(f"{split} is done already, from the same inputs; nothing is written", file=sys.stderr)
             return done
     except OSError as error:
         raise disk_error(split, error) from error
@@ -183,8 +184,8 @@ def _describe_wanted(
 
 def _write(job: _Job) -> Manifest:
     """Writes what is not there yet."""
-    job.check_bad(job.images.missing)
-    job.images.check_ruled(job.settings.max_bad)
+    job.tolerance.check(job.images.unreadable)
+    job.images.check_ruled(job.settings.rendering, job.settings.max_bad)
     present, left_out = job.images.divide(job.records)
     if not present:
         raise UserError(
@@ -297,7 +298,7 @@ def _finish(
     # An image that several rows need is found bad by each of them.
     found = sum((result.found for result in results), Found())
     bad = {*left_out, *found.bad}
-    job.check_bad(_sort(bad))
+    job.tolerance.check(_sort(bad))
     lost = {row.source for row in bad}
     unusable = {query.source: [name for name in query.needs if name in lost] for query in job.queries}
     bad |= {query.explain(unusable[query.source]) for query in job.queries if unusable[query.source]}
@@ -327,12 +328,9 @@ def _finish(
         if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     put_in_place(work, job.split)
+    remove_lists(job.split)
     if bad:
-        images = [row for row in manifest.bad if row.source in job.images.names]
-        others = f", and {len(bad) - len(images)} rows that need them," if len(bad) > len(images) else ""
-        _logger.warning(
-            "%d of %d images%s were left out: %s", len(images), len(job.images.names), others, list_bad(images)
-        )
+        _logger.warning("%s", job.tolerance.tell_left_out(manifest.bad))
     for warning in found.looks.warnings():
         _logger.warning("%s: %s; `launch.py inspect` draws some", job.split, warning)
     return manifest
