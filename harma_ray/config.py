@@ -43,7 +43,7 @@ class Incidental:
 
 @dataclass(frozen=True)
 class AddedLater:
-    """Marks a setting that older runs do not have: they may be resumed with one value, which changes nothing."""
+    """Marks a setting, or a section, that older runs do not have: one value of it changes nothing."""
 
     before: Any
     """This value."""
@@ -157,6 +157,19 @@ class TrainConfig:
     """Steps between two records of losses and rates."""
     threads: Annotated[Count, Incidental()] = 0
     """torch threads of a worker on CPU; 0 = the machine's cores divided by its workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """What picks the best epoch, and with it stops a run early and is compared by a search.
+
+    A recipe's own section narrows the names to the metrics of its evaluations.
+    """
+
+    criterion: str
+    """Metric that picks the best epoch."""
+    also_keep: tuple[str, ...] = ()
+    """Metrics whose best checkpoints are kept too."""
 
 
 @dataclass(frozen=True, kw_only=True)

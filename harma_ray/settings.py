@@ -81,9 +81,11 @@ def _identity(section: Any) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, value, marks in _fields(section):
         incidental = any(isinstance(mark, Incidental) for mark in marks)
+        if any(isinstance(mark, AddedLater) and value == mark.before for mark in marks):
+            continue
         if dataclasses.is_dataclass(value):
             kept[name] = {} if incidental else _identity(value)
-        elif not incidental and not any(isinstance(mark, AddedLater) and value == mark.before for mark in marks):
+        elif not incidental:
             kept[name] = value
     return kept
 

@@ -1,9 +1,12 @@
 import math
+from typing import get_args
 
 import pytest
 
 from harma_ray.errors import UserError
 from harma_ray.recipes import RECIPES, load_config, recipe_config
+from harma_ray.recipes.harma.config import Criterion
+from harma_ray.retrieval.image_text import RetrievalResult
 from harma_ray.settings import build_config, config_hash, load_yaml, parse_overrides, to_yaml
 
 
@@ -259,6 +262,15 @@ def test_runs_made_before_later_settings_came_go_on():
 def test_runs_with_settings_of_their_own_go_on(recipe, changes, told):
     """Hashes that the code before steps, tasks of six members and shared ranges made of these settings."""
     assert config_hash(build_config(recipe_config(recipe), changes)) == told
+
+
+def test_a_metric_that_picks_the_best_epoch_is_one_that_is_measured_and_makes_another_run():
+    assert get_args(Criterion) == RetrievalResult.METRICS
+    base = recipe_config("harma-scenes")
+    assert config_hash(build_config(base, {"selection.criterion": "r_mean_text"})) != config_hash(base)
+    for name in ("harma-scenes", "scenes-cir-finetune", "scenes-vitp"):
+        with pytest.raises(UserError, match=r"`selection.criterion` must be '.*', '.*' or '.*', got 'r_meen'"):
+            build_config(recipe_config(name), {"selection.criterion": "r_meen"})
 
 
 @pytest.mark.parametrize(("select_on", "split"), [("val", "dev"), ("test-as-in-released-code", "test")])

@@ -435,6 +435,10 @@ def test_settings_that_contradict_each_other_are_refused(data):
     for named, metrics in (({"selection__criterion": "top_1"}, []), ({}, ["loss", "top_1"])):
         with pytest.raises(UserError, match=r"names top_1, which needs `features\.data`"):
             make_task(settings(data, **named)).check(train_split, [], metrics)
+    with pytest.raises(UserError, match=r"names map, which needs `features\.data`"):
+        make_task(settings(data, selection__also_keep=["map"])).check(train_split, [])
+    with pytest.raises(UserError, match=r"`objective` names answers, which needs `selection\.answers`"):
+        make_task(settings(data)).check(train_split, [], ["answers"])
     with pytest.raises(UserError, match=r"`features\.data` needs images, but .* holds talks"):
         make_task(config).check(train_split, [open_split(config.data.path, "val")])
 

@@ -83,6 +83,21 @@ def test_a_run_leaves_its_record_report_and_checkpoints(finished):
     assert list((path / "tensorboard").glob("events.out.tfevents.*"))
 
 
+def test_a_chosen_metric_picks_the_best_epoch_and_others_keep_theirs(scenes, tmp_path):
+    chosen = {"selection.criterion": "r_mean_text", "selection.also_keep": ["img_r1"], "train.captions": "one"}
+    seen = []
+    report = run(
+        build_config(settings(scenes), {**chosen, "train.epochs": 5, "optim.learning_rate": 0.03}),
+        tmp_path,
+        seen.append,
+    )
+    steps = {name: max(seen, key=lambda found: found[name])["step"] for name in ("r_mean_text", "img_r1", "r_mean")}
+    assert len(set(steps.values())) > 1
+    assert (report["objective"], report["best_step"]) == ("r_mean_text", steps["r_mean_text"])
+    kept = {int(path.name.removeprefix("step_")) for path in list_checkpoints(tmp_path)}
+    assert kept == {steps["r_mean_text"], steps["img_r1"], seen[-1]["step"]}
+
+
 def read_events(path):
     accumulator = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     return accumulator.Reload()

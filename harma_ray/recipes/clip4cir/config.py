@@ -14,6 +14,7 @@ from harma_ray.config import (
     PositiveCount,
     PublishedFigures,
     RunConfig,
+    SelectionConfig,
     SharedByTrials,
     TrainConfig,
 )
@@ -61,7 +62,7 @@ class PreparationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
+class RecallSelection(SelectionConfig):
     """What picks the best epoch."""
 
     criterion: Criterion = "r_mean"
@@ -79,7 +80,7 @@ class Clip4CirConfig(RunConfig):
     """CLIP."""
     preparation: PreparationConfig = field(default_factory=PreparationConfig)
     """Inputs."""
-    selection: Annotated[SelectionConfig, SharedByTrials()] = field(default_factory=SelectionConfig)
+    selection: Annotated[RecallSelection, SharedByTrials()] = field(default_factory=RecallSelection)
     """The best epoch."""
 
 

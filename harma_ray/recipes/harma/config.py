@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import FiniteFloat
 
 from harma_ray.config import (
+    AddedLater,
     EmptyMeant,
     Incidental,
     NonNegative,
@@ -16,9 +17,17 @@ from harma_ray.config import (
     PositiveCount,
     PublishedFigures,
     RunConfig,
+    SelectionConfig,
+    SharedByTrials,
     TrainConfig,
 )
 from harma_ray.data.transforms import Augmentation
+
+Criterion = Literal[
+    "txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean",
+    "txt_r1_text", "txt_r5_text", "txt_r10_text", "img_r1_text", "img_r5_text", "img_r10_text", "r_mean_text",
+]  # fmt: skip
+"""Recalls: ``txt`` image to text, ``img`` text to image; ``_text``: a caption that is word for word equal is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +96,16 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecallSelection(SelectionConfig):
+    """What picks the best epoch."""
+
+    criterion: Criterion = "r_mean"
+    """Metric that picks the best epoch; ``r_mean_text`` is the duplicate-aware one."""
+    also_keep: tuple[Criterion, ...] = ()
+    """Metrics whose best checkpoints are kept too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HarmaConfig(RunConfig):
     """Settings of a HarMA run."""
 
@@ -98,6 +117,10 @@ class HarmaConfig(RunConfig):
     """Loss terms."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Random changes of training images."""
+    selection: Annotated[RecallSelection, AddedLater(before=RecallSelection()), SharedByTrials()] = field(
+        default_factory=RecallSelection
+    )
+    """The best epoch."""
 
 
 def harma_rsitmd_vit() -> HarmaConfig:

@@ -49,8 +49,10 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
     def __init__(self, config: HarmaConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
-        self.metrics = Metrics(RetrievalResult.METRICS, objective="r_mean", labels=RetrievalResult.LABELS)
-        model = config.model
+        selection, model = config.selection, config.model
+        self.metrics = Metrics(
+            RetrievalResult.METRICS, selection.criterion, selection.also_keep, labels=RetrievalResult.LABELS
+        )
         self.backbone = ClipBackbone(model.architecture, model.pretrained, config.seed, model.activation)
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:

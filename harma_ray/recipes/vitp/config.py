@@ -1,6 +1,6 @@
 """Settings of ViTP runs: what can be set, the published values, and the drawn scenes' own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -13,12 +13,16 @@ from harma_ray.config import (
     OptimConfig,
     PositiveCount,
     RunConfig,
+    SelectionConfig,
+    SharedByTrials,
     TrainConfig,
 )
 from harma_ray.data.chat import SYSTEM_PROMPT
 from harma_ray.models.backbones import RANDOM
 
-Criterion = Literal["loss", "top_1"]
+Criterion = Literal["loss", "token_accuracy", "answers", "top_1", "top_3", "top_5", "map"]
+OF_FEATURES: Sequence[Criterion] = ("top_1", "top_3", "top_5", "map")
+"""Those that need a data set with classes."""
 Preset = Literal["paper", "released", "guide", "none"]
 
 
@@ -102,13 +106,14 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """What the best checkpoint is."""
+class TalkSelection(SelectionConfig):
+    """What picks the best epoch, and what is answered to find it."""
 
     criterion: Criterion = "loss"
-    """The loss on held-out talks, or Top-1 of the vision transformer's features (needs ``features.data``)."""
+    """Metric that picks the best epoch: of held-out talks (``answers`` needs ``selection.answers``), or of the vision
+    transformer's features (those need ``features.data``)."""
     also_keep: tuple[Criterion, ...] = ()
-    """Criteria whose best checkpoints are kept too."""
+    """Metrics whose best checkpoints are kept too."""
     answers: Count = 0
     """Held-out talks whose first question is answered at every evaluation, to be compared with the true answer."""
     answer_tokens: PositiveCount = 32
@@ -137,7 +142,7 @@ class VitpConfig(RunConfig):
     """Image tokens that are left out."""
     features: FeatureConfig = field(default_factory=FeatureConfig)
     """Vectors of images."""
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    selection: Annotated[TalkSelection, SharedByTrials()] = field(default_factory=TalkSelection)
     """The best checkpoint."""
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     """Weight decay and learning rates by layer."""
@@ -175,7 +180,7 @@ def scenes_vitp() -> VitpConfig:
         model=ModelConfig(architecture="scenes-tiny", pretrained="random", drop_path=0.0),
         talk=TalkConfig(max_tiles=1, max_tokens=512, system=""),
         token_drop=TokenDropConfig(ratio=0.5),
-        selection=SelectionConfig(answers=600, answer_tokens=24),
+        selection=TalkSelection(answers=600, answer_tokens=24),
         optim=OptimConfig(
             learning_rate=1e-3,
             betas=(0.9, 0.999),

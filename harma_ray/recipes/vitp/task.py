@@ -26,7 +26,7 @@ from harma_ray.models.internvl.token_drop import TOKEN_DROPS, TokenDrop, release
 from harma_ray.models.internvl.vision import set_drop_path
 from harma_ray.models.precision import evaluating
 from harma_ray.parallel import shard
-from harma_ray.recipes.vitp.config import Criterion, TokenDropConfig, VitpConfig
+from harma_ray.recipes.vitp.config import OF_FEATURES, Criterion, TokenDropConfig, VitpConfig
 from harma_ray.recipes.vitp.evaluation import evaluate_talks
 from harma_ray.recipes.vitp.features import SquareTransform, labelled_splits, measure_features, vision_encoder
 from harma_ray.recipes.vitp.talks import TalkTransform, backbone_of, measure_talks, reader_of
@@ -65,9 +65,13 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:
         """Raises UserError for a model that is not there or no InternVL, data of another kind, or Top-1 of nothing."""
         for asker, names in (("selection", self.metrics.kept), ("objective", metrics)):
-            if "top_1" in names and not self.config.features.data:
-                rule = f"`{asker}` names top_1, which needs `features.data`"
+            of_features = next((name for name in names if name in OF_FEATURES), None)
+            if of_features and not self.config.features.data:
+                rule = f"`{asker}` names {of_features}, which needs `features.data`"
                 raise UserError(f"{rule}: a converted data set with classes; --set features.data=FOLDER")
+            if "answers" in names and not self.config.selection.answers:
+                rule = f"`{asker}` names answers, which needs `selection.answers`"
+                raise UserError(f"{rule}: how many held-out questions are answered; --set selection.answers=200")
         super().check(training, evaluated, metrics)
         training.require_kind([TALKS], f"recipe {self.config.recipe}")
         for split in evaluated if self.config.features.data else ():

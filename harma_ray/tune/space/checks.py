@@ -118,7 +118,10 @@ def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
         elif index == 0 and target != Target(metric=best_epoch, direction=direction):
             must = f"the first objective must be to {direction} {best_epoch}"
             rule = f"{must}, which picks the best epoch of every training"
-            yield where, f"{rule}, got {target.direction} {target.metric}; put it second"
+            way_out = "put it second"
+            if target.metric in metrics:
+                way_out += f", or let it pick the best epoch: selection.criterion={target.metric}"
+            yield where, f"{rule}, got {target.direction} {target.metric}; {way_out}"
 
 
 def _find_wrong_units(definition: SearchDefinition) -> Mistakes:
