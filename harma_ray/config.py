@@ -23,6 +23,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number in [0, 1]."""
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+RANDOM = "random"
+"""Weights that are drawn."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """What an evaluation found, as a value: its figures, how sure they are, and how it shows itself."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from PIL import Image
-from torch import Tensor
+if TYPE_CHECKING:  # metrics are read without torch
+    from PIL import Image
+    from torch import Tensor
 
-from harma_ray.data.splits import Split
+    from harma_ray.data.splits import Split
 
 ItemT = TypeVar("ItemT")
 

@@ -11,7 +11,7 @@ from harma_ray.files import making, output_path
 from harma_ray.formats import no_vision
 from harma_ray.models.fingerprints import folder_fingerprint
 from harma_ray.models.internvl.files import Layout
-from harma_ray.recipes import FORMATS
+from harma_ray.recipes.tasks import FORMATS
 from harma_ray.runs import Run
 from harma_ray.training.checkpoint import read_meta
 

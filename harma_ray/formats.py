@@ -4,20 +4,24 @@ A recipe needs a format only if its paper's own program has files: what is train
 exported, for every recipe alike (`harma_ray.import_export`).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
-from harma_ray.models.foreign import ForeignWeights
-from harma_ray.models.internvl.files import Extraction, Layout
-from harma_ray.task import StoredRun
+
+if TYPE_CHECKING:  # the parser of commands names the submissions, without torch
+    import torch
+    from torch import Tensor, nn
+
+    from harma_ray.models.foreign import ForeignWeights
+    from harma_ray.models.internvl.files import Extraction, Layout
+    from harma_ray.task import StoredRun
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from harma_ray.models.backbones import ClipBackbone, load_clip
 from harma_ray.models.fingerprints import backbone_fingerprint, folder_fingerprint
 from harma_ray.models.foreign import CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
 from harma_ray.models.weights import check_fit, save_clip
-from harma_ray.recipes import FORMATS, make_task
+from harma_ray.recipes import make_task
+from harma_ray.recipes.tasks import FORMATS
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
 from harma_ray.settings import config_hash, flat_settings, show_override, to_dict
 from harma_ray.shell import command_line, launch_command

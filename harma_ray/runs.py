@@ -1,4 +1,9 @@
-"""The folder of a run: settings, environment, record, checkpoints, report."""
+"""The folder of a run: settings, environment, record, checkpoints, report.
+
+Is imported without torch: what is wrong with a run that a command names is told at once.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -13,10 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import harma_ray
 from harma_ray.config import RunConfig
@@ -25,9 +27,12 @@ from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import to_yaml
 from harma_ray.shell import command_line, launch_command
-from harma_ray.task import Task
-from harma_ray.training.checkpoint import CheckpointMeta, list_checkpoints, load_weights, read_meta
-from harma_ray.training.tracking import REPORT_NAME, read_records
+from harma_ray.training.run_files import REPORT_NAME, CheckpointMeta, list_checkpoints, read_meta, read_records
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from harma_ray.task import Task
 
 CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
@@ -135,6 +140,8 @@ class Run:
 
     def load_model(self, metric: str | None = None) -> nn.Module:
         """Returns the model with the best weights, see `best_checkpoint`, on CPU, in evaluation mode."""
+        from harma_ray.training.checkpoint import load_weights
+
         model = self.task.new_model()
         load_weights(self.best_checkpoint(metric), model, backbone=self.task.backbone.fingerprint(model))
         return model.eval()
@@ -191,6 +198,8 @@ def open_run(path: str | Path) -> Run:
 
 def describe_environment() -> str:
     """Returns versions, machine, git commit and command line as JSON, so that a result can be traced."""
+    import torch
+
     environment = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,

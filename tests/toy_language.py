@@ -104,10 +104,11 @@ class ToyTask(Task[ToyConfig, Letters]):
 
 def register(monkeypatch, task=ToyTask):
     """Makes the toy a recipe for the length of a test."""
-    from harma_ray import recipes
+    from harma_ray.recipes import RECIPES
+    from harma_ray.recipes.tasks import TASKS
 
-    monkeypatch.setitem(recipes.RECIPES, "toy", toy_config)
-    monkeypatch.setitem(recipes._TASKS, ToyConfig, task)
+    monkeypatch.setitem(RECIPES, "toy", toy_config)
+    monkeypatch.setitem(TASKS, ToyConfig, task)
 
 
 class WholeCaption(RowTransform):

@@ -12,12 +12,16 @@ import numpy as np
 
 from harma_ray.data.kinds.talks import IMAGE_MARK, Turn
 from harma_ray.errors import UserError
-from harma_ray.models.internvl.marks import IGNORED, IMAGE_END, IMAGE_START, IMAGE_TOKEN, TURN_END, TURN_START
-
-SYSTEM_PROMPT = (
-    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+from harma_ray.models.internvl.marks import (
+    IGNORED,
+    IMAGE_END,
+    IMAGE_START,
+    IMAGE_TOKEN,
+    SYSTEM_PROMPT,
+    TURN_END,
+    TURN_START,
 )
-"""What InternVL2.5 is told first, unless a talk begins with a system turn of its own."""
+
 _RESERVED = (IMAGE_START, IMAGE_TOKEN, IMAGE_END, TURN_START, TURN_END)
 _ANSWER_HEADER = f"{TURN_START}assistant\n"
 

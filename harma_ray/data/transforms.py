@@ -9,21 +9,16 @@ state: all functions may be called from many threads. Division by 255 and normal
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from harma_ray.config import Count, Fraction
+from harma_ray.data.augmentation import MAX_LEVEL, Augmentation
 from harma_ray.data.images import crop
 
-_MAX_LEVEL = 10
-_Part = Annotated[float, Field(gt=0, le=1)]
 _FILL = [128.0, 128.0, 128.0]
 _CROP_ATTEMPTS = 10
 _SHIFT = 10 / 224  # of the side of an image
@@ -43,31 +38,6 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
 }
 OPERATIONS = tuple(_OPERATIONS)
 """What the augmentation draws from."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """The random changes of a training image; the defaults are the published ones (HarMA's code)."""
-
-    min_scale: _Part = 0.5
-    """Smallest part of the image's area that a crop keeps; 1 = no crop, the whole image is resized."""
-    max_scale: _Part = 1.0
-    """Largest part of the area that a crop keeps."""
-    max_aspect_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4 / 3
-    """A crop's width over height lies between 1 / this and this, log-uniformly."""
-    flip_probability: Fraction = 0.5
-    """How often the image is mirrored left to right."""
-    num_operations: Count = 2
-    """Operations drawn for an image, with replacement, from ``OPERATIONS``; 0 = none."""
-    operation_probability: Fraction = 0.5
-    """How often a drawn operation is really applied."""
-    level: Annotated[float, Field(ge=0, le=_MAX_LEVEL)] = 7.0
-    """Strength of the operations: at 7, brightness and sharpness 1.36, shear 0.21, shift 7/224, 21 degrees."""
-
-    def __post_init__(self) -> None:
-        if self.min_scale > self.max_scale:
-            raise ValueError(f"`min_scale` must not be above `max_scale`, got {self.min_scale} and {self.max_scale}")
-
 
 PUBLISHED = Augmentation()
 """The augmentation of the paper's code."""
@@ -122,7 +92,7 @@ def apply_operation(image: Image.Image, name: str, level: float, *, negative: bo
     """
     if name not in _OPERATIONS:
         raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
-    strength = level / _MAX_LEVEL
+    strength = level / MAX_LEVEL
     return _OPERATIONS[name](image, strength, -strength if negative else strength)
 
 

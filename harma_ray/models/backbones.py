@@ -13,6 +13,7 @@ import open_clip
 import torch
 from torch import nn
 
+from harma_ray.config import RANDOM
 from harma_ray.errors import UserError
 from harma_ray.models.architectures import (
     activation_twin,
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 Activation = Literal["", "gelu", "quick_gelu"]
 """What the user says that weights were trained with; nothing: what the file says."""
-RANDOM = "random"
-"""Weights that are drawn."""
 _SHOW = "launch.py checkpoint show"
 _SPOKEN = {False: "plain GELU", True: "quick GELU"}
 

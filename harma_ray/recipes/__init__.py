@@ -1,26 +1,26 @@
-"""Recipes: a name, published settings, and the task they train. To add one, add a module and name it here."""
+"""Recipes: a name, published settings, and the task they train.
+
+To add one, add a folder, and name its settings here and its task in `harma_ray.recipes.tasks`.
+"""
+
+from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from harma_ray.config import PublishedFigures, RunConfig
 from harma_ray.errors import UserError
-from harma_ray.formats import ForeignFormat, Submission
+from harma_ray.formats import Submission
+from harma_ray.recipes.clip4cir import commands as clip4cir_commands
 from harma_ray.recipes.clip4cir import config as clip4cir_config
-from harma_ray.recipes.clip4cir import queries as clip4cir_queries
-from harma_ray.recipes.clip4cir.released import Clip4CirFile
-from harma_ray.recipes.clip4cir.submission import CIRR_TEST
-from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.recipes.harma import config as harma_config
-from harma_ray.recipes.harma.released import HarmaFile
-from harma_ray.recipes.harma.task import HarmaTask
 from harma_ray.recipes.vitp import config as vitp_config
-from harma_ray.recipes.vitp.released import InternVLFile
-from harma_ray.recipes.vitp.task import VitpTask
 from harma_ray.settings import build_config, load_yaml
-from harma_ray.task import Task
+
+if TYPE_CHECKING:
+    from harma_ray.task import Task
 
 RECIPES: Mapping[str, Callable[[], RunConfig]] = {
     **harma_config.RECIPES,
@@ -32,20 +32,10 @@ RECIPES: Mapping[str, Callable[[], RunConfig]] = {
 PUBLISHED: Mapping[str, Sequence[PublishedFigures]] = {**harma_config.PUBLISHED, **clip4cir_config.PUBLISHED}
 """What the papers say that recipes reach, by recipe; those that are left out have no published figures."""
 
-_TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
-    harma_config.HarmaConfig: HarmaTask,
-    clip4cir_config.FinetuneConfig: Clip4CirTask,
-    clip4cir_config.CombinerConfig: Clip4CirTask,
-    vitp_config.VitpConfig: VitpTask,
-}
-
-FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile(), InternVLFile())
-"""The files and folders of other programs, asked in this order."""
-
-QUERIES: Mapping[str, str] = {**clip4cir_queries.QUERIES}
+QUERIES: Mapping[str, str] = {**clip4cir_commands.QUERIES}
 """Ways in which queries can be made, and what they are; see `harma_ray.task.Task.queries`."""
 
-SUBMISSIONS: Sequence[Submission] = (CIRR_TEST,)
+SUBMISSIONS: Sequence[Submission] = (clip4cir_commands.CIRR_TEST,)
 """What ``predict`` writes."""
 
 
@@ -75,4 +65,6 @@ def load_config(path: str | Path) -> RunConfig:
 
 def make_task(config: RunConfig) -> Task:
     """Returns the task that a configuration describes."""
-    return _TASKS[type(config)](config)
+    from harma_ray.recipes.tasks import TASKS  # torch: what is wrong with settings is told without
+
+    return TASKS[type(config)](config)

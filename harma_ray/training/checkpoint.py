@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +26,15 @@ from harma_ray.evaluation import Metrics
 from harma_ray.files import atomic
 from harma_ray.models.weights import check_fit
 from harma_ray.parallel import gather_tensors, spread_like
+from harma_ray.training.run_files import META_NAME, CheckpointMeta, checkpoint_path, list_checkpoints, read_meta
 
-FOLDER = "checkpoints"
 WEIGHTS_NAME = "trainable.safetensors"
 STATE_NAME = "state.pt"
-META_NAME = "checkpoint.json"
-
-
-@dataclass(frozen=True)
-class CheckpointMeta:
-    """Where a run stood."""
-
-    step: int
-    """Optimiser steps done."""
-    epoch: float
-    """Epochs done."""
-    metrics: dict[str, float]
-    """The last evaluation's metrics."""
-    progress: dict[str, Any]
-    """The loop's own state: best value, its step, evaluations without improvement."""
-    config_hash: str
-    """`harma_ray.settings.config_hash` of the run."""
-    recipe: str
-    """Name of the recipe."""
-    backbone: str
-    """Fingerprint of the frozen base (`backbone_fingerprint`)."""
-    trainable: dict[str, list[int]] = field(default_factory=dict)
-    """Names and shapes of the trainable tensors."""
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`harma_ray.data.identity.data_identity` of the run; empty in old checkpoints and imports."""
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Returns the trainable parameters of an (unwrapped) model by name, detached; shared ones once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Returns the folder of a step's checkpoint."""
-    return run_dir / FOLDER / f"step_{step:08d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in (run_dir / FOLDER).glob(f"step_*/{META_NAME}"))
 
 
 def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state: Mapping[str, Any]) -> Path:
@@ -98,18 +63,6 @@ def save_checkpoint(run_dir: Path, meta: CheckpointMeta, model: nn.Module, state
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is told in all three ways
         raise _write_error(final, error) from error
     return final
-
-
-def read_meta(path: Path) -> CheckpointMeta:
-    """Reads what a checkpoint says of itself.
-
-    Raises:
-        UserError: If the folder is no checkpoint.
-    """
-    try:
-        return CheckpointMeta(**json.loads((path / META_NAME).read_text()))
-    except (OSError, json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
 
 
 def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMeta:

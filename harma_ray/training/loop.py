@@ -39,6 +39,7 @@ from harma_ray.training.checkpoint import (
 )
 from harma_ray.training.health import health_watch
 from harma_ray.training.optim import checked_groups
+from harma_ray.training.run_files import REPORT_NAME
 from harma_ray.training.state import Progress, TrainState
 from harma_ray.training.step import (
     Meter,
@@ -51,7 +52,7 @@ from harma_ray.training.step import (
     update_weights,
     wrap_model,
 )
-from harma_ray.training.tracking import REPORT_NAME, Tracker
+from harma_ray.training.tracking import Tracker
 
 Callback = Callable[[dict[str, float]], None]
 """Called on every worker after every evaluation with ``epoch``, ``step`` and the metrics."""

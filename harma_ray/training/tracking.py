@@ -17,9 +17,8 @@ from harma_ray.errors import UserError
 from harma_ray.evaluation import Projection
 from harma_ray.files import write_text
 from harma_ray.training.health import KIND, Finding, HealthWatch, standing_findings
+from harma_ray.training.run_files import METRICS_NAME, read_records
 
-METRICS_NAME = "metrics.jsonl"
-REPORT_NAME = "report.json"
 EVENTS_FOLDER = "tensorboard"
 
 
@@ -123,18 +122,6 @@ def write_hparams(writer: SummaryWriter, settings: Mapping[str, Any], metrics: M
     """Writes settings and metrics for TensorBoard's HParams page, beside the run's other events."""
     plain = {k: v if isinstance(v, str | bool | int | float) else str(v) for k, v in settings.items()}
     writer.add_hparams(plain, dict(metrics), run_name=".")
-
-
-def read_records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a run; a last line that was cut off by a kill is left out."""
-    path = run_dir / METRICS_NAME
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 def _finite(value: float) -> float | None:

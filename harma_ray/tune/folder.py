@@ -15,8 +15,8 @@ from harma_ray.files import kept_path, write_text
 from harma_ray.runs import make_folder, timed_name
 from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
-from harma_ray.training.checkpoint import FOLDER as CHECKPOINTS
-from harma_ray.training.tracking import REPORT_NAME, read_records
+from harma_ray.training.run_files import FOLDER as CHECKPOINTS
+from harma_ray.training.run_files import REPORT_NAME, read_records
 from harma_ray.tune.results import Confirmation, SearchResults, State, TrialResult
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.space.file import load_search, to_yaml

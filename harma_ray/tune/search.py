@@ -26,7 +26,8 @@ from harma_ray.resources import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
 from harma_ray.runs import Run, describe_environment
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
-from harma_ray.training.tracking import EVENTS_FOLDER, REPORT_NAME, write_hparams
+from harma_ray.training.run_files import REPORT_NAME
+from harma_ray.training.tracking import EVENTS_FOLDER, write_hparams
 from harma_ray.tune.folder import BASELINE_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler

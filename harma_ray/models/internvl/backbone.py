@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from harma_ray.config import RANDOM
 from harma_ray.errors import UserError
-from harma_ray.models.backbones import RANDOM, Backbone
+from harma_ray.models.backbones import Backbone
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.internvl.configs import SIZES, internvl_config, require_transformers
 from harma_ray.models.internvl.files import build_empty, files_of, read_internvl, read_vision

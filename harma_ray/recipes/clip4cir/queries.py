@@ -13,13 +13,6 @@ from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.retrieval import composed
 
-QUERIES: Mapping[str, str] = {
-    "combiner": "the Combiner's",
-    "sum": "the sum of image and text features",
-    "image": "the reference image alone",
-    "text": "the text alone",
-}
-"""How query vectors can be made. The model's own way is one of the first two; all others are baselines to it."""
 BASELINE_METRICS: Mapping[str, str] = {
     "sum": "sum_r_mean",
     "image": "image_only_r_mean",

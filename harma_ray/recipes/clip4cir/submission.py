@@ -12,11 +12,11 @@ from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import EvaluationStream, local_batches
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
-from harma_ray.formats import Submission
 from harma_ray.models.clip import unit
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.precision import evaluating
-from harma_ray.recipes.clip4cir.queries import QUERIES, compose
+from harma_ray.recipes.clip4cir.commands import QUERIES
+from harma_ray.recipes.clip4cir.queries import compose
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
 from harma_ray.retrieval.ranking import Groups, top_k
 from harma_ray.task import Task, require_query
@@ -116,16 +116,3 @@ def submission(metric: str, queries: ComposedQueries, rows: Sequence[Sequence[in
     if len(answers) != len(queries.pair_ids):
         raise UserError(f"the pair ids of {queries.origin} must differ; convert the split again")
     return json.dumps({"version": "rc2", "metric": metric, **answers}, sort_keys=True)
-
-
-CIRR_TEST = Submission(
-    name="cirr-test",
-    text="Write the two files of a submission to CIRR's server.",
-    examples="examples:\n  launch.py predict cirr-test --run runs/STAGE2 --data data/cirr\n"
-    "  launch.py predict cirr-test --zero-shot --recipe clip4cir-finetune --data data/cirr "
-    "--set model.pretrained=cirr_clip_RN50x4_fullft.pt",
-    split="test1",
-    out="submission/CIRR",
-    write=predict_cirr,
-)
-"""``predict cirr-test``."""

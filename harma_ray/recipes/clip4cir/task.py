@@ -31,9 +31,10 @@ from harma_ray.models.combiner import Combiner
 from harma_ray.models.composed import ComposedRetriever, Encoders
 from harma_ray.models.fingerprints import backbone_fingerprint, built_from
 from harma_ray.models.losses import composed_loss
+from harma_ray.recipes.clip4cir.commands import QUERIES
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir.inputs import Inputs, ItemTransform, TripletTransform
-from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, QUERIES, compose
+from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, compose
 from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity, clip_encoder, encode_texts

@@ -21,7 +21,7 @@ from harma_ray.config import (
     SharedByTrials,
     TrainConfig,
 )
-from harma_ray.data.transforms import Augmentation
+from harma_ray.data.augmentation import Augmentation
 
 Criterion = Literal[
     "txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean",

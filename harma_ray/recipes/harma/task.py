@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harma_ray.data.augmentation import Augmentation
 from harma_ray.data.images import decode_stored, to_rgb
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
-from harma_ray.data.transforms import Augmentation, eval_transform, train_transform
+from harma_ray.data.transforms import eval_transform, train_transform
 from harma_ray.distributed import gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Metrics

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from harma_ray.config import (
+    RANDOM,
     Count,
     Incidental,
     OnDisk,
@@ -17,8 +18,7 @@ from harma_ray.config import (
     SharedByTrials,
     TrainConfig,
 )
-from harma_ray.data.chat import SYSTEM_PROMPT
-from harma_ray.models.backbones import RANDOM
+from harma_ray.models.internvl.marks import SYSTEM_PROMPT
 
 Criterion = Literal["loss", "token_accuracy", "answers", "top_1", "top_3", "top_5", "map"]
 OF_FEATURES: Sequence[Criterion] = ("top_1", "top_3", "top_5", "map")
