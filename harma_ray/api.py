@@ -1,8 +1,9 @@
-"""A trained run from Python: encode images and captions, compare them.
+"""A trained run from Python: encode images and captions, compare them, compose queries of both.
 
 from harma_ray.api import load_run
 run = load_run("runs/NAME")
 scores = run.similarity(["bridge.tif", "farm.png"], ["a bridge over a river", "green fields"])
+found = (run.compose(["bridge.tif"], ["add a boat"]) @ run.encode_images(gallery).T).topk(10)
 """
 
 import logging
@@ -15,7 +16,6 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from harma_ray.config import RunConfig
-from harma_ray.data.captions import clean_caption
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.image_reading import read_picture
 from harma_ray.data.images import MAX_PIXELS, BadImage, is_wide, to_rgb
@@ -95,7 +95,7 @@ class Retriever:
             return open_picture(image, self.rendering, self.config.data.max_pixels)
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Encodes captions, cleaned as in training.
+        """Encodes captions, cleaned as in training; composed retrieval trains on them as they are.
 
         Args:
             texts: M captions.
@@ -110,11 +110,58 @@ class Retriever:
         _check_list("texts", texts, batch_size)
         if self.encoder.encode_texts is None:
             raise UserError(f"a model of recipe {self.config.recipe} takes no texts; compare images with each other")
-        cleaned = [clean_caption(text) for text in texts]
-        if "" in cleaned:
-            raise UserError(f"caption {texts[cleaned.index('')]!r} holds no word")
+        cleaned = [self._read_text(text) for text in texts]
         parts = [self.encoder.encode_texts(cleaned[part]) for part in iterate_slices(len(cleaned), batch_size)]
         return torch.cat([torch.empty(0, self.encoder.width), *parts])
+
+    def _read_text(self, text: str) -> str:
+        cleaned = self.encoder.prepare_text(text)
+        if not cleaned:
+            raise UserError(f"caption {text!r} holds no word")
+        return cleaned
+
+    def compose(
+        self,
+        images: Sequence[ImageLike],
+        captions: Sequence[str | Sequence[str]],
+        query: str | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Makes queries of composed retrieval, as evaluation does: compare them with `encode_images` of a gallery.
+
+        Args:
+            images: Q reference images, as for `encode_images`.
+            captions: What changes each of them: a text, or two, as in FashionIQ.
+            query: How, such as ``sum``; None = the model's own way.
+            batch_size: Queries at a time.
+
+        Returns:
+            fp32[Q, E] on CPU, L2-normalised.
+
+        Raises:
+            UserError: If the model composes no queries, or not in this way, there are not one or two captions for each
+                image, or one of them holds no word; naming an image that cannot be read.
+        """
+        for name, items in (("images", images), ("captions", captions)):
+            _check_list(name, items, batch_size)
+        ways = self.encoder.compose
+        if not ways:
+            raise UserError(f"a model of recipe {self.config.recipe} composes no queries; give a run of CLIP4Cir")
+        query = query or next(iter(ways))
+        if query not in ways:
+            raise UserError(f"`query` must be one of {', '.join(ways)} for this model, got {query}")
+        if len(images) != len(captions):
+            raise UserError(f"every image needs its captions, got {len(images)} images and {len(captions)} captions")
+        told = [[own] if isinstance(own, str) else [*own] for own in captions]
+        counts = {len(own) for own in told} - {1, 2}
+        if counts:
+            raise UserError(f"a query has one or two captions, got {counts.pop()}")
+        told = [[self._read_text(text) for text in own] for own in told]
+        parts = [torch.empty(0, self.encoder.width)]
+        for part in iterate_slices(len(images), batch_size):
+            prepared = torch.stack([self._prepare(image) for image in images[part]])
+            parts.append(ways[query](prepared, told[part]))
+        return torch.cat(parts)
 
     def similarity(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
         """Returns cosines, fp32[N, M], of N images and M captions."""
@@ -170,7 +217,7 @@ def load_run(path: str | Path, device: str | None = None, *, rendering: Renderin
             None = as those of the run's data set were, if they were and it is still there.
 
     Raises:
-        UserError: If the folder is no run of image-text retrieval, or has no checkpoint.
+        UserError: If the folder is no run whose model gives vectors, or has no checkpoint.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = open_run(path)
@@ -205,7 +252,7 @@ def find_rendering(run: Run) -> Rendering | None:
 def require_encoder(run: Run) -> None:
     """Raises UserError, without the model, if the recipe of a run gives no vectors."""
     if type(run.task).encoder is Task.encoder:
-        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which is not image-text retrieval")
+        raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which gives no vectors")
 
 
 def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:

@@ -209,8 +209,12 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         """Returns what answers questions with a trained model, which is moved to a device; None: it answers none."""
         return None
 
-    def queries(self, model: ModelT) -> Sequence[str]:
-        """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one."""
+    def queries(self, model: ModelT | None = None) -> Sequence[str]:
+        """Returns the names of the ways in which a model's queries can be made, its own first; none: there is one.
+
+        Args:
+            model: The model; None = any that was trained.
+        """
         return ()
 
     def parallelise(self, model: nn.Module, worker: Worker) -> nn.Module:
@@ -282,8 +286,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         return None
 
 
-def require_query(task: Task, model: nn.Module, query: str) -> None:
-    """Checks that a model's queries can be made in some way.
+def require_query(task: Task, model: nn.Module | None, query: str) -> None:
+    """Checks that the queries of a model (None: of any that was trained) can be made in some way.
 
     Raises:
         UserError: If they cannot.

@@ -17,9 +17,12 @@ from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
+from harma_ray.recipes import recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import META_NAME
 from harma_ray.training.step import evaluate_split
+
+COMBINER = {"combiner.projection_dim": 32, "combiner.hidden_dim": 16, "model.pretrained": "random"}
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +131,33 @@ def test_one_thing_in_place_of_a_list_is_refused(random_run):
     with pytest.raises(UserError, match="`batch_size`"):
         retriever.encode_images([], batch_size=0)
     assert retriever.similarity([], ["a road"]).shape == (0, 1)
+
+
+def test_composed_queries_are_those_of_evaluation(composed, tmp_path):
+    config = build_config(recipe_config("scenes-cir-combiner"), {"data.path": str(composed), **COMBINER})
+    run = make_random_run(tmp_path, "run", config)
+    found = evaluate_split(run.task, config, run.load_model(), "test", worker=Worker(), loader=local_batches)
+    retriever, queries, gallery = load_run(run.path, "cpu"), found.retrieval.queries, images_of(composed)
+    references = [gallery[row] for row in queries.reference.tolist()]
+    vectors = retriever.compose(references, [own if place else own[0] for place, own in enumerate(queries.captions)])
+    torch.testing.assert_close(vectors, found.retrieval.query_embeddings)
+    torch.testing.assert_close(retriever.encode_images(gallery), found.retrieval.gallery_embeddings)
+    for query, other in found.others.items():
+        torch.testing.assert_close(
+            retriever.compose(references, queries.captions, query), other.retrieval.query_embeddings
+        )
+    texts = [own[0] for own in queries.captions]
+    torch.testing.assert_close(retriever.encode_texts(texts), found.others["text"].retrieval.query_embeddings)
+    for captions, query, message in (
+        (texts[:1], None, "got 4 images and 1 captions"),
+        ([*texts[:3], " "], None, "' ' holds no word"),
+        ([*texts[:3], ["a", "b", "c"]], None, "one or two captions, got 3"),
+        (texts, "product", "must be one of combiner, sum, image, text for this model, got product"),
+    ):
+        with pytest.raises(UserError, match=message):
+            retriever.compose(references, captions, query)
+
+
+def test_a_model_of_another_recipe_composes_nothing(random_run):
+    with pytest.raises(UserError, match="recipe harma-scenes composes no queries; give a run of CLIP4Cir"):
+        load_run(random_run.path, "cpu").compose(["a.png"], ["add a boat"])

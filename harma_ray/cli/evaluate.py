@@ -138,12 +138,13 @@ def _predict(options: argparse.Namespace) -> None:
 def _add_embed(commands: shared.Commands) -> None:
     parser = shared.make_command(
         commands, "embed", _embed, "Write the vectors of a data set's images and captions, or of a folder's images, "
-        "as Parquet (or of images as .npz); what was cut off goes on.",
+        "as Parquet (or of images as .npz); of composed retrieval those of the queries too. What was cut off goes on.",
     )  # fmt: skip
     parser.add_argument("--run", required=True, help="folder of the run whose best model embeds")
     parser.add_argument("--data", required=True, help="converted data set, or a folder of images")
     parser.add_argument("--out", required=True, help="folder to write; or a file NAME.npz: features and image_paths")
     parser.add_argument("--split", help="one split (default: all)")
+    _add_query(parser)
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--max-bad", type=int, default=0, help="unreadable images that may be left out (default: 0)")
     shared.add_precision(parser)
@@ -178,4 +179,7 @@ def _embed(options: argparse.Namespace) -> None:
         require_visible([run.path, Path(options.data).expanduser()], cluster)
         use_gpu = options.gpu or (not options.cpu and cluster.gpus >= 1)
         settings = JobSettings(options.batch_size, options.workers or 1, use_gpu, options.max_bad)
-        print(embed(run, options.data, options.out, settings, split=options.split, rendering=rendering))
+        told = embed(
+            run, options.data, options.out, settings, split=options.split, rendering=rendering, query=options.query
+        )
+        print(told)

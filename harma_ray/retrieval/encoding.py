@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from harma_ray.data.captions import clean_caption
 from harma_ray.data.order import worker_rows
 from harma_ray.distributed import gather_rows, rank, world_size
 from harma_ray.models.clip import DualEncoder
 from harma_ray.models.precision import evaluating
 
 _TEXTS_AT_ONCE = 256
+
+Compose = Callable[[Tensor, Sequence[Sequence[str]]], Tensor]
+"""Turns reference images uint8[B, 3, S, S], with one or two captions each, into unit vectors fp32[B, F] on CPU."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Encoder:
     """Turns uint8[B, 3, S, S] into fp32[B, F] on CPU."""
     encode_texts: Callable[[list[str]], Tensor] | None = None
     """Turns texts into fp32[B, F] on CPU; None = it takes none."""
+    prepare_text: Callable[[str], str] = clean_caption
+    """Turns a caption as people write it into what the model reads; empty: it holds no word."""
+    compose: Mapping[str, Compose] = field(default_factory=dict)
+    """Ways to make query vectors of composed retrieval, the model's own first; none: it makes none."""
     depends_on: Mapping[str, str | float | bool] = field(default_factory=dict)
     """What vectors depend on beside the weights, by name, such as the layer."""
 

@@ -1,4 +1,4 @@
-"""Vectors of a data set's images and captions, or of a folder's images, as a store, through Ray Data."""
+"""Vectors of a data set's images, captions and queries, or of a folder's images, as a store, through Ray Data."""
 
 import hashlib
 import json
@@ -16,20 +16,32 @@ from harma_ray.api import find_rendering, load_encoder, open_picture, require_en
 from harma_ray.data.convert.shards import disk_error, write_tables
 from harma_ray.data.convert.staging import lock, work_folder
 from harma_ray.data.image_files import FoundImages, find_images, readable_name
-from harma_ray.data.kinds import IMAGES
+from harma_ray.data.kinds import IMAGES, TRIPLETS
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.order import iterate_slices
 from harma_ray.data.rendering import Rendering
-from harma_ray.data.splits import list_splits, open_split
+from harma_ray.data.splits import Split, list_splits, open_split
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path, write_text
 from harma_ray.models.fingerprints import file_fingerprint
+from harma_ray.recipes import QUERIES
 from harma_ray.runs import Run
 from harma_ray.settings import config_hash
+from harma_ray.task import require_query
 from harma_ray.training.checkpoint import WEIGHTS_NAME
 from harma_ray.vectors.job import Inputs, JobSettings, Request, hash_file, image_requests
 from harma_ray.vectors.parts import Part, encode_parts
-from harma_ray.vectors.store import ENCODER, FEATURES, NPZ, VECTORS_NAME, npz_manifest, parent_name, write_npz
+from harma_ray.vectors.queries import composed_requests, holds_queries
+from harma_ray.vectors.store import (
+    ENCODER,
+    FEATURES,
+    NPZ,
+    QUERY,
+    VECTORS_NAME,
+    npz_manifest,
+    parent_name,
+    write_npz,
+)
 
 
 def embed(
@@ -40,12 +52,13 @@ def embed(
     *,
     split: str | None = None,
     rendering: Rendering | None = None,
+    query: str | None = None,
 ) -> str:
     """Writes a store of vectors, see `harma_ray.vectors.store`, or goes on with one where a killed process stopped.
 
     Ray must have been initialised. Rows are in the order of the shards, or of the sorted paths of a folder's images
-    (see `find_images`, `readable_name`), each image followed by its captions. The class of a folder's image is the name
-    of the folder that it lies in.
+    (see `find_images`, `readable_name`), each image followed by its captions; a run of composed retrieval also composes
+    the queries of a split, after its images. The class of a folder's image is the name of the folder that it lies in.
 
     Args:
         run: Whose best weights encode, in its `train.eval_precision`.
@@ -54,6 +67,7 @@ def embed(
         settings: Of the job.
         split: One split of a data set; None = all.
         rendering: How a folder's images of more than 8 bits are shown; None = as the run's own were.
+        query: How queries of composed retrieval are made; None = the run's own way.
 
     Returns a summary for the user.
 
@@ -64,9 +78,11 @@ def embed(
     if target.exists():
         raise UserError(f"{target} exists; choose another --out")
     require_encoder(run)
+    if query:
+        require_query(run.task, None, query)
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
-    found = _find(folder, splits, rule, settings, run.config.data.max_pixels, captions=target.suffix != NPZ)
+    found = _find(run, folder, splits, rule, settings, query, images_only=target.suffix == NPZ)
     origin = {"run": str(run.path), "checkpoint": run.best_checkpoint().name, "data": readable_name(folder)}
     about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
     weights = file_fingerprint(run.best_checkpoint() / WEIGHTS_NAME)
@@ -75,7 +91,8 @@ def embed(
         _lock(stack, target)
         work = _own_folder(work_folder(target), job)
         load = partial(load_encoder, run)
-        parts = encode_parts(work, found.requests, load, settings, hint=" or allow them with --max-bad")
+        hint, queries = " or allow them with --max-bad", QUERY in found.about
+        parts = encode_parts(work, found.requests, load, settings, hint=hint, queries=queries)
         with making(target) as made:
             manifest = _write(parts, made, target, about)
         shutil.rmtree(work)
@@ -112,31 +129,53 @@ class _Found:
 
 
 def _find(
+    run: Run,
     folder: Path,
     splits: Sequence[str],
     rule: Rendering | None,
     settings: JobSettings,
-    max_pixels: int,
+    query: str | None,
     *,
-    captions: bool,
+    images_only: bool,
 ) -> _Found:
     """Returns what is to be encoded, of splits or of a folder's images, each once, and what is left out there."""
-    requests: list[Request] = []
-    fingerprints = {}
-    for name in splits:
-        split = open_split(folder, name)
-        split.require_kind([IMAGES], "embed")
-        rows = range(split.manifest.rows)
-        requests += image_requests(split, rows, settings, "image", max_pixels, captions=captions)
-        fingerprints[name] = split.fingerprint
+    max_pixels = run.config.data.max_pixels
     if splits:
-        return _Found(requests, {"splits": fingerprints, "left_out": {}})
+        way = "" if images_only else query or next(iter(run.task.queries()), "")
+        opened = [open_split(folder, name) for name in splits]
+        found = _find_in_splits(opened, settings, way, max_pixels, captions=not images_only)
+    else:
+        found = _find_in_folder(folder, rule, settings, max_pixels)
+    if query and QUERY not in found.about:
+        what = "an .npz holds images alone" if images_only else f"{folder} has none"
+        raise UserError(f"`--query` says how queries of composed retrieval are made, but {what}; leave it out")
+    return found
+
+
+def _find_in_splits(
+    splits: Sequence[Split], settings: JobSettings, query: str, max_pixels: int, *, captions: bool
+) -> _Found:
+    requests: list[Request] = []
+    about: dict[str, Any] = {"splits": {split.name: split.fingerprint for split in splits}, "left_out": {}}
+    for split in splits:
+        split.require_kind([IMAGES, TRIPLETS] if query else [IMAGES], "embed")
+        if query and holds_queries(split):
+            requests += composed_requests(split, query, settings, max_pixels)
+            about[QUERY] = query
+        else:
+            rows = range(split.manifest.rows)
+            requests += image_requests(split, rows, settings, "image", max_pixels, captions=captions)
+    return _Found(requests, about)
+
+
+def _find_in_folder(folder: Path, rule: Rendering | None, settings: JobSettings, max_pixels: int) -> _Found:
     found = find_images(folder) if folder.is_dir() else None
     if found is not None:
         found = found.once_per(lambda path: path.relative_to(folder).parts[:1])
         found.warn()
     if found is None or not found.images:
         raise UserError(f"{readable_name(folder)} is neither a converted data set nor a folder with images")
+    requests: list[Request] = []
     for part in iterate_slices(len(found.images), settings.batch_size):
         files = [(found.name(path), path) for path in found.images[part]]
         requests.append(partial(_read_files, files, rule, max_pixels))
@@ -157,7 +196,7 @@ def _listing(found: FoundImages) -> str:
 
 def _read_files(files: Sequence[tuple[str, Path]], rule: Rendering | None, max_pixels: int) -> Inputs:
     rows = [
-        {"name": name, "label": name, "label_name": parent_name(name) or None, "content": hash_file(path)}
+        {"id": name, "name": name, "label": name, "label_name": parent_name(name) or None, "content": hash_file(path)}
         for name, path in files
     ]
     return Inputs(rows, [partial(open_picture, path, rule, max_pixels) for _, path in files])
@@ -165,7 +204,8 @@ def _read_files(files: Sequence[tuple[str, Path]], rule: Rendering | None, max_p
 
 def _write(parts: Sequence[Part], made: Path, target: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """Writes vectors and manifest of a store that is to lie at `target`, and returns the latter."""
-    counts = {kind: sum(part.counts.get(kind, 0) for part in parts) for kind in ("image", "text")}
+    kinds = ("image", "text", QUERY) if QUERY in about else ("image", "text")
+    counts = {kind: sum(part.counts.get(kind, 0) for part in parts) for kind in kinds}
     manifest = {
         ENCODER: dict(parts[0].identity),
         **about,
@@ -193,7 +233,9 @@ def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
 
 def _summarise(manifest: Mapping[str, Any], place: str) -> str:
     counts, bad = manifest["counts"], "".join(f"\n  left out: {entry}" for entry in manifest["bad"])
+    *first, last = (f"{count} {kind}" for kind, count in counts.items())
+    composed = f"; queries: {QUERIES[manifest[QUERY]]}" if QUERY in counts else ""
     return (
-        f"wrote {counts['image']} image and {counts['text']} text vectors of width {manifest['width']}, in "
-        f"{manifest[ENCODER]['precision']}, to {place}{bad}"
+        f"wrote {', '.join(first)} and {last} vectors of width {manifest['width']}, in "
+        f"{manifest[ENCODER]['precision']}, to {place}{composed}{bad}"
     )

@@ -34,7 +34,7 @@ from harma_ray.files import making, output_path, write_text
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, uses_gpu
 from harma_ray.settings import build_config
-from harma_ray.vectors.job import Encoded, Inputs, JobSettings, Request, encode, image_requests
+from harma_ray.vectors.job import Encoded, Inputs, JobSettings, Request, encode, first_rows, image_requests
 
 FOLDER = "features"
 """Where the features of a run or a search lie, in its folder."""
@@ -116,11 +116,9 @@ class _Encoding:
 
     def requests(self, settings: JobSettings, max_pixels: int) -> list[Request]:
         """Returns what is to be encoded: every image once, then every text once."""
-        requests, seen = [], set()
-        for column, names in self.names.items():
-            first = {name: row for row, name in reversed([*enumerate(names)]) if name not in seen}
-            requests += image_requests(self.source, sorted(first.values()), settings, column, max_pixels)
-            seen.update(names)
+        requests = []
+        for column, rows in first_rows(self.names).items():
+            requests += image_requests(self.source, rows, settings, column, max_pixels)
         distinct = sorted({text for texts in self.texts for text in texts}, key=lambda text: (len(text), text))
         parts = iterate_slices(len(distinct), settings.batch_size)
         return [*requests, *(partial(Inputs, texts=distinct[part]) for part in parts)]

@@ -40,6 +40,10 @@ class Inputs:
     """Open these images; raise UserError."""
     texts: Sequence[str] = ()
     """Left out where the encoder takes none."""
+    captions: Sequence[Sequence[str]] = ()
+    """One or two of each of the images, where these are references whose queries are composed."""
+    query: str = ""
+    """How these are: a name in `Encoder.compose`."""
 
 
 Request = Callable[[], Inputs]
@@ -53,7 +57,7 @@ class Encoded:
     rows: Sequence[Row]
     """Of the images that could be read, as in the inputs."""
     images: np.ndarray
-    """fp32[N, F], of these rows."""
+    """fp32[N, F], of these rows; where there are captions, of the queries."""
     texts: Mapping[str, np.ndarray]
     """fp32[F] by text; empty if the encoder takes none."""
     bad: Sequence[str]
@@ -119,7 +123,7 @@ def encode(
 def image_requests(
     split: Split, rows: Sequence[int], settings: JobSettings, column: str, max_pixels: int, *, captions: bool = False
 ) -> Iterator[Request]:
-    """Yields requests of images of a data set.
+    """Yields requests of images of a data set; in the answers a row's ``id`` is that of its image in a store.
 
     Args:
         split: Where they are.
@@ -130,7 +134,22 @@ def image_requests(
         captions: Whether the rows' captions are encoded too.
     """
     for part in iterate_slices(len(rows), settings.batch_size):
-        yield partial(_read_images, split.path, rows[part], column, max_pixels, captions)
+        yield partial(read_images, split.path, rows[part], column, max_pixels, captions=captions)
+
+
+def first_rows(names: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
+    """Returns for columns of images the rows where an image stands that is in no earlier row or column.
+
+    Args:
+        names: Names of the images of all rows, by column.
+    """
+    found: dict[str, list[int]] = {}
+    seen: set[str] = set()
+    for column, own in names.items():
+        first = {name: row for row, name in reversed([*enumerate(own)]) if name not in seen}
+        found[column] = sorted(first.values())
+        seen.update(own)
+    return found
 
 
 def hash_file(path: Path) -> str | None:
@@ -142,7 +161,10 @@ def hash_file(path: Path) -> str | None:
         return None
 
 
-def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int, captions: bool) -> Inputs:
+def read_images(
+    path: Path, rows: Sequence[int] | np.ndarray, column: str, max_pixels: int, *, captions: bool = False
+) -> Inputs:
+    """Reads images of a data set, see `image_requests`; ``path`` is the folder of the split."""
     source = _indexed(path)
     kind = source.split.kind
     held = RowsChunk(np.asarray(rows)).read(source).select([column, *kind.light_columns]).to_pylist()
@@ -150,7 +172,8 @@ def _read_images(path: Path, rows: Sequence[int], column: str, max_pixels: int, 
     images = [partial(open_image, file, max_pixels=max_pixels) for file in files]
     for row, file in zip(held, files, strict=True):
         name, content = row[kind.images[column]], hashlib.sha256(file).hexdigest()
-        row.update(split=path.name, name=name, label=f"{path}: image {name}", content=content)
+        row["id"] = f"{path.name}/{row.get('image_id', name)}"
+        row.update(name=name, label=f"{path}: image {name}", content=content)
     return Inputs(held, images, [text for row in held for text in row["captions"]] if captions else ())
 
 
@@ -172,18 +195,27 @@ class _Process:
         with ThreadPoolExecutor(self._threads) as pool:
             prepared = list(pool.map(self._prepare, inputs.images))
         pairs = list(zip(inputs.rows, prepared, strict=True))
-        good = [image for image in prepared if isinstance(image, Tensor)]
         texts = {}
         if inputs.texts and encoder.encode_texts:
             distinct = list(dict.fromkeys(inputs.texts))
             texts = dict(zip(distinct, encoder.encode_texts(distinct).numpy(), strict=True))
         return Encoded(
             [row for row, image in pairs if isinstance(image, Tensor)],
-            encoder.encode_images(torch.stack(good)).numpy() if good else np.empty((0, encoder.width), np.float32),
+            self._encode(inputs, prepared),
             texts,
             [f"{row['label']}: {reason}" for row, reason in pairs if isinstance(reason, UserError)],
             self._identity,
         )
+
+    def _encode(self, inputs: Inputs, prepared: Sequence[Tensor | UserError]) -> np.ndarray:
+        encoder, good = self._encoder, [image for image in prepared if isinstance(image, Tensor)]
+        if not good:
+            return np.empty((0, encoder.width), np.float32)
+        if not inputs.captions:
+            return encoder.encode_images(torch.stack(good)).numpy()
+        both = zip(inputs.captions, prepared, strict=True)
+        captions = [own for own, image in both if isinstance(image, Tensor)]
+        return encoder.compose[inputs.query](torch.stack(good), captions).numpy()
 
     def _prepare(self, image: Callable[[], Image.Image]) -> Tensor | UserError:
         try:

@@ -18,7 +18,7 @@ from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
 from harma_ray.files import write_text
 from harma_ray.vectors.job import Encoded, JobSettings, Load, Request, encode
-from harma_ray.vectors.store import store_schema
+from harma_ray.vectors.store import QUERY, store_schema
 
 _BATCHES = 16
 """Requests whose vectors are written together: what is encoded again, at most, after a process was killed."""
@@ -48,7 +48,7 @@ class Part:
 
 
 def encode_parts(
-    folder: Path, requests: Sequence[Request], load: Load, settings: JobSettings, *, hint: str
+    folder: Path, requests: Sequence[Request], load: Load, settings: JobSettings, *, hint: str, queries: bool = False
 ) -> list[Part]:
     """Encodes what is not there yet, and returns all parts in the order of the requests.
 
@@ -60,6 +60,7 @@ def encode_parts(
         load: See `encode`, as errors are.
         settings: Of the job.
         hint: See `encode`.
+        queries: Whether the store has the columns of queries.
 
     Raises:
         UserError: As `encode`, if the disk is full, or if another model has made the parts that are there.
@@ -72,7 +73,7 @@ def encode_parts(
         with closing(encode(wanted, load, settings, progress="vectors", hint=hint)) as results:
             for number in missing:
                 length = cuts[number].stop - cuts[number].start
-                parts[number] = _write(folder, number, [*islice(results, length)])
+                parts[number] = _write(folder, number, [*islice(results, length)], queries)
     if any(part.identity != parts[0].identity for part in parts.values()):
         raise UserError(f"the model has changed since its vectors in {folder} were made; delete that folder")
     return [parts[number] for number in range(len(cuts))]
@@ -91,12 +92,12 @@ def _record(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.json"
 
 
-def _write(folder: Path, number: int, found: Sequence[Encoded]) -> Part:
+def _write(folder: Path, number: int, found: Sequence[Encoded], queries: bool) -> Part:
     width = found[0].images.shape[1]
     rows = [line for each in found for line in _lines(each)]
     file = _record(folder, number).with_suffix(".parquet")
     try:
-        write_table(pa.Table.from_pylist(rows, store_schema(width)), file)
+        write_table(pa.Table.from_pylist(rows, store_schema(width, queries=queries)), file)
     except OSError as error:
         raise disk_error(file, error) from error
     vectors = np.stack([row["vector"] for row in rows]) if rows else np.ones((1, 1))
@@ -113,10 +114,12 @@ def _write(folder: Path, number: int, found: Sequence[Encoded]) -> Part:
 
 
 def _lines(found: Encoded) -> Iterator[dict[str, Any]]:
-    """Yields the row of each image, followed by those of its captions."""
+    """Yields the row of each query, or of each image, followed by those of its captions."""
     for row, vector in zip(found.rows, found.images, strict=True):
-        key = f"{row['split']}/{row['image_id']}" if "split" in row else row["name"]
-        about = {"label_name": row["label_name"], "content": row["content"]}
+        if row.get("kind") == QUERY:
+            yield {**row, "vector": vector}
+            continue
+        key, about = row["id"], {"label_name": row.get("label_name"), "content": row["content"]}
         yield {"id": key, "kind": "image", "source": row["name"], **about, "vector": vector}
         for number, text in enumerate(row.get("captions", ())):
             if text in found.texts:

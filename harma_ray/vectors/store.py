@@ -36,6 +36,9 @@ NPZ = ".npz"
 ENCODER = "encoder"
 """Entry of a manifest: what the vectors depend on, `VectorIdentity.values`."""
 
+QUERY = "query"
+"""Kind of a row that is a query of composed retrieval."""
+
 FEATURES = "features"
 """Entry of an ``.npz``'s manifest: shape and SHA-256 of the vectors that it is of."""
 
@@ -47,14 +50,23 @@ _WINDOWS_SEPARATOR = re.compile(r"\\(?!x[0-9a-f]{2})")
 _logger = logging.getLogger(__name__)
 
 
-def store_schema(width: int) -> pa.Schema:
-    """Returns the columns of a Parquet store of vectors of some width, one row an image or a text.
+def store_schema(width: int, *, queries: bool = False) -> pa.Schema:
+    """Returns the columns of a Parquet store of vectors of some width, one row an image, a text or a query.
 
     ``label_name`` is the image's class, null if it has none; ``content`` the SHA-256 of its file, in hexadecimal
     digits; both are null for texts, ``text`` for images.
+
+    Args:
+        width: E.
+        queries: Whether there are queries of composed retrieval. ``source`` and ``label_name`` are then the name of the
+            reference and the category, ``text`` what changes it, and ``reference``, ``target`` (null: not known) and
+            ``members`` (those of the subset; none: there is none) the ``id`` of images.
     """
-    texts = [pa.field(name, pa.string()) for name in ("id", "kind", "source", "label_name", "content", "text")]
-    return pa.schema([*texts, pa.field("vector", pa.list_(pa.float32(), width))])
+    fields = [pa.field(name, pa.string()) for name in ("id", "kind", "source", "label_name", "content", "text")]
+    if queries:
+        fields += [pa.field(name, pa.string()) for name in ("reference", "target")]
+        fields.append(pa.field("members", pa.list_(pa.string())))
+    return pa.schema([*fields, pa.field("vector", pa.list_(pa.float32(), width))])
 
 
 @dataclass(frozen=True)

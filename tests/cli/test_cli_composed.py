@@ -5,12 +5,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import done, ray_warns, refused
 from random_runs import make_random_run
 from raw_composed import draw_fashioniq
 from safetensors.torch import load_file
+from stored_queries import brute_force_ranks
 
 from harma_ray.cli import make_parser
 from harma_ray.data.convert.commands import convert_scenes_cir
@@ -271,9 +273,19 @@ def test_the_best_by_another_metric_is_taken_if_it_was_kept(capsys, composed, tu
 @pytest.mark.ray
 @ray_warns
 @pytest.mark.usefixtures("joined_here")
-def test_vectors_of_pairs_are_for_image_text_retrieval(capsys, scenes, tuned, tmp_path):
-    error = refused(capsys, "embed", "--run", tuned.path, "--data", scenes, "--out", tmp_path / "out")
-    assert "which is not image-text retrieval" in error
+def test_vectors_of_queries_find_what_evaluation_finds(capsys, composed, paired, tmp_path):
+    command, store = ("embed", "--run", paired.path, "--data", composed, "--split", "val"), tmp_path / "store"
+    printed = done(capsys, *command, "--query", "sum", "--out", store)
+    assert "30 image, 0 text and 5 query vectors of width 128, in fp32" in printed
+    assert printed.rstrip().endswith("queries: the sum of image and text features")
+    assert json.loads((store / MANIFEST_NAME).read_text())["query"] == "sum"
+    ranks, among = zip(*brute_force_ranks(pq.read_table(store / "vectors.parquet").to_pylist()), strict=True)
+    found = figures(capsys, tmp_path, "--run", paired.path, "--query", "sum", "--split", "val")["metrics"]
+    for k in (1, 5, 10):
+        assert found[f"recall_at{k}"] == pytest.approx(100 * sum(rank < k for rank in ranks) / 5)
+    assert found["group_recall_at1"] == pytest.approx(100 * sum(rank < 1 for rank in among) / 5)
+    error = refused(capsys, *command, "--query", "sum", "--out", tmp_path / "images.npz")
+    assert "an .npz holds images alone; leave it out" in error
 
 
 def test_published_files_go_out_and_come_in(capsys, composed, tuned, combined, tmp_path):

@@ -63,7 +63,8 @@ def predict_cirr(
     stream = EvaluationStream(opened, config.data, worker, local_batches)
     with evaluating(config.train.eval_precision, device):
         features, texts = task.encode(model.to(device).eval(), stream, queries)
-        vectors = compose(model, features, texts, queries, query, batch_size=config.train.eval_batch_size)
+        references = features[queries.reference]
+        vectors = compose(model, references, texts, query, batch_size=config.train.eval_batch_size)
         gallery = unit(features)
     reference = Groups.one_each(queries.reference)
     try:

@@ -34,7 +34,7 @@ from harma_ray.models.losses import composed_loss
 from harma_ray.recipes.clip4cir.commands import QUERIES
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig, Criterion, FinetuneConfig, TunedClipConfig
 from harma_ray.recipes.clip4cir.inputs import Inputs, ItemTransform, TripletTransform
-from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, compose
+from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, compose, composing_encoder
 from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity, clip_encoder, encode_texts
@@ -169,9 +169,22 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
             **{f"preparation.{name}": value for name, value in asdict(first.preparation).items()},
         }
 
-    def queries(self, model: ComposedRetriever) -> Sequence[str]:
+    def queries(self, model: ComposedRetriever | None = None) -> Sequence[str]:
         """Returns the names among `QUERIES` that a model can make: all, or without a Combiner all others."""
-        return [name for name in QUERIES if name != "combiner" or model.combiner is not None]
+        combines = isinstance(self.config, CombinerConfig) if model is None else model.combiner is not None
+        return [name for name in QUERIES if name != "combiner" or combines]
+
+    def encoder(self, model: ComposedRetriever, device: str) -> Encoder:
+        """Returns what makes unit vectors of a gallery's images, of texts and of queries, as evaluation does."""
+        return composing_encoder(
+            model,
+            self.backbone.tokenizer(),
+            self._inputs.prepare,
+            device,
+            self.queries(model),
+            precision=self.config.train.eval_precision,
+            depends_on=self._padding,
+        )
 
     def transform(self, *, training: bool) -> RowTransform:
         """Returns the transform of triplets, or of the gallery; the same padding and crop in both."""
@@ -220,7 +233,8 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
             gallery = unit(features)
 
             def measure(query: str) -> ComposedEvaluation:
-                vectors = compose(model, features, texts, queries, query, batch_size=self.config.train.eval_batch_size)
+                references, batch_size = features[queries.reference], self.config.train.eval_batch_size
+                vectors = compose(model, references, texts, query, batch_size=batch_size)
                 retrieval = ComposedRetrieval.of(gallery, vectors, queries)
                 note = f"queries: {QUERIES[query]}"
                 return ComposedEvaluation(retrieval.result.metrics, query, note, retrieval=retrieval)
@@ -273,14 +287,15 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         self._trusted.add(split.path)
 
     def _identity(self, model: nn.Module) -> VectorIdentity:
+        backbone = backbone_fingerprint(model) if self.trains_backbone else self.backbone.fingerprint(model)
+        random_captions = self.config.preparation.random_captions
+        return VectorIdentity({"backbone": backbone, **self._padding, "random_captions": random_captions})
+
+    @property
+    def _padding(self) -> dict[str, str | float]:
         preparation = self.config.preparation
-        values = {
-            "backbone": backbone_fingerprint(model) if self.trains_backbone else self.backbone.fingerprint(model),
-            "padding": preparation.padding,
-            "target_ratio": preparation.target_ratio if preparation.padding == "target" else 0,
-            "random_captions": preparation.random_captions,
-        }
-        return VectorIdentity(values)
+        target_ratio = preparation.target_ratio if preparation.padding == "target" else 0
+        return {"padding": preparation.padding, "target_ratio": target_ratio}
 
     @property
     def features(self) -> Features | None:
