@@ -18,7 +18,7 @@ from tabulate import tabulate
 from harma_ray.data.convert.commands import convert_scenes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.stream import local_batches
-from harma_ray.import_export import export_checkpoint
+from harma_ray.exports.checkpoint import export_checkpoint
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.resources import plan_trials
@@ -68,7 +68,7 @@ def pretrain(folder: Path, images: int) -> Path:
     run = create_run(folder, "pretrain", config)
     worker = local_worker(config)
     run_training(make_task(config), config, run.path, worker=worker, loader=local_batches)
-    return export_checkpoint(run, "open_clip", folder / "backbone.safetensors")
+    return export_checkpoint(run, "open_clip", folder / "backbone.safetensors").path
 
 
 def main() -> None:

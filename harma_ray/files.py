@@ -35,7 +35,7 @@ def atomic(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: Where it goes; a file there is replaced.
-        overwrite: Whether a folder there is replaced, too.
+        overwrite: Whether a folder there is replaced, or a file there by a folder, too.
 
     Raises:
         OSError: If it cannot be made or moved to its place; see `making` for the user's error.
@@ -47,7 +47,7 @@ def atomic(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield made
         for each in [made, *made.rglob("*")]:
             _flush(each)
-        if overwrite and path.is_dir():
+        if overwrite and path.exists() and (path.is_dir() or made.is_dir()):
             swap(made, path, work / "replaced")
         else:
             os.replace(made, path)
@@ -55,14 +55,18 @@ def atomic(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def making(path: Path) -> Iterator[Path]:
+def making(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Gives a name for a file or folder to be made, as `atomic` does.
+
+    Args:
+        path: Where it goes.
+        overwrite: Whether what is there is replaced, a file by a folder, too.
 
     Raises:
         UserError: If it cannot be written; all other errors of the block stay what they are.
     """
     try:
-        with atomic(path) as made:
+        with atomic(path, overwrite=overwrite) as made:
             yield made
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_of_writing(error, path):

@@ -1,7 +1,7 @@
 """What a recipe says of the files in which other programs keep its weights.
 
 A recipe needs a format only if its paper's own program has files: what is trained is written and read, and a plain CLIP
-exported, for every recipe alike (`harma_ray.import_export`).
+exported, for every recipe alike (`harma_ray.import_export`, `harma_ray.exports`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the parser of commands names the submissions, without torch
 
     from harma_ray.models.foreign import ForeignWeights
     from harma_ray.models.internvl.files import Extraction, Layout
+    from harma_ray.models.towers import Preparation, Tower
     from harma_ray.task import StoredRun
 
 
@@ -123,7 +124,15 @@ class ForeignFormat(ABC):
         """
 
     def check_export(self, run: StoredRun, format: str) -> None:  # noqa: B027
-        """Raises UserError if a run cannot be written as ``released``, ``adapter`` or ``open_clip``."""
+        """Raises UserError if a run cannot be written as ``released``, ``adapter``, ``open_clip``, ..."""
+
+    @abstractmethod
+    def preparation(self, model: Any, run: StoredRun) -> Preparation:
+        """Returns how the images of a run's model are prepared."""
+
+    @abstractmethod
+    def towers(self, model: Any, run: StoredRun) -> Sequence[Tower]:
+        """Returns the parts of a run's model that are written as graphs, by which images and texts become vectors."""
 
     @abstractmethod
     def write(self, model: Any, run: StoredRun, epoch: float, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights imported and exported: this program's adapter files, plain CLIPs, and the formats that the recipes know."""
+"""Weights of files: this program's adapter files, plain CLIPs, and the formats that the recipes know."""
 
 import json
 from collections.abc import Mapping
@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
 from harma_ray.files import making, output_path
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import guess_architecture
-from harma_ray.models.backbones import ClipBackbone, load_clip
+from harma_ray.models.backbones import load_clip
 from harma_ray.models.fingerprints import backbone_fingerprint, folder_fingerprint
 from harma_ray.models.foreign import CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
 from harma_ray.models.weights import check_fit, save_clip
 from harma_ray.recipes import make_task
-from harma_ray.recipes.tasks import FORMATS
-from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run
+from harma_ray.recipes.tasks import FORMATS, clip_backbone
+from harma_ray.runs import CONFIG_NAME, create_run, open_run
 from harma_ray.settings import config_hash, flat_settings, show_override, to_dict
 from harma_ray.shell import command_line, launch_command
 from harma_ray.task import Task
@@ -35,7 +34,6 @@ from harma_ray.training.checkpoint import (
     trainable_tensors,
 )
 
-EXPORTS = ("released", "adapter", "open_clip")
 BACKBONE_NAME = "backbone.safetensors"
 """The file of a CLIP in the folder of what was imported."""
 _MARKS = (CLIP_MARK, *(mark for known in FORMATS for mark in known.marks))
@@ -53,61 +51,6 @@ class Imported:
     def describe(self) -> str:
         """Returns what was made and how to use it."""
         return f"wrote {self.path}\n{self.text}"
-
-
-def export_checkpoint(
-    run: Run, format: str, out_file: str | Path, *, metric: str | None = None, overwrite: bool = False
-) -> Path:
-    """Writes a run's best weights for other programs.
-
-    Args:
-        run: The run.
-        format: ``released`` (the layout of the paper's own program), ``adapter`` (the trainable tensors), ``open_clip``
-            (a whole CLIP).
-        out_file: The file, or the folder if the paper's programs read folders; written whole or not at all.
-        metric: What the best weights are the best by; None = the recipe's objective.
-        overwrite: Whether an existing file may be replaced.
-
-    Raises:
-        UserError: If the format does not fit the run, or the file exists or cannot be written.
-    """
-    path = output_path(out_file)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; choose another file, or replace it with --overwrite")
-    if format not in EXPORTS:
-        raise UserError(f"the format must be one of {', '.join(EXPORTS)}, got `{format}`")
-    meta, model = read_meta(run.best_checkpoint(metric)), run.load_model(metric)
-    own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
-    if own is not None:
-        own.check_export(run, format)
-    elif format == "released":
-        raise UserError(f"the paper of recipe {run.config.recipe} has no files of its own here; export it as `adapter`")
-    if format == "adapter" and not meta.trainable:
-        raise UserError(f"run {run.path} trained nothing; export it as `open_clip`")
-    if format == "open_clip":
-        _clip_of(run.config)
-    with making(path) as partial:
-        if format == "adapter":
-            _write_adapters(model, run, meta.backbone, partial)
-        elif format == "released" and own:
-            own.write(model, run, meta.epoch, partial)
-        else:
-            clip: Any = model.clip
-            save_clip(clip, partial)
-    return path
-
-
-def _write_adapters(model: nn.Module, run: Run, backbone: str, path: Path) -> None:
-    """Writes what is trained, and what it belongs to."""
-    of = make_task(run.config).backbone
-    metadata = {
-        "format": OWN_FORMAT,
-        "recipe": run.config.recipe,
-        "architecture": of.architecture if isinstance(of, ClipBackbone) else of.name,
-        "backbone": backbone,
-        "config": json.dumps(to_dict(run.config)),
-    }
-    save_file({name: t.clone() for name, t in trainable_tensors(model).items()}, path, metadata=metadata)
 
 
 def import_checkpoint(
@@ -141,7 +84,7 @@ def import_checkpoint(
     if weights.entries.get("format") == OWN_FORMAT:
         way_out = f"evaluate it with {command_line('--checkpoint', path)}"
         raise UserError(f"{path} is an adapter file, which needs no import; {way_out}")
-    backbone = _clip_of(config)
+    backbone = clip_backbone(config)
     model, notes = load_clip(backbone.architecture, weights, activation=backbone.activation)
     with making(folder) as made:
         made.mkdir()
@@ -317,14 +260,6 @@ def _recognised(weights: ForeignWeights) -> tuple[ForeignFormat | None, ForeignW
     """Returns the recipe's format that a file has (None: of none), and the weights under that format's names."""
     claims = ((known, known.claim(weights)) for known in FORMATS)
     return next(((known, claimed) for known, claimed in claims if claimed is not None), (None, weights))
-
-
-def _clip_of(config: Any) -> ClipBackbone:
-    """Returns the CLIP that a recipe is built on; UserError if it is built on something else."""
-    backbone = make_task(config).backbone
-    if not isinstance(backbone, ClipBackbone):
-        raise UserError(f"recipe {config.recipe} is not built on a CLIP")
-    return backbone
 
 
 def _check_settings(trained: dict[str, Any], config: Any, path: Path) -> None:

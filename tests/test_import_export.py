@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from toy_language import register, toy_config
 
-from harma_ray import import_export
 from harma_ray.errors import UserError
-from harma_ray.import_export import describe_file, export_checkpoint, import_checkpoint, load_model
+from harma_ray.exports import checkpoint
+from harma_ray.exports.checkpoint import export_checkpoint
+from harma_ray.import_export import describe_file, import_checkpoint, load_model
 from harma_ray.models import weights
 from harma_ray.models.backbones import build_clip
 from harma_ray.models.fingerprints import backbone_fingerprint
@@ -27,7 +28,7 @@ IMAGES = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torc
 
 @pytest.fixture(scope="module")
 def released(random_run, tmp_path_factory):
-    return export_checkpoint(random_run, "released", tmp_path_factory.mktemp("released") / "harma.pth")
+    return export_checkpoint(random_run, "released", tmp_path_factory.mktemp("released") / "harma.pth").path
 
 
 def features(model):
@@ -39,7 +40,7 @@ def test_a_released_file_comes_back_with_the_same_embeddings(random_run, release
     imported = import_checkpoint(released, recipe_config("harma-scenes"), tmp_path / "back")
     run = open_run(imported.path)
     torch.testing.assert_close(features(run.load_model()), features(random_run.load_model()), atol=1e-6, rtol=0)
-    again = export_checkpoint(run, "released", tmp_path / "again.pth")
+    again = export_checkpoint(run, "released", tmp_path / "again.pth").path
     first, second = (torch.load(path, weights_only=True)["model"] for path in (released, again))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -61,7 +62,7 @@ def test_a_released_file_that_does_not_fit_is_refused_by_name(released, tmp_path
 
 
 def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):
-    path = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
+    path = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors").path
     model = load_model(path, random_run.config)
     assert torch.equal(features(model), features(random_run.load_model()))
     assert sum(t.numel() for t in load_file(path).values()) == sum(
@@ -72,7 +73,7 @@ def test_an_adapter_file_fits_its_own_backbone_alone(random_run, tmp_path):
 
 
 def test_a_whole_clip_is_exported_and_read_as_a_backbone(random_run, tmp_path):
-    with pytest.raises(UserError, match="adapters"):
+    with pytest.raises(UserError, match="GELU and attention"):
         export_checkpoint(random_run, "open_clip", tmp_path / "no.safetensors")
     model = random_run.task.new_model()
     base = {name: t.contiguous() for name, t in model.clip.state_dict().items() if ".mlp.adapter." not in name}
@@ -112,7 +113,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(random_run, tmp_path):
 
 
 def test_show_says_what_a_path_is(random_run, released, tmp_path):
-    adapter = export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors")
+    adapter = export_checkpoint(random_run, "adapter", tmp_path / "a.safetensors").path
     assert "released HarMA" in describe_file(released)
     assert "adapter file" in describe_file(adapter)
     assert "of recipe harma-scenes, not finished" in describe_file(random_run.path)
@@ -154,7 +155,7 @@ def test_a_model_trained_whole_comes_back(random_run, tmp_path, format):
             parameter.add_(0.01 * torch.ones_like(parameter))
     meta = CheckpointMeta(0, 0, {}, {}, config_hash(run.config), run.config.recipe, backbone)
     save_checkpoint(run.path, meta, model, {})
-    path = export_checkpoint(run, format, tmp_path / "weights.safetensors")
+    path = export_checkpoint(run, format, tmp_path / "weights.safetensors").path
     if format == "adapter":
         again = load_model(path, run.config)
     else:
@@ -185,7 +186,7 @@ def test_a_full_disk_leaves_nothing_half_made(random_run, released, tmp_path, mo
     def full(*arguments, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    for module in (import_export, weights):
+    for module in (checkpoint, weights):
         monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         import_checkpoint(released, random_run.config, tmp_path / "imported")
@@ -200,7 +201,7 @@ def test_an_import_onto_a_folder_is_refused(random_run, released, tmp_path):
 
 
 def test_weights_trained_with_settings_that_no_shape_shows_are_refused_with_others(random_run, tmp_path):
-    adapter = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors")
+    adapter = export_checkpoint(random_run, "adapter", tmp_path / "adapter.safetensors").path
     other = build_config(random_run.config, {"adapter.num_heads": 4, "model.text_tokens": "full"})
     for file in (adapter, random_run.best_checkpoint()):
         with pytest.raises(UserError, match=r"--set model\.text_tokens=trim --set adapter\.num_heads=8"):
@@ -251,7 +252,7 @@ def test_show_knows_a_hugging_face_folder(tmp_path):
 def test_a_recipe_without_files_of_its_paper_exports_what_it_trained(monkeypatch, tmp_path, random_run):
     register(monkeypatch)
     run = make_random_run(tmp_path, "toy", toy_config())
-    path = export_checkpoint(run, "adapter", tmp_path / "toy.safetensors")
+    path = export_checkpoint(run, "adapter", tmp_path / "toy.safetensors").path
     trained, again = run.load_model().state_dict(), load_model(path, run.config).state_dict()
     assert all(torch.equal(trained[name], again[name]) for name in trained)
     assert f"adapter file {path} of recipe toy, for letters with fingerprint letters" in describe_file(path)

@@ -20,7 +20,7 @@ LAYERS = [
     ["recipes.harma", "recipes.clip4cir"],
     ["recipes"],
     ["runs", "tune.space"],
-    ["preflight", "import_export", "extraction", "api"],
+    ["preflight", "import_export", "exports", "extraction", "api"],
     ["on_ray"],
     ["vectors", "tune"],
     ["tune.report"],

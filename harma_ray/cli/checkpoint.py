@@ -23,9 +23,12 @@ def add_commands(commands: shared.Commands) -> None:
     shared.add_settings(made)
     made = shared.make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
     made.add_argument("--run", required=True, help="folder of the run")
-    made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip"], help="layout")
-    made.add_argument("--out", required=True, help="file to write; of an InternVL, a folder")
-    made.add_argument("--overwrite", action="store_true", help="replace the file")
+    made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip", "onnx"], help="released: "
+                      "what the paper's own program reads; adapter: what was trained; open_clip: a plain CLIP, as a "
+                      "folder for local-dir:, or as a file if --out ends in .safetensors; onnx: a folder of graphs of "
+                      "the towers")  # fmt: skip
+    made.add_argument("--out", required=True, help="file or folder to write")
+    made.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote there")
     shared.add_metric(made)
     text = "Write the vision transformer of a run's best model alone, as a Hugging Face folder."
     made = shared.make_command(verbs, "extract-vit", _extract, text)
@@ -52,14 +55,13 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from harma_ray.import_export import export_checkpoint
+    from harma_ray.exports.checkpoint import export_checkpoint
     from harma_ray.runs import open_run
 
-    path = export_checkpoint(
+    made = export_checkpoint(
         open_run(options.run), options.format, options.out, metric=options.metric, overwrite=options.overwrite
     )
-    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-    print(f"wrote {path} ({size / 1e6:.1f} MB)")
+    print(made.describe())
 
 
 def _extract(options: argparse.Namespace) -> None:

@@ -11,8 +11,8 @@ from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
+from harma_ray.exports.checkpoint import export_checkpoint
 from harma_ray.files import output_path
-from harma_ray.import_export import export_checkpoint
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare
@@ -53,7 +53,7 @@ def run_demo(out: Path, *, seed: int = 0, num_workers: int = 0) -> None:
         whole = build_config(recipe_config("scenes-pretrain"), changes)
         source = create_run(out / "runs", timed_name("pretrain"), whole)
         train_and_print(source, prepare(source.config).on(cluster), cluster, started)
-        backbone = export_checkpoint(source, "open_clip", out / "backbone.safetensors", overwrite=True)
+        backbone = export_checkpoint(source, "open_clip", out / "backbone.safetensors", overwrite=True).path
         print(f"\n[{time.perf_counter() - started:5.0f} s] adapting the frozen CLIP to {TARGET_STYLE} with HarMA")
         changes = {**scaling, "data.path": str(folders[TARGET_STYLE]), "model.pretrained": str(backbone)}
         adapted = create_run(out / "runs", timed_name("harma"), build_config(recipe_config("harma-scenes"), changes))

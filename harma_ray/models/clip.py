@@ -134,7 +134,7 @@ class DualEncoder(nn.Module):
                 x_BLD = checkpoint(_run_text_block, block, x_BLD, causal, padding, use_reentrant=False)
             else:
                 x_BLD = _run_text_block(block, x_BLD, causal, padding)
-        end_BD = x_BLD[torch.arange(len(text), device=text.device), text.argmax(dim=-1)]
+        end_BD = x_BLD[torch.arange(text.shape[0], device=text.device), text.argmax(dim=-1)]
         features = clip.ln_final(end_BD)
         if isinstance(clip.text_projection, nn.Linear):
             features = clip.text_projection(features)
@@ -149,9 +149,13 @@ def unit(features: Tensor) -> Tensor:
 
 
 def _trim(text: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut (B, L) tokens after the batch's last end-of-text token; also return where the rest is padding, bool."""
+    """Cut (B, L) tokens after the batch's last end-of-text token; also return where the rest is padding, bool.
+
+    Nothing is cut while a graph is exported, whose shapes must not depend on its inputs; results are the same.
+    """
     ends = text.argmax(dim=-1)
-    text = text[:, : int(ends.max()) + 1]
+    if not torch.compiler.is_exporting():
+        text = text[:, : int(ends.max()) + 1]
     return text, torch.arange(text.shape[1], device=text.device) > ends[:, None]
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harma_ray.config import RunConfig
+from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat
+from harma_ray.models.backbones import ClipBackbone
 from harma_ray.recipes.clip4cir.config import CombinerConfig, FinetuneConfig
 from harma_ray.recipes.clip4cir.released import Clip4CirFile
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
@@ -26,3 +28,15 @@ TASKS: Mapping[type[RunConfig], Callable[[Any], Task]] = {
 
 FORMATS: Sequence[ForeignFormat] = (HarmaFile(), Clip4CirFile(), InternVLFile())
 """The files and folders of other programs, asked in this order."""
+
+
+def clip_backbone(config: RunConfig) -> ClipBackbone:
+    """Returns the CLIP that a recipe is built on.
+
+    Raises:
+        UserError: If it is built on something else.
+    """
+    backbone = TASKS[type(config)](config).backbone
+    if not isinstance(backbone, ClipBackbone):
+        raise UserError(f"recipe {config.recipe} is not built on a CLIP")
+    return backbone

@@ -377,7 +377,7 @@ def test_a_model_is_exported_as_the_originals_and_comes_back_equal(run, whole, t
     ):
         same = {name for name in before[part] if name not in (*ignored, "torch_dtype", "attn_implementation")}
         assert {name: written[part].get(name) for name in same} == {name: before[part][name] for name in same}
-    assert "exists; choose another file" in refused(
+    assert "exists; choose another --out" in refused(
         capsys, "checkpoint", "export", "--run", run.path, "--format", "released", "--out", folder
     )
 

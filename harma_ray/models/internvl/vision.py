@@ -137,3 +137,23 @@ def pool(hidden: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "cls":
         return hidden[:, 0]
     raise UserError(f"the pooling must be mean_all, mean_patch or cls, got {pooling!r}")
+
+
+class VisionVectors(nn.Module):
+    """The transformer with what is pooled from it: images in, unit vectors out.
+
+    Args:
+        vision_tower: The transformer.
+        layer: As for `hidden_states`.
+        pooling: As for `pool`.
+    """
+
+    def __init__(self, vision_tower: InternVLVisionModel, layer: int, pooling: Pooling):
+        super().__init__()
+        self.vision_tower, self.layer = vision_tower, layer
+        self.pooling: Pooling = pooling
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Returns fp32[T, D], L2-normalised, of tiles as `normalise` takes them."""
+        hidden = hidden_states(self.vision_tower, pixels, self.layer)
+        return nn.functional.normalize(pool(hidden, self.pooling).float(), dim=-1)

@@ -3,6 +3,7 @@
 A CLIP comes in as a backbone, like any other (`harma_ray.import_export`); a Combiner is read here.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ import torch
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading
-from harma_ray.models.architectures import activation_twin, computes_quick_gelu
+from harma_ray.models.architectures import (
+    activation_twin,
+    computes_quick_gelu,
+    image_size,
+    pixel_statistics,
+    tokenizer_of,
+)
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import ForeignWeights, read_foreign
+from harma_ray.models.towers import EXAMPLES, Preparation, Tower, clip_towers
 from harma_ray.models.weights import check_fit
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
@@ -23,6 +31,7 @@ from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.task import StoredRun
 
+_TEXTS = "as they are; of two captions of a query, `First and second` (harma_ray.data.relative_captions)"
 _TRAINED_ON = "trained_on"
 """Where a Combiner's file names the CLIP that it was trained on, by its fingerprint; those of the paper name none."""
 
@@ -77,6 +86,31 @@ class Clip4CirFile(ForeignFormat):
         """Raises UserError for adapters."""
         if format == "adapter":
             raise UserError(f"run {run.path} has no adapters; export it as `released` or `open_clip`")
+
+    def preparation(self, model: ComposedRetriever, run: StoredRun) -> Preparation:
+        """Returns the gallery's: padded as configured, resized, its centre cut out."""
+        assert isinstance(run.config, Clip4CirConfig)
+        how = run.config.preparation
+        words = {
+            "none": "",
+            "square": "the shorter side is padded with black to a square",
+            "target": f"the shorter side is padded with black until the sides' ratio is {how.target_ratio:g}",
+        }
+        return Preparation(
+            image_size(model), *pixel_statistics(model), resize_mode="shortest", first=words[how.padding]
+        )
+
+    def towers(self, model: ComposedRetriever, run: StoredRun) -> list[Tower]:
+        """Returns both towers, with the features that queries are made of, and the Combiner if there is one."""
+        assert isinstance(run.config, Clip4CirConfig)
+        tokenizer, prepared = tokenizer_of(run.config.model.architecture), self.preparation(model, run)
+        image, text = clip_towers(model.encoder, tokenizer, prepared, _TEXTS, with_features=True)
+        if model.combiner is None:
+            said = {**text.facts, "query": "the sum of the features of image and text, divided by its norm"}
+            return [image, replace(text, facts=said)]
+        draw, width = torch.Generator().manual_seed(0), model.encoder.embedding_width
+        inputs = {name: torch.randn(EXAMPLES, width, generator=draw) for name in ("image_features", "text_features")}
+        return [image, text, Tower("combiner", model.combiner.eval(), inputs, ("query",))]
 
     def write(self, model: ComposedRetriever, run: StoredRun, epoch: float, path: Path) -> None:
         """Writes the ``.pt``: a CLIP, or the Combiner."""

@@ -18,11 +18,12 @@ from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.adapters import GatedAdapter
-from harma_ray.models.architectures import guess_architecture
+from harma_ray.models.architectures import guess_architecture, image_size, pixel_statistics, tokenizer_of
 from harma_ray.models.backbones import check_file_activation
 from harma_ray.models.clip import DualEncoder
 from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, fitted
+from harma_ray.models.towers import Preparation, Tower, clip_towers
 from harma_ray.models.weights import check_fit
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.recipes.harma.task import HarmaTask
@@ -48,6 +49,7 @@ _NAMES = {
     **{f"bottleneck.shared.l2.{part}": f"{_SHARED}.l2.{part}" for part in _LINEAR},
     **{f"bottleneck.shared.attention.{part}": f"{_SHARED}.multihead_attention1.{part}" for part in _ATTENTION},
 }
+_TEXTS = "cleaned as by harma_ray.data.captions.clean_caption: lower case, no punctuation, 30 words"
 _TEMPERATURES = {"temperature": "temp", "affiliation_temperature": "temp2"}
 
 
@@ -112,7 +114,20 @@ class HarmaFile(ForeignFormat):
         """Raises UserError for a plain CLIP of a model with adapters."""
         assert isinstance(run.config, HarmaConfig)
         if format == "open_clip" and run.config.model.tuning == "adapters":
-            raise UserError("a model with adapters is no plain CLIP; export it as `released` or `adapter`")
+            raise UserError(
+                f"run {run.path} has HarMA's adapters, whose GELU and attention no weight of a plain CLIP can stand "
+                "for; export it as `onnx`, `huggingface`, `released` or `adapter`"
+            )
+
+    def preparation(self, model: DualEncoder, run: StoredRun) -> Preparation:
+        """Returns the evaluation's: squashed to a square."""
+        return Preparation(image_size(model), *pixel_statistics(model))
+
+    def towers(self, model: DualEncoder, run: StoredRun) -> list[Tower]:
+        """Returns the image tower and the text tower, adapters and all."""
+        assert isinstance(run.config, HarmaConfig)
+        tokenizer = tokenizer_of(run.config.model.architecture)
+        return clip_towers(model, tokenizer, self.preparation(model, run), _TEXTS)
 
     def write(self, model: DualEncoder, run: StoredRun, epoch: float, path: Path) -> None:
         """Writes the ``.pth``: all weights, and the settings."""

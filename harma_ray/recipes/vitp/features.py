@@ -20,7 +20,7 @@ from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import to_tensor
 from harma_ray.distributed import gather_rows
 from harma_ray.errors import UserError, first_few
-from harma_ray.models.internvl.vision import hidden_states, pool
+from harma_ray.models.internvl.vision import VisionVectors
 from harma_ray.models.precision import evaluating
 from harma_ray.recipes.vitp.config import FeatureConfig
 from harma_ray.retrieval.by_class import ByClassRetrieval, rank_by_class
@@ -66,12 +66,11 @@ def vision_encoder(
         precision: See `evaluating`.
     """
     device = vision_tower.embeddings.cls_token.device
-    vision_tower.eval()
+    vectors = VisionVectors(vision_tower.eval(), settings.layer, settings.pooling)
 
     @evaluating(precision, device)
     def encode_images(images: Tensor) -> Tensor:
-        hidden = hidden_states(vision_tower, images.to(device), settings.layer)
-        return torch.nn.functional.normalize(pool(hidden, settings.pooling).float(), dim=-1).cpu()
+        return vectors(images.to(device)).cpu()
 
     def prepare(image: Image.Image) -> Tensor:
         check_sides(image)

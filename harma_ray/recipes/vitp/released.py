@@ -4,6 +4,7 @@ What is imported is read where it lies: nothing of it is copied into the run, wh
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from harma_ray.models.internvl.files import TRANSLATED, Extraction, Layout, read
 from harma_ray.models.internvl.keys import VISION_MARKS, is_original, vision_part
 from harma_ray.models.internvl.layouts import check_tensors, is_internvl, read_vision_config, vision_facts
 from harma_ray.models.internvl.model import VisualInstructionModel
+from harma_ray.models.internvl.vision import IMAGENET_MEAN, IMAGENET_STD, VisionVectors
+from harma_ray.models.towers import Preparation, Tower, image_tower
 from harma_ray.recipes.vitp.config import VitpConfig
 from harma_ray.recipes.vitp.talks import backbone_of
 from harma_ray.recipes.vitp.task import VitpTask
@@ -82,6 +85,19 @@ class InternVLFile(ForeignFormat):
             lines.append("the rest of the model is drawn: it encodes images, and answers nothing")
         use = ("embed", "--data", "IMAGES", "--out", "VECTORS") if config.model.knows_no_answers else Reading.use
         return Reading(model, config, fingerprint, "\n".join(lines), keeps_clip=False, use=use)
+
+    def preparation(self, model: VisualInstructionModel, run: StoredRun) -> Preparation:
+        """Returns that of images whose vectors are wanted: squashed to a square."""
+        assert isinstance(run.config, VitpConfig)
+        side = model.vision_tower.config.image_size[0]
+        return Preparation(side, IMAGENET_MEAN, IMAGENET_STD, run.config.features.interpolation)
+
+    def towers(self, model: VisualInstructionModel, run: StoredRun) -> list[Tower]:
+        """Returns the vision transformer with its pooling."""
+        assert isinstance(run.config, VitpConfig)
+        how = run.config.features
+        tower = image_tower(VisionVectors(model.vision_tower, how.layer, how.pooling), self.preparation(model, run))
+        return [replace(tower, facts={**tower.facts, "layer": how.layer, "pooling": how.pooling})]
 
     def write(self, model: VisualInstructionModel, run: StoredRun, epoch: float, path: Path) -> None:
         """Writes the whole model as a folder in the layout of InternVL's own code, with its tokenizer, in fp32."""

@@ -1,0 +1,1 @@
+"""A run's model for other programs: graphs, folders of open_clip and of Hugging Face."""
