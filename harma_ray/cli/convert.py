@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from harma_ray.data.convert.shards import TaskMap
     from harma_ray.data.convert.writer import WriteSettings
     from harma_ray.data.manifest import Manifest
+    from harma_ray.data.splits import Split
     from harma_ray.task import Task
 
 _LISTED = 5
@@ -278,7 +279,7 @@ def _task_of(options: argparse.Namespace) -> Task | None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from harma_ray.data.convert.duplicates import find_shared
+    from harma_ray.data.convert.duplicates import compare_captions, find_shared
     from harma_ray.data.convert.inspect import describe, render_distributions, render_facts
     from harma_ray.data.convert.sheet import contact_sheet
     from harma_ray.data.splits import list_splits, open_split
@@ -289,6 +290,7 @@ def _inspect(options: argparse.Namespace) -> None:
     for name in [options.split] if options.split else names or ["train"]:
         split = open_split(options.data, name)
         print(render_facts(describe(split, verify=options.verify)))
+        print(_tell_ceiling(split), end="")
         if task is not None:
             facts = task.sample_facts(split)
             print("\n".join([render_distributions(facts.numbers), "", *facts.notes]) + "\n")
@@ -300,7 +302,33 @@ def _inspect(options: argparse.Namespace) -> None:
             print(f"contact sheet: none: {error}\n")
             failed = failed or error
     if len(names) > 1:
-        shared = find_shared(options.data, [options.split] if options.split else None)
-        print("\n".join(f"WARNING: {each.tell()}" for each in shared) or "no image is in two splits")
+        wanted = [options.split] if options.split else None
+        told = [f"WARNING: {each.tell()}" for each in find_shared(options.data, wanted)]
+        told = told or ["no image is in two splits"]
+        print("\n".join([*told, *(each.tell() for each in compare_captions(options.data, wanted))]))
     if failed and options.sheet:
         raise failed
+
+
+def _tell_ceiling(split: Split) -> str:
+    """Returns what equal captions leave of the recalls by index, in a line; nothing for a split without captions."""
+    from harma_ray.data.convert.inspect import read_texts
+
+    captions = read_texts(split)
+    if not split.kind.is_image or split.manifest.queries or not all(captions):
+        return ""
+    import torch
+
+    from harma_ray.retrieval.image_text import RECALL_KS, ceiling_recalls
+
+    image_of_text = torch.tensor([row for row, texts in enumerate(captions) for _ in texts])
+    texts = [text for texts in captions for text in texts]
+    found = ceiling_recalls(image_of_text, texts, num_images=len(captions))
+    told = []
+    for name, side in (("I2T", "txt"), ("T2I", "img")):
+        figures = " / ".join(f"{found[f'{side}_r{k}']:.1f}" for k in RECALL_KS)
+        told.append(f"{name} R@{'/'.join(map(str, RECALL_KS))} {figures}")
+    return (
+        f"ceiling of recall by index, with equal captions told apart by chance: {', '.join(told)}, "
+        f"r_mean {found['r_mean']:.1f} (the figures that count equal captions as right reach 100)\n\n"
+    )

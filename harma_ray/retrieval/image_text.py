@@ -3,6 +3,7 @@
 Shapes: Q queries, E embedding width, N images, M texts.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, rank_first_relevant
+from harma_ray.retrieval.ranking import Groups, hashable_keys, rank_first_relevant
 
 RECALL_KS = (1, 5, 10)
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
@@ -23,22 +24,23 @@ def recall_at(ranks: Tensor, ks: Iterable[int]) -> dict[int, float]:
     return {k: 100.0 * float((ranks < k).double().mean()) for k in ks}
 
 
-def chance_recall_at(num_relevant: Tensor, gallery_size: int, ks: Iterable[int]) -> dict[int, float]:
+def chance_recall_at(num_relevant: Tensor, gallery_size: int | Tensor, ks: Iterable[int]) -> dict[int, float]:
     """Expected `recall_at` of rankings drawn at random, in percent.
 
     The first k of G items hold none of the r relevant ones with the hypergeometric probability C(G-r, k) / C(G, k).
 
     Args:
         num_relevant: r of each query, int64 [Q].
-        gallery_size: G.
+        gallery_size: G, or that of each query, int64 [Q].
         ks: cut-offs; one above G counts as G.
     """
-    misses = gallery_size - num_relevant.double()
+    sizes = torch.as_tensor(gallery_size).double().expand(len(num_relevant))[:, None]
+    misses = sizes - num_relevant.double()[:, None]
     expected = {}
     for k in ks:
-        drawn = torch.arange(min(k, gallery_size), dtype=torch.float64)
-        none_drawn = ((misses[:, None] - drawn).clamp(min=0) / (gallery_size - drawn)).prod(dim=1)
-        expected[k] = 100.0 * float((1 - none_drawn).mean())
+        drawn = torch.arange(k, dtype=torch.float64)
+        missed = torch.where(drawn < sizes, (misses - drawn).clamp(min=0) / (sizes - drawn), 1.0)
+        expected[k] = 100.0 * float((1 - missed.prod(dim=1)).mean())
     return expected
 
 
@@ -189,6 +191,28 @@ def chance_recalls(
     )
 
 
+def ceiling_recalls(
+    image_index_of_text: Tensor, text_keys: Sequence[Hashable] | Tensor, *, num_images: int
+) -> dict[str, float]:
+    """Expected `RetrievalResult.metrics` of rankings with all that is right word for word first, in random order.
+
+    First come, for an image, all captions equal to one of its own, and for a caption, all images that own an equal
+    one: what a model reaches that makes no mistake and tells equal captions apart by chance. The metrics ending in
+    `_text` are 100. From captions to images no more can be reached; from images to captions a ranking reaches more
+    that puts those first which the fewest images share. Arguments as in `image_text_recalls`.
+    """
+    keys, images = list(hashable_keys(text_keys)), image_index_of_text.tolist()
+    held = Counter(zip(images, keys, strict=True))
+    texts_of, owners_of, num_equal = Counter(keys), Counter(key for _, key in held), [0] * num_images
+    for image, key in held:
+        num_equal[image] += texts_of[key]
+    own = torch.bincount(image_index_of_text.cpu(), minlength=num_images)
+    to_text = chance_recall_at(own, torch.tensor(num_equal), RECALL_KS)
+    num_owners = torch.tensor([owners_of[key] for key in keys])
+    to_image = chance_recall_at(torch.ones(len(keys)), num_owners, RECALL_KS)
+    return _named_recalls([to_text, to_image, *[dict.fromkeys(RECALL_KS, 100.0)] * 2])
+
+
 def bootstrap_interval(
     result: RetrievalResult, num_samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
@@ -269,3 +293,7 @@ class ImageTextRetrieval:
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have."""
         return chance_recalls(self.image_of_text, self.texts, num_images=len(self.image_embeddings))
+
+    def ceiling(self) -> dict[str, float]:
+        """Returns the metrics that equal captions leave within reach, see `ceiling_recalls`."""
+        return ceiling_recalls(self.image_of_text, self.texts, num_images=len(self.image_embeddings))

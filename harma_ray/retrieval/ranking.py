@@ -79,10 +79,12 @@ class Groups:
             gallery_keys: one key a gallery item, the same.
         """
         number_of: dict[Hashable, int] = {}
-        numbers_of_items = [number_of.setdefault(key, len(number_of)) for key in _hashable(gallery_keys)]
+        numbers_of_items = [number_of.setdefault(key, len(number_of)) for key in hashable_keys(gallery_keys)]
         item_numbers = torch.tensor(numbers_of_items, dtype=torch.int64)
         unknown = len(number_of)
-        query_numbers = torch.tensor([number_of.get(key, unknown) for key in _hashable(query_keys)], dtype=torch.int64)
+        query_numbers = torch.tensor(
+            [number_of.get(key, unknown) for key in hashable_keys(query_keys)], dtype=torch.int64
+        )
         items_by_number = torch.argsort(item_numbers, stable=True)  # stable: increasing within a key
         items_per_number = torch.bincount(item_numbers, minlength=unknown + 1)
         return cls(_firsts(items_per_number)[query_numbers], items_per_number[query_numbers], items_by_number)
@@ -102,7 +104,8 @@ def _firsts(sizes: Tensor) -> Tensor:
     return sizes.cumsum(0) - sizes
 
 
-def _hashable(keys: Sequence[Hashable] | Tensor) -> Sequence[Hashable]:
+def hashable_keys(keys: Sequence[Hashable] | Tensor) -> Sequence[Hashable]:
+    """Returns keys as a sequence, whose items are equal where those of a tensor are."""
     return keys.tolist() if isinstance(keys, Tensor) else keys
 
 

@@ -7,7 +7,7 @@ from raw_composed import draw_fashioniq, fashioniq_split
 
 from harma_ray.cli import main
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_scenes
-from harma_ray.data.convert.duplicates import HASHES_NAME, find_shared
+from harma_ray.data.convert.duplicates import HASHES_NAME, compare_captions, find_shared
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.splits import open_split
 
@@ -118,6 +118,21 @@ def test_triplets_and_galleries_are_compared(tmp_path):
     assert _found(tmp_path) == expected
 
 
+def test_captions_that_splits_share_are_counted(tmp_path):
+    for split, captions in (("train", "abbc"), ("val", "bbbd"), ("test", "xyz")):
+        rows = []
+        for number, caption in enumerate(captions):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{split}{number}.png")
+            rows.append({"image": f"{split}{number}.png", "caption": [caption.upper()]})
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+        convert_harma(tmp_path / f"{split}.json", tmp_path, split, tmp_path / "data")
+    found = compare_captions(tmp_path / "data")
+    assert [(each.split, each.other) for each in found] == [("val", "train"), ("test", "train"), ("test", "val")]
+    assert (found[0].different_shared, found[0].different, found[0].shared, found[0].captions) == (1, 2, 3, 4)
+    assert [each.shared for each in found[1:]] == [0, 0]
+    assert len(compare_captions(tmp_path / "data", ["val"])) == 2
+
+
 def test_a_split_that_cannot_be_compared_stops_no_conversion(tmp_path, caplog):
     _convert(tmp_path, "train", [1, 2])
     next((tmp_path / "data" / "train").glob("part-*")).unlink()
@@ -142,7 +157,9 @@ def test_inspect_tells_all_splits_where_no_sheet_can_be_written(tmp_path, capsys
     assert printed.count("contact sheet: none: cannot write the contact sheet") == 2
     assert "split train" in printed
     assert "split val" in printed
-    assert "WARNING: 1 of 2 different images of val are byte for byte in train too" in printed
+    assert "WARNING: 1 of 2 different images of val are byte for byte in train too, 50.0% (" in printed
+    assert "\n2 of 2 captions of val are word for word in train too, 100.0% (1 of 1 different ones, 100.0%)" in printed
+    assert "told apart by chance: I2T R@1/5/10 50.0 / 100.0 / 100.0, T2I R@1/5/10 50.0 / 100.0 / 100.0, " in printed
     (tmp_path / "file").write_text("")
     assert main(["inspect", data, "--sheet", str(tmp_path / "file")]) == 2
     told = capsys.readouterr()

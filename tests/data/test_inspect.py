@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 from raw_composed import cirr_split, draw_cirr, draw_fashioniq, fashioniq_split
 
-from harma_ray.data.convert.commands import convert_harma, convert_scenes
+from harma_ray.data.convert.commands import convert_harma, convert_scenes, convert_scenes_cir
 from harma_ray.data.convert.inspect import describe, render_facts
 from harma_ray.data.convert.sheet import contact_sheet
 from harma_ray.data.convert.writer import WriteSettings
+from harma_ray.data.images import decode_image
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 
@@ -58,7 +59,7 @@ def test_text_tells_the_facts(split):
         "split val",
         "10 in ",
         "PNG (7), JPEG (3)",
-        "20, 11 distinct",
+        "20, 11 distinct; in small letters, without punctuation, cut after 30 words",
         "airport",
         "missing.png",
         "not checked",
@@ -170,4 +171,31 @@ def test_galleries_are_described_with_their_queries(tmp_path):
     assert (facts.queries.rows, facts.queries.images, facts.queries.members, facts.queries.unanswered) == (6, 6, 6, 6)
     assert facts.texts.captions == 6
     assert "6 between 6 different images, 6 with a subset to rank, 6 without a target" in render_facts(facts)
-    contact_sheet(split, tmp_path / "sheet.png")
+    assert _thumbnails(split, tmp_path) == [[True, False, False]] * 6
+
+
+def test_of_a_gallery_the_queries_are_drawn(tmp_path):
+    """Each reference stands before its own target, whose images were looked up in the gallery."""
+    convert_scenes_cir(tmp_path, {"val": 3}, style="summer", size=64)
+    split = open_split(tmp_path, "val")
+    assert _thumbnails(split, tmp_path) == [[True, False, True]] * 3
+    image_of = dict(zip(*(split.read([name]).column(0).to_pylist() for name in ("source", "image")), strict=True))
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        for number, query in enumerate(split.queries().to_pylist()):
+            for name, column in (("reference", 0), ("target", 2)):
+                left, top = 8 + number % 2 * 560 + column * 184, 8 + number // 2 * (176 + 14 + 16)
+                expected = decode_image(image_of[query[name]]).resize((176, 176), Image.Resampling.BICUBIC)
+                shown = sheet.crop((left, top, left + 176, top + 176))
+                assert np.abs(np.asarray(shown, int) - np.asarray(expected, int)).mean() < 1
+
+
+def _thumbnails(split, folder):
+    """Returns, of each cell of a sheet of triplets, where an image is: left, in the middle, right."""
+    with Image.open(contact_sheet(split, folder / "sheet.png")) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    count = split.manifest.queries.rows
+    corners = [(8 + number // 2 * 206, 8 + number % 2 * 560) for number in range(count)]
+    return [
+        [bool((pixels[top + 140, left + 88 + column * 184] != 255).any()) for column in range(3)]
+        for top, left in corners
+    ]

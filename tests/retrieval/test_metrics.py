@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 
@@ -10,6 +11,7 @@ from harma_ray.errors import UserError
 from harma_ray.retrieval.image_text import (
     RetrievalResult,
     bootstrap_interval,
+    ceiling_recalls,
     chance_recall_at,
     chance_recalls,
     image_text_recalls,
@@ -129,6 +131,29 @@ def test_chance_is_the_hypergeometric_one():
         assert chance_recall_at(torch.tensor([relevant]), 20, (5,)) == {5: pytest.approx(value)}
     assert chance_recall_at(torch.tensor([1, 3, 16, 20]), 20, (5,))[5] == pytest.approx(sum(expected) / 4)
     assert chance_recall_at(torch.tensor([1, 2]), 4, (1, 4, 10)) == {1: pytest.approx(37.5), 4: 100.0, 10: 100.0}
+
+
+def test_equal_captions_leave_what_rankings_reach_that_know_words_alone():
+    """By brute force: what is right word for word comes first, and a number drawn at random decides among it."""
+    generator = torch.Generator().manual_seed(0)
+    image_of_text, keys = torch.arange(12).repeat_interleave(3), [number * number % 11 for number in range(36)]
+    keys[1] = keys[0]  # an image may have a caption twice
+    ceiling = ceiling_recalls(image_of_text, keys, num_images=12)
+    knows = torch.zeros(12, 36)
+    for image, text in itertools.product(range(12), range(36)):
+        knows[image, text] = keys[text] in {keys[other] for other in range(36) if image_of_text[other] == image}
+    hits, trials = dict.fromkeys([f"{side}_r{k}" for side in ("txt", "img") for k in (1, 5, 10)], 0.0), 3000
+    own = image_of_text == torch.arange(12)[:, None]
+    for _ in range(trials):
+        scores = knows + 0.5 * torch.rand(12, 36, generator=generator)
+        for side, ranked, right in (("txt", scores, own), ("img", scores.T, own.T)):
+            placed = right.gather(1, ranked.argsort(dim=1, descending=True))
+            for k in (1, 5, 10):
+                hits[f"{side}_r{k}"] += 100 * float(placed[:, :k].any(dim=1).double().mean()) / trials
+    assert {name: ceiling[name] for name in hits} == pytest.approx(hits, abs=0.8)
+    assert ceiling["r_mean"] == pytest.approx(sum(ceiling[name] for name in hits) / 6)
+    assert ceiling["r_mean_text"] == 100
+    assert ceiling_recalls(torch.arange(3), ["a", "b", "c"], num_images=3)["r_mean"] == 100
 
 
 def test_chance_agrees_with_random_scores():

@@ -1,8 +1,9 @@
-"""Images that two splits of a data set share, byte for byte."""
+"""What two splits of a data set share: images, byte for byte, and captions, word for word."""
 
 import functools
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,7 +13,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harma_ray.data.convert.inspect import iterate_images
+from harma_ray.data.convert.inspect import iterate_images, read_texts
 from harma_ray.data.convert.shards import write_table
 from harma_ray.data.splits import Split, list_splits, open_split
 from harma_ray.errors import UserError, first_few
@@ -45,9 +46,64 @@ class SharedImages:
         same = first_few([f"{self.split}: {here} = {self.other}: {there}" for here, there in self.pairs], _EXAMPLES)
         return (
             f"{len(self.pairs):,} of {self.total:,} different images of {self.split} are byte for byte in {self.other} "
-            f"too ({same}): figures on the one are too good if the other is trained or selected on; remove them "
-            "from one of the two, unless the data set is published so and you compare with its figures"
+            f"too, {len(self.pairs) / self.total:.1%} ({same}): figures on the one are too good if the other is "
+            "trained or selected on; remove them from one of the two, unless the data set is published so and you "
+            "compare with its figures"
         )
+
+
+@dataclass(frozen=True)
+class SharedCaptions:
+    """How many captions of a split another one has too."""
+
+    split: str
+    """Name of the split."""
+    other: str
+    """Name of the other one."""
+    different: int
+    """Number of different captions of the split."""
+    different_shared: int
+    """Number of those that the other one has too."""
+    captions: int
+    """Number of its captions, equal ones counted as often as they occur."""
+    shared: int
+    """Number of those that the other one has too."""
+
+    def tell(self) -> str:
+        """Returns the counts and shares, in one line."""
+        return (
+            f"{self.shared:,} of {self.captions:,} captions of {self.split} are word for word in {self.other} too, "
+            f"{self.shared / self.captions:.1%} ({self.different_shared:,} of {self.different:,} different ones, "
+            f"{self.different_shared / self.different:.1%})"
+        )
+
+
+def compare_captions(data: str | Path, splits: Collection[str] | None = None) -> list[SharedCaptions]:
+    """Compares the captions of the splits of a data set two by two, as they are stored.
+
+    Args:
+        data: Folder of the data set.
+        splits: Compares these with each other and with all others; None = all. Those without captions take no part.
+
+    Raises:
+        UserError: If a split cannot be read.
+    """
+    counts = {}
+    for name in list_splits(data):
+        split = open_split(data, name)
+        if split.kind.text == "caption" and not split.kind.is_encoded:
+            counts[name] = Counter(text for texts in read_texts(split) for text in texts)
+    pairs = [
+        (later, earlier)
+        for earlier, later in combinations([name for name in counts if counts[name]], 2)
+        if splits is None or earlier in splits or later in splits
+    ]
+    found = []
+    for later, earlier in pairs:
+        ours, both = counts[later], counts[later].keys() & counts[earlier].keys()
+        shared = sum(ours[text] for text in both)
+        found.append(SharedCaptions(later, earlier, len(ours), len(both), ours.total(), shared))
+    return found
 
 
 def write_hashes(hashes: Mapping[str, str], folder: Path) -> None:

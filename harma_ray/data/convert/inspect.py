@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from tabulate import tabulate
 
+from harma_ray.data.captions import MAX_WORDS
 from harma_ray.data.convert.looks import Looks
 from harma_ray.data.headers import read_header
 from harma_ray.data.images import BadImage, decode_stored
@@ -152,7 +153,6 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
     kind, manifest = split.kind, split.manifest
     table = split.read(kind.light_columns)
     queries = table if kind.is_query else split.queries() if manifest.queries else None
-    own_texts = map(kind.texts, table.to_pylist()) if queries is None else queries.column("captions").to_pylist()
     formats: Counter[str] = Counter()
     depths: Counter[str] = Counter()
     undecodable, looks, stored_wide = [], Looks(), 0
@@ -169,7 +169,7 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
             undecodable.append(BadRow(source, str(error)))
     return SplitFacts(
         split=split,
-        texts=TextFacts.of(list(own_texts), for_clip=kind.text == "caption"),
+        texts=TextFacts.of(read_texts(split), for_clip=kind.text == "caption"),
         queries=None if queries is None else QueryFacts.of(queries),
         formats=dict(formats.most_common()),
         depths=dict(depths.most_common()),
@@ -180,6 +180,13 @@ def describe(split: Split, *, verify: bool = False, max_pixels: int = 0) -> Spli
         groups=dict(Counter(table.column(kind.group_column).to_pylist())) if kind.group_column else {},
         **(_describe_images(table) if kind.is_image else {}),
     )
+
+
+def read_texts(split: Split) -> list[Sequence[str]]:
+    """Returns the texts of each row of a split, or of each of the queries that go with it, if there are any."""
+    if split.manifest.queries is not None:
+        return split.queries().column("captions").to_pylist()
+    return list(map(split.kind.texts, split.read(split.kind.light_columns).to_pylist()))
 
 
 def _describe_images(table: pa.Table) -> dict[str, Any]:
@@ -211,7 +218,7 @@ def render_facts(facts: SplitFacts) -> str:
         ("rendered", describe_rendered(manifest.rendered) if manifest.rendered else "none: stored as they came"),
         ("sizes", f"{sizes}{', ...' if sum(facts.sizes.values()) < manifest.rows else ''}" if sizes else "not read"),
         ("queries", _tell_queries(facts.queries) if facts.queries else "none"),
-        (f"{text}s", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct"),
+        (f"{text}s", f"{facts.texts.captions:,}, {facts.texts.distinct_captions:,} distinct{_tell_cleaning(facts)}"),
         ("classes", f"{len(facts.classes)}" if facts.classes else "none"),
         ("left out", f"{len(manifest.bad)}"),
         ("decodable", _tell_decodable(facts)),
@@ -312,6 +319,12 @@ def _name_format(data: bytes) -> str:
         return read_header(data).format
     except BadImage:
         return "unreadable"
+
+
+def _tell_cleaning(facts: SplitFacts) -> str:
+    """Returns what was done to captions before they were stored; queries and talks are kept as annotated."""
+    is_cleaned = facts.split.kind.is_image and not facts.queries and facts.texts.captions
+    return f"; in small letters, without punctuation, cut after {MAX_WORDS} words" if is_cleaned else ""
 
 
 def _tell_decodable(facts: SplitFacts) -> str:

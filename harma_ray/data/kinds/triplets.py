@@ -66,10 +66,14 @@ class _Triplets(_Queries):
     cells_across = 2
 
     def draw(self, row: Mapping[str, Any]) -> Image.Image:
-        """Draws the reference, the captions over an arrow, and the target."""
+        """Draws the reference, the captions over an arrow, and the target: a query may have none that is known."""
         step = THUMBNAIL + MARGIN
         cell = Image.new("RGB", (3 * step + MARGIN, THUMBNAIL + LINE + 2 * MARGIN), "white")
         for x, image, name in ((0, "reference_image", "reference"), (2 * step, "target_image", "target")):
+            if row[image] is None:
+                ImageDraw.Draw(cell).rectangle((x, 0, x + THUMBNAIL - 1, THUMBNAIL - 1), outline="darkgrey")
+                write(cell, (x + MARGIN, THUMBNAIL // 2 - LINE), "(target not known)", "dimgrey")
+                continue
             paste(cell, row[image], x)
             write(cell, (x, THUMBNAIL + 2), row[name], "black")
         about = [*([row["category"]] if row["category"] else []), str(row["pair_id"])]
