@@ -86,6 +86,12 @@ def _add_drawn(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
         made.add_argument("--counts", type=int, nargs=3, default=[2000, 200, 200], metavar=("TRAIN", "VAL", "TEST"),
                           help=f"{noun} of each split (default: 2000 200 200)")  # fmt: skip
 
+    own = (
+        "lay each image out anew, so that a query and its answer have in common what they hold, not where it is, by "
+        "which a model that nobody trained finds it (default: what a sentence does not change stays where it is)"
+    )
+    composed.add_argument("--own-layouts", action="store_true", help=own)
+
 
 def _add_talks(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
     vitp = kind("vitp", "Talks of a ViTP (InternVL) meta file with JSON Lines, for visual-instruction pretraining.")
@@ -220,7 +226,7 @@ def _write(
         return {options.split: convert.convert_composed(composed, options.out, settings=settings)}
     draw = {
         "scenes": convert.convert_scenes,
-        "scenes-cir": convert.convert_scenes_cir,
+        "scenes-cir": partial(convert.convert_scenes_cir, own_layouts=getattr(options, "own_layouts", False)),
         "scenes-talk": convert.convert_scenes_talk,
     }[options.kind]
     counts = {split: count for split, count in zip(("train", "val", "test"), options.counts, strict=True) if count}

@@ -159,6 +159,17 @@ def test_drawn_queries_are_those_of_composed_scene(tmp_path):
     assert ComposedQueries.of(split).members is not None
 
 
+def test_drawn_queries_may_have_layouts_of_their_own(tmp_path):
+    for own in (False, True):
+        manifests = convert_scenes_cir(tmp_path / str(own), {"val": 2}, style="summer", size=32, own_layouts=own)
+        assert manifests["val"].options.get("own_layouts", False) is own
+        rows = open_split(tmp_path / str(own), "val").read(["source", "image"]).to_pylist()
+        for row in rows:
+            index, member = map(int, row["source"].split("-")[1:])
+            expected = draw(composed_scene(0, index, "summer", own_layouts=own).members[member], "summer", 32)
+            np.testing.assert_array_equal(np.asarray(decode_image(row["image"])), np.asarray(expected))
+
+
 @pytest.mark.parametrize("change", [{"style": "moon"}, {"size": 0}, {"counts": {"train": 0}}, {"counts": {"x": 1}}])
 def test_impossible_drawn_queries_are_refused(tmp_path, change):
     settings = {"counts": {"train": 1}, "style": "summer", "size": 32, **change}

@@ -338,3 +338,31 @@ def test_unknown_style_is_refused_with_the_valid_ones():
 def test_negative_seed_or_index_of_a_query_is_refused(seed, index):
     with pytest.raises(UserError, match="must not be negative"):
         composed_scene(seed, index, "summer")
+
+
+def test_members_with_layouts_of_their_own_hold_the_same_elsewhere():
+    for index in range(40):
+        kept, own = (composed_scene(3, index, "summer", own_layouts=each) for each in (False, True))
+        assert own.sentence == kept.sentence
+        for one, other in zip(
+            (own.reference, own.target, *own.members), (kept.reference, kept.target, *kept.members), strict=True
+        ):
+            assert one != other == replace(one, layout_seed=other.layout_seed)
+        assert len({member.layout_seed for member in own.members}) == NUM_MEMBERS
+        assert {own.reference, own.target} <= {*own.members}
+
+
+def test_pixels_tell_the_answer_from_other_scenes_only_while_layouts_are_kept():
+    def share_nearest(own_layouts):
+        """How often the target's pixels are the nearest to the reference's among all targets."""
+        queries = [composed_scene(3, index, "summer", own_layouts=own_layouts) for index in range(NUM_DRAWN)]
+        sides = [[each.reference for each in queries], [each.target for each in queries]]
+        one, other = (
+            np.stack([np.asarray(draw(content, "summer", 32), np.float64).ravel() for content in side])
+            for side in sides
+        )
+        distances = np.square(one[:, None] - other[None]).sum(-1)
+        return (distances.argmin(1) == np.arange(NUM_DRAWN)).mean()
+
+    assert share_nearest(False) > 0.9
+    assert share_nearest(True) < 0.5

@@ -165,17 +165,21 @@ def convert_scenes_cir(
     *,
     style: str,
     size: int,
+    own_layouts: bool = False,
     settings: WriteSettings = DEFAULTS,
 ) -> dict[str, Manifest]:
     """Draws composed retrieval's scenes and writes them to the splits of ``out``; takes what ``convert_scenes`` does.
 
     A count is that of queries: of ``train`` they are triplets, of another split each brings 6 images to the gallery.
+    With ``own_layouts`` each of these is laid out anew; without, what a sentence does not change stays where it is.
 
     Raises:
         UserError: If a setting is not valid or ``out`` cannot be written.
     """
-    splits = list_composed_scenes(counts, style=style, size=size, seed=settings.seed)
-    options = {"converter": "scenes-cir", "style": style, "size": size}
+    splits = list_composed_scenes(counts, style=style, size=size, seed=settings.seed, own_layouts=own_layouts)
+    options: dict[str, Any] = {"converter": "scenes-cir", "style": style, "size": size}
+    if own_layouts:  # conversions of before have no such option
+        options["own_layouts"] = True
     records = {split: records for split, (records, _) in splits.items()}
     queries = {split: queries for split, (_, queries) in splits.items()}
     return _write_splits(records, out, options, settings, queries=queries, counts=counts)

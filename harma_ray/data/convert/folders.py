@@ -114,7 +114,7 @@ def list_scenes(counts: Mapping[str, int], *, style: str, size: int, seed: int) 
 
 
 def list_composed_scenes(
-    counts: Mapping[str, int], *, style: str, size: int, seed: int
+    counts: Mapping[str, int], *, style: str, size: int, seed: int, own_layouts: bool = False
 ) -> dict[str, tuple[list[Record], list[QueryRecord]]]:
     """Lists generated queries of composed retrieval; no query is in two splits.
 
@@ -123,6 +123,7 @@ def list_composed_scenes(
         style: Look of the scenes.
         size: Height and width in pixels.
         seed: Seed of the data set; other seeds give other scenes.
+        own_layouts: Whether each image is laid out anew.
 
     Returns:
         Of each split the records and the queries: of ``train`` triplets and no queries, of any other all members of
@@ -137,9 +138,9 @@ def list_composed_scenes(
         records: list[Record] = []
         queries: list[QueryRecord] = []
         for index in number_scenes(split, count):
-            composed = composed_scene(seed, index, style)
+            composed = composed_scene(seed, index, style, own_layouts=own_layouts)
             names = tuple(f"scene-{index:06d}-{member}" for member in range(len(composed.members)))
-            places = [MemberSpec(seed, index, style, size, member) for member in range(len(names))]
+            places = [MemberSpec(seed, index, style, size, member, own_layouts) for member in range(len(names))]
             reference, target = composed.members.index(composed.reference), composed.members.index(composed.target)
             origin = f"{style} query {index} of seed {seed}"
             query = QueryRecord(

@@ -40,10 +40,12 @@ class MemberSpec(SceneSpec):
 
     member: int
     """Position among the members of the query."""
+    own_layouts: bool = False
+    """Whether each member is laid out anew."""
 
     def draw(self) -> Drawn:
         """Draws the member."""
-        query = composed_scene(self.seed, self.index, self.style)
+        query = composed_scene(self.seed, self.index, self.style, own_layouts=self.own_layouts)
         return Drawn(draw(query.members[self.member], self.style, self.size))
 
 

@@ -5,6 +5,9 @@ reference are drawn: e and f change the same thing in two ways, g changes anothe
 reference, the scenes after e, f or g alone, and those after e and g and after f and g. One of the three single edits,
 all equally likely, is told. So the pictures alone leave three answers; and the words alone leave two or more, because
 the target after another edit still shows what they say.
+
+What an edit leaves alone stays where it is, so that members resemble each other pixel by pixel: an encoder that nobody
+trained finds them by that. With layouts of their own they have in common what they hold, not where it is.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +33,8 @@ NUM_MEMBERS = 6
 _MIN_ARRANGED = 3  # fewer objects show no difference between a row, two rows and neither
 
 # Ends of the entropy of what has a random stream of its own; not 0, which is what shorter entropy is filled up with.
-_EDITS, _MEMBERS, _WORDS = 1, 2, 3
+_EDITS, _MEMBERS, _WORDS = 1, 2, 3  # words: one a style
+_LAYOUTS = _WORDS + len(STYLES)
 
 # Sentences by style and kind of edit.
 _TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -91,7 +95,7 @@ class ComposedScene:
 
     Attributes:
         reference: The scene that the sentence changes.
-        target: The reference after the change; everything else is the same and stays where it is.
+        target: The reference after the change; everything else is the same and, unless layouts differ, where it was.
         sentence: Tells the change, in the phrasing of a style; lower case.
         members: NUM_MEMBERS different scenes in random order: the reference, the target and four that are wrong.
     """
@@ -112,8 +116,14 @@ class _Edit(NamedTuple):
         return replace(content, **self.changes)
 
 
-def composed_scene(seed: int, index: int, style: str) -> ComposedScene:
+def composed_scene(seed: int, index: int, style: str, *, own_layouts: bool = False) -> ComposedScene:
     """Makes query `index` of a seed, whose reference is scene `index`; only the sentence depends on the style.
+
+    Args:
+        seed: Seed of the data set.
+        index: Number of the query.
+        style: How it is told.
+        own_layouts: Whether each member is laid out anew.
 
     Raises:
         UserError: The style is unknown, or the seed or index negative.
@@ -125,15 +135,18 @@ def composed_scene(seed: int, index: int, style: str) -> ComposedScene:
     doubles = [other.apply(single) for single in singles[:2]]
     rng = _stream(seed, index, _MEMBERS)
     told = int(rng.integers(len(singles)))
-    members = [reference, *singles, *doubles]
+    scenes = [reference, *singles, *doubles]
+    if own_layouts:
+        layouts = _stream(seed, index, _LAYOUTS).integers(2**31, size=NUM_MEMBERS)
+        scenes = [replace(scene, layout_seed=int(layout)) for scene, layout in zip(scenes, layouts, strict=True)]
     kind = (first, second, other)[told].kind
     templates = _TEMPLATES[style][kind]
     template = templates[_stream(seed, index, _WORDS + STYLES.index(style)).integers(len(templates))]
     return ComposedScene(
-        reference=reference,
-        target=singles[told],
+        reference=scenes[0],
+        target=scenes[1 + told],
         sentence=template.format(**_tell_change(reference, singles[told], style)),
-        members=tuple(members[position] for position in rng.permutation(NUM_MEMBERS)),
+        members=tuple(scenes[position] for position in rng.permutation(NUM_MEMBERS)),
     )
 
 
