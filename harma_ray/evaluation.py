@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, TypeVar
 
 if TYPE_CHECKING:  # metrics are read without torch
+    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -45,6 +46,11 @@ class Metrics:
     def kept(self) -> tuple[str, ...]:
         """The metrics whose best checkpoints are kept."""
         return (self.objective, *self.also_keep)
+
+    def label(self, metric: str) -> str:
+        """Returns what a metric stands for, of a duplicate-aware variant too; empty if nobody said."""
+        base = self.labels.get(metric.removesuffix("_text"), "")
+        return f"{base}, equal captions" if base and metric not in self.labels else base
 
     def title(self, metric: str) -> str:
         """Returns a metric's name with its unit."""
@@ -114,6 +120,28 @@ class Evaluation:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of metrics."""
         return {}
+
+    def resampled(self) -> Mapping[str, np.ndarray]:
+        """Returns metrics of bootstrap samples of the queries, float64 [S]: other models' are of the same queries."""
+        return {}
+
+    def first_right(self) -> Mapping[str, Tensor]:
+        """Returns the 0-based rank of the first right answer to each query, int64[Q], by kind of query."""
+        return {}
+
+    def show_queries(self, split: Split, kind: str, queries: Sequence[int], most: int) -> str:
+        """Returns HTML of some queries of a kind of `first_right` with what was found for them, as on a page.
+
+        Args:
+            split: What was evaluated.
+            kind: Which kind of queries.
+            queries: Their numbers; of those that are alike the first is shown.
+            most: How many are shown.
+
+        Raises:
+            UserError: If an image cannot be read.
+        """
+        return ""
 
     def chance(self) -> dict[str, float]:
         """Returns what metrics are expected to be for rankings drawn at random."""

@@ -22,6 +22,7 @@ def _add_evaluate(commands: shared.Commands) -> None:
     parser = shared.make_command(
         commands, "evaluate", _evaluate, "Evaluate a run or a checkpoint file on a split.",
         "examples:\n  launch.py evaluate --run runs/NAME --split test --report report\n"
+        "  launch.py evaluate --run runs/NAME --compare runs/OTHER runs/THIRD --report report\n"
         "  launch.py evaluate --checkpoint FILE --recipe harma-rsitmd-vit --data data/rsitmd --split test",
     )  # fmt: skip
     _add_model(parser)
@@ -30,6 +31,8 @@ def _add_evaluate(commands: shared.Commands) -> None:
     _add_query(parser, "all")
     parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--report", metavar="FOLDER", help="write a page with failures, t-SNE and parameters")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="measure these runs too, on the same "
+                        "split, and tell how they differ, with paired intervals")  # fmt: skip
     shared.add_scaling(parser, default="1")
     shared.add_address(parser)
 
@@ -95,6 +98,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate_and_print(
         config, weights, split=options.split, json_file=options.json, report=options.report,
         num_workers=options.workers or 1, address=options.address, query=options.query,
+        metric=options.metric, compare=options.compare,
     )  # fmt: skip
 
 

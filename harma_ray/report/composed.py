@@ -58,6 +58,19 @@ class ComposedEvaluation(Evaluation):
         """Returns 95 % bootstrap intervals of the protocol's metrics."""
         return self.retrieval.intervals()
 
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Returns the metrics of bootstrap samples."""
+        return self.retrieval.resampled()
+
+    def first_right(self) -> dict[str, Tensor]:
+        """Returns the ranks of the targets."""
+        return {"image and text to image": self.retrieval.result.ranks}
+
+    def show_queries(self, split: Split, kind: str, queries: Sequence[int], most: int) -> str:
+        """Returns queries, one a reference, with what was found for them; nothing if the images are not there."""
+        pictured, chosen = split.pictured, one_each(queries, self.retrieval.queries.reference.tolist())[:most]
+        return queries_section(_draw_sheet(self.retrieval, pictured, chosen, _K, _THUMB)).html if pictured else ""
+
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have."""
         return self.retrieval.chance()

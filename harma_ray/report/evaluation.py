@@ -143,6 +143,7 @@ def write_report(
     settings: Mapping[str, Any],
     metrics: Metrics,
     records: Sequence[Mapping[str, Any]] = (),
+    about: Section | None = None,
 ) -> Path:
     """Writes a page of results, of what the task shows, of parameters, training curves and settings.
 
@@ -158,6 +159,7 @@ def write_report(
         settings: Settings of the run, nested.
         metrics: The task's metrics; their objective is drawn over the epochs.
         records: Lines of the run's ``metrics.jsonl``, if it has any.
+        about: What was evaluated in full; stands before the results.
 
     Returns:
         Path of ``index.html``.
@@ -166,6 +168,7 @@ def write_report(
         UserError: If the folder cannot be written.
     """
     sections = [
+        *([about] if about else []),
         _results_section(results),
         *sections,
         _parameters_section(parameter_table(model)),

@@ -28,6 +28,8 @@ from harma_ray.report.pictures import (
 from harma_ray.retrieval.image_text import RECALL_KS, ImageTextRetrieval, recalls_by_class
 from harma_ray.retrieval.ranking import top_k
 
+TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text to image", "image to text"
+"""Kinds of queries."""
 FIRST = 10
 """A query fails if its right answer is not among the first this many."""
 _MAX_FAILURES = 30
@@ -46,6 +48,24 @@ class ImageTextEvaluation(Evaluation):
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""
         return self.retrieval.intervals()
+
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Returns the metrics of bootstrap samples."""
+        return self.retrieval.resampled()
+
+    def first_right(self) -> dict[str, Tensor]:
+        """Returns the ranks by which equal captions are right too."""
+        result = self.retrieval.result
+        return {
+            TEXT_TO_IMAGE: result.text_to_image_ranks_by_text,
+            IMAGE_TO_TEXT: result.image_to_text_ranks_by_text,
+        }
+
+    def show_queries(self, split: Split, kind: str, queries: Sequence[int], most: int) -> str:
+        """Returns captions, one an image and one of equal ones, or images, with what was found for them."""
+        if kind == IMAGE_TO_TEXT:
+            return _show_images(self.retrieval, split, queries[:most])
+        return _show_texts(self.retrieval, split, distinct_texts(self.retrieval, queries)[:most])
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have."""
@@ -111,6 +131,11 @@ def one_each(queries: Sequence[int], *keys: Sequence[Hashable]) -> list[int]:
     return kept
 
 
+def distinct_texts(retrieval: ImageTextRetrieval, texts: Sequence[int]) -> list[int]:
+    """Keeps of captions, in order, one an image and one of those that are equal."""
+    return one_each(texts, retrieval.image_of_text.tolist(), retrieval.texts)
+
+
 def _classes_section(retrieval: ImageTextRetrieval, labels: Sequence[str | None]) -> list[Section]:
     """Returns recalls by class, or nothing if there are not two of them."""
     rows = recalls_by_class(retrieval.result, labels)
@@ -139,7 +164,7 @@ def _failures_section(retrieval: ImageTextRetrieval, split: Split) -> Section:
     result = retrieval.result
     failed_texts = find_failures(result.text_to_image_ranks_by_text)
     failed_images = find_failures(result.image_to_text_ranks_by_text)
-    shown_texts = one_each(failed_texts, retrieval.image_of_text.tolist(), retrieval.texts)[:_MAX_FAILURES]
+    shown_texts = distinct_texts(retrieval, failed_texts)[:_MAX_FAILURES]
     shown_images = failed_images[:_MAX_FAILURES]
     parts = [
         page.paragraph(
@@ -148,9 +173,9 @@ def _failures_section(retrieval: ImageTextRetrieval, split: Split) -> Section:
             "an equal caption; red: wrong. The number is the cosine."
         ),
         page.subsection(f"Text to image: {_count(failed_texts, shown_texts, retrieval.texts, 'captions')}"),
-        _failed_texts(retrieval, split, shown_texts),
+        _show_texts(retrieval, split, shown_texts),
         page.subsection(f"Image to text: {_count(failed_images, shown_images, retrieval.image_embeddings, 'images')}"),
-        _failed_images(retrieval, split, shown_images),
+        _show_images(retrieval, split, shown_images),
     ]
     return Section("failures", "Failures", "\n".join(parts))
 
@@ -173,8 +198,8 @@ def _embeddings_section(png: bytes | None) -> Section:
     return Section("embeddings", "Embeddings", html, {"embeddings.png": png})
 
 
-def _failed_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[int]) -> str:
-    """Returns captions whose own image was not found: the caption, its image, and the images found first."""
+def _show_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[int]) -> str:
+    """Returns captions: the caption, its image, and the images found first."""
     if not texts:
         return ""
     owners = retrieval.image_of_text[list(texts)].tolist()
@@ -197,8 +222,8 @@ def _failed_texts(retrieval: ImageTextRetrieval, split: Split, texts: Sequence[i
     return "\n".join(cards)
 
 
-def _failed_images(retrieval: ImageTextRetrieval, split: Split, rows: Sequence[int]) -> str:
-    """Returns images none of whose captions was found: the image, its best caption, and the captions found first."""
+def _show_images(retrieval: ImageTextRetrieval, split: Split, rows: Sequence[int]) -> str:
+    """Returns images: the image, its best caption, and the captions found first."""
     if not rows:
         return ""
     num_found = min(_NUM_FOUND, len(retrieval.texts))

@@ -12,6 +12,8 @@ from harma_ray.evaluation import Section
 from harma_ray.files import write_bytes
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_SHORT = 24
+"""Letters of a text that is never broken into lines."""
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1e22; --faint: #656c75; --rule: #dcdfe3; --page: #fff; --card: #f5f6f8;
   --right: #168c3c; --equal: #1e64dc; --wrong: #cd3c32; }
@@ -21,11 +23,11 @@ body { margin: 0 auto; max-width: 1080px; padding: 24px 20px 60px; background: v
   font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 10px; }
 h3 { font-size: 15px; margin: 24px 0 8px; } p { margin: 6px 0; max-width: 76ch; } .faint { color: var(--faint); }
-nav a { color: inherit; margin-right: 14px; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 14px; } nav a { color: inherit; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; }
 th { font-weight: 600; color: var(--faint); } td { white-space: nowrap; }
-td.text, th.text { text-align: left; white-space: normal; }
+td.text, th.text { text-align: left; white-space: normal; } td.short { white-space: nowrap; }
 th.group { text-align: left; color: var(--ink); } .edge { padding-left: 32px; }
 tr.sum td { font-weight: 600; } code { font-size: 13px; }
 .picture { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--rule); border-radius: 6px; }
@@ -39,7 +41,11 @@ figure img { border: 1px solid var(--wrong); } .right img { border: 4px solid va
 .captions { flex: 1; min-width: 0; overflow-wrap: anywhere; } .captions .right { color: var(--right); }
 .captions .equal { color: var(--equal); } .score { color: var(--faint); font-size: 12px; margin-right: 8px; }
 hr { border: 0; border-top: 1px solid var(--rule); margin: 4px 0; }
-summary { cursor: pointer; } @media (max-width: 700px) { .failure { flex-direction: column; } .query { flex: none; } }
+summary { cursor: pointer; margin: 6px 0; } details { overflow-wrap: anywhere; }
+@media (max-width: 700px) { body { padding: 16px 12px 40px; }
+  .failure { flex-direction: column; } .query { flex: none; } th { white-space: nowrap; }
+  th, td { padding: 4px 8px; } td.text { min-width: 16ch; } td.short { min-width: 0; }
+  .picture { max-width: none; width: 760px; } }
 """
 
 
@@ -126,16 +132,17 @@ def table(
 
 
 def _row(tag: str, cells: Iterable[str], kinds: Sequence[str], attributes: str = "") -> str:
-    content = "".join(
-        f'<{tag} class="{kind}">{escape(cell)}</{tag}>' if kind else f"<{tag}>{escape(cell)}</{tag}>"
-        for cell, kind in zip(cells, kinds, strict=True)
-    )
+    content = ""
+    for cell, kind in zip(cells, kinds, strict=True):
+        is_short = kind == "text" and len(cell) <= _SHORT  # stays on one line on a narrow screen: the table scrolls
+        name = f' class="{kind}{" short" if is_short else ""}"' if kind else ""
+        content += f"<{tag}{name}>{escape(cell)}</{tag}>"
     return f"<tr{attributes}>{content}</tr>"
 
 
 def picture(png: bytes, description: str) -> str:
     """Returns a PNG file as an image of the page."""
-    return f'<img class="picture" alt="{escape(description)}" src="{data_uri(png, "png")}">'
+    return f'<div class="scroll"><img class="picture" alt="{escape(description)}" src="{data_uri(png, "png")}"></div>'
 
 
 def data_uri(data: bytes, kind: str) -> str:

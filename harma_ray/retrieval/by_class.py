@@ -73,19 +73,22 @@ class ByClassResult:
         return found if self.precisions is None else {**found, "map": 100 * float(self.precisions[queries].mean())}
 
     def intervals(self, num_samples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-        """95 % percentile bootstrap interval of each metric: the spread over sets of queries of the same size.
+        """95 % percentile bootstrap interval of each metric: the spread over sets of queries of the same size."""
+        return percentile_intervals(self.resampled(num_samples, seed))
+
+    def resampled(self, num_samples: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+        """Returns the metrics of bootstrap samples, each float64 [num_samples].
 
         The gallery is not resampled: ranks stay as they are. The spread over training seeds is not in it.
 
         Args:
             num_samples: bootstrap samples.
-            seed: of the resampling; the same seed gives the same interval.
+            seed: of the resampling; the same seed draws the same queries, whatever the model.
         """
         columns = [(self.ranks < k).double() for k in self.ks]
         columns += [] if self.precisions is None else [self.precisions]
         sums = resampled_sums(torch.stack(columns, dim=1).numpy(), num_samples, np.random.default_rng(seed))
-        means = 100.0 * sums.T / len(self.ranks)
-        return percentile_intervals(dict(zip(self.metrics, means, strict=True)))
+        return dict(zip(self.metrics, 100.0 * sums.T / len(self.ranks), strict=True))
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have, in percent."""

@@ -163,7 +163,12 @@ def chance_composed_recalls(queries: ComposedQueries) -> dict[str, float]:
 def bootstrap_composed(
     result: ComposedResult, num_samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile bootstrap interval of each of `result.metrics`: the spread over test sets of the same size.
+    """95 % percentile bootstrap interval of each of `result.metrics`: the spread over test sets of the same size."""
+    return percentile_intervals(composed_samples(result, num_samples, seed))
+
+
+def composed_samples(result: ComposedResult, num_samples: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns `result.metrics` of bootstrap samples, each float64 [S].
 
     Queries are resampled one by one, within their categories and with both of their ranks, although some share an
     image. The galleries are not resampled: ranks stay as they are. The spread over training seeds is not in it.
@@ -171,17 +176,17 @@ def bootstrap_composed(
     Args:
         result: ranks to resample.
         num_samples: S.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: of the resampling; the same seed draws the same queries, whatever the model.
     """
     generator = np.random.default_rng(seed)
     if result.subset_ranks is not None:
         rankings = [(result.ranks, GALLERY_KS), (result.subset_ranks, MEMBER_KS)]
-        return percentile_intervals(_named_with_members(*_resampled_recalls(rankings, num_samples, generator)))
+        return _named_with_members(*_resampled_recalls(rankings, num_samples, generator))
     by_category = {
         category: _resampled_recalls([(result.ranks[rows], CATEGORY_KS)], num_samples, generator)[0]
         for category, rows in _positions_by_key(result.categories or []).items()
     }
-    return percentile_intervals(_named_by_category(by_category))
+    return _named_by_category(by_category)
 
 
 def _resampled_recalls(
@@ -279,6 +284,10 @@ class ComposedRetrieval:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""
         return bootstrap_composed(self.result)
+
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Returns the metrics of bootstrap samples, from which the intervals follow."""
+        return composed_samples(self.result)
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have."""

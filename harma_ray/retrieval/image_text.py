@@ -216,7 +216,12 @@ def ceiling_recalls(
 def bootstrap_interval(
     result: RetrievalResult, num_samples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile bootstrap interval of each of `result.metrics`: the spread over test sets of the same size.
+    """95 % percentile bootstrap interval of each of `result.metrics`: the spread over test sets of the same size."""
+    return percentile_intervals(bootstrap_samples(result, num_samples, seed))
+
+
+def bootstrap_samples(result: RetrievalResult, num_samples: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns `result.metrics` of bootstrap samples, each float64 [num_samples].
 
     Images are resampled with all their captions, because captions of one image fail and succeed together. The gallery
     is not resampled: ranks stay as they are. The spread over training seeds is not in it.
@@ -224,7 +229,7 @@ def bootstrap_interval(
     Args:
         result: ranks to resample.
         num_samples: bootstrap samples.
-        seed: of the resampling; the same seed gives the same interval.
+        seed: of the resampling; the same seed draws the same images, whatever the model.
     """
     num_images = len(result.image_to_text_ranks)
     image_of_query = (np.arange(num_images), result.image_index_of_text.numpy()) * 2
@@ -235,8 +240,7 @@ def bootstrap_interval(
     sums = resampled_sums(np.stack(columns, axis=1), num_samples, np.random.default_rng(seed))
     counts = sums.reshape(-1, 4, 1 + len(RECALL_KS))
     recalls = 100.0 * counts[:, :, 1:] / counts[:, :, :1]
-    samples = _named_recalls([dict(zip(RECALL_KS, recalls[:, kind].T, strict=True)) for kind in range(4)])
-    return percentile_intervals(samples)
+    return _named_recalls([dict(zip(RECALL_KS, recalls[:, kind].T, strict=True)) for kind in range(4)])
 
 
 def resampled_sums(values: np.ndarray, num_samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -289,6 +293,10 @@ class ImageTextRetrieval:
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % bootstrap intervals of the metrics."""
         return bootstrap_interval(self.result)
+
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Returns the metrics of bootstrap samples, from which the intervals follow."""
+        return bootstrap_samples(self.result)
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics that rankings drawn at random are expected to have."""

@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import torch
 from PIL import Image
-from tabulate import tabulate
 
 from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
 from harma_ray.data.kinds.talks import IMAGE_MARK
@@ -22,11 +21,15 @@ from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
 from harma_ray.recipes.vitp.config import VitpConfig
 from harma_ray.recipes.vitp.talks import QuestionTransform, TalkReader, TalkTransform, question_of
-from harma_ray.report.by_class import Pictured, gallery_projection, retrieval_sections
+from harma_ray.report import page
+from harma_ray.report.by_class import Pictured, gallery_projection, neighbours_sheet, retrieval_sections
+from harma_ray.report.image_text import queries_section
 from harma_ray.report.pictures import read_thumbs
 from harma_ray.retrieval.by_class import ByClassRetrieval
 
 _DRAWN, _ACROSS, _TEXT_LINES = 12, 6, 9
+_LISTED = 24
+_IMAGES, _QUESTIONS = "image to images", "question"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,25 @@ class VitpEvaluation(Evaluation):
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Returns 95 % intervals of the metrics by class."""
         return {} if self.retrieval is None else self.retrieval.result.intervals()
+
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Returns the metrics by class of bootstrap samples."""
+        return {} if self.retrieval is None else self.retrieval.result.resampled()
+
+    def first_right(self) -> dict[str, torch.Tensor]:
+        """Returns the ranks of the first image of the query's class, and of answers 0 where they are right, else 1."""
+        found = {} if self.retrieval is None else {_IMAGES: self.retrieval.result.ranks}
+        answers = torch.tensor([int(not answer.is_right) for answer in self.answers])
+        return {**found, _QUESTIONS: answers} if self.answers else found
+
+    def show_queries(self, split: Split, kind: str, queries: Sequence[int], most: int) -> str:
+        """Returns questions with their answers, or images with what was found for them."""
+        if kind == _QUESTIONS:
+            return _answers_table([self.answers[number] for number in queries[:most]])
+        assert self.retrieval
+        pictured = self._pictured()
+        sheet = neighbours_sheet(self.retrieval, pictured, chosen=queries[:most]) if pictured else None
+        return queries_section(sheet).html if sheet else ""
 
     def chance(self) -> dict[str, float]:
         """Returns the metrics by class of random rankings, and answers if all were the commonest of their kind."""
@@ -110,24 +132,39 @@ class VitpEvaluation(Evaluation):
         """
         found = self._answer_sections()
         if self.retrieval is not None and self.labelled is not None:
-            gallery, queries = (partial(read_thumbs, images) for images in self.labelled)
-            found += retrieval_sections(self.retrieval, Pictured(queries, gallery))
+            found += retrieval_sections(self.retrieval, self._pictured())
         return found
+
+    def _pictured(self) -> Pictured | None:
+        if self.labelled is None:
+            return None
+        gallery, queries = (partial(read_thumbs, images) for images in self.labelled)
+        return Pictured(queries, gallery)
 
     def _answer_sections(self) -> list[Section]:
         if not self.answers:
             return []
-        rows = [(row.kind, row.asked, row.right, row.commonest) for row in answer_table(self.answers)]
-        headers = ("question", "asked", "right (%)", "always the commonest (%)")
-        table = tabulate(rows, headers=headers, floatfmt=".1f", tablefmt="html")
-        some = [
-            {"kind": a.kind, "question": a.question, "answer": a.answer, "true answer": a.truth}
-            for a in self.answers[:24]
+        rows = answer_table(self.answers)
+        columns = [
+            ("question", [row.kind for row in rows]),
+            ("asked", [f"{row.asked:,}" for row in rows]),
+            ("right (%)", [f"{row.right:.1f}" for row in rows]),
+            ("always the commonest (%)", [f"{row.commonest:.1f}" for row in rows]),
         ]
         return [
-            Section("answers", "Answers by kind of question", table),
-            Section("talks", "Some answers", tabulate(some, headers="keys", tablefmt="html")),
+            Section("answers", "Answers by kind of question", page.table(columns, num_text_columns=1)),
+            Section("talks", "Some answers", _answers_table(self.answers[:_LISTED])),
         ]
+
+
+def _answers_table(answers: Sequence[Answer]) -> str:
+    columns = [
+        ("kind", [answer.kind for answer in answers]),
+        ("question", [answer.question for answer in answers]),
+        ("answer", [answer.answer for answer in answers]),
+        ("true answer", [answer.truth for answer in answers]),
+    ]
+    return page.table(columns, num_text_columns=len(columns))
 
 
 def normalised(answer: str) -> str:

@@ -1,0 +1,69 @@
+"""What a page says of the models that it is about, and runs that are compared."""
+
+import json
+import re
+
+import pytest
+from command_line import done, refused
+from random_runs import make_random_run
+
+from harma_ray.data.splits import open_split
+from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
+from harma_ray.training.checkpoint import list_checkpoints, read_meta
+
+
+@pytest.fixture(scope="module")
+def other_run(scenes, tmp_path_factory):
+    changes = {"data.path": str(scenes), "seed": 5, "optim.learning_rate": 0.0125}
+    return make_random_run(
+        tmp_path_factory.mktemp("runs"), "other", build_config(recipe_config("harma-scenes"), changes)
+    )
+
+
+def facts_of(page):
+    """Returns the rows of the tables before the results."""
+    html = page.read_text()
+    part = html[html.index('<h2 id="about">') : html.index('<h2 id="results">')]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in part.split("</tr>")]
+    return {title: cells for title, *cells in filter(None, rows)}
+
+
+def test_a_page_says_which_checkpoints_of_which_runs_it_compares_and_the_figures_agree(
+    capsys, random_run, other_run, scenes, tmp_path
+):
+    alone = tmp_path / "alone.json"
+    done(capsys, "evaluate", "--run", other_run.path, "--json", alone)
+    printed = done(
+        capsys, "evaluate", "--run", random_run.path, "--compare", other_run.path, "--json", tmp_path / "both.json",
+        "--report", tmp_path / "page",
+    )  # fmt: skip
+    both, single = (json.loads(file.read_text()) for file in (tmp_path / "both.json", alone))
+    compared = both["compared"]["other"]
+    assert compared["metrics"] == single["metrics"]
+    for name, value in compared["difference"].items():
+        assert value == pytest.approx(single["metrics"][name] - both["metrics"][name])
+        low, high = compared["interval_95"][name]
+        assert low <= high
+    assert "random on " in printed
+    assert "difference" in printed
+    facts = facts_of(tmp_path / "page" / "index.html")
+    meta = read_meta(list_checkpoints(random_run.path)[-1])
+    assert facts["weights"] == [str(random_run.path), str(other_run.path)]
+    assert facts["recipe"] == ["harma-scenes, seed 0", "harma-scenes, seed 5"]
+    assert facts["checkpoint"][0] == "step 0 (epoch 0), the best by r_mean (%) on val: 1.00"
+    assert f"(fingerprint {meta.backbone[:12]})" in facts["backbone"][0]
+    assert f"11 images, 55 captions (fingerprint {open_split(scenes, 'test').fingerprint[:12]})" in facts["data"][0]
+    begun = json.loads((random_run.path / "environment.json").read_text())
+    assert facts["training begun"][0].startswith(begun["time"].replace("T", " "))
+    assert (begun["git_commit"] or "")[:12] in facts["training begun"][0]
+    assert facts["optim.learning_rate"] == ["0.004", "0.004", "0.0125"]  # the recipe's, and both runs'
+    assert not {"data.path", "model.architecture"} & set(facts)
+
+
+def test_runs_of_another_kind_or_none_are_refused_before_anything_is_built(capsys, random_run, composed, tmp_path):
+    config = build_config(recipe_config("scenes-cir-finetune"), {"data.path": str(composed)})
+    cir = make_random_run(tmp_path, "cir", config)
+    told = refused(capsys, "evaluate", "--run", random_run.path, "--compare", cir.path)
+    assert "one kind of retrieval, got random (harma-scenes), cir (scenes-cir-finetune)" in told
+    assert "is not the folder of a run" in refused(capsys, "evaluate", "--run", random_run.path, "--compare", tmp_path)
