@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ from harma_ray.training.checkpoint import WEIGHTS_NAME, read_meta
 
 _logger = logging.getLogger(__name__)
 
-ImageLike = str | Path | bytes | Image.Image
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+"""An image: a path, an encoded file, a PIL image, or uint8[H, W, 3] (RGB) or uint8[H, W] (grey)."""
 
 
 class Retriever:
@@ -64,14 +66,14 @@ class Retriever:
             raise UserError(f"a model of recipe {self.config.recipe} answers no questions")
         if max_tokens < 1:
             raise UserError(f"`max_tokens` must be at least 1, got {max_tokens}")
-        images = [image] if isinstance(image, str | bytes | Path | Image.Image) else image
+        images = [image] if isinstance(image, ImageLike) else image
         return self.answerer(question, [self._open(each) for each in images], max_tokens)
 
     def encode_images(self, images: Sequence[ImageLike], batch_size: int = 64) -> Tensor:
         """Encodes images as evaluation does.
 
         Args:
-            images: N paths, encoded bytes or PIL images.
+            images: N paths, encoded files, PIL images or arrays: uint8[H, W, 3] in RGB, or uint8[H, W].
             batch_size: Images at a time.
 
         Returns:
@@ -172,13 +174,19 @@ def open_picture(image: ImageLike, rendering: Rendering | None, max_pixels: int)
     """Opens an image that is in no data set: RGB, upright.
 
     Args:
-        image: A path, encoded bytes or a PIL image.
+        image: A path, an encoded file, a PIL image, or an array, uint8[H, W, 3] in RGB or uint8[H, W].
         rendering: How more than 8 bits are shown; None = they are refused.
         max_pixels: Largest width times height; 0 = ``MAX_PIXELS``.
 
     Raises:
-        BadImage: It cannot be read, or has more than 8 bits and there is no rule.
+        BadImage: It cannot be read, is none of these, or has more than 8 bits and there is no rule.
     """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or 0 in image.shape:
+            raise BadImage(f"an array must be uint8[H, W, 3] in RGB or uint8[H, W], got {image.dtype}{[*image.shape]}")
+        return Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
+    if not isinstance(image, ImageLike):
+        raise BadImage("an image must be a path, an encoded file, a PIL image or a NumPy array uint8[H, W, 3]")
     try:
         if isinstance(image, Image.Image):
             if is_wide(image):
@@ -201,7 +209,7 @@ def _named(image: ImageLike) -> Iterator[None]:
 
 
 def _check_list(name: str, items: Sequence, batch_size: int) -> None:
-    if isinstance(items, str | bytes | Path | Image.Image):
+    if isinstance(items, ImageLike) and not (isinstance(items, np.ndarray) and items.ndim == 4):
         raise UserError(f"`{name}` must be a list, got one {type(items).__name__}; put it in brackets")
     if batch_size < 1:
         raise UserError(f"`batch_size` must be at least 1, got {batch_size}")

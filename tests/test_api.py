@@ -68,6 +68,35 @@ def test_the_readme_example_runs(random_run, scenes, tmp_path, monkeypatch):
     assert names["scores"].shape == (2, 2)
 
 
+def test_arrays_are_images(random_run, scenes):
+    retriever, data = load_run(random_run.path, device="cpu"), images_of(scenes)[:2]
+    pictures = [Image.open(io.BytesIO(each)).convert("RGB") for each in data]
+    arrays = [np.asarray(picture) for picture in pictures]
+    expected = retriever.encode_images(data)
+    torch.testing.assert_close(retriever.encode_images(arrays), expected)
+    torch.testing.assert_close(retriever.encode_images(np.stack(arrays)[:, ::-1, ::-1][:, ::-1, ::-1]), expected)
+    grey = pictures[0].convert("L")
+    torch.testing.assert_close(retriever.encode_images([np.asarray(grey)]), retriever.encode_images([grey]))
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (np.zeros((8, 8, 3)), r"array must be uint8\[H, W, 3\] in RGB or uint8\[H, W\], got float64\[8, 8, 3\]"),
+        (np.zeros((3, 8, 8), np.uint8), r"got uint8\[3, 8, 8\]"),
+        (np.zeros((0, 8), np.uint8), r"got uint8\[0, 8\]"),
+        (torch.zeros(3, 8, 8), "Tensor image: an image must be a path, an encoded file, a PIL image or a NumPy array"),
+        (None, "NoneType image: an image must be"),
+    ],
+)
+def test_what_is_no_image_is_told_in_one_line(random_run, bad, told):
+    with pytest.raises(UserError, match=told) as caught:
+        load_run(random_run.path).encode_images([bad])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="put it in brackets"):
+        load_run(random_run.path).encode_images(np.zeros((8, 8, 3), np.uint8))
+
+
 @pytest.mark.parametrize("bad", [b"", b"not an image", "missing.png"])
 def test_images_that_cannot_be_read_are_named(random_run, bad):
     with pytest.raises(UserError, match=r"image|missing"):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from harma_ray.task import Task
 
 _LISTED = 5
+_CLEANED = """\
+Captions are stored as HarMA trains on them: in small letters, without punctuation, cut after 30 words.
+Texts that a model is asked with later are made the same."""
 
 
 def add_commands(commands: shared.Commands) -> None:
@@ -49,10 +52,13 @@ def _add_convert(commands: shared.Commands) -> None:
     karpathy.add_argument("--images", required=True, help="folder that the file's image names start from")
     folder = kind("folder", "A folder of class folders, split at random or in folders train, val, test.")
     folder.add_argument("--images", required=True, help="folder of class folders")
-    folder.add_argument("--caption-template", metavar="TEXT", help='such as "an aerial photograph of {label}"')
+    folder.add_argument(
+        "--caption-template", metavar="TEXT", help='such as "an aerial photograph of {label}"; stored in small letters'
+    )
     folder.add_argument("--fractions", type=float, nargs=3, default=[0.8, 0.1, 0.1], metavar=("TRAIN", "VAL", "TEST"),
                         help="shares, if there are no split folders (default: 0.8 0.1 0.1)")  # fmt: skip
     for made in (harma, karpathy, folder):
+        made.epilog = _CLEANED
         made.add_argument(
             "--talks",
             action="store_true",

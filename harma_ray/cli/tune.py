@@ -16,8 +16,13 @@ def add_commands(commands: shared.Commands) -> None:
         "  launch.py tune report runs/NAME --out report",
     )  # fmt: skip
     parser.usage = "%(prog)s FILE --data FOLDER [options] | --resume SEARCH [options] | report SEARCH"
-    parser.add_argument("what", nargs="*", metavar="FILE", help="YAML search space, such as search_spaces/harma.yaml; "
-                        "or the word `report` and a search's folder: write its report as it stands")  # fmt: skip
+    parser.add_argument(
+        "what",
+        nargs="*",
+        metavar="FILE",
+        help="YAML search space, or the name of one of search_spaces, such as harma; or the word `report` and a "
+        "search's folder: write its report as it stands",
+    )
     parser.add_argument("--resume", metavar="SEARCH", help="go on with a search; limits may be raised")
     shared.add_source(parser)
     parser.add_argument("--data", help="folder of the converted data set (data.path); with --resume, where it lies now")
@@ -42,6 +47,9 @@ def add_commands(commands: shared.Commands) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
+    from harma_ray.tune.space.places import find_space
+
+    file = find_space(options.what[0]) if len(options.what) == 1 and not options.resume else None
     from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
     from harma_ray.tune.space.file import read_recipe
 
@@ -63,10 +71,10 @@ def _tune(options: argparse.Namespace) -> None:
         if overrides or any(value is not None for value in limits.values()):
             raise UserError("`tune report` only reads; use --resume to go on")
         report_search(options.what[1], options.out)
-    elif len(options.what) == 1:
-        recipe = read_recipe(options.what[0]) if options.source else ""
+    elif file:
+        recipe = read_recipe(file) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file
             overrides = {**shared.stage_changes(options, recipe), **overrides}
-        start_search(options.what[0], overrides, runs=options.runs or "runs", name=options.name, options=how)
+        start_search(file, overrides, runs=options.runs or "runs", name=options.name, options=how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

@@ -1,0 +1,35 @@
+"""Where the search spaces lie that come with the program, so that they can be named from any working folder."""
+
+import sysconfig
+from pathlib import Path
+
+from harma_ray.errors import UserError
+
+_FOLDER = "search_spaces"
+_ENDINGS = (".yaml", ".yml")
+
+
+def find_space(name: str | Path) -> Path:
+    """Returns the file of a search space: as it is named, else one of those that come with the program.
+
+    ``quick``, ``quick.yaml`` and ``search_spaces/quick.yaml`` mean one of these where the working folder has no such
+    file.
+
+    Raises:
+        UserError: If there is none; naming the place that was tried, and those that come with the program.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    known = {file.stem: file for folder in _shipped() for file in sorted(folder.glob("*.yaml"))}
+    if path.parts[:-1] in ((), (_FOLDER,)) and path.suffix in ("", *_ENDINGS) and path.stem in known:
+        return known[path.stem]
+    ours = f"one of {', '.join(sorted(known))}" if known else "those of the source's search_spaces"
+    raise UserError(f"search space {path.absolute()} does not exist; give a YAML file, or {ours}")
+
+
+def _shipped() -> list[Path]:
+    """Returns the folders that come with the program: of an installed package, and beside a checkout's launch.py."""
+    installed = Path(sysconfig.get_path("data")) / "share" / "harma_ray" / _FOLDER
+    checkout = Path(__file__).parents[3]
+    return [installed, *([checkout / _FOLDER] if (checkout / "launch.py").is_file() else [])]
