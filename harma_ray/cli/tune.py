@@ -4,6 +4,7 @@ import argparse
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
+from harma_ray.tune.space.places import find_space
 
 
 def add_commands(commands: shared.Commands) -> None:
@@ -47,22 +48,20 @@ def add_commands(commands: shared.Commands) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from harma_ray.tune.space.places import find_space
-
-    file = find_space(options.what[0]) if len(options.what) == 1 and not options.resume else None
-    from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
-    from harma_ray.tune.space.file import read_recipe
-
     limits = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "steps", "concurrent", "confirm")}
     for name, value in limits.items():
         if value is not None and value <= 0:
             raise UserError(f"`--{name}` must be above 0, got {value}")
-    how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
     if options.metric and not options.source:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
     overrides = shared.changes_from(options)
     if options.out and options.what[:1] != ["report"]:
         raise UserError("`--out` is the place of a `report`; a search lies in the folder of `--runs`")
+    file = find_space(options.what[0]) if len(options.what) == 1 and not options.resume else None
+    from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
+    from harma_ray.tune.space.file import read_recipe
+
+    how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
     if options.resume:
         if options.what or overrides.keys() - {"data.path"} or options.runs or options.name or options.source:
             raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
