@@ -24,11 +24,12 @@ from harma_ray.on_ray.cluster import node_cpus, require_shared_folder, require_v
 from harma_ray.on_ray.deaths import drop_notes, leave_note, leave_trace, what_happened
 from harma_ray.on_ray.quirks import fit
 from harma_ray.preflight import Prepared
-from harma_ray.recipes import make_task
+from harma_ray.recipes import changed_settings, make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run
 from harma_ray.settings import marked_settings
 from harma_ray.training.loop import run_training
+from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.threads import use_threads
 from harma_ray.training.tracking import METRICS_NAME
@@ -195,14 +196,16 @@ def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     config, worker = enter_worker(settings)
     with plain_errors():
         prepared: Prepared = settings["prepared"]
+        run_dir = Path(settings["run"])
         return run_training(
             prepared.task,
             config,
-            Path(settings["run"]),
+            run_dir,
             order=prepared.order,
             worker=worker,
             loader=ray_batches,
             callback=ray.train.report,
+            label=Label.of(run_dir, changed_settings(config)),
         )
 
 

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harma_ray.config import PublishedFigures, RunConfig
+from harma_ray.config import Incidental, PublishedFigures, RunConfig
 from harma_ray.errors import UserError
 from harma_ray.formats import Submission
 from harma_ray.recipes.clip4cir import commands as clip4cir_commands
 from harma_ray.recipes.clip4cir import config as clip4cir_config
 from harma_ray.recipes.harma import config as harma_config
 from harma_ray.recipes.vitp import config as vitp_config
-from harma_ray.settings import build_config, load_yaml
+from harma_ray.settings import build_config, flat_settings, load_yaml, marked_settings, to_dict
 
 if TYPE_CHECKING:
     from harma_ray.task import Task
@@ -61,6 +61,17 @@ def load_config(path: str | Path) -> RunConfig:
     if not isinstance(raw.get("recipe"), str):
         raise UserError(f"{path} must name its `recipe`; there are {', '.join(RECIPES)}")
     return build_config(recipe_config(raw["recipe"]), raw, origin=str(path))
+
+
+def changed_settings(config: RunConfig) -> tuple[str, ...]:
+    """Returns the dotted names of settings that are not the recipe's, without those that change no figure."""
+    published = flat_settings(to_dict(recipe_config(config.recipe)))
+    incidental = tuple(f"{name}." for name in marked_settings(config, Incidental))
+    return tuple(
+        name
+        for name, value in flat_settings(to_dict(config)).items()
+        if value != published[name] and not f"{name}.".startswith(incidental)
+    )
 
 
 def make_task(config: RunConfig) -> Task:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.files import write_text
 from harma_ray.parallel import whole_model
-from harma_ray.settings import config_hash, flat_settings, to_dict
+from harma_ray.settings import config_hash
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import (
     CheckpointMeta,
@@ -40,6 +40,7 @@ from harma_ray.training.checkpoint import (
 from harma_ray.training.health import health_watch
 from harma_ray.training.optim import checked_groups
 from harma_ray.training.run_files import REPORT_NAME
+from harma_ray.training.sinks import Label, evaluation_curves, step_curves, weight_curves
 from harma_ray.training.state import Progress, TrainState
 from harma_ray.training.step import (
     Meter,
@@ -67,6 +68,7 @@ def run_training(
     loader: Loader,
     callback: Callback = lambda metrics: None,
     order: TrainingOrder | None = None,
+    label: Label | None = None,
 ) -> dict[str, Any]:
     """Trains from the run's last checkpoint, or from the start, to the end; evaluates test once, with the best weights.
 
@@ -78,6 +80,7 @@ def run_training(
         loader: Makes batches of rows.
         callback: Called after every evaluation.
         order: Of the samples, if it is planned already.
+        label: What the run is called where it is one of many; None: by its folder.
 
     Returns:
         The final report, as written to ``report.json``.
@@ -86,7 +89,7 @@ def run_training(
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
     """
-    with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, order)) as training:
+    with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, order, label)) as training:
         if not training.resume():
             training.evaluate_and_save()
         training.train()
@@ -94,7 +97,14 @@ def run_training(
 
 
 def run_trial(
-    task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader, callback: Callback
+    task: Task,
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    worker: Worker,
+    loader: Loader,
+    callback: Callback,
+    label: Label | None = None,
 ) -> None:
     """Trains as `run_training` does, but only what a search compares: the selecting split at each evaluation.
 
@@ -102,7 +112,8 @@ def run_trial(
     is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are
     those of `run_training`.
     """
-    with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, draw=False)) as training:
+    training = _Training(task, config, run_dir, worker, loader, callback, label=label, draw=False)
+    with contextlib.closing(training):
         if not training.resume() and not training.can_train:
             training.evaluate_and_save()
         training.train()
@@ -110,16 +121,15 @@ def run_trial(
 
 def finish_training(
     task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader,
-    hparams: Mapping[str, Any] | None = None,
+    label: Label | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Ends a run where it stands: evaluates test once, with the best weights so far, and writes ``report.json``.
 
-    Arguments, result and errors are those of `run_training`; `hparams` are the settings that TensorBoard's HParams page
-    shows (None: all).
+    Arguments, result and errors are those of `run_training`.
     """
-    with contextlib.closing(_Training(task, config, run_dir, worker, loader)) as training:
+    with contextlib.closing(_Training(task, config, run_dir, worker, loader, label=label)) as training:
         training.resume()
-        return training.finish(hparams)
+        return training.finish()
 
 
 class _Training:
@@ -127,7 +137,8 @@ class _Training:
 
     def __init__(
         self, task: Task, config: RunConfig, run_dir: Path, worker: Worker, loader: Loader,
-        callback: Callback = lambda metrics: None, order: TrainingOrder | None = None, *, draw: bool = True,
+        callback: Callback = lambda metrics: None, order: TrainingOrder | None = None, label: Label | None = None,
+        *, draw: bool = True,
     ):  # fmt: skip
         """Builds everything as it is at step 0; nothing is written yet."""
         check_batch(task, worker.world_size)
@@ -148,6 +159,7 @@ class _Training:
         self._state = TrainState(checked_groups(task, self._model), config, self._total_steps, worker)
         self._autocast = autocast_of(config.train, self._device)
         self._identity = data_identity(config)
+        self._label = label or Label.of(run_dir)
         self._tracker: Tracker | None = None  # worker 0 keeps the record
         self._build_seconds = time.perf_counter() - started
 
@@ -158,7 +170,8 @@ class _Training:
         notices = [] if last is None else self._restore(last)
         if self._worker.rank == 0:
             last_step = self._progress.step if last else None
-            self._tracker = Tracker(self._run_dir, last_step, health_watch(self._task, self._total_steps))
+            watch = health_watch(self._task, self._total_steps)
+            self._tracker = Tracker(self._run_dir, last_step, watch, self._config, self._label)
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
             for notice in notices:
                 self._tracker.log("notice", self._progress.step, {}, text=notice)
@@ -167,7 +180,7 @@ class _Training:
     def close(self) -> None:
         """Closes the record."""
         if self._tracker is not None:
-            self._tracker.close()
+            self._tracker.close(done=not self.can_train)
 
     @property
     def can_train(self) -> bool:
@@ -230,16 +243,16 @@ class _Training:
             progress.without_improvement += 1
         if self._tracker is not None:
             seconds, split = round(time.perf_counter() - started, 3), selection.split.name
+            curves = evaluation_curves(split, evaluation.metrics, metrics, progress.best)
             self._tracker.log(
-                "evaluation", progress.step, evaluation.metrics, prefix=f"{split}/", epoch=self._epoch, split=split,
-                seconds=seconds,
-            )  # fmt: skip
+                "evaluation", progress.step, evaluation.metrics, curves, epoch=self._epoch, split=split, seconds=seconds
+            )
             if self._draw and (picture := evaluation.picture(selection.split)) is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
         self._save(evaluation.metrics)
         self._callback({"epoch": self._epoch, "step": progress.step, **evaluation.metrics})
 
-    def finish(self, hparams: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Loads the best weights, evaluates test once, and writes the final report; see `finish_training`."""
         data, selected_on = self._config.data, self._selection.split.name
         best = checkpoint_path(self._run_dir, self._progress.best_step)
@@ -251,10 +264,7 @@ class _Training:
             results[data.test_split] = self._evaluate(test).metrics
         report = self._report(best, results)
         if self._tracker is not None:
-            for split, metrics in results.items():
-                self._tracker.log("final", self._progress.step, metrics, prefix=f"final_{split}/", split=split)
-            finals = {f"{split}_{name}": value for split, found in results.items() for name, value in found.items()}
-            self._tracker.log_hparams(flat_settings(to_dict(self._config)) if hparams is None else hparams, finals)
+            self._tracker.log_results(self._progress.step, results, self._task.metrics, curve_of=selected_on)
             if (projection := selected.projection(self._selection.split)) is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)
             write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
@@ -278,16 +288,10 @@ class _Training:
         if self._tracker is None:
             return
         terms = {f"loss_{name}": float(loss) for name, loss in losses.items()}
-        values = {
-            "loss": sum(terms.values()),
-            **terms,
-            **rates,
-            "grad_norm": float(grad_norm),
-            **measured,
-        }
+        values = {"loss": sum(terms.values()), **terms, **rates, "grad_norm": float(grad_norm), **measured}
         step = self._progress.step
-        self._tracker.log("step", step, values, prefix="train/", epoch=step / self._order.steps_per_epoch)
-        self._tracker.log("monitor", step, watched, prefix="model/")
+        self._tracker.log("step", step, values, step_curves(values), epoch=step / self._order.steps_per_epoch)
+        self._tracker.log("monitor", step, watched, weight_curves(watched))
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's state, and deletes those that are not kept."""

@@ -13,7 +13,6 @@ import ray
 import ray.exceptions
 import ray.tune
 from optuna.exceptions import StorageInternalError
-from torch.utils.tensorboard import SummaryWriter
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError, WorkerFailed, find_user_error
@@ -21,20 +20,19 @@ from harma_ray.files import write_text
 from harma_ray.on_ray.quirks import Unpickled, is_out_of_memory, start_side_by_side
 from harma_ray.on_ray.workers import train
 from harma_ray.preflight import prepare
-from harma_ray.recipes import make_task
+from harma_ray.recipes import changed_settings, make_task
 from harma_ray.resources import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
 from harma_ray.runs import Run, describe_environment
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.run_files import REPORT_NAME
-from harma_ray.training.tracking import EVENTS_FOLDER, write_hparams
 from harma_ray.tune.folder import BASELINE_NAME, confirmation_folder, drop_checkpoints, read_search
-from harma_ray.tune.results import SearchResults, TrialResult
+from harma_ray.tune.results import SearchResults
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import cause_of
-from harma_ray.tune.study import Event, SearchStudy, trial_folder
+from harma_ray.tune.study import Event, SearchStudy
 from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_baseline, finish, prepare_folder, run, train_alone
 
 WORK_FOLDER = "ray"
@@ -60,7 +58,8 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
     module = task.backbone.build()
     task.backbone.fingerprint(module)  # noted on the module: no trial computes it again
     backbone = (task.backbone.name, ray.put(SharedModule.of(module)))
-    return TrialSetting(definition.objectives, definition.unit, plan.workers, backbone, describe_environment())
+    shown = tuple(dict.fromkeys([*(p.name for p in definition.parameters), *changed_settings(definition.config)]))
+    return TrialSetting(definition.objectives, definition.unit, plan.workers, backbone, describe_environment(), shown)
 
 
 def run_search(
@@ -175,7 +174,7 @@ def finish_best(results: SearchResults, setting: TrialSetting, config: RunConfig
     best = results.best_trial
     assert best is not None
     if not results.final:
-        _get(_remote(finish, setting.plan).remote(best.folder, config, setting, dict(best.params)))
+        _get(_remote(finish, setting.plan).remote(best.folder, config, setting))
     if not results.baseline:
         metrics = _get(_remote(evaluate_baseline, setting.plan).remote(config, setting))
         write_text(results.folder / BASELINE_NAME, json.dumps(metrics))
@@ -272,19 +271,8 @@ def _handle_event(
     folder: Path, definition: SearchDefinition, study: SearchStudy, on_event: Callable[[Event], None], event: Event
 ) -> None:
     if event.state in ("complete", "stopped", "failed"):
-        results = read_search(folder, definition, study.study)
-        drop_checkpoints(results)
-        _log_hparams(next(trial for trial in results.trials if trial.number == event.number), results)
+        drop_checkpoints(read_search(folder, definition, study.study))
     on_event(event)
-
-
-def _log_hparams(trial: TrialResult, results: SearchResults) -> None:
-    """Fills TensorBoard's HParams page with a trial that has ended."""
-    if not trial.values:
-        return
-    metrics = {f"search/{o.metric}": v for o, v in zip(results.definition.objectives, trial.values, strict=True)}
-    with SummaryWriter(str(trial_folder(results.folder, trial.number) / EVENTS_FOLDER)) as writer:
-        write_hparams(writer, trial.params, {**metrics, f"search/{results.definition.unit}s": trial.trained})
 
 
 class _Limits(Unpickled, ray.tune.Stopper):

@@ -30,6 +30,7 @@ from harma_ray.settings import build_config, to_yaml
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.loop import finish_training, run_training, run_trial
+from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.threads import use_threads
 from harma_ray.training.tracking import read_records
@@ -59,6 +60,8 @@ class TrialSetting:
     """Name of the shared backbone and Ray's reference to it, a `SharedModule`; None = none is shared."""
     environment: str
     """What ``environment.json`` of every trial holds."""
+    shown: tuple[str, ...]
+    """The settings that were searched, and those that were set by hand for all trials."""
 
 
 def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[dict[str, Any]], None]) -> None:
@@ -105,11 +108,9 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             torch.cuda.empty_cache()
 
 
-def finish(
-    folder: Path, config: RunConfig, setting: TrialSetting, hparams: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def finish(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
     """Ends a trial's run: test is evaluated with its best weights. One worker is enough; returns the final report."""
-    return _alone(finish_training, folder, config, setting, hparams=hparams)
+    return _alone(finish_training, folder, config, setting)
 
 
 def evaluate_baseline(config: RunConfig, setting: TrialSetting) -> dict[str, float]:
@@ -217,6 +218,7 @@ def _work(settings: dict[str, Any]) -> _Tally:
     from harma_ray.on_ray.stream import ray_batches
 
     config, worker = enter_worker(settings)
+    folder, setting = Path(settings["run"]), settings["setting"]
     tally: _Tally = settings["tally"]
     if worker.rank == 0:
         list(tally.catch_up())  # these workers may follow others that died
@@ -226,8 +228,8 @@ def _work(settings: dict[str, Any]) -> _Tally:
 
     with plain_errors():
         run_trial(
-            _task(config, settings["setting"], writable=worker.device == "cpu"), config, Path(settings["run"]),
-            worker=worker, loader=ray_batches, callback=callback,
+            _task(config, setting, writable=worker.device == "cpu"), config, folder,
+            worker=worker, loader=ray_batches, callback=callback, label=_label(folder, setting),
         )  # fmt: skip
     return tally
 
@@ -239,6 +241,12 @@ def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -
         shared = setting.backbone[1]
         task.backbone = SharedBackbone(task.backbone, lambda: ray.get(shared), is_shared=not writable)
     return task
+
+
+def _label(folder: Path, setting: TrialSetting) -> Label:
+    search = folder.parents[1]
+    name = str(folder.relative_to(search.parent))
+    return Label(name, search.parent, search.name, name.partition("-seed")[0], setting.shown)
 
 
 def _loader(config: RunConfig) -> Loader:
@@ -255,4 +263,5 @@ def _alone(
     """Calls one of the loop's functions for a run of one worker, which is this process."""
     worker = single_worker(config, setting.plan)
     with Run(folder, config).locked(wait_seconds=_LOCK_SECONDS):
-        return function(_task(config, setting), config, folder, worker=worker, loader=_loader(config), **more)
+        task, label = _task(config, setting), _label(folder, setting)
+        return function(task, config, folder, worker=worker, loader=_loader(config), label=label, **more)

@@ -1,14 +1,17 @@
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from harma_ray.config import OptimConfig
 from harma_ray.data.order import planned_order
@@ -16,12 +19,13 @@ from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.import_export import load_model
 from harma_ray.models.fingerprints import backbone_fingerprint
-from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes import changed_settings, make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, load_state, load_weights, read_meta
 from harma_ray.training.loop import run_training
 from harma_ray.training.optim import build_optimizer, build_schedule, learning_rate_factor
+from harma_ray.training.sinks import Label
 from harma_ray.training.step import TrainingDiverged, evaluate_split, parameters_without_gradient
 from harma_ray.training.tracking import read_records
 
@@ -104,24 +108,71 @@ def read_events(path):
 
 
 def test_tensorboard_shows_what_the_record_tells(finished):
-    _, path, report = finished
+    _, path, _ = finished
     events, records = read_events(path), list(read_records(path))
     steps = [record for record in records if record["kind"] == "step"]
-    for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("train/grad_norm", "grad_norm"),
-                     ("train/loss_contrastive", "loss_contrastive"), ("train/loss_triplet", "loss_triplet"),
-                     ("train/pairs_per_second", "pairs_per_second"), ("train/memory_mb", "memory_mb"),
-                     ("train/data_wait_fraction", "data_wait_fraction")):  # fmt: skip
-        shown = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert shown == [(record["step"], pytest.approx(record[key], rel=1e-6)) for record in steps], tag
-    recalls = {event.step: event.value for event in events.Scalars("val/r_mean")}
-    assert recalls == {r["step"]: pytest.approx(r["r_mean"]) for r in records if r["kind"] == "evaluation"}
-    assert len(events.Scalars("model/temperature")) == len(steps)
-    gates = [tag for tag in events.Tags()["scalars"] if tag.startswith("model/gate/")]
+    for group, keys in (("main", ("loss", "learning_rate")),
+                        ("train", ("grad_norm", "loss_contrastive", "loss_triplet", "pairs_per_second", "memory_mb",
+                                   "data_wait_fraction"))):  # fmt: skip
+        for key in keys:
+            shown = [(event.step, event.value) for event in events.Scalars(f"{group}/{key}")]
+            assert shown == [(record["step"], pytest.approx(record[key], rel=1e-6)) for record in steps], key
+    evaluations = {r["step"]: r for r in records if r["kind"] == "evaluation"}
+    for tag, key in (("main/val_r_mean", "r_mean"), ("val/img_r1_text", "img_r1_text")):
+        assert scalars(events, tag) == {step: pytest.approx(r[key]) for step, r in evaluations.items()}
+    best = np.maximum.accumulate([r["r_mean"] for r in evaluations.values()])
+    assert scalars(events, "main/best_val_r_mean") == dict(zip(evaluations, map(pytest.approx, best), strict=True))
+    assert len(events.Scalars("weights/temperature")) == len(steps)
+    gates = [tag for tag in events.Tags()["scalars"] if tag.startswith("weights/gate/")]
     assert len(gates) == 2 * len({tag.rpartition("/")[0] for tag in gates}) > 0
     assert [event.step for event in events.Images("retrievals")] == [0, 10, 20]
-    assert events.Scalars("final_test/r_mean")[0].value == pytest.approx(report["metrics"]["test"]["r_mean"])
-    assert "_hparams_/session_start_info" in events.summary_metadata
     assert list((path / "tensorboard").rglob("metadata.tsv"))
+
+
+def test_tensorboard_has_curves_where_there_are_curves_and_final_figures_in_a_table(finished):
+    """Only what was evaluated once, test, is a point, by what selects epochs alone."""
+    _, path, report = finished
+    events = read_events(path)
+    curves = {tag: tuple(scalars(events, tag).items()) for tag in events.Tags()["scalars"]}
+    assert [tag for tag, points in curves.items() if len(points) == 1] == ["main/test_r_mean"]
+    assert curves["main/test_r_mean"] == ((20, pytest.approx(report["metrics"]["test"]["r_mean"])),)
+    assert curves["main/best_val_r_mean"][-1][1] == pytest.approx(report["metrics"]["val"]["r_mean"])
+    recorded = [points for tag, points in curves.items() if not tag.startswith(("main/best_", "val/", "weights/gate/"))]
+    assert len(set(recorded)) == len(recorded)  # none stands twice
+    assert sorted(tag for tag in curves if tag.startswith("main/")) == [
+        "main/best_val_r_mean", "main/learning_rate", "main/loss", "main/test_r_mean", "main/val_r_mean",
+    ]  # fmt: skip
+    (table,) = events.Tensors("final figures/text_summary")
+    rows = [re.split(r" *\| *", line) for line in table.tensor_proto.string_val[0].decode().splitlines()]
+    assert rows[0][1:-1] == ["metric", "", "val", "test"]
+    found = {row[1]: row[3:-1] for row in rows[2:]}
+    assert found == {
+        name: [f"{report['metrics'][split][name]:.2f}" for split in ("val", "test")]
+        for name in report["metrics"]["val"]
+    }
+
+
+def scalars(events, tag):
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_the_hparams_page_shows_what_was_set_by_hand_then_key_settings(finished, scenes, tmp_path):
+    """A run has no table of its own, which TensorBoard would take for all runs of a folder."""
+    config, path, _ = finished
+    label = Label.of(tmp_path / "mine", changed_settings(config))
+    run_training(make_task(config), config, tmp_path / "mine", worker=Worker(), loader=local_batches, label=label)
+    for folder, changed in (
+        (path, {}),
+        (tmp_path / "mine", {key: SMALL[key] for key in SMALL if "log_every" not in key}),
+    ):
+        metadata = read_events(folder).summary_metadata
+        assert not [tag for tag in metadata if "experiment" in tag]
+        content = metadata["_hparams_/session_start_info"].plugin_data.content
+        start = HParamsPluginData.FromString(content).session_start_info
+        shown = {name: value.number_value for name, value in start.hparams.items()}
+        key = {"optim.learning_rate": 1e-3, "train.global_batch_size": 20, "train.epochs": 2, "seed": 0}
+        assert shown == {**changed, **key}
+        assert "_hparams_/session_end_info" in metadata
 
 
 def test_the_backbone_is_not_copied_into_checkpoints(finished):
@@ -145,7 +196,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(finished, scenes,
     assert all(torch.equal(moments[key]["exp_avg_sq"], others[key]["exp_avg_sq"]) for key in others)
     steps = [record["step"] for record in read_records(tmp_path) if record["kind"] == "step"]
     assert steps == list(range(1, 21))
-    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == steps
+    assert [event.step for event in read_events(tmp_path).Scalars("main/loss")] == steps
 
 
 def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, tmp_path):
@@ -156,7 +207,7 @@ def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, tmp_path):
     run(config, tmp_path)
     kinds = [[record["kind"] for record in read_records(folder)] for folder in (path, tmp_path)]
     assert kinds[0] == kinds[1]
-    assert [event.step for event in read_events(tmp_path).Scalars("train/loss")] == list(range(1, 21))
+    assert [event.step for event in read_events(tmp_path).Scalars("main/loss")] == list(range(1, 21))
 
 
 def last_seconds(path):

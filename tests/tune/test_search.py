@@ -13,6 +13,7 @@ import pytest
 import toy_language
 from ray import cloudpickle
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
@@ -21,8 +22,10 @@ from harma_ray.resources import plan_trials
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config, to_dict
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
+from harma_ray.training.sinks import KEY_SETTINGS
 from harma_ray.training.step import evaluate_split
-from harma_ray.training.tracking import EVENTS_FOLDER, METRICS_NAME, read_records
+from harma_ray.training.tensorboard import EVENTS_FOLDER
+from harma_ray.training.tracking import METRICS_NAME, read_records
 from harma_ray.tune.folder import _read_confirmations, read_search
 from harma_ray.tune.space.definition import Limits, Sampler, Scheduler, SearchDefinition, Target
 from harma_ray.tune.space.parameters import Range
@@ -116,9 +119,16 @@ def test_tensorboard_has_every_trial_and_its_hparams(real):
     _, results, _ = real
     for trial in results.trials:
         events = EventAccumulator(str(trial.folder / EVENTS_FOLDER)).Reload()
-        assert [event.value for event in events.Scalars("val/r_mean")] == pytest.approx([v for _, v in trial.curve])
-        assert "_hparams_/session_start_info" in events.summary_metadata
-        assert events.Scalars("search/r_mean")[0].value == pytest.approx(trial.values[0])
+        values = [value for _, value in trial.curve]
+        assert [event.value for event in events.Scalars("main/val_r_mean")] == pytest.approx(values)
+        assert events.Scalars("main/best_val_r_mean")[-1].value == pytest.approx(trial.values[0])
+        content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        start = HParamsPluginData.FromString(content).session_start_info
+        assert start.group_name == f"real/trials/{trial.number:05d}"
+        shown = {name: value.number_value or value.string_value for name, value in start.hparams.items()}
+        assert {name: shown[name] for name in trial.params} == pytest.approx(dict(trial.params))
+        assert shown.keys() == {*trial.params, "adapter.shared_width", "model.pretrained", *KEY_SETTINGS}
+        assert "_hparams_/session_end_info" in events.summary_metadata
 
 
 def test_a_trial_gives_the_same_alone_and_after_others(real, scenes, ray_cluster, tmp_path):
