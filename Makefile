@@ -25,8 +25,8 @@ $(READY): requirements.lock pyproject.toml
 
 # Needs uv (pip install uv). The lock names versions only: no index, no host.
 lock:
-	uv pip compile --universal --python-version 3.11 --extra dev --extra vitp --extra onnx pyproject.toml -o requirements.lock \
-	  --no-emit-index-url --custom-compile-command "make lock"
+	uv pip compile --universal --python-version 3.11 --extra dev --extra vitp --extra onnx --extra tracking pyproject.toml \
+	  -o requirements.lock --no-emit-index-url --custom-compile-command "make lock"
 
 clean:
 	rm -rf $(VENV) demo

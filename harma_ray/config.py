@@ -157,6 +157,8 @@ class TrainConfig:
     """Steps between checkpoints inside an epoch; 0 = only where the run evaluates."""
     log_every_steps: Annotated[PositiveCount, Incidental()] = 10
     """Steps between two records of losses and rates."""
+    log_to: Annotated[tuple[Literal["wandb", "mlflow"], ...], Incidental()] = ()
+    """Where figures go beside TensorBoard and JSON lines: to Weights & Biases, to MLflow, or to both."""
     threads: Annotated[Count, Incidental()] = 0
     """torch threads of a worker on CPU; 0 = the machine's cores divided by its workers."""
 

@@ -15,6 +15,7 @@ from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.settings import build_config, marked_settings
 from harma_ray.task import Task
+from harma_ray.training.services import check_services
 from harma_ray.training.step import check_batch
 
 
@@ -59,6 +60,7 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
         UserError: If they are not, or the splits have other metrics.
     """
     data = config.data
+    check_services(config.train.log_to)
     if not data.path:
         raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
     training = open_split(data.path, data.train_split)

@@ -18,6 +18,7 @@ from harma_ray.evaluation import Metrics, Projection
 from harma_ray.files import write_text
 from harma_ray.training.health import KIND, Finding, HealthWatch, standing_findings
 from harma_ray.training.run_files import METRICS_NAME, read_records
+from harma_ray.training.services import open_services
 from harma_ray.training.sinks import Label, Sink, final_points, final_table
 from harma_ray.training.tensorboard import TensorBoard
 
@@ -35,8 +36,8 @@ class Tracker:
             last_step: The step whose checkpoint the run goes on from; later records are removed. None = it starts
                 anew, and all are.
             watch: Reads along, earlier lines too; what it finds is recorded.
-            config: The run's settings.
-            label: What the run is called where it is one of many.
+            config: The run's settings; they say where else figures go.
+            label: What the run is called there.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / METRICS_NAME
@@ -54,6 +55,8 @@ class Tracker:
                 watch.read(record)
             known = standing_findings(kept)
             self._log_findings(first - 1, [finding for finding in watch.standing if finding not in known])
+        self._step = max(first - 1, 0)
+        self._sinks += open_services(run_dir, config, label, on_failure=self._log_notice)
 
     def log(
         self, kind: str, step: int, values: Mapping[str, float], curves: Mapping[str, float] | None = None, **more: Any
@@ -67,6 +70,7 @@ class Tracker:
             curves: What of them is drawn, by the names of its curves, see `harma_ray.training.sinks`.
             more: Further keys of the JSON line.
         """
+        self._step = step
         record = {"kind": kind, "step": step, **more, **{key: _finite(value) for key, value in values.items()}}
         with self._writing():
             self._file.write(json.dumps(record) + "\n")
@@ -74,6 +78,9 @@ class Tracker:
                 sink.log(curves or {}, step)
             if self._watch is not None:
                 self._log_findings(step, self._watch.read(record))
+
+    def _log_notice(self, text: str) -> None:
+        self.log("notice", self._step, {}, text=text)
 
     def _log_findings(self, step: int, findings: Sequence[Finding]) -> None:
         for finding in findings:
