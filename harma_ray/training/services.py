@@ -97,7 +97,10 @@ class WeightsAndBiases(Sink):
 
     def close(self, *, done: bool) -> None:
         """Ends the run, or leaves it as one that was broken off."""
+        import wandb
+
         self._run.finish(exit_code=0 if done else 255)  # as after Ctrl-C
+        wandb.teardown()  # else what its own process has yet to write is lost with a worker's
 
 
 class MLflow(Sink):
