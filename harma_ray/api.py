@@ -116,7 +116,9 @@ class Retriever:
         parts = [self.encoder.encode_texts(cleaned[part]) for part in iterate_slices(len(cleaned), batch_size)]
         return torch.cat([torch.empty(0, self.encoder.width), *parts])
 
-    def _read_text(self, text: str) -> str:
+    def _read_text(self, text: object) -> str:
+        if not isinstance(text, str):
+            raise UserError(f"a caption must be a text, got {text!r}")
         cleaned = self.encoder.prepare_text(text)
         if not cleaned:
             raise UserError(f"caption {text!r} holds no word")
@@ -154,7 +156,7 @@ class Retriever:
             raise UserError(f"`query` must be one of {', '.join(ways)} for this model, got {query}")
         if len(images) != len(captions):
             raise UserError(f"every image needs its captions, got {len(images)} images and {len(captions)} captions")
-        told = [[own] if isinstance(own, str) else [*own] for own in captions]
+        told = [[*own] if isinstance(own, list | tuple) else [own] for own in captions]
         counts = {len(own) for own in told} - {1, 2}
         if counts:
             raise UserError(f"a query has one or two captions, got {counts.pop()}")

@@ -106,6 +106,8 @@ def test_images_that_cannot_be_read_are_named(random_run, bad):
 def test_a_caption_without_words_is_refused(random_run):
     with pytest.raises(UserError, match="holds no word"):
         load_run(random_run.path).encode_texts(["a road", " ?! "])
+    with pytest.raises(UserError, match="a caption must be a text, got 3"):
+        load_run(random_run.path).encode_texts(["a road", 3])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", ["turned", "palette"])
@@ -181,6 +183,7 @@ def test_composed_queries_are_those_of_evaluation(composed, tmp_path):
         (texts[:1], None, "got 4 images and 1 captions"),
         ([*texts[:3], " "], None, "' ' holds no word"),
         ([*texts[:3], ["a", "b", "c"]], None, "one or two captions, got 3"),
+        ([*texts[:3], 3], None, "a caption must be a text, got 3"),
         (texts, "product", "must be one of combiner, sum, image, text for this model, got product"),
     ):
         with pytest.raises(UserError, match=message):
