@@ -19,7 +19,7 @@ from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.retrieval.ranking import Groups, Search, top_k
 from harma_ray.retrieval.spaces import Space, expand_queries, fit_pca, fit_standardisation, fit_whitening
 from harma_ray.vectors.index import Index, IndexKind, build_index, recall_against
-from harma_ray.vectors.store import Store, image_keys, require_comparable
+from harma_ray.vectors.store import QUERY, Store, image_keys, require_comparable
 
 _MAX_CHECKED = 1000
 """Queries whose neighbours by an approximate index are compared with the exact ones."""
@@ -85,6 +85,11 @@ class Problem:
         Raises:
             UserError: If they cannot be compared, or measured by class.
         """
+        if QUERY in query.manifest:
+            raise UserError(
+                f"{query.path} holds queries of composed retrieval, each of which asks for one image and not for its "
+                "class; measure them with `launch.py evaluate`, or compare their vectors with those of images yourself"
+            )
         if query is not gallery:
             require_comparable(query, gallery)
         classes = Classes.of(query.labels, gallery.labels)

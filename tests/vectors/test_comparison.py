@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from harma_ray.errors import UserError
 from harma_ray.retrieval.by_class import rank_by_class
 from harma_ray.retrieval.classes import Classes, same_images
 from harma_ray.vectors.comparison import Method, Problem, Wanted, measure
+from harma_ray.vectors.store import Store
 
 pytest.importorskip("faiss")
 
@@ -46,3 +50,12 @@ def test_a_page_draws_what_was_found_in_the_way_that_was_measured(kind):
         assert retrieval.result.metrics[f"top_{k}"] == pytest.approx(100 * right[:, :k].any(dim=1).double().mean())
     exact = measure(one, Method("plain"), Wanted())[0].neighbours(range(60), 5)[1]
     assert torch.equal(items, exact) == (kind != "ivfpq")
+
+
+def test_queries_of_composed_retrieval_are_not_measured_by_class(tmp_path):
+    vectors = torch.nn.functional.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    names = [f"{row}" for row in range(4)]
+    store = Store(tmp_path, names, names, ["dress", "shirt"] * 2, names, vectors, {})
+    assert len(Problem.of(store, store).queries) == 4
+    with pytest.raises(UserError, match=r"holds queries of composed retrieval, .* measure them with `launch.py eval"):
+        Problem.of(replace(store, manifest={"query": "sum"}), store)

@@ -166,11 +166,11 @@ def test_a_job_that_was_cut_off_goes_on_and_gives_what_one_that_was_not_does(
     embed(random_run, scenes_copy, tmp_path / "whole", JobSettings(4), split="test")
     written, write = [], parts._write
 
-    def cut_off(folder, number, found):
+    def cut_off(folder, number, found, queries):
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(number)
-        return write(folder, number, found)
+        return write(folder, number, found, queries)
 
     monkeypatch.setattr(parts, "_write", cut_off)
     with pytest.raises(KeyboardInterrupt):
