@@ -9,12 +9,13 @@ import difflib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from yaml.constructor import ConstructorError
 
 from harma_ray.config import AddedLater, Incidental, RunConfig
 from harma_ray.errors import UserError
@@ -90,6 +91,18 @@ def _identity(section: Any) -> dict[str, Any]:
     return kept
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConstructorError(None, None, f"a key stands once, got `{key.value}` again", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping.
 
@@ -97,7 +110,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         UserError: If the file cannot be read or is not a mapping; a syntax error names line and column.
     """
     try:
-        raw = yaml.safe_load(read_text(path))
+        raw = yaml.load(read_text(path), _Loader)  # a safe one
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -123,7 +136,7 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
     """Turns ``a.b=value`` assignments into a flat mapping from dotted keys to values; values are read as YAML.
 
     Raises:
-        UserError: If an assignment has no ``=`` or its value is no YAML.
+        UserError: If an assignment has no ``=``, its value is no YAML, or a setting has two values.
     """
     overrides: dict[str, Any] = {}
     for assignment in assignments:
@@ -131,10 +144,25 @@ def parse_overrides(assignments: Sequence[str]) -> dict[str, Any]:
         if not separator or not key.strip():
             raise UserError(f"`--set` takes key=value, got `{assignment}`; for example --set optim.learning_rate=2e-4")
         try:
-            overrides[key.strip()] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"`--set {assignment}`: the value is not valid YAML") from error
+        add_setting(overrides, key.strip(), value, "--set")
     return overrides
+
+
+def add_setting(settings: dict[str, Any], name: str, value: Any, origin: str) -> None:
+    """Adds a setting that an option gives.
+
+    Raises:
+        UserError: If another one has given it another value.
+    """
+    if settings.get(name, value) != value:
+        raise UserError(
+            f"`{name}` must have one value, got {settings[name]!r} from --set and {value!r} from {origin}; leave "
+            "one out"
+        )
+    settings[name] = value
 
 
 def show_override(key: str, value: Any) -> str:
@@ -159,7 +187,7 @@ def build_config(base: ConfigT, changes: Mapping[str, Any], *, origin: str = "--
         UserError: Listing every unknown key (with the nearest valid ones) and every value of a wrong type or range.
     """
     raw = to_dict(base)
-    problems = _merge(raw, changes, "")
+    problems = _merge(raw, changes, "", flat_settings(raw).keys())
     if problems:
         raise UserError(f"{origin}: " + "; ".join(problems))
     try:
@@ -173,27 +201,53 @@ def _adapter(kind: type[ConfigT]) -> TypeAdapter[ConfigT]:
     return TypeAdapter(kind)
 
 
-def _merge(raw: dict[str, Any], changes: Mapping[str, Any], prefix: str) -> list[str]:
+def _merge(raw: dict[str, Any], changes: Mapping[str, Any], prefix: str, names: Collection[str]) -> list[str]:
+    """Changes settings in place; returns what is wrong, `names` being those of all settings."""
     problems = []
     for key, value in changes.items():
         head, _, rest = str(key).partition(".")
         path = f"{prefix}{head}"
         if head not in raw:
-            near = difflib.get_close_matches(head, raw, n=3) or sorted(raw)
-            problems.append(f"unknown key `{path}` (valid there: {', '.join(near)})")
+            problems.append(f"unknown key `{prefix}{key}`; {explain_unknown(f'{prefix}{key}', names)}")
         elif rest:
             if isinstance(raw[head], dict):
-                problems += _merge(raw[head], {rest: value}, f"{path}.")
+                problems += _merge(raw[head], {rest: value}, f"{path}.", names)
             else:
                 problems.append(f"`{path}` is a single value, so `{prefix}{key}` does not exist")
         elif isinstance(raw[head], dict):
             if isinstance(value, Mapping):
-                problems += _merge(raw[head], value, f"{path}.")
+                problems += _merge(raw[head], value, f"{path}.", names)
             else:
                 problems.append(f"`{path}` is a section (keys: {', '.join(raw[head])}), got {value!r}")
         else:
             raw[head] = _repair_number(raw[head], value)
     return problems
+
+
+def explain_unknown(name: str, valid: Collection[str]) -> str:
+    """Returns what a name that is not valid may have meant, or which are valid."""
+    near = nearest(name, valid)
+    if near:
+        return f"did you mean {' or '.join(f'`{candidate}`' for candidate in near)}?"
+    sections = dict.fromkeys(candidate.partition(".")[0] for candidate in valid)
+    return f"there are {', '.join(valid if len(valid) <= 20 else sections)}"
+
+
+def nearest(name: str, valid: Collection[str]) -> list[str]:
+    """Returns up to three names that one may have meant; ``lr`` and ``learning_rate`` are ``optim.learning_rate``."""
+    leaf = name.rpartition(".")[2]
+    leaves = {candidate: candidate.rpartition(".")[2] for candidate in valid}
+    near = (
+        [candidate for candidate, own in leaves.items() if leaf in (own, _initials(own))]
+        or difflib.get_close_matches(name, valid, cutoff=0.8)
+        or [candidate for candidate, own in leaves.items() if difflib.get_close_matches(leaf, [own])]
+        or difflib.get_close_matches(name, valid)
+    )
+    return near[:3]
+
+
+def _initials(leaf: str) -> str:
+    return "".join(word[:1] for word in leaf.split("_")) if "_" in leaf else leaf
 
 
 def _repair_number(old: Any, value: Any) -> Any:

@@ -277,3 +277,10 @@ def test_a_metric_that_picks_the_best_epoch_is_one_that_is_measured_and_makes_an
 def test_the_split_that_selects_the_best_epoch_is_val_or_as_in_the_released_code_test(select_on, split):
     config = build_config(recipe_config("harma-scenes"), {"data.val_split": "dev", "train.select_on": select_on})
     assert config.selecting_split == split
+
+
+def test_a_key_that_stands_twice_in_a_file_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("recipe: harma-scenes\ntrain: {epochs: 1}\noptim: {}\ntrain: {epochs: 2}\n")
+    with pytest.raises(UserError, match=r"a key stands once, got `train` again .* line 4, column 1"):
+        load_config(file)

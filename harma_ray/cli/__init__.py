@@ -1,6 +1,5 @@
 """The command line: parse, call, print."""
 
-import argparse
 import errno
 import io
 import logging
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 
 import harma_ray
 from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, retrieve, train, tune
+from harma_ray.cli.parser import Parser
 from harma_ray.data.image_files import readable_name
 from harma_ray.errors import UserError, WorkerFailed
 
@@ -67,9 +67,9 @@ def _check_encoding(arguments: Sequence[str]) -> None:
         )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Returns the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch.py",
         description="Train, search and evaluate vision-language models for overhead imagery, on one machine or a Ray "
         "cluster. Every command has --help.",

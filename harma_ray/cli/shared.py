@@ -137,17 +137,17 @@ def changes_from(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: If an assignment of ``--set`` or the number of ``--workers`` is none.
     """
-    from harma_ray.settings import parse_overrides
+    from harma_ray.settings import add_setting, parse_overrides
 
     changes = parse_overrides(options.overrides)
     if getattr(options, "workers", None) is not None:
         if options.workers < 1:
             raise UserError(f"`--workers` must be at least 1, got {options.workers}")
-        changes["scaling.num_workers"] = options.workers
+        add_setting(changes, "scaling.num_workers", options.workers, "--workers")
     if options.gpu or options.cpu:
-        changes["scaling.use_gpu"] = options.gpu
+        add_setting(changes, "scaling.use_gpu", options.gpu, "--gpu" if options.gpu else "--cpu")
     if getattr(options, "precision", None):
-        changes["train.eval_precision"] = options.precision
+        add_setting(changes, "train.eval_precision", options.precision, "--precision")
     if options.data:
-        changes["data.path"] = str(Path(options.data).expanduser().absolute())
+        add_setting(changes, "data.path", str(Path(options.data).expanduser().absolute()), "--data")
     return changes

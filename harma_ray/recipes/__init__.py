@@ -5,7 +5,6 @@ To add one, add a folder, and name its settings here and its task in `harma_ray.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,14 @@ from harma_ray.recipes.clip4cir import commands as clip4cir_commands
 from harma_ray.recipes.clip4cir import config as clip4cir_config
 from harma_ray.recipes.harma import config as harma_config
 from harma_ray.recipes.vitp import config as vitp_config
-from harma_ray.settings import build_config, flat_settings, load_yaml, marked_settings, to_dict
+from harma_ray.settings import (
+    build_config,
+    explain_unknown,
+    flat_settings,
+    load_yaml,
+    marked_settings,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     from harma_ray.task import Task
@@ -46,8 +52,7 @@ def recipe_config(name: str) -> RunConfig:
         UserError: If there is no such recipe.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=2) or list(RECIPES)
-        raise UserError(f"unknown recipe `{name}`; did you mean {' or '.join(near)}? (all: {', '.join(RECIPES)})")
+        raise UserError(f"unknown recipe `{name}`; {explain_unknown(name, RECIPES)} (`launch.py recipes` lists all)")
     return RECIPES[name]()
 
 

@@ -18,6 +18,7 @@ from harma_ray.cli import make_parser
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.manifest import MANIFEST_NAME, BadRow
 from harma_ray.data.splits import list_splits, open_split
+from harma_ray.errors import UserError
 from harma_ray.import_export import load_model
 from harma_ray.models.backbones import build_clip
 from harma_ray.models.combiner import Combiner
@@ -411,7 +412,7 @@ def test_the_recipes_say_how_queries_can_be_made(capsys, monkeypatch, command):
     monkeypatch.setattr("harma_ray.recipes.QUERIES", {"product": "the product of both"})
     arguments = [*command, "--run", "run", "--query"]
     assert make_parser().parse_args([*arguments, "product"]).query == "product"
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="invalid choice: 'sum'"):
         make_parser().parse_args([*arguments, "sum"])
     with pytest.raises(SystemExit):
         make_parser().parse_args([*command, "--help"])

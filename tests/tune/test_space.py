@@ -521,7 +521,7 @@ def test_missing_keys_are_named(mistakes):
 
 def test_unknown_recipes_are_refused_with_the_nearest(mistakes):
     (line,) = mistakes(ONE.replace("harma-scenes", "harma-scene"))
-    assert line.startswith("line 1, column 1: unknown recipe `harma-scene`; did you mean harma-scenes")
+    assert line.startswith("line 1, column 1: unknown recipe `harma-scene`; did you mean `harma-scenes`?")
 
 
 def test_searched_settings_are_not_fixed(mistakes):

@@ -7,8 +7,9 @@ from typing import Any
 
 from harma_ray.errors import UserError
 from harma_ray.recipes import make_task
+from harma_ray.settings import explain_unknown
 from harma_ray.tune.space.definition import COSTS, ORIGIN, SearchDefinition, Target
-from harma_ray.tune.space.lines import Location, explain_unknown
+from harma_ray.tune.space.lines import Location
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first, quiet_optuna
 
 Mistakes = Iterator[tuple[Location, str]]

@@ -11,10 +11,10 @@ from harma_ray.config import RunConfig, SharedByTrials, TrainConfig
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.recipes import RECIPES, make_task, recipe_config
-from harma_ray.settings import build_config, flat_settings, load_yaml, marked_settings, to_dict
+from harma_ray.settings import build_config, explain_unknown, flat_settings, load_yaml, marked_settings, to_dict
 from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
-from harma_ray.tune.space.lines import Location, YamlFile, dump_yaml, explain_unknown
+from harma_ray.tune.space.lines import Location, YamlFile, dump_yaml
 from harma_ray.tune.space.parameters import Choices, Parameter, Range
 
 _KEYS = ("recipe", "fixed", "space", "start", "sampler", "scheduler", "objective", "limits", "seeds", "concurrent",

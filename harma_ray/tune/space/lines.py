@@ -1,6 +1,5 @@
 """YAML that remembers where everything stands, its check against types, and its mistakes, listed all at once."""
 
-import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from harma_ray.errors import UserError
-from harma_ray.settings import explain_rule, read_text
+from harma_ray.settings import explain_rule, explain_unknown, read_text
 
 Location = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
@@ -154,26 +153,6 @@ class YamlFile:
 
 def _position(mark: Any) -> Position:
     return Position(mark.line + 1, mark.column + 1) if mark else Position(1, 1)
-
-
-def explain_unknown(name: str, valid: Collection[str]) -> str:
-    """Returns what a name that is not valid may have meant; ``lr`` is close to ``optim.learning_rate``."""
-    leaf = name.rpartition(".")[2]
-    leaves = {candidate: candidate.rpartition(".")[2] for candidate in valid}
-    near = (
-        [candidate for candidate, own in leaves.items() if leaf in (own, _initials(own))]
-        or difflib.get_close_matches(name, valid, cutoff=0.8)
-        or [candidate for candidate, own in leaves.items() if difflib.get_close_matches(leaf, [own])]
-        or difflib.get_close_matches(name, valid)
-    )
-    if near:
-        return f"did you mean {' or '.join(f'`{candidate}`' for candidate in near[:3])}?"
-    sections = dict.fromkeys(candidate.partition(".")[0] for candidate in valid)
-    return f"there are {', '.join(valid if len(valid) <= 20 else sections)}"
-
-
-def _initials(leaf: str) -> str:
-    return "".join(word[:1] for word in leaf.split("_"))
 
 
 def _explain(problem: Mapping[str, Any], holder: str, keys: Collection[str]) -> str:
