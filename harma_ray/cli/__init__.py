@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 import harma_ray
-from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, retrieve, train, tune
+from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, recipes, retrieve, train, tune
 from harma_ray.cli.parser import Parser
 from harma_ray.data.image_files import readable_name
 from harma_ray.errors import UserError, WorkerFailed
@@ -76,6 +76,6 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"harma_ray {harma_ray.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, convert, train, tune, evaluate, generate, retrieve, checkpoint):
+    for command in (demo, convert, recipes, train, tune, evaluate, generate, retrieve, checkpoint):
         command.add_commands(commands)
     return parser
