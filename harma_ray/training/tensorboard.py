@@ -38,7 +38,10 @@ class TensorBoard(Sink):
         self._writer = SummaryWriter(str(run_dir / EVENTS_FOLDER), purge_step=purge_step, flush_secs=10)
         settings = flat_settings(to_dict(config))
         shown = {name: settings[name] for name in label.shown if name in settings}
-        plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in shown.items()}
+        plain = {name: value if isinstance(value, bool | int | float) else str(value) for name, value in shown.items()}
+        plain |= {
+            k: Path(v).name for k, v in plain.items() if isinstance(v, str) and v.startswith("/")
+        }  # fits a column
         self._write_summary(hparams_pb(plain, trial_id=label.repeats))
 
     def log(self, curves: Mapping[str, float], step: int) -> None:
