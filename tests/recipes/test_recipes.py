@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from harma_ray.data.convert.commands import convert_scenes_talk
 from harma_ray.data.order import planned_order
@@ -18,6 +19,8 @@ from harma_ray.settings import build_config, config_hash
 from harma_ray.training.checkpoint import list_checkpoints, load_weights
 from harma_ray.training.loop import run_training
 from harma_ray.training.step import parameters_without_gradient
+from harma_ray.training.tensorboard import EVENTS_FOLDER
+from harma_ray.training.tracking import read_records
 
 TINY = {
     "model.architecture": "scenes-tiny",
@@ -122,6 +125,28 @@ def test_what_is_saved_computes_the_same_when_loaded(config, finished):
     (outputs, _), (repeated, _) = outputs_of(config, model, batch), outputs_of(config, again, batch)
     assert all(torch.equal(outputs[name], repeated[name]) for name in outputs)
     assert report["metrics"].keys() == {"val", "test"}
+
+
+def test_tensorboard_opens_on_what_is_looked_at_first_and_has_nothing_twice(config, finished):
+    path, _ = finished
+    events = EventAccumulator(str(path / EVENTS_FOLDER), size_guidance={"scalars": 0}).Reload()
+    curves = {
+        tag: tuple((event.step, event.value) for event in events.Scalars(tag)) for tag in events.Tags()["scalars"]
+    }
+    records, kept = list(read_records(path)), make_task(config).metrics.kept
+    assert {tag for tag in curves if tag.startswith("main/")} == {
+        "main/loss", "main/learning_rate", f"main/best_val_{kept[0]}",
+        *(f"main/{split}_{name}" for split in ("val", "test") for name in kept),
+    }  # fmt: skip
+    of_steps, of_val, of_test = (
+        {len(points) for tag, points in curves.items() if tag.startswith(groups)}
+        for groups in (("main/l", "train/", "weights/"), ("main/val_", "main/best_", "val/"), "main/test_")
+    )
+    assert of_steps == {sum(record["kind"] == "step" for record in records)}
+    assert of_val == {sum(record["kind"] == "evaluation" for record in records)}
+    assert of_test == {1}
+    measured = [points for tag, points in curves.items() if tag.startswith(("main/l", "train/"))]
+    assert len(set(measured)) == len(measured)
 
 
 def test_items_of_a_batch_do_not_touch_each_other(config, finished):
