@@ -147,6 +147,10 @@ class Evaluation:
         """Returns what metrics are expected to be for rankings drawn at random."""
         return {}
 
+    def ceiling(self) -> dict[str, float]:
+        """Returns what metrics are expected to be where no mistake is made, if that is not 100."""
+        return {}
+
     def picture(self, split: Split) -> Image.Image | None:
         """Draws some results, or nothing.
 

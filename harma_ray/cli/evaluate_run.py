@@ -152,10 +152,13 @@ def _print_figures(
         "metrics": evaluation.metrics,
         "interval_95": evaluation.intervals(),
         "chance": evaluation.chance(),
+        "ceiling": evaluation.ceiling(),
     }
     if evaluation.note:
         print(evaluation.note)
-    tables = [results_table(task.metrics, evaluation.metrics, outcome["interval_95"], outcome["chance"])]
+    tables = [
+        results_table(task.metrics, evaluation.metrics, outcome["interval_95"], outcome["chance"], outcome["ceiling"])
+    ]
     print(tables[0])
     if trained_on and trained_on.get(data.name, identity) != identity:
         print(f"notice: the run was begun on another `{data.name}` than this one")

@@ -1,6 +1,7 @@
 """``tune``."""
 
 import argparse
+import time
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
@@ -37,7 +38,7 @@ def add_commands(commands: shared.Commands) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="end after so many steps over all trials, where "
                         "`train.steps` is set (default: the file's)")  # fmt: skip
     parser.add_argument("--concurrent", type=int, metavar="K", help="trials at a time (default: as many as fit)")
-    parser.add_argument("--confirm", type=int, metavar="N", help="train the best and the published setting "
+    parser.add_argument("--confirm", type=int, metavar="N", help="train the best and the default setting (trial 0) "
                         "with N fresh seeds at the end, and print mean and spread")  # fmt: skip
     parser.add_argument("--out", metavar="FOLDER", help="where `report` writes, instead of the search's folder, which "
                         "is then left as it is")  # fmt: skip
@@ -58,6 +59,8 @@ def _tune(options: argparse.Namespace) -> None:
     if options.out and options.what[:1] != ["report"]:
         raise UserError("`--out` is the place of a `report`; a search lies in the folder of `--runs`")
     file = find_space(options.what[0]) if len(options.what) == 1 and not options.resume else None
+    if file or options.resume:
+        print(f"[{time.perf_counter() - options.started:7.1f} s] loading PyTorch, Ray and Optuna", flush=True)
     from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
     from harma_ray.tune.space.file import read_recipe
 

@@ -2,8 +2,9 @@
 
 import math
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from rich.console import Console
@@ -14,8 +15,10 @@ from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.study import Event, Report
 
 _ENDED_SHOWN = 8
-_LINE_SECONDS = 60
-"""How often a line tells where the search stands when there is no terminal to redraw."""
+_RUNNING_SHOWN = 4
+_LINE_SECONDS, _FIRST_LINE_SECONDS, _FIRST_SECONDS = 60, 10, 180
+"""How long nothing is told when there is no terminal to redraw: in general, and in the beginning, and how long that is.
+"""
 
 
 class SearchProgress:
@@ -36,29 +39,44 @@ class SearchProgress:
         self._best = _event_of(past.best_trial)
         self._console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
         self._printed = self._began = time.perf_counter()
+        self._printing, self._ended = threading.Lock(), threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
         self._live = Live(console=self._console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
     def __enter__(self) -> Self:
         """Starts showing."""
         if self._console.is_terminal:
             self._live.start()
+        else:
+            self._ticker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stops showing."""
         if self._console.is_terminal:
             self._live.stop()
+        else:
+            self._ended.set()
+            self._ticker.join()
 
     def __call__(self, event: Event) -> None:
         """Shows an event."""
+        begins = event.state == "running" and event.report is None
         self._events[event.number] = event
         if event.state in ("complete", "stopped") and self._rank(event) > self._rank(self._best):
             self._best = event
         if event.state != "running":
             self._print(self._ended_line(event))
-        elif not self._console.is_terminal and time.perf_counter() - self._printed > _LINE_SECONDS:
-            self._print(self._summary())
-            self._printed = time.perf_counter()
+        elif begins and not self._console.is_terminal:
+            self._print(f"trial {event.number} begins: {show_params(event.params)}")
+
+    def _tick(self) -> None:
+        """Tells where the search stands whenever nothing was told for a while."""
+        while not self._ended.wait(0.5):
+            now = time.perf_counter()
+            is_new = now - self._began < _FIRST_SECONDS
+            if now - self._printed > (_FIRST_LINE_SECONDS if is_new else _LINE_SECONDS):
+                self._print(self._summary())
 
     def _rank(self, event: Event | None) -> tuple[bool, float]:
         """Returns what the better of two ended trials has more of; a complete trial is better than a stopped one."""
@@ -68,7 +86,9 @@ class SearchProgress:
 
     def _print(self, line: str) -> None:
         clock = f"[{time.perf_counter() - self._started:7.1f} s] "
-        self._console.print(clock + line, soft_wrap=True)
+        with self._printing:
+            self._console.print(clock + line, soft_wrap=True)
+            self._printed = time.perf_counter()
 
     def _ended_line(self, event: Event) -> str:
         if event.state == "failed":
@@ -81,7 +101,7 @@ class SearchProgress:
 
     def _summary(self) -> str:
         ended, running = self._split_events()
-        parts = [f"{len(ended)} trials ended, {len(running)} running"]
+        parts = [f"{len(ended)} trials ended, {len(running)} running{self._where(running)}"]
         if self._best and self._best.report:
             value = self._objective.show(self._best.report.value)
             parts.append(f"best {self._objective.metric} {value} (trial {self._best.number})")
@@ -90,9 +110,16 @@ class SearchProgress:
             parts.append(f"about {_duration(left)} left")
         return "; ".join(parts)
 
+    def _where(self, running: Sequence[Event]) -> str:
+        """Returns how far the trials that run have come."""
+        unit, length = self._definition.unit, self._definition.length
+        reached = [f"{event.report.progress:.9g}" if event.report else "0" for event in running[:_RUNNING_SHOWN]]
+        more = ", ..." if len(running) > _RUNNING_SHOWN else ""
+        return f" (at {unit} {', '.join(reached)}{more} of {length})" if running else ""
+
     def _split_events(self) -> tuple[list[Event], list[Event]]:
         """Returns the last events of the trials that have ended, and of those that run."""
-        events = self._events.values()
+        events = list(self._events.values())
         return [event for event in events if event.state != "running"], [e for e in events if e.state == "running"]
 
     def _seconds_left(self) -> float | None:

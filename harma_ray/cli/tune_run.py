@@ -1,10 +1,11 @@
 """What ``tune`` does, and what it prints."""
 
+import contextlib
 import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class SearchOptions:
     steps: int | None = None
     concurrent: int | None = None
     confirm: int | None = None
-    """Fresh seeds that the best and the published setting are trained with at the end; None = they are not."""
+    """Fresh seeds that the best setting and trial 0's are trained with at the end; None = they are not."""
     address: str | None = None
     dashboard: bool = True
     started: float = 0
@@ -61,9 +62,10 @@ def start_search(
 ) -> None:
     """Starts a search, sees it through, and prints what it found."""
     definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
+    _print_timed(options.started)(f"checking recipe {definition.config.recipe} on {definition.config.data.path}")
     _check_data(definition)
     output_path(runs)
-    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+    with _cluster(options) as cluster:
         plan = _plan(definition, cluster)
         folder = create_search(runs, name, definition)
         _require_same_data(folder, definition)
@@ -77,11 +79,22 @@ def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchO
     definition = _with_limits(dataclasses.replace(definition, config=build_config(definition.config, changes)), options)
     _check_data(definition)
     _require_same_data(folder, definition)
-    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+    with _cluster(options) as cluster:
         plan = _plan(definition, cluster)
         with Run(folder, definition.config).locked():
             write_definition(folder, definition)
             _search(folder, definition, cluster, plan, options)
+
+
+@contextlib.contextmanager
+def _cluster(options: SearchOptions) -> Iterator[Cluster]:
+    """Starts or joins Ray as the options say, and tells so: it takes seconds."""
+    say = _print_timed(options.started)
+    address = options.address or os.environ.get("RAY_ADDRESS")
+    say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
+    with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
+        say(f"Ray is there: {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs on {cluster.nodes} machine(s)")
+        yield cluster
 
 
 def report_search(path: str | Path, out: str | Path | None = None) -> None:
@@ -187,7 +200,10 @@ def _search(
     _print_plan(folder, definition, cluster, plan.describe())
     try:
         ready = _with_features(definition, folder, cluster)
+        say = _print_timed(options.started)
+        say(f"reading the backbone, once for all trials: {make_task(ready.config).backbone.name}")
         setting = prepare_trials(ready, plan)
+        say("the backbone lies in Ray's memory; the first trial begins when Ray Tune and its process are up")
         with SearchProgress(read_search(folder, definition), options.started) as progress:
             results = run_search(folder, ready, plan, setting, progress)
         best = results.best_trial
@@ -197,7 +213,8 @@ def _search(
             print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
             finish_best(results, setting, ready.settings(best.params))
             if options.confirm:
-                print(f"training the best and the published setting with {options.confirm} fresh seeds", flush=True)
+                first = definition.first_name
+                print(f"training the best and the {first} setting with {options.confirm} fresh seeds", flush=True)
                 failures = confirm(results, plan, setting, cluster, options.confirm, _print_timed(options.started))
         finally:
             _conclude(folder, read_search(folder, definition))
@@ -230,7 +247,7 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     print(f"recipe     {config.recipe}, {order.split.describe()}, {order.num_samples:,} samples and "
           f"{order.steps_per_epoch:,} steps an epoch")  # fmt: skip
     print(f"space      {', '.join(parameter.name for parameter in definition.parameters)}{size}")
-    print(f"published  {show_params(definition.published)} (trial 0)")
+    print(f"{definition.first_name:<11}{show_params(definition.published)} (trial 0)")
     seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""
     print(f"sampler    {definition.sampler.name}; scheduler {definition.scheduler.name}")
     evaluated = f", evaluated every {config.train.eval_every_steps}" if definition.unit == "step" else ""
@@ -284,7 +301,7 @@ def _conclude(folder: Path, results: SearchResults) -> None:
     if best_file is not None:
         print(f"best       {launch_command('train', '--config', best_file)}")
     if results.best == 0:
-        print("notice     the published setting is the best one found")
+        print(f"notice     the {results.definition.first_name} setting is the best one found")
     elif results.best is not None and not results.confirmations:
         print("notice     one run of a setting proves little; compare over fresh seeds with:")
         print(f"           {results.resume_command} --confirm 3")

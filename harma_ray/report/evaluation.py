@@ -58,6 +58,7 @@ def results_table(
     found: Mapping[str, float],
     intervals: _Bounds | None = None,
     chance: Mapping[str, float] | None = None,
+    ceiling: Mapping[str, float] | None = None,
 ) -> FiguresTable:
     """Returns the figures of an evaluation as a table of at most 100 columns on a terminal.
 
@@ -68,11 +69,12 @@ def results_table(
         found: Names and values, as `Evaluation.metrics`.
         intervals: 95 % interval of each; None or empty leaves the columns out, as below.
         chance: Expected values of rankings drawn at random.
+        ceiling: Expected values of rankings without a mistake, see `Evaluation.ceiling`.
     """
     names = [name for name in found if name.removesuffix("_text") not in found.keys() - {name}]
     variants = {title: [name + suffix for name in names] for suffix, title in _VARIANTS.items()}
     groups = [
-        (title, _columns(metrics, keys, found, intervals, chance))
+        (title, _columns(metrics, keys, found, intervals, chance, ceiling))
         for title, keys in variants.items()
         if not found.keys().isdisjoint(keys)
     ]
@@ -102,6 +104,7 @@ def _columns(
     found: Mapping[str, float],
     intervals: _Bounds | None,
     chance: Mapping[str, float] | None = None,
+    ceiling: Mapping[str, float] | None = None,
 ) -> dict[str, list[str]]:
     """Returns the cells of some metrics by the titles of their columns; what a metric lacks stays empty."""
 
@@ -111,8 +114,9 @@ def _columns(
     columns = {"figure" if metrics.lower_is_better else "%": cells({name: [value] for name, value in found.items()})}
     if intervals:
         columns["95 % CI"] = cells(intervals)
-    if chance:
-        columns["chance"] = cells({name: [value] for name, value in chance.items()})
+    for title, expected in (("chance", chance), ("ceiling", ceiling)):
+        if expected and not expected.keys().isdisjoint(names):
+            columns[title] = cells({name: [value] for name, value in expected.items()})
     return columns
 
 
@@ -181,7 +185,8 @@ def write_report(
 def _results_section(results: FiguresTable) -> Section:
     note = (
         "Recalls in percent: how often a right answer is among the first. A confidence interval (CI) tells the spread "
-        "over test queries (bootstrap), not over training seeds. Chance: rankings drawn at random."
+        "over test queries (bootstrap), not over training seeds. Chance: rankings drawn at random. Ceiling: a model "
+        "that makes no mistake, and tells equal captions of different images apart by chance."
     )
     return Section("results", "Results", results.to_html() + page.paragraph(note))
 

@@ -71,6 +71,12 @@ class ImageTextEvaluation(Evaluation):
         """Returns the metrics that rankings drawn at random are expected to have."""
         return self.retrieval.chance()
 
+    def ceiling(self) -> dict[str, float]:
+        """Returns what equal captions leave of recall by index; nothing if no two captions are equal."""
+        if len(set(self.retrieval.texts)) == len(self.retrieval.texts):
+            return {}
+        return {name: value for name, value in self.retrieval.ceiling().items() if not name.endswith("_text")}
+
     def picture(self, split: Split) -> Image.Image:
         """Draws some queries with their first results."""
         return retrieval_sheet(self.retrieval, split)

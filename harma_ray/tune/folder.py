@@ -86,7 +86,7 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
         front=tuple(sorted(trial.number for trial in study.best_trials)) if len(definition.objectives) > 1 else (),
         baseline=_read_json(folder / BASELINE_NAME),
         final={} if best is None else _read_json(trial_folder(folder, best) / REPORT_NAME).get("metrics", {}),
-        confirmations=_read_confirmations(folder, best),
+        confirmations=_read_confirmations(folder, best, definition.first_name),
         seconds=float(study.user_attrs.get(SECONDS, 0)),
     )
 
@@ -138,7 +138,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _read_confirmations(folder: Path, best: int | None) -> tuple[Confirmation, ...]:
+def _read_confirmations(folder: Path, best: int | None, first: str) -> tuple[Confirmation, ...]:
     confirmations = []
     for number in dict.fromkeys((best or 0, 0)):
         paths = sorted(folder.glob(f"{CONFIRM_FOLDER}/{number:05d}-seed*/{REPORT_NAME}"))
@@ -146,6 +146,6 @@ def _read_confirmations(folder: Path, best: int | None) -> tuple[Confirmation, .
         if reports:
             names = [(split, name) for split, metrics in reports[0].items() for name in metrics]
             metrics = {f"{split} {name}": tuple(report[split][name] for report in reports) for split, name in names}
-            title = f"trial {number} ({'best' if number == best else 'published'})"
+            title = f"trial {number} ({'best' if number == best else first})"
             confirmations.append(Confirmation(title, number, metrics))
     return tuple(confirmations)

@@ -23,7 +23,7 @@ class TrialResult:
     """One trial."""
 
     number: int
-    """0 is the published setting."""
+    """0 is the setting that the others are compared with, see `SearchDefinition.first_name`."""
     state: State
     params: Mapping[str, Any]
     """Searched parameters that this trial has (conditional ones may be missing), by dotted name."""
@@ -52,7 +52,7 @@ class Confirmation:
     """A setting trained anew with seeds that the search had not seen."""
 
     title: str
-    """Such as ``trial 17 (best)`` or ``trial 0 (published)``."""
+    """Such as ``trial 17 (best)`` or ``trial 0 (default)``."""
     number: int
     """The trial whose setting it is."""
     metrics: Mapping[str, tuple[float, ...]]

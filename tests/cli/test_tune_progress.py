@@ -44,11 +44,24 @@ def test_every_end_is_a_line_with_the_best_so_far(past, capsys):
         progress(event(3, "complete", 15.0, 3.0))
     lines = [re.sub(r"^\[ *[\d.]+ s\] ", "", line) for line in told(capsys)]
     assert lines == [
+        "trial 0 begins: learning_rate=0.004",
         "trial 1 stopped at epoch 1: r_mean 20.00 (best: trial 1)  learning_rate=0.004",
         "trial 0 complete: r_mean 10.00 (best: trial 0)  learning_rate=0.004",
         "trial 2 failed: the loss is not finite  learning_rate=0.004",
         "trial 3 complete: r_mean 15.00 (best: trial 3)  learning_rate=0.004",
     ]
+
+
+def test_what_takes_long_is_told_of_meanwhile(past, capsys, monkeypatch):
+    monkeypatch.setattr("harma_ray.cli.tune_progress._FIRST_LINE_SECONDS", 0.2)
+    with SearchProgress(past, time.perf_counter()) as progress:
+        time.sleep(1)
+        progress(event(0, "running"))
+        progress(event(1, "running", 20.0, 2.0))
+        time.sleep(1)
+    lines = [re.sub(r"^\[ *[\d.]+ s\] ", "", line) for line in told(capsys)]
+    assert lines[0] == "0 trials ended, 0 running"
+    assert lines[-1] == "0 trials ended, 2 running (at epoch 0, 2 of 3)"
 
 
 def test_the_best_of_an_earlier_session_is_known(past, capsys, tmp_path):
@@ -68,7 +81,7 @@ def test_the_table_shows_what_runs_what_ended_and_how_much_is_left(past):
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(progress._table())
     text = console.export_text()
-    assert "2 trials ended, 1 running; best r_mean 30.00 (trial 0); about 3 min left" in text
+    assert "2 trials ended, 1 running (at epoch 2 of 3); best r_mean 30.00 (trial 0); about 3 min left" in text
     assert re.search(r"0 \* +│ complete +│ +3/3 +│ +30.00 +│ learning_rate=0.004", text)
     assert re.search(r"2 +│ running +│ +2/3 +│ +25.00", text)
 

@@ -280,6 +280,19 @@ def test_results_table_leaves_out_what_is_unknown():
     assert "chance" not in str(results_table(METRICS, {"r_mean": 1.0}, None, {}))
 
 
+def test_results_tell_the_ceiling_where_captions_are_equal():
+    """Two images share both of their captions: each finds its own first half of the time."""
+    captions = [["a", "b"], ["a", "b"], ["c", "d"], ["e", "f"]]
+    found = ImageTextEvaluation({}, retrieval=random_retrieval(captions))
+    assert found.ceiling()["img_r1"] == pytest.approx(75)
+    figures = found.retrieval.result.metrics
+    lines = str(results_table(METRICS, figures, found.intervals(), found.chance(), found.ceiling())).splitlines()
+    assert lines[1].split() == ["metric", *["%", "95", "%", "CI", "chance"], "ceiling", "%", "95", "%", "CI", "chance"]
+    assert max(map(len, lines)) <= 100
+    assert (lines[6].split()[0], lines[6].split()[4]) == ("img_r1", "75.0")
+    assert ImageTextEvaluation({}, retrieval=random_retrieval(CAPTIONS)).ceiling() == {}
+
+
 def test_a_loss_is_no_percentage_and_its_name_is_its_own():
     metrics = Metrics(("loss_text", "right"), objective="loss_text", lower_is_better=("loss_text",))
     table = results_table(metrics, {"loss_text": 0.0034567, "right": 12.345, "right_text": 13.0})

@@ -30,15 +30,15 @@ def test_importance_sees_a_logarithmic_parameter_at_small_values():
 
 
 def test_importance_leaves_out_parameters_that_some_trials_lack():
-    trials = list(make_trials(12))
+    trials = list(make_trials(20))
     trials[4] = replace(trials[4], params={RATE.name: 1e-4, KIND.name: True})
     assert set(importance(make_results(trials))) == {RATE.name, KIND.name}
 
 
-def test_importance_needs_four_trials_that_differ():
-    trials = make_trials(4)
+def test_importance_needs_ten_trials_a_parameter_that_differ():
+    trials = make_trials(30)
     assert importance(make_results(trials)) is not None
-    assert importance(make_results([*trials[:3], make_trial(3, "failed", None), make_trial(4, "running")])) is None
+    assert importance(make_results([*trials[:29], make_trial(29, "failed", None), make_trial(30, "running")])) is None
     assert importance(make_results([replace(trial, values=(1.0,)) for trial in trials])) is None
     assert importance(make_results([replace(trial, params=trials[0].params) for trial in trials])) is None
     assert importance(make_results([replace(trial, params={}) for trial in trials])) is None
@@ -51,5 +51,5 @@ def test_importance_does_not_hang_on_the_unit():
 
 
 def test_importance_says_nothing(capfd):
-    importance(make_results(make_trials(8)))
+    assert importance(make_results(make_trials(30)))
     assert capfd.readouterr() == ("", "")

@@ -18,6 +18,7 @@ from synthetic_search import (
     R_MEAN,
     RANK,
     RATE,
+    SEARCH,
     SIZE,
     make_results,
     make_trial,
@@ -26,6 +27,8 @@ from synthetic_search import (
 )
 
 from harma_ray.errors import UserError
+from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
 from harma_ray.tune.report.confirmed import standard_errors
 from harma_ray.tune.report.page import write_search_report
 from harma_ray.tune.results import Confirmation
@@ -93,7 +96,7 @@ def part(number):
 
 
 def test_page_is_whole_and_opens_without_a_network(tmp_path):
-    trials = with_sizes(make_trials(24))
+    trials = with_sizes(make_trials(30))
     page = write(tmp_path / "deep", make_results(trials, objectives=(R_MEAN, SIZE), front=(0, 1, 3)))
     assert all(ref.startswith(("data:image/", "#")) for ref in page.references)
     assert "http:" not in page.source
@@ -111,7 +114,7 @@ def test_page_is_whole_and_opens_without_a_network(tmp_path):
 
 
 def test_one_objective_has_no_pareto_figure(tmp_path):
-    page = write(tmp_path, make_results(make_trials(24)))
+    page = write(tmp_path, make_results(make_trials(30)))
     assert figures_in(tmp_path) == {"history", "importance", "parallel", "slices", "curves"}
     assert "Two objectives" not in page.text
 
@@ -132,16 +135,16 @@ EDGES = {
         {"history", "parallel", "slices", "curves"},
     ),
     "a parameter of one value": (
-        make_results([replace(t, params={**t.params, "x": 3}) for t in make_trials(9)], parameters=(RATE, ONE)),
+        make_results([replace(t, params={**t.params, "x": 3}) for t in make_trials(20)], parameters=(RATE, ONE)),
         {"history", "importance", "parallel", "slices", "curves"},
     ),
     "lowest is best": (
         make_results(make_trials(9), objectives=(replace(R_MEAN, direction="minimize"),)),
-        {"history", "importance", "parallel", "slices", "curves"},
+        {"history", "parallel", "slices", "curves"},
     ),
-    "best published": (
+    "best default": (
         make_results([replace(t, values=(50.0 - t.number,)) for t in make_trials(9)]),
-        {"history", "importance", "parallel", "slices", "curves"},
+        {"history", "parallel", "slices", "curves"},
     ),
     "two objectives, one trial": (
         make_results(with_sizes(make_trials(1)), objectives=(R_MEAN, SIZE)),
@@ -233,10 +236,10 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(tmp_path):
 # --- what it says ---
 
 
-def test_best_is_set_against_published(tmp_path):
+def test_best_is_set_against_the_default(tmp_path):
     trials = [make_trial(0, value=30.25, params={RATE.name: 1e-4}), make_trial(1, value=32.0, params={RATE.name: 2e-4})]
     page = write(tmp_path, make_results(trials, final={"val": {"r_mean": 32.0}, "test": {"r_mean": 28.111}}))
-    assert "trial 1 (complete) reached 32.00, the published setting (trial 0) 30.25: +1.75." in page.text
+    assert "trial 1 (complete) reached 32.00, the default setting (trial 0) 30.25: +1.75." in page.text
     assert page.row(RATE.name) == [RATE.name, "1e-4", "2e-4", "1e-5 to 0.01, logarithmic"]
     assert page.row(MARGIN.name)[1:3] == ["–", "–"]
     assert page.row("r_mean") == ["r_mean", "32.00", "28.11"]
@@ -260,9 +263,31 @@ def test_command_is_given_only_where_its_file_is(tmp_path):
     assert f"python launch.py train --config '{folder}/best.yaml' --data data/scenes" in write(folder, results).text
 
 
-def test_published_setting_that_is_best_is_named_so(tmp_path):
+def test_a_setting_is_called_published_only_where_a_paper_trained_so(tmp_path):
+    trials = [make_trial(0, value=9.0), make_trial(1, value=3.0)]
+    paper = build_config(recipe_config("harma-rsitmd-vit"), {"data.path": "elsewhere", "scaling.num_workers": 2})
+    for config, name in (
+        (paper, "published"),
+        (build_config(paper, {"train.epochs": 1}), "default"),
+        (recipe_config("scenes-cir-combiner"), "default"),
+    ):
+        page = write(tmp_path, make_results(trials, search=replace(SEARCH, config=config)))
+        assert f"It is the {name} setting itself" in page.text
+        assert page.row("parameter")[1] == name
+        assert ("published" in page.text) == (name == "published")
+
+
+def test_shares_of_few_trials_are_left_out_and_the_page_says_how_many_it_takes(tmp_path):
+    page = write(tmp_path, make_results(make_trials(29)))
+    assert "which are 30 here; there are 29." in page.text
+    assert "importance" not in figures_in(tmp_path)
+    write(tmp_path / "more", make_results(make_trials(30)))
+    assert "importance" in figures_in(tmp_path / "more")
+
+
+def test_the_default_setting_that_is_best_is_named_so(tmp_path):
     page = write(tmp_path, make_results([make_trial(0, value=9.0), make_trial(1, value=3.0)]))
-    assert "It is the published setting itself; none that ran to its end was better." in page.text
+    assert "It is the default setting itself; none that ran to its end was better." in page.text
 
 
 def test_best_at_the_end_of_its_range_is_a_warning(tmp_path):
@@ -296,7 +321,7 @@ def test_trials_are_listed_best_first_and_failed_ones_last_with_their_reason(tmp
     ]
     page = write(tmp_path, make_results(trials))
     start = next(i for i, row in enumerate(page.rows) if row[:2] == ["trial", "state"])
-    assert [row[0] for row in page.rows[start + 1 : start + 6]] == ["3", "4 (best)", "0 (published)", "2", "1"]
+    assert [row[0] for row in page.rows[start + 1 : start + 6]] == ["3", "4 (best)", "0 (default)", "2", "1"]
     assert page.rows[start + 1][1:] == ["stopped", "3.00", "4", "90", "5e-5", "–", "2.5"]
     assert page.rows[-1] == ["1", "the loss is not finite"]
 
@@ -311,7 +336,7 @@ def test_difference_is_told_in_standard_errors_of_welch(tmp_path):
     assert standard_errors(second, first) == pytest.approx(-expected)
     confirmations = (
         Confirmation("trial 1 (best)", 1, {"test r_mean": first, "val other": (1.0,)}),
-        Confirmation("trial 0 (published)", 0, {"test r_mean": second}),
+        Confirmation("trial 0 (default)", 0, {"test r_mean": second}),
     )
     page = write(tmp_path, make_results(make_trials(3), confirmations=confirmations))
     difference = statistics.fmean(first) - statistics.fmean(second)

@@ -471,7 +471,7 @@ def test_mistakes_beside_the_space_stand_at_their_place(line, column, rest, mist
         (
             "loss.margin: {type: float, low: 0.3, high: 1}",
             3,
-            "because trial 0 is the published setting, got 0.2 and 0.3",
+            "because trial 0 is the default setting, got 0.2 and 0.3",
         ),
         ("loss.margin: {type: float, low: 0.15, high: 0.35, step: 0.1}", 3, "got 0.2 and 0.15 to 0.35 in steps of 0.1"),
         ("adapter.width: {type: int, low: 64.5, high: 128}", 3, "`low` of a range of type int must be an integer"),

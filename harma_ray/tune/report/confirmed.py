@@ -1,4 +1,4 @@
-"""Whether the best setting holds: runs with fresh seeds, beside those of the published setting."""
+"""Whether the best setting holds: runs with fresh seeds, beside those of trial 0's setting."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ def confirmed_section(results: SearchResults) -> str:
         command = f"{results.resume_command} --confirm 3"
         text = (
             f"One run a setting proves nothing: the best of {len(results.measured)} trials is in part the luckiest. "
-            "To train the best and the published setting with three fresh seeds:"
+            f"To train the best and the {results.definition.first_name} setting with three fresh seeds:"
         )
         return page.paragraph(text) + page.command(command)
     names = list(dict.fromkeys(name for confirmation in results.confirmations for name in confirmation.metrics))
@@ -28,10 +28,10 @@ def confirmed_section(results: SearchResults) -> str:
         columns += [("each seed", [", ".join(map(show, values)) for values, show in seeds])]
         groups.append((confirmation.title, 2))
     parts = [page.table(columns, num_text_columns=1, groups=groups)]
-    published = next((c for c in results.confirmations if c.number == 0), None)
+    first = next((c for c in results.confirmations if c.number == 0), None)
     for other in results.confirmations:
-        if published is not None and other.number != 0:
-            parts += [page.paragraph(text) for text in _compare(other, published, results.objective)]
+        if first is not None and other.number != 0:
+            parts += [page.paragraph(text) for text in _compare(other, first, results.objective)]
     parts.append(
         page.paragraph(
             "Seeds that the search had not seen. s.d.: sample standard deviation over them. Two equal settings of "
@@ -41,16 +41,16 @@ def confirmed_section(results: SearchResults) -> str:
     return "\n".join(parts)
 
 
-def _compare(other: Confirmation, published: Confirmation, objective: Target) -> list[str]:
+def _compare(other: Confirmation, first: Confirmation, objective: Target) -> list[str]:
     """Says for each split how far the means of the objective lie apart, in standard errors."""
-    shared = [name for name in other.metrics if published.metrics.get(name) and other.metrics[name]]
+    shared = [name for name in other.metrics if first.metrics.get(name) and other.metrics[name]]
     texts = []
     for name in [name for name in shared if name.endswith(f" {objective.metric}")]:
-        first, second = other.metrics[name], published.metrics[name]
-        difference = statistics.fmean(first) - statistics.fmean(second)
+        values, others = other.metrics[name], first.metrics[name]
+        difference = statistics.fmean(values) - statistics.fmean(others)
         shown = objective.show(difference, sign=True) + (" points" if objective.maximize else "")
-        text = f"{name}, {other.title} against {published.title}: the difference of {shown} is "
-        errors = standard_errors(first, second)
+        text = f"{name}, {other.title} against {first.title}: the difference of {shown} is "
+        errors = standard_errors(values, others)
         if errors is None:
             text += "of unknown worth, because its spread is unknown; confirm with more seeds."
         else:

@@ -28,7 +28,7 @@ _LINES: dict[str, dict[str, Any]] = {
 
 
 def draw_history(results: SearchResults) -> bytes | None:
-    """Draws the value of every trial, the best so far, and the published setting's value."""
+    """Draws the value of every trial, the best so far, and the first setting's value."""
     trials = results.measured
     if not trials:
         return None
@@ -57,7 +57,7 @@ def draw_history(results: SearchResults) -> bytes | None:
             drawing.note(axes, text, (trial.number, value), (0, 8), ha=side, va="bottom")
         elif trial.number == 0:
             axes.axhline(value, color=drawing.PUBLISHED, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
-            text, edge = f"trial 0\n(published)\n{shown}", axes.get_yaxis_transform()
+            text, edge = f"trial 0\n({results.definition.first_name})\n{shown}", axes.get_yaxis_transform()
             drawing.note(axes, text, (1, value), (5, 0), ha="left", va="center", xycoords=edge)
     axes.margins(x=0.02, y=0.12)
     drawing.dress(axes, "trial", drawing.label(results.objective), whole=True)
@@ -66,7 +66,7 @@ def draw_history(results: SearchResults) -> bytes | None:
 
 
 def draw_curves(results: SearchResults) -> bytes | None:
-    """Draws how every trial learned, with a mark where it ended; the published and the best one stand out."""
+    """Draws how every trial learned, with a mark where it ended; the first and the best one stand out."""
     trials = [trial for trial in results.trials if trial.curve]
     if not trials:
         return None
@@ -112,7 +112,7 @@ def draw_pareto(results: SearchResults) -> bytes | None:
         ("complete", sorted({*complete} - {*front}), {"s": 26, "c": drawing.STOPPED, **_FILLED}),
         ("stopped", stopped, {"s": 16, **_HOLLOW}),
         ("front", front, {"s": 42, "c": drawing.BEST, "zorder": 4, **_FILLED}),
-        ("published", [0] if 0 in points else [], ring),
+        (results.definition.first_name, [0] if 0 in points else [], ring),
     ):
         if numbers:
             axes.scatter(*zip(*(points[number] for number in numbers), strict=True), label=title, **style)
@@ -130,7 +130,8 @@ def draw_pareto(results: SearchResults) -> bytes | None:
 
 
 def _name(trial: TrialResult, results: SearchResults) -> str:
-    kinds = [*(["published"] if trial.number == 0 else []), *(["best"] if trial.number == results.best else [])]
+    first = results.definition.first_name
+    kinds = [*([first] if trial.number == 0 else []), *(["best"] if trial.number == results.best else [])]
     return f"trial {trial.number} ({' and '.join(kinds)})"
 
 

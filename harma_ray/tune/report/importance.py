@@ -13,7 +13,9 @@ from harma_ray.tune.space.parameters import Choices, Parameter, quiet_optuna
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-MIN_TRIALS = 4
+TRIALS_PER_PARAMETER = 10
+"""So many runs an input a computer experiment should have (Loeppky, Sacks and Welch, Technometrics 51, 2009): with far
+fewer trials the shares are those of chance."""
 _SEED = 0
 
 
@@ -24,15 +26,13 @@ def importance(results: SearchResults) -> dict[str, float] | None:
     ANOVA: Hutter, Hoos and Leyton-Brown, ICML 2014). A stopped trial counts with the best it had reached.
 
     Returns:
-        Shares that sum to 1, of the parameters that all these trials have; None with fewer than `MIN_TRIALS` trials,
-        if all have the same value, or if no such parameter varies.
+        Shares that sum to 1, of the parameters that all these trials have; None with fewer than
+        `TRIALS_PER_PARAMETER` trials for each of these, if all have the same value, or if no such parameter varies.
     """
-    trials = results.measured
+    trials, searched = results.measured, whole_parameters(results)
     values = np.array([trial.value for trial in trials])
-    if len(trials) < MIN_TRIALS or np.ptp(values) == 0:
+    if len(trials) < TRIALS_PER_PARAMETER * max(1, len(searched)) or np.ptp(values) == 0:
         return None
-    partial = partial_parameters(results)
-    searched = [parameter for parameter in results.definition.parameters if parameter.name not in partial]
     points = [{parameter.name: _coordinate(parameter, trial) for parameter in searched} for trial in trials]
     if all(point == points[0] for point in points):
         return None
@@ -47,6 +47,12 @@ def importance(results: SearchResults) -> dict[str, float] | None:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=_SEED)
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {name: float(share) for name, share in sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))}
+
+
+def whole_parameters(results: SearchResults) -> list[Parameter]:
+    """Returns the parameters that all trials that count have."""
+    partial = partial_parameters(results)
+    return [parameter for parameter in results.definition.parameters if parameter.name not in partial]
 
 
 def partial_parameters(results: SearchResults) -> list[str]:

@@ -12,7 +12,7 @@ from harma_ray.tune.folder import BEST_NAME
 from harma_ray.tune.report.confirmed import confirmed_section
 from harma_ray.tune.report.drawing import label
 from harma_ray.tune.report.figures import draw_curves, draw_history, draw_pareto
-from harma_ray.tune.report.importance import MIN_TRIALS, importance, partial_parameters
+from harma_ray.tune.report.importance import TRIALS_PER_PARAMETER, importance, partial_parameters, whole_parameters
 from harma_ray.tune.report.parameter_figures import draw_importance, draw_parallel, draw_slices
 from harma_ray.tune.report.scale import end_of_range, short_names, show
 from harma_ray.tune.results import SearchResults, State, TrialResult
@@ -74,19 +74,20 @@ def _show_scheduler(search: SearchDefinition) -> str:
 
 
 def _best_section(results: SearchResults, file: Path) -> str:
-    best, objective, published = results.best_trial, results.objective, results.published
+    best, objective, first = results.best_trial, results.objective, results.published
     if best is None:
         return page.paragraph("No trial has come to a value yet.")
+    name = results.definition.first_name
     text = f"{label(objective)}: trial {best.number} ({best.state}) reached {objective.show(best.value)}"
     if best.number == 0:
-        text += ". It is the published setting itself; none that ran to its end was better."
-    elif published is not None and published.state != "failed" and published.values:
-        difference = objective.show(best.value - published.value, sign=True)
-        text += f", the published setting (trial 0) {objective.show(published.value)}: {difference}."
+        text += f". It is the {name} setting itself; none that ran to its end was better."
+    elif first is not None and first.state != "failed" and first.values:
+        difference = objective.show(best.value - first.value, sign=True)
+        text += f", the {name} setting (trial 0) {objective.show(first.value)}: {difference}."
     else:
-        text += "; the published setting (trial 0) has no value to compare with."
+        text += f"; the {name} setting (trial 0) has no value to compare with."
     searched = results.definition.parameters
-    parts = [page.paragraph(text), _settings_table(searched, best, published)]
+    parts = [page.paragraph(text), _settings_table(results, best)]
     parts += [page.paragraph(warning) for warning in _warn_of_ends(searched, best)]
     if file.is_file():
         command = launch_command("train", "--config", file, "--data", results.definition.config.data.path)
@@ -97,10 +98,11 @@ def _best_section(results: SearchResults, file: Path) -> str:
     return "\n".join(parts)
 
 
-def _settings_table(searched: Sequence[Parameter], best: TrialResult, published: TrialResult | None) -> str:
+def _settings_table(results: SearchResults, best: TrialResult) -> str:
+    searched = results.definition.parameters
     columns = [
         ("parameter", [parameter.name for parameter in searched]),
-        ("published", [_show_parameter(parameter, published) for parameter in searched]),
+        (results.definition.first_name, [_show_parameter(parameter, results.published) for parameter in searched]),
         ("best", [_show_parameter(parameter, best) for parameter in searched]),
         ("range", [_show_range(parameter) for parameter in searched]),
     ]
@@ -158,15 +160,17 @@ def _figure_sections(results: SearchResults) -> list[Section]:
     better = "highest" if results.objective.maximize else "lowest"
     partial = partial_parameters(results)
     left_out = f" Left out, because not every trial has them: {', '.join(partial)}." if partial else ""
+    needed = TRIALS_PER_PARAMETER * len(whole_parameters(results))
     stopped = "A stopped trial counts with the best it had reached."
     sections = [
         ("history", "History", draw_history(results),
          f"{objective} of each trial. {stopped}", "No trial has come to a value yet."),
         ("importance", "Importance", draw_importance(importance(results)),
          "Share of the variance of the first objective that each parameter explains by itself (fANOVA on a random "
-         f"forest). {stopped} With few trials the shares are rough.{left_out}",
-         f"Needs at least {MIN_TRIALS} complete or stopped trials with different values, and two parameters that all "
-         f"of them have.{left_out}"),
+         f"forest). {stopped} A share of a few percent may be chance.{left_out}",
+         f"Left out: shares mean little with fewer than ten complete or stopped trials a parameter (a rule of Loeppky, "
+         f"Sacks and Welch, Technometrics 51, 2009), which are {needed} here; there are {len(results.measured)}. They "
+         f"also need different values, and two parameters that all trials have.{left_out}"),
         ("parallel", "Parallel coordinates", draw_parallel(results),
          f"Each line is a trial, complete or stopped; thick ones have the {better} values. A line passes through "
          "\u201cunused\u201d where the trial lacks the parameter. The worst tenth shares one colour.",
@@ -231,7 +235,8 @@ def _best_first(results: SearchResults) -> list[TrialResult]:
 
 
 def _show_number(trial: TrialResult, results: SearchResults) -> str:
-    names = [*(["published"] if trial.number == 0 else []), *(["best"] if trial.number == results.best else [])]
+    first = results.definition.first_name
+    names = [*([first] if trial.number == 0 else []), *(["best"] if trial.number == results.best else [])]
     return f"{trial.number}\N{NO-BREAK SPACE}({', '.join(names)})" if names else str(trial.number)
 
 

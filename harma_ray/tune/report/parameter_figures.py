@@ -41,7 +41,7 @@ def draw_importance(shares: Mapping[str, float] | None) -> bytes | None:
     shorts = short_names(list(shares))
     percent = [100 * share for share in shares.values()]
     bars = axes.barh(range(len(shares)), percent, color=drawing.COMPLETE, height=0.68)
-    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=8, color=drawing.INK)
+    axes.bar_label(bars, fmt="%.0f", padding=4, fontsize=8, color=drawing.INK)
     axes.set_yticks(range(len(shares)), [drawing.plain(shorts[name], 40) for name in shares])
     axes.invert_yaxis()
     drawing.dress(axes, "share of the explained variance (%)", "")
@@ -115,7 +115,7 @@ def draw_slices(results: SearchResults) -> bytes | None:
                 axes.scatter(place, value, s=120, marker="*", c=drawing.BEST, zorder=4, linewidths=0, label="best")
             if number == 0:
                 ring = {"facecolors": "none", "edgecolors": drawing.PUBLISHED, "linewidths": 1.3}
-                axes.scatter(place, value, s=80, zorder=5, label="published", **ring)
+                axes.scatter(place, value, s=80, zorder=5, label=results.definition.first_name, **ring)
         room = _ROOM // (len(parameter.choices) + 1) if isinstance(parameter, Choices) else _ROOM
         marks = _marks(parameter, trials, max(10, room))
         axes.set_xticks([place for place, _ in marks], [text for _, text in marks])

@@ -67,7 +67,7 @@ def _find_wrong_enqueued(definition: SearchDefinition, known: Collection[str]) -
 
     missed = unpublished(definition.published)
     for name in missed:
-        rule = "the published value must be in the space, because trial 0 is the published setting"
+        rule = "the default value must be in the space, because trial 0 is the default setting"
         way_out = "add it" if isinstance(parameters[name], Choices) else "widen the range or change its `step`"
         yield ("space", name), f"{rule}, got {definition.configured[name]} and {parameters[name]}; {way_out}"
     for index, start in enumerate(definition.enqueued):
@@ -82,7 +82,7 @@ def _find_wrong_enqueued(definition: SearchDefinition, known: Collection[str]) -
                 yield where, f"`{name}` does not exist beside the other values of this start; see its `when`"
         for name in unpublished(point):
             if name not in start and name not in missed:
-                yield ("start", index), f"`{name}` must be given here, because its published value is not in the space"
+                yield ("start", index), f"`{name}` must be given here, because its default value is not in the space"
 
 
 def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:

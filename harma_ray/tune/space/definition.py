@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from harma_ray.config import RunConfig
 from harma_ray.evaluation import merit, show_figure
-from harma_ray.settings import build_config, flat_settings, to_dict
+from harma_ray.recipes import PUBLISHED, recipe_config
+from harma_ray.settings import build_config, config_hash, flat_settings, to_dict
 from harma_ray.tune.space.parameters import Choices, Parameter, Range, parents_first
 from harma_ray.tune.space.urls import require_lasting
 
@@ -163,6 +164,13 @@ class SearchDefinition:
     def published(self) -> dict[str, Any]:
         """The searched parameters' values in `config`, of those that exist there."""
         return self.complete({})
+
+    @property
+    def first_name(self) -> str:
+        """What trial 0's setting is called: ``published`` if a paper trained a model so, else ``default``."""
+        recipe = self.config.recipe
+        as_published = recipe in PUBLISHED and config_hash(self.config) == config_hash(recipe_config(recipe))
+        return "published" if as_published else "default"
 
     @property
     def first_points(self) -> list[dict[str, Any]]:
