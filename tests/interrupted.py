@@ -29,9 +29,10 @@ from harma_ray.on_ray.workers import WORKERS_FOLDER
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import create_run, open_run
 from harma_ray.settings import build_config
-from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, load_state
+from harma_ray.training.checkpoint import WEIGHTS_NAME, load_state
+from harma_ray.training.interruption import STOP_NAME
 from harma_ray.training.loop import run_training
-from harma_ray.training.tracking import read_records
+from harma_ray.training.run_files import list_checkpoints, read_meta, read_records
 
 OFTEN = {"train.epochs": 3, "train.checkpoint_every_steps": 2, "train.log_every_steps": 1, "train.threads": 1}
 TIMES = ("seconds", "pairs_per_second", "data_wait_fraction", "memory_mb", "training_seconds", "checkpoint_bytes")
@@ -141,6 +142,14 @@ def interrupt(process, run):
     assert result.error.startswith("interrupted: what was finished is kept; continue with: ")
     assert shlex.split(result.error.partition("continue with: ")[2])[-2:] == ["--resume", str(run)]
     assert not (run / "report.json").exists()
+    assert_saved(run)
+
+
+def assert_saved(run):
+    """Checks that a run that was interrupted lost no step."""
+    done = max(record["step"] for record in read_records(run) if record["kind"] == "step")
+    assert read_meta(list_checkpoints(run)[-1]).step == done
+    assert not (run / STOP_NAME).exists()
 
 
 def without_times(record):

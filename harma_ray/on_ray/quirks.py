@@ -1,8 +1,9 @@
 """What works around Ray 2.60, each workaround beside what Ray does without it.
 
-Each has a test in ``tests/on_ray/test_quirks.py`` that fails when Ray behaves otherwise: then it can go. Three are a
-file each: `harma_ray.on_ray.address`, `harma_ray.on_ray.folder` and, for the words in which Ray says why a process has
-ended, `harma_ray.on_ray.deaths`. `harma_ray.tune.scheduling` stands for Ray's own searcher.
+Each has a test in ``tests/on_ray/test_quirks.py`` that fails when Ray behaves otherwise: then it can go. Four are a
+file each: `harma_ray.on_ray.address`, `harma_ray.on_ray.folder`, `harma_ray.on_ray.interruption` and, for the words in
+which Ray says why a process has ended, `harma_ray.on_ray.deaths`. `harma_ray.tune.scheduling` stands for Ray's own
+searcher.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def announced_dashboard(host: str) -> Iterator[int]:
 def keeping_handler(number: int) -> Iterator[None]:
     """Puts a signal's handler back at the end of the block.
 
-    ``ray.init`` replaces that of SIGTERM, and a training that of SIGINT, both for good (Ray 2.60).
+    ``ray.init`` replaces that of SIGTERM for good (Ray 2.60).
     """
     handler = signal.getsignal(number)
     try:
@@ -298,18 +299,6 @@ def map_without_restarts(dataset: ray.data.Dataset, function: type, **options: A
 
 
 # Ray Train
-
-
-def fit(trainer: Any) -> Any:
-    """Trains with Ray Train, and returns what worker 0 returns.
-
-    Ray Train 2.60 answers Ctrl-C, once its workers are stopped, with an exit that says success.
-    """
-    with keeping_handler(signal.SIGINT):
-        try:
-            return trainer.fit().return_value
-        except SystemExit as error:
-            raise KeyboardInterrupt from error
 
 
 def cause_of_death(failure: BaseException) -> BaseException | None:

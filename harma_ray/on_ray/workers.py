@@ -22,12 +22,13 @@ from harma_ray.evaluation import Evaluation
 from harma_ray.import_export import load_model
 from harma_ray.on_ray.cluster import node_cpus, require_shared_folder, require_visible
 from harma_ray.on_ray.deaths import drop_notes, leave_note, leave_trace, what_happened
-from harma_ray.on_ray.quirks import fit
+from harma_ray.on_ray.interruption import fit
 from harma_ray.preflight import Prepared
 from harma_ray.recipes import changed_settings, make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run
 from harma_ray.settings import marked_settings
+from harma_ray.training.interruption import TrainingStopped, ask_to_stop, withdraw_stop
 from harma_ray.training.loop import run_training
 from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
@@ -57,23 +58,35 @@ def train(
     Raises:
         UserError: For what the user can mend, wherever it was found.
         WorkerFailed: If workers failed or died, more often than ``scaling.max_failures`` allows.
+        KeyboardInterrupt: If it was interrupted; where it stood is saved if that took no longer than it may.
     """
 
     def on_restart(text: str) -> None:
         on_record({"kind": "restart", "text": text})
 
+    def on_interrupt() -> None:
+        ask_to_stop(run.path)
+        on_record({"kind": "notice", "text": "the step in hand is finished and saved; Ctrl-C again leaves at once"})
+
     config, plan = prepared.config, prepared.workers
     assert plan is not None
     require_shared_folder(run.path, cluster)
     require_visible(read_paths(config), cluster)
+    withdraw_stop(run.path)
     ready, done = threading.Event(), threading.Event()
     follower = threading.Thread(target=_follow, args=(run.path / METRICS_NAME, ready, done, on_record), daemon=True)
     follower.start()
     ready.wait()
     try:
         settings = {"run": str(run.path), "prepared": prepared}
-        return on_workers(_train_worker, settings, config, plan, run.path, on_restart=on_restart)
+        report = on_workers(
+            _train_worker, settings, config, plan, run.path, on_restart=on_restart, on_interrupt=on_interrupt
+        )
+        if report is None:
+            raise KeyboardInterrupt
+        return report
     finally:
+        withdraw_stop(run.path)
         done.set()
         follower.join()
 
@@ -115,7 +128,7 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
 def on_workers(
     function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
     *, make_callbacks: Callable[[], list[Any]] = list, max_deaths: int = 0,
-    on_restart: Callable[[str], None] = lambda text: None,
+    on_restart: Callable[[str], None] = lambda text: None, on_interrupt: Callable[[], None] | None = None,
 ) -> Any:  # fmt: skip
     """Runs a function on every worker and returns what worker 0 returns; starts it anew after a failure.
 
@@ -130,6 +143,7 @@ def on_workers(
         make_callbacks: Makes Ray Train's callbacks.
         max_deaths: Restarts after the death of a process, if that is more than ``scaling.max_failures``.
         on_restart: Hears a line about every restart.
+        on_interrupt: See `harma_ray.on_ray.interruption.fit`.
 
     Raises:
         UserError: If a worker raised one.
@@ -139,7 +153,7 @@ def on_workers(
     while True:
         restart += 1
         try:
-            return _attempt(function, settings, config, plan, folder, make_callbacks())
+            return _attempt(function, settings, config, plan, folder, make_callbacks(), on_interrupt)
         except WorkerFailed as error:
             limit = max(config.scaling.max_failures, max_deaths if isinstance(error, WorkerDied) else 0)
             if restart > limit:
@@ -149,7 +163,7 @@ def on_workers(
 
 def _attempt(
     function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
-    callbacks: list[Any],
+    callbacks: list[Any], on_interrupt: Callable[[], None] | None,
 ) -> Any:  # fmt: skip
     from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
@@ -173,7 +187,7 @@ def _attempt(
         ),
     )
     try:
-        return fit(trainer)
+        return fit(trainer, on_interrupt)
     except WorkerGroupError as error:
         told = [find_user_error(failure) for _, failure in sorted(error.worker_failures.items())]
         raise next(filter(None, told), None) or what_happened(error.worker_failures, notes) from error
@@ -188,13 +202,14 @@ def read_paths(config: RunConfig) -> list[Path]:
     return [Path(config.data.path), *(path for path in weights if path.is_file() or path.is_absolute())]
 
 
-def _train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+def _train_worker(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the final report; None if the training was asked to end before."""
     import ray.train
 
     from harma_ray.on_ray.stream import ray_batches
 
     config, worker = enter_worker(settings)
-    with plain_errors():
+    with plain_errors(), contextlib.suppress(TrainingStopped):
         prepared: Prepared = settings["prepared"]
         run_dir = Path(settings["run"])
         return run_training(

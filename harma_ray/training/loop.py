@@ -38,6 +38,7 @@ from harma_ray.training.checkpoint import (
     save_checkpoint,
 )
 from harma_ray.training.health import health_watch
+from harma_ray.training.interruption import StopSignal, TrainingStopped
 from harma_ray.training.optim import checked_groups
 from harma_ray.training.run_files import REPORT_NAME
 from harma_ray.training.sinks import Label, evaluation_curves, step_curves, weight_curves
@@ -88,6 +89,7 @@ def run_training(
     Raises:
         UserError: For what the user can mend.
         TrainingDiverged: If the loss is not finite.
+        TrainingStopped: If it was asked to end early; it is saved where it stands.
     """
     with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, order, label)) as training:
         if not training.resume():
@@ -196,7 +198,7 @@ class _Training:
             self._order, self._task.transform(training=True), self._config.data, self._worker, self._loader
         )
         meter, parts = Meter(train.global_batch_size, self._worker.world_size), num_batches(self._task)
-        epochs = math.ceil(self._total_steps / self._order.steps_per_epoch)
+        epochs, stop = math.ceil(self._total_steps / self._order.steps_per_epoch), StopSignal(self._run_dir)
         with contextlib.closing(stream.steps(progress.step, epochs, parts)) as batches:
             for step_batches in timed(zip(*[batches] * parts, strict=True), meter):
                 self._model.train()
@@ -206,15 +208,18 @@ class _Training:
                 meter.count(self._task.amounts(batch) for batch in step_batches)
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
                     self._log_step(losses, grad_norm, rates, meter)
+                is_stopped = stop.is_given(progress.step)
                 if self._is_evaluated:
                     progress.seconds += meter.lap()
                     self.evaluate_and_save()
                     if not self.can_train:
                         return
                     meter.reset()
-                elif train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0:
+                elif is_stopped or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
                     progress.seconds += meter.lap()
                     self._save({})
+                if is_stopped:
+                    raise TrainingStopped
 
     @property
     def _is_evaluated(self) -> bool:

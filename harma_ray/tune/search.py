@@ -1,8 +1,10 @@
 """Runs a search on a Ray cluster: Ray Tune gives each trial its place, the study says which and keeps the results."""
 
+import contextlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +15,12 @@ import ray
 import ray.exceptions
 import ray.tune
 from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError, WorkerFailed, find_user_error
 from harma_ray.files import write_text
+from harma_ray.on_ray.interruption import GRACE_SECONDS
 from harma_ray.on_ray.quirks import Unpickled, is_out_of_memory, start_side_by_side
 from harma_ray.on_ray.workers import train
 from harma_ray.preflight import prepare
@@ -25,6 +29,7 @@ from harma_ray.resources import DRIVER_CPUS, Cluster, TrialPlan, WorkerPlan
 from harma_ray.runs import Run, describe_environment
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
+from harma_ray.training.interruption import ask_to_stop, withdraw_stop
 from harma_ray.training.run_files import REPORT_NAME
 from harma_ray.tune.folder import BASELINE_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults
@@ -146,6 +151,9 @@ def _fit(
     )
     try:
         tuner.fit()
+    except KeyboardInterrupt:
+        _save_running(folder, definition, study)
+        raise
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise _OutOfMemory from error
@@ -158,6 +166,20 @@ def _fit(
             reason = cause_of(searcher.error)
             raise UserError(f"the search cannot keep its record ({reason}); {way_out}") from searcher.error
         raise searcher.error
+
+
+def _save_running(folder: Path, definition: SearchDefinition, study: SearchStudy) -> None:
+    """Asks the trials at work to save where they are, and gives them some seconds for it."""
+    trials = study.study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+    paths = [trial_folder(folder, trial.number, seed) for trial in trials for seed in range(definition.seeds)]
+    begun = [path for path in paths if path.is_dir()]
+    deadline = time.monotonic() + GRACE_SECONDS
+    for path in begun:
+        ask_to_stop(path)
+    for path in begun:
+        left = deadline - time.monotonic()
+        with contextlib.suppress(UserError), Run(path, definition.config).locked(wait_seconds=left):
+            withdraw_stop(path)
 
 
 def finish_best(results: SearchResults, setting: TrialSetting, config: RunConfig) -> None:

@@ -29,6 +29,7 @@ from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
 from harma_ray.settings import build_config, to_yaml
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
+from harma_ray.training.interruption import TrainingStopped, withdraw_stop
 from harma_ray.training.loop import finish_training, run_training, run_trial
 from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
@@ -90,10 +91,13 @@ def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[
             for past in tally.catch_up():
                 report(asdict(past))
             if setting.plan.num_workers > 1:
-                tally = _run_on_workers(folder, config, setting, tally)
+                with Run(folder, config).locked(wait_seconds=_LOCK_SECONDS):
+                    tally = _run_on_workers(folder, config, setting, tally)
                 continue
             _alone(run_trial, folder, config, setting, callback=callback)
         report(asdict(replace(tally.report(), finished=True)))
+    except TrainingStopped:
+        return  # the search is being left; what it knows of this trial stays as it is
     except Exception as error:
         mistake = find_user_error(error)
         reason = str(mistake) if mistake else " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -132,6 +136,7 @@ def prepare_folder(folder: Path, config: RunConfig, setting: TrialSetting) -> No
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the trial's folder {folder} ({error.strerror}); free some space") from error
+    withdraw_stop(folder)
     write_text(folder / ENVIRONMENT_NAME, setting.environment)
     write_text(folder / CONFIG_NAME, to_yaml(config))
 
@@ -206,13 +211,17 @@ def _run_on_workers(folder: Path, config: RunConfig, setting: TrialSetting, tall
 
     set_variables()  # this process is not the one that started Ray
     settings = {"run": str(folder), "setting": setting, "tally": tally}
-    return on_workers(
+    tally = on_workers(
         _work, settings, config, setting.plan, folder, make_callbacks=lambda: [TuneReportCallback()],
         max_deaths=RESTARTS,
     )  # fmt: skip
+    if tally is None:
+        raise TrainingStopped
+    return tally
 
 
-def _work(settings: dict[str, Any]) -> _Tally:
+def _work(settings: dict[str, Any]) -> _Tally | None:
+    """Trains on one of several workers; returns None if the training was asked to end early."""
     import ray.train
 
     from harma_ray.on_ray.stream import ray_batches
@@ -227,10 +236,13 @@ def _work(settings: dict[str, Any]) -> _Tally:
         ray.train.report(asdict(tally.add(metrics)) if worker.rank == 0 else {})  # the report of worker 0 counts
 
     with plain_errors():
-        run_trial(
-            _task(config, setting, writable=worker.device == "cpu"), config, folder,
-            worker=worker, loader=ray_batches, callback=callback, label=_label(folder, setting),
-        )  # fmt: skip
+        try:
+            run_trial(
+                _task(config, setting, writable=worker.device == "cpu"), config, folder,
+                worker=worker, loader=ray_batches, callback=callback, label=_label(folder, setting),
+            )  # fmt: skip
+        except TrainingStopped:
+            return None
     return tally
 
 

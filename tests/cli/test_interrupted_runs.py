@@ -11,6 +11,7 @@ from command_line import alone, ray_warns
 from interrupted import (
     OFTEN,
     assert_equal_to_the_bit,
+    assert_saved,
     at_step,
     children,
     done,
@@ -146,6 +147,7 @@ def test_a_trial_of_two_workers_ends_as_the_run_of_its_setting(harma, scenes, ru
         os.killpg(process.pid, signal.SIGINT)
         result = ended(process)
     assert (result.status, len(result.error.splitlines())) == (2, 1), result.error
+    assert_saved(trial)
     done(["tune", "--resume", folder], alone())
     left, right = list_checkpoints(trial)[-1], list_checkpoints(harma)[-1]
     assert (left / WEIGHTS_NAME).read_bytes() == (right / WEIGHTS_NAME).read_bytes()
