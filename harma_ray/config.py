@@ -6,7 +6,7 @@ in ``__post_init__``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -177,6 +177,28 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """The run whose trained weights a run starts from (``--from``)."""
+
+    run: Annotated[str, Incidental()] = ""
+    """Its folder; empty: the run starts from the pretrained model. Once it has a checkpoint of its own, that may go."""
+    checkpoint: Annotated[str, Incidental()] = ""
+    """Name of the checkpoint's folder there."""
+    weights: str = ""
+    """SHA-256 of the weights in it."""
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's folder."""
+        return Path(self.run, "checkpoints", self.checkpoint)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a report has of it: nothing, if there is none."""
+        return {"started_from": asdict(self)} if self.weights else {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
     """Workers and what each of them is given."""
 
@@ -218,6 +240,10 @@ class RunConfig:
     """Training loop."""
     scaling: Annotated[ScalingConfig, Incidental(), SharedByTrials()] = field(default_factory=ScalingConfig)
     """Workers."""
+    started_from: Annotated[StartConfig, AddedLater(before=StartConfig()), SharedByTrials()] = field(
+        default_factory=StartConfig
+    )
+    """Where it began, if not at the pretrained model."""
 
     @property
     def selecting_split(self) -> str:

@@ -9,12 +9,16 @@ from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.samples import check_decoding
 from harma_ray.data.splits import list_splits, open_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 from harma_ray.files import kept_path
+from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
-from harma_ray.settings import build_config, marked_settings
+from harma_ray.runs import Run, open_run
+from harma_ray.settings import build_config, flat_settings, marked_settings, to_dict
 from harma_ray.task import Task
+from harma_ray.training.checkpoint import WEIGHTS_NAME, keeps_weights, trainable_tensors
+from harma_ray.training.run_files import METRICS_NAME, read_meta
 from harma_ray.training.services import check_services
 from harma_ray.training.step import check_batch
 
@@ -75,6 +79,71 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     for is_training in (True, False):
         check_decoding(task.transform(training=is_training), data)
     return Prepared(config, task, planned_order(config), tuple(notices))
+
+
+def starting_from(run: Run, config: RunConfig, metric: str | None, *, adopts: bool) -> dict[str, Any]:
+    """Returns the settings by which a new run starts from the best weights of another.
+
+    Args:
+        run: The other one, finished or imported.
+        config: The new run's settings so far; what they leave empty of the model is the other run's.
+        metric: What its weights are the best by; None = the run's objective.
+        adopts: Whether all of the model is the other run's, if both are of one recipe.
+
+    Raises:
+        UserError: If the other one is of another kind of recipe, is not finished, or has no such weights.
+    """
+    if type(run.config) is not type(config):
+        raise UserError(
+            f"recipe {config.recipe} cannot start from {run.path}, which is a run of {run.config.recipe}: their models "
+            "have nothing in common"
+        )
+    is_import = not (run.path / METRICS_NAME).is_file()
+    best = run.best_checkpoint(metric) if is_import else run.best_finished(metric)
+    theirs, ours = _model_settings(run.config), _model_settings(config)
+    adopts = adopts and run.config.recipe == config.recipe
+    return {
+        **{name: value for name, value in theirs.items() if adopts or ours[name] == ""},
+        "started_from.run": str(run.path),
+        "started_from.checkpoint": best.name,
+        "started_from.weights": file_fingerprint(best / WEIGHTS_NAME),
+    }
+
+
+def require_start(config: RunConfig) -> None:
+    """Checks that a new run can start from the weights that its settings name, if they do.
+
+    Raises:
+        UserError: If these are not there, or are those of another model; it names the settings that differ.
+    """
+    start = config.started_from
+    if not start.weights:
+        return
+    run, meta = open_run(start.run), read_meta(start.path)
+    task, known = make_task(config), _model_settings(run.config)
+    places = marked_settings(config, OnDisk)  # what lies elsewhere now may be the same
+    wrong = [
+        f"`{name}` must be {known[name]}, as there, got {value}"
+        for name, value in _model_settings(config).items()
+        if name not in places and value != known.get(name)
+    ]
+    model = task.build_model(task.backbone.outline())
+    trained = {name: list(tensor.shape) for name, tensor in trainable_tensors(model).items()}
+    theirs, ours = run.task.backbone.name, task.backbone.name
+    is_moved = any(mark.is_there(Path(value)) for value, mark in places.values() if value)
+    if not wrong and keeps_weights(model) and theirs != ours and not is_moved:
+        wrong = [f"what stays frozen must be {theirs}, as there, got {ours}"]
+    if not wrong and trained != meta.trainable:
+        others = sorted(trained.keys() ^ meta.trainable.keys()) or ["of other sizes"]
+        wrong = [f"other weights are trained there ({first_few(others)})"]
+    if wrong:
+        raise UserError(f"the new run cannot start from the weights of {run.path}: {'; '.join(wrong)}")
+
+
+def _model_settings(config: RunConfig) -> dict[str, Any]:
+    """Returns the settings that `Task.model_settings` names."""
+    flat, named = flat_settings(to_dict(config)), make_task(config).model_settings
+    return {name: value for name, value in flat.items() if any(f"{name}.".startswith(f"{part}.") for part in named)}
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

@@ -103,6 +103,8 @@ class Task(ABC, Generic[ConfigT, ModelT]):
     """Settings that only say how `encoder` makes vectors: ``embed`` may change them."""
     feature_sections: Sequence[str] = ()
     """Sections of the settings that decide what `features` is."""
+    model_settings: Sequence[str] = ()
+    """Sections and settings of the model that is trained: a run starts from another's weights where these agree."""
     accumulation: Literal["cached", "summed"] = "cached"
     """How a batch is put together from the parts of ``train.accumulation``. ``cached``: a loss that compares samples
     with each other sees the outputs of all. ``summed``: a loss that is a mean over samples, or over their tokens, is
@@ -193,10 +195,13 @@ class Task(ABC, Generic[ConfigT, ModelT]):
             run: The run, finished.
             metric: What the model is the best by; None = the run's objective.
 
+        Returns:
+            Nothing if the run is not of an earlier stage.
+
         Raises:
-            UserError: If the recipe builds on no other, the run is of another kind, or has no such model.
+            UserError: If the run has no such model.
         """
-        raise UserError(f"recipe {self.config.recipe} does not build on another run; leave out --from")
+        return {}
 
     def encoder(self, model: ModelT, device: str) -> Encoder | None:
         """Returns what gives the vectors of a trained model, which is moved to a device, in the settings' precision.

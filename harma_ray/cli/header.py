@@ -17,7 +17,7 @@ def header_lines(prepared: Prepared) -> list[str]:
     """
     config, order, task, plan = prepared.config, prepared.order, prepared.task, prepared.workers
     assert plan is not None
-    train, batch = config.train, config.train.global_batch_size
+    train, start, batch = config.train, config.started_from, config.train.global_batch_size
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
     length = f"{train.epochs} epochs x {order.steps_per_epoch} steps"
@@ -26,6 +26,7 @@ def header_lines(prepared: Prepared) -> list[str]:
     return [
         f"recipe     {config.recipe}, seed {config.seed}",
         f"backbone   {'; '.join((task.backbone.name, *task.backbone.notes()))}",
+        *([f"from       {start.path}"] if start.weights else []),
         f"trains     {describe_count(task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
         f"steps      {length} of {batch} samples{share}{parts}",

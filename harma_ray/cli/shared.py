@@ -110,25 +110,28 @@ def config_from(options: argparse.Namespace) -> RunConfig:
 
     base = load_config(options.config) if options.config else recipe_config(options.recipe)
     if getattr(options, "source", None):
-        base = build_config(base, stage_changes(options, base.recipe), origin="--from")
+        base = build_config(base, source_changes(options, base), origin="--from")
     return build_config(base, changes_from(options))
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Adds ``--from``."""
     parser.add_argument(
-        "--from", metavar="RUN", dest="source", help="a run of the recipe's earlier stage, whose model this one is "
-        "built on; its best one, or the best by --metric",
+        "--from", metavar="RUN", dest="source", help="start from the weights of a run: its best ones, or the best by "
+        "--metric; a run of the recipe's earlier stage is built on",
     )  # fmt: skip
     add_metric(parser)
 
 
-def stage_changes(options: argparse.Namespace, recipe: str) -> dict[str, Any]:
-    """Returns the settings by which a recipe builds on the run of ``--from``."""
-    from harma_ray.recipes import make_task, recipe_config
+def source_changes(options: argparse.Namespace, base: RunConfig) -> dict[str, Any]:
+    """Returns the settings by which a new run builds on the run of ``--from``, or starts from its weights."""
+    from harma_ray.preflight import starting_from
+    from harma_ray.recipes import make_task
     from harma_ray.runs import open_run
 
-    return make_task(recipe_config(recipe)).after(open_run(options.source), options.metric)
+    run, adopts = open_run(options.source), not getattr(options, "config", None)
+    earlier = make_task(base).after(run, options.metric)
+    return earlier or starting_from(run, base, options.metric, adopts=adopts)
 
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def add_commands(commands: shared.Commands) -> None:
         "recipes: " + ", ".join(RECIPES) + "\n\nexamples:\n"
         "  launch.py train --recipe harma-rsitmd-vit --data data/rsitmd --set optim.learning_rate=2e-4\n"
         "  launch.py train --resume runs/NAME\n"
+        "  launch.py train --recipe harma-rsitmd-vit --from runs/NAME --data data/rsicd\n"
         "  launch.py train --config runs/NAME/config.yaml --seeds 0,1,2",
     )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
@@ -40,7 +41,10 @@ def _train(options: argparse.Namespace) -> None:
     if options.resume:
         changed = ("source", "metric", "overrides", "seeds", "name", "runs", "check")
         if any(getattr(options, name) for name in changed):
-            raise UserError("`--resume` continues a run with its own settings; start a new run to change some")
+            raise UserError(
+                "`--resume` continues a run with its own settings; to change some, or to train a finished run further, "
+                "start a new run: --recipe NAME --from RUN starts from its weights"
+            )
         changes = shared.changes_from(options)
         resume_and_train(options.resume, changes, address=options.address, started=options.started)
         return

@@ -19,7 +19,7 @@ from harma_ray.evaluation import Metrics
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
-from harma_ray.preflight import Prepared, absolute_paths, prepare
+from harma_ray.preflight import Prepared, absolute_paths, prepare, require_start
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, WorkerPlan
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run, timed_name
@@ -47,7 +47,10 @@ def train_seeds(
     """
     made = []
     output_path(runs)
-    trainings = [prepare(absolute_paths(dataclasses.replace(config, seed=seed))) for seed in seeds]
+    configs = [absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds]
+    trainings = [prepare(seeded) for seeded in configs]
+    for seeded in configs:
+        require_start(seeded)
     print_notices(trainings[0].notices)
     print(f"[{time.perf_counter() - started:6.1f} s] settings and data are checked; starting Ray", flush=True)
     with ray_cluster(address) as cluster:
@@ -67,7 +70,7 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
     """Continues a run; only its workers, and the place of its data set, may change. Arguments as for `train_seeds`."""
     run = open_run(path)
     if run.report is not None:
-        print(f"run {run.path} is finished")
+        print(f"run {run.path} is finished; to train it further, start a new run from it: {_further_command(run)}")
         print_report(run)
         return
     if changes:
@@ -109,6 +112,14 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
         )
         raise
     print_report(run)
+
+
+def _further_command(run: Run) -> str:
+    config, train = run.config, run.config.train
+    length = f"train.steps={train.steps}" if train.steps else f"train.epochs={train.epochs}"
+    return launch_command(
+        "train", "--recipe", config.recipe, "--from", run.path, "--data", config.data.path, "--set", length
+    )
 
 
 def _resume_command(run: Run) -> str:

@@ -62,6 +62,7 @@ def _tune(options: argparse.Namespace) -> None:
     if file or options.resume:
         print(f"[{time.perf_counter() - options.started:7.1f} s] loading PyTorch, Ray and Optuna", flush=True)
     from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
+    from harma_ray.recipes import recipe_config
     from harma_ray.tune.space.file import read_recipe
 
     how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
@@ -76,7 +77,7 @@ def _tune(options: argparse.Namespace) -> None:
     elif file:
         recipe = read_recipe(file) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file
-            overrides = {**shared.stage_changes(options, recipe), **overrides}
+            overrides = {**shared.source_changes(options, recipe_config(recipe)), **overrides}
         start_search(file, overrides, runs=options.runs or "runs", name=options.name, options=how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

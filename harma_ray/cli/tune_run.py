@@ -14,14 +14,14 @@ from tabulate import tabulate
 
 from harma_ray.cli.train_run import print_notices
 from harma_ray.cli.tune_progress import SearchProgress, show_params
-from harma_ray.config import OnDisk
+from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.identity import data_identity, require_same_data
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.on_ray.workers import read_paths
-from harma_ray.preflight import absolute_paths, prepare
+from harma_ray.preflight import absolute_paths, prepare, require_start
 from harma_ray.recipes import make_task
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, TrialPlan, plan_trials
@@ -64,6 +64,8 @@ def start_search(
     definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
     _print_timed(options.started)(f"checking recipe {definition.config.recipe} on {definition.config.data.path}")
     _check_data(definition)
+    for point in _corners(definition):
+        require_start(point)
     output_path(runs)
     with _cluster(options) as cluster:
         plan = _plan(definition, cluster)
@@ -181,12 +183,16 @@ def _plan(definition: SearchDefinition, cluster: Cluster) -> TrialPlan:
             "trials of several workers need Ray's dashboard to free their places; leave out --no-dashboard, or start "
             "the cluster with it"
         )
-    ends = [{parameter.name: end} for parameter in definition.parameters for end in parameter.ends]
-    for point in [{}, *ends]:
-        config = build_config(definition.config, point)
+    for config in _corners(definition):
         check_batch(make_task(config), num_workers)
         planned_order(config)
     return plan
+
+
+def _corners(definition: SearchDefinition) -> list[RunConfig]:
+    """Returns the settings that a search begins with, and those at the ends of each of its parameters."""
+    ends = [{parameter.name: end} for parameter in definition.parameters for end in parameter.ends]
+    return [build_config(definition.config, point) for point in [{}, *ends]]
 
 
 def _search(

@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from harma_ray.config import StartConfig
 from harma_ray.distributed import rank
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
 from harma_ray.files import atomic
+from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.models.weights import check_fit
 from harma_ray.parallel import gather_tensors, spread_like
 from harma_ray.training.run_files import META_NAME, CheckpointMeta, checkpoint_path, list_checkpoints, read_meta
@@ -92,6 +94,36 @@ def load_weights(path: Path, model: nn.Module, *, backbone: str) -> CheckpointMe
         for name, tensor in tensors.items():
             own[name].copy_(spread_like(tensor, own[name]))
     return meta
+
+
+def load_start(start: StartConfig, model: nn.Module, *, backbone: str) -> list[str]:
+    """Loads the weights that a run starts from, if it does from any, into an (unwrapped) model, strictly.
+
+    Args:
+        start: Where they are.
+        model: The model as the task builds it.
+        backbone: Fingerprint of the model's base; of no account if all of the model is trained.
+
+    Returns:
+        What the user should know of it, one line each.
+
+    Raises:
+        UserError: If they are not there any more, are others, or do not fit.
+    """
+    path = start.path
+    if not start.weights:
+        return []
+    if not (path / WEIGHTS_NAME).is_file():
+        raise UserError(f"the weights that this run starts from are not there: {path}; name their run with --from")
+    if file_fingerprint(path / WEIGHTS_NAME) != start.weights:
+        raise UserError(f"{path} holds other weights than those that this run starts from; name its run with --from")
+    load_weights(path, model, backbone=backbone if keeps_weights(model) else read_meta(path).backbone)
+    return [f"it starts from the weights in {path}"]
+
+
+def keeps_weights(model: nn.Module) -> bool:
+    """Tells whether weights of a model stay as they are; a single number, such as CLIP's unused scale, is none."""
+    return any(parameter.dim() and not parameter.requires_grad for parameter in model.parameters())
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from harma_ray.distributed import broadcast_object
 
 STOP_NAME = ".stop"
-_LONGEST = 100
-"""Most steps between two looks at the file."""
+_SECONDS, _LONGEST = 0.2, 100
+"""About how far two looks at the file are apart, and the most steps between them."""
 
 
 class TrainingStopped(Exception):
@@ -25,7 +25,7 @@ def withdraw_stop(run_dir: Path) -> None:
 
 
 class StopSignal:
-    """Whether a training was asked to end, which worker 0 looks up about once a second, and tells all others."""
+    """Whether a training was asked to end, which worker 0 looks up some five times a second, and tells all others."""
 
     def __init__(self, run_dir: Path):
         """Looks for the file in a run's folder."""
@@ -39,7 +39,7 @@ class StopSignal:
         now, stride = time.perf_counter(), 1
         if self._looked is not None:
             steps, seconds = step - self._looked[0], now - self._looked[1]
-            stride = max(1, min(_LONGEST, int(steps / max(seconds, 1e-6))))
+            stride = max(1, min(_LONGEST, int(_SECONDS * steps / max(seconds, 1e-6))))
         self._looked = (step, now)
         given, self._due = broadcast_object((self._file.exists(), step + stride))
         return given

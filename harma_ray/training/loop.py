@@ -31,6 +31,7 @@ from harma_ray.training.checkpoint import (
     CheckpointMeta,
     checkpoint_path,
     list_checkpoints,
+    load_start,
     load_state,
     load_weights,
     prune_checkpoints,
@@ -169,7 +170,8 @@ class _Training:
         """Goes to the last checkpoint if there is one, and opens the record; returns whether there was one."""
         checkpoints = list_checkpoints(self._run_dir)
         last = broadcast_object(checkpoints[-1] if checkpoints else None)  # a shared disk may show others an older one
-        notices = [] if last is None else self._restore(last)
+        start, model = self._config.started_from, self._model
+        notices = load_start(start, model, backbone=self._backbone) if last is None else self._restore(last)
         if self._worker.rank == 0:
             last_step = self._progress.step if last else None
             watch = health_watch(self._task, self._total_steps)
@@ -194,9 +196,8 @@ class _Training:
         train, progress = self._config.train, self._progress
         if not self.can_train:
             return
-        stream = TrainingStream(
-            self._order, self._task.transform(training=True), self._config.data, self._worker, self._loader
-        )
+        rows = self._task.transform(training=True)
+        stream = TrainingStream(self._order, rows, self._config.data, self._worker, self._loader)
         meter, parts = Meter(train.global_batch_size, self._worker.world_size), num_batches(self._task)
         epochs, stop = math.ceil(self._total_steps / self._order.steps_per_epoch), StopSignal(self._run_dir)
         with contextlib.closing(stream.steps(progress.step, epochs, parts)) as batches:
@@ -225,9 +226,8 @@ class _Training:
     def _is_evaluated(self) -> bool:
         """Whether the step that was taken last is followed by an evaluation."""
         train, step = self._config.train, self._progress.step
-        if step == self._total_steps:
-            return True
-        return step % (train.eval_every_steps or train.eval_every_epochs * self._order.steps_per_epoch) == 0
+        every = train.eval_every_steps or train.eval_every_epochs * self._order.steps_per_epoch
+        return step == self._total_steps or step % every == 0
 
     @property
     def _epoch(self) -> float:
@@ -331,6 +331,7 @@ class _Training:
     def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
         return {
             "recipe": self._config.recipe,
+            **self._config.started_from.entry,
             "objective": self._task.metrics.objective,
             "selected_on": self._selection.split.name,
             "eval_precision": self._config.train.eval_precision,

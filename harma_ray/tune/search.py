@@ -37,7 +37,7 @@ from harma_ray.tune.scheduling import StudySearcher, make_scheduler
 from harma_ray.tune.sharing import SharedModule
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.storage import cause_of
-from harma_ray.tune.study import Event, SearchStudy
+from harma_ray.tune.study import Event, SearchStudy, trial_folder
 from harma_ray.tune.trial import RESTARTS, TrialSetting, evaluate_baseline, finish, prepare_folder, run, train_alone
 
 WORK_FOLDER = "ray"

@@ -28,7 +28,7 @@ from harma_ray.resources import WorkerPlan
 from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run
 from harma_ray.settings import build_config, to_yaml
 from harma_ray.task import Task
-from harma_ray.training.checkpoint import list_checkpoints, read_meta
+from harma_ray.training.checkpoint import list_checkpoints, load_start, read_meta
 from harma_ray.training.interruption import TrainingStopped, withdraw_stop
 from harma_ray.training.loop import finish_training, run_training, run_trial
 from harma_ray.training.sinks import Label
@@ -121,6 +121,9 @@ def evaluate_baseline(config: RunConfig, setting: TrialSetting) -> dict[str, flo
     """Returns the metrics of the model before any training, on the split that the best epoch is picked on."""
     task, worker = _task(config, setting), single_worker(config, setting.plan)
     model, split = task.baseline_model(), config.selecting_split
+    if config.started_from.weights:
+        model = task.new_model()
+        load_start(config.started_from, model, backbone=task.backbone.fingerprint(model))
     return evaluate_split(task, config, model, split, worker=worker, loader=_loader(config)).metrics
 
 

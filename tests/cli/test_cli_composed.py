@@ -118,10 +118,9 @@ def test_a_search_over_the_second_stage_computes_features_once(capsys, composed,
 
 def test_a_stage_that_does_not_fit_is_one_clear_line(capsys, composed, tuned, combined, random_run):
     for recipe, source, why in (
-        ("harma-scenes", tuned, "recipe harma-scenes does not build on another run"),
-        ("scenes-cir-finetune", tuned, "recipe scenes-cir-finetune does not build on another run"),
-        ("scenes-cir-combiner", combined, "is a run of scenes-cir-combiner"),
-        ("scenes-cir-combiner", random_run, "is a run of harma-scenes"),
+        ("harma-scenes", tuned, "which is a run of scenes-cir-finetune: their models have nothing in common"),
+        ("scenes-cir-finetune", combined, "which is a run of scenes-cir-combiner"),
+        ("scenes-cir-combiner", random_run, "which is a run of harma-scenes"),
     ):
         assert why in refused(capsys, "train", "--recipe", recipe, "--from", source.path, "--data", composed)
     (tuned.path / "report.json").rename(tuned.path / "away.json")

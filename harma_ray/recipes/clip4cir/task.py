@@ -87,6 +87,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
 
     evaluated_kinds = (IMAGES, IMAGE_VECTORS)
     feature_sections = ("model", "preparation", "features")
+    model_settings = ("model", "preparation.padding", "preparation.target_ratio", "tuning", "combiner")
 
     def __init__(self, config: Clip4CirConfig):
         """Takes the settings; nothing is loaded yet."""
@@ -154,12 +155,9 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
 
     def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
         """Returns the settings by which the second stage builds on the first's CLIP."""
-        if not isinstance(self.config, CombinerConfig):
-            return super().after(run, metric)
         first = run.config
-        if not isinstance(first, FinetuneConfig):
-            recipe = self.config.recipe
-            raise UserError(f"recipe {recipe} builds on a fine-tuned CLIP, but {run.path} is a run of {first.recipe}")
+        if not isinstance(self.config, CombinerConfig) or not isinstance(first, FinetuneConfig):
+            return {}
         return {
             "model.architecture": first.model.architecture,
             "model.pretrained": first.model.pretrained,

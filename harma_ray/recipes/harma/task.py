@@ -46,6 +46,10 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
 
     evaluated_kinds = (IMAGES,)
     unseen_settings = ("model.text_tokens", "adapter.num_heads", "adapter.share_across_modalities")
+    model_settings = (
+        "model.architecture", "model.pretrained", "model.activation", "model.tuning", "model.text_tokens", "adapter",
+        "loss.contrastive",
+    )  # fmt: skip
 
     def __init__(self, config: HarmaConfig):
         """Takes the settings; nothing is loaded yet."""

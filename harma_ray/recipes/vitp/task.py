@@ -50,6 +50,10 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
     accumulation = "summed"
     evaluated_kinds = (TALKS,)
     vector_settings = ("features.layer", "features.pooling", "features.interpolation")
+    model_settings = (
+        "model.architecture", "model.pretrained", "model.vision", "model.freeze_vision", "model.freeze_vision_layers",
+        "model.freeze_projector", "model.freeze_language_model", "model.freeze_output_head",
+    )  # fmt: skip
     unseen_settings = ("talk.max_tiles", "talk.thumbnail", "talk.max_tokens", "talk.system")
 
     def __init__(self, config: VitpConfig):
