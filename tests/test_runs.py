@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-from harma_ray.cli.train_run import print_spread
 from harma_ray.errors import UserError
 from harma_ray.files import output_path, write_text
 from harma_ray.recipes import load_config, recipe_config
@@ -76,14 +75,3 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         write_text(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_the_spread_over_seeds_is_the_standard_deviation_of_a_sample(config, tmp_path, capsys):
-    values = [10.0, 13.0, 11.5]
-    runs = [create_run(tmp_path, f"seed{seed}", build_config(config, {"seed": seed})) for seed in range(3)]
-    for run, value in zip(runs, values, strict=True):
-        write_text(run.path / "report.json", f'{{"metrics": {{"test": {{"r_mean": {value}}}}}}}')
-    print_spread(runs)
-    heading, _, row = capsys.readouterr().out.strip().splitlines()
-    assert heading.split() == ["test", "mean", "std", "seed", "0", "seed", "1", "seed", "2"]
-    assert [float(cell) for cell in row.split()[1:]] == [11.5, 1.5, *values]  # squares 2.25, 2.25, 0 over 3 - 1

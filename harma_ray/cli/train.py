@@ -36,8 +36,6 @@ def add_commands(commands: shared.Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from harma_ray.cli.train_run import check_gradients, resume_and_train, train_seeds
-
     if options.resume:
         changed = ("source", "metric", "overrides", "seeds", "name", "runs", "check")
         if any(getattr(options, name) for name in changed):
@@ -46,15 +44,19 @@ def _train(options: argparse.Namespace) -> None:
                 "start a new run: --recipe NAME --from RUN starts from its weights"
             )
         changes = shared.changes_from(options)
+        from harma_ray.cli.train_run import resume_and_train  # torch and Ray: mistakes are told without
+
         resume_and_train(options.resume, changes, address=options.address, started=options.started)
         return
     if options.metric and not options.source:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
     config = shared.config_from(options)
+    seeds = _parse_seeds(options.seeds) if options.seeds else [config.seed]
+    from harma_ray.cli.train_run import check_gradients, train_seeds
+
     if options.check:
         check_gradients(config)
         return
-    seeds = _parse_seeds(options.seeds) if options.seeds else [config.seed]
     train_seeds(
         config, seeds, runs=options.runs or "runs", name=options.name, address=options.address, started=options.started
     )

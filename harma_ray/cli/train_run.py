@@ -1,16 +1,15 @@
 """Trainings, as they are printed: what is about to happen, how it goes, where things are."""
 
+import contextlib
 import dataclasses
 import math
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from harma_ray.cli.header import header_lines
+from harma_ray.cli.seeds_run import begun_runs, print_seeds
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
 from harma_ray.data.stream import local_batches
@@ -45,25 +44,40 @@ def train_seeds(
         address: Cluster to join.
         started: When the command started (``time.perf_counter``), for the times that are printed.
     """
-    made = []
     output_path(runs)
-    configs = [absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds]
-    trainings = [prepare(seeded) for seeded in configs]
-    for seeded in configs:
-        require_start(seeded)
-    print_notices(trainings[0].notices)
-    print(f"[{time.perf_counter() - started:6.1f} s] settings and data are checked; starting Ray", flush=True)
-    with ray_cluster(address) as cluster:
-        dashboard = f", {cluster.dashboard}" if cluster.dashboard else ""
-        print(f"[{time.perf_counter() - started:6.1f} s] Ray is up{dashboard}", flush=True)
-        for prepared in [training.on(cluster) for training in trainings]:
-            seeded = prepared.config
-            own_name = name or timed_name(seeded.recipe)
-            run = create_run(runs, f"{own_name}-seed{seeded.seed}" if len(seeds) > 1 else own_name, seeded)
-            made.append(run)
-            train_and_print(run, prepared, cluster, started)
-    if len(made) > 1:
-        print_spread(made)
+    own_name = name or timed_name(config.recipe)
+    names = {seed: f"{own_name}-seed{seed}" if len(seeds) > 1 else own_name for seed in seeds}
+    configs = {names[seed]: absolute_paths(dataclasses.replace(config, seed=seed)) for seed in seeds}
+    begun = begun_runs(runs, configs) if name and len(seeds) > 1 else {}
+    for run in begun.values():
+        print(f"run {run.path} is {'finished, and taken as it is' if run.report else 'begun, and goes on'}")
+    done = {own: run for own, run in begun.items() if run.report}
+    trainings = {own: prepare(seeded) for own, seeded in configs.items() if own not in done}
+    for own in trainings.keys() - begun.keys():
+        require_start(configs[own])
+    if trainings:
+        print_notices(next(iter(trainings.values())).notices)
+        print(f"[{time.perf_counter() - started:6.1f} s] settings and data are checked; starting Ray", flush=True)
+        with ray_cluster(address) as cluster:
+            dashboard = f", {cluster.dashboard}" if cluster.dashboard else ""
+            print(f"[{time.perf_counter() - started:6.1f} s] Ray is up{dashboard}", flush=True)
+            for own, prepared in [(own, training.on(cluster)) for own, training in trainings.items()]:
+                run = done[own] = begun.get(own) or create_run(runs, own, prepared.config)
+                with _several_seeds(own_name if len(seeds) > 1 else ""):
+                    train_and_print(run, prepared, cluster, started)
+    if len(seeds) > 1:
+        print_seeds([done[own] for own in configs], output_path(runs) / f"{own_name}-seeds.md")
+
+
+@contextlib.contextmanager
+def _several_seeds(name: str) -> Iterator[None]:
+    """Says of an interruption that the whole command goes on; `name` is what the runs have in common."""
+    try:
+        yield
+    except (KeyboardInterrupt, WorkerFailed) as error:
+        if name:
+            error.__notes__ = [f"run the same command again with --name {name}: finished seeds are taken as they are"]
+        raise
 
 
 def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: str | None, started: float) -> None:
@@ -169,23 +183,6 @@ def print_notices(notices: Sequence[str]) -> None:
     """Prints what the user should know before anything starts."""
     for notice in notices:
         print(f"notice: {notice}")
-
-
-def print_spread(runs: Sequence[Run]) -> None:
-    """Prints mean and standard deviation over several runs of one setting."""
-    reports = [run.report or {} for run in runs]
-    for split in reports[0]["metrics"]:
-        rows = []
-        for name in reports[0]["metrics"][split]:
-            values = [report["metrics"][split][name] for report in reports]
-            figures = (statistics.mean(values), statistics.stdev(values), *values)
-            rows.append([name, *(runs[0].task.metrics.show(name, value) for value in figures)])
-        headers = [split, "mean", "std", *(f"seed {run.config.seed}" for run in runs)]
-        align = ["left", *["right"] * (len(headers) - 1)]
-        print("\n" + tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
-    for run, report in zip(runs, reports, strict=True):
-        for entry in report.get("health", []):
-            print(f"WARNING    {run.path.name}: {Finding.of(entry).message}")
 
 
 def check_gradients(config: RunConfig) -> None:

@@ -173,8 +173,7 @@ class _Training:
         start, model = self._config.started_from, self._model
         notices = load_start(start, model, backbone=self._backbone) if last is None else self._restore(last)
         if self._worker.rank == 0:
-            last_step = self._progress.step if last else None
-            watch = health_watch(self._task, self._total_steps)
+            last_step, watch = self._progress.step if last else None, health_watch(self._task, self._total_steps)
             self._tracker = Tracker(self._run_dir, last_step, watch, self._config, self._label)
             self._tracker.log("start", self._progress.step, {}, seconds=round(self._build_seconds, 3))
             for notice in notices:
