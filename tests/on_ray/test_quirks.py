@@ -317,7 +317,7 @@ def test_the_controller_is_given_nothing_of_a_runs_settings(tmp_path, monkeypatc
     from ray import cloudpickle
 
     given = []
-    monkeypatch.setattr("harma_ray.on_ray.workers.fit", given.append)
+    monkeypatch.setattr("harma_ray.on_ray.workers.fit", lambda trainer, on_interrupt: given.append(trainer))
     on_workers(print, {}, recipe_config("harma-scenes"), WorkerPlan(2, 1.0, 0.0), tmp_path)
     assert b"harma_ray" not in cloudpickle.dumps(given[0].train_run_context)
 
