@@ -46,6 +46,20 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """What a model needs that is shared as the folder of a run."""
+
+    changes: Mapping[str, Any]
+    """Settings by which it is built from the folder; paths that begin with ``./`` lie in there."""
+    backbone: str
+    """Fingerprint of what is built so."""
+    text: str
+    """What that is, in a sentence."""
+    is_trained_further: bool = True
+    """Whether the checkpoint's weights are to be loaded into what is built."""
+
+
+@dataclass(frozen=True)
 class Submission:
     """Answers to queries whose targets are not public, as files for an evaluation server."""
 
@@ -78,6 +92,8 @@ class ForeignFormat(ABC):
     """Of runs that are written in this format."""
     marks: Sequence[str] = ()
     """Tensors one of which its models have, and nothing else; none: they are found as CLIPs."""
+    tags: Sequence[str] = ()
+    """What the hub should find models under; the first is the task."""
     part: str = ""
     """What of a model a file holds, if that goes on top of a CLIP which is given beside it; empty: all of it."""
 
@@ -141,6 +157,10 @@ class ForeignFormat(ABC):
         Raises:
             UserError: If the paper's program could not read it right.
         """
+
+    def carry(self, model: Any, folder: Path, run: StoredRun) -> Carried | None:
+        """Writes into a folder what a run's model is built from, for models on no CLIP; None, as by default: a CLIP."""
+        return None
 
     def write_vision(self, model: Any, folder: Path, layout: Layout, dtype: torch.dtype) -> Extraction:
         """Writes the vision transformer of a run's model alone into a folder, for recipes that have one.

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import harma_ray
-from harma_ray.config import RunConfig
+from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path, output_path, write_text
 from harma_ray.recipes import load_config, make_task
-from harma_ray.settings import to_yaml
+from harma_ray.settings import build_config, marked_settings, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.run_files import REPORT_NAME, CheckpointMeta, list_checkpoints, read_meta, read_records
 
@@ -193,7 +193,14 @@ def open_run(path: str | Path) -> Run:
     path = kept_path(path, "the run")
     if not (path / CONFIG_NAME).is_file():
         raise UserError(f"{path} is not the folder of a run (it has no {CONFIG_NAME})")
-    return Run(path, load_config(path / CONFIG_NAME))
+    return Run(path, _placed(load_config(path / CONFIG_NAME), path))
+
+
+def _placed(config: RunConfig, folder: Path) -> RunConfig:
+    """Returns settings whose paths into the run's own folder (``./``) lead to where that lies now."""
+    found = marked_settings(config, OnDisk).items()
+    inside = {name: str(folder / value) for name, (value, _) in found if value.startswith("./")}
+    return build_config(config, inside)
 
 
 def describe_environment() -> str:

@@ -21,15 +21,7 @@ def add_commands(commands: shared.Commands) -> None:
                       "a run of an earlier stage, or a tag such as openai")  # fmt: skip
     made.add_argument("--section", default="", metavar="NAME", help="which of several models in the file, such as ema")
     shared.add_settings(made)
-    made = shared.make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
-    made.add_argument("--run", required=True, help="folder of the run")
-    made.add_argument("--format", required=True, choices=["released", "adapter", "open_clip", "onnx"], help="released: "
-                      "what the paper's own program reads; adapter: what was trained; open_clip: a plain CLIP, as a "
-                      "folder for local-dir:, or as a file if --out ends in .safetensors; onnx: a folder of graphs of "
-                      "the towers")  # fmt: skip
-    made.add_argument("--out", required=True, help="file or folder to write")
-    made.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote there")
-    shared.add_metric(made)
+    _add_export(verbs)
     text = "Write the vision transformer of a run's best model alone, as a Hugging Face folder."
     made = shared.make_command(verbs, "extract-vit", _extract, text)
     made.add_argument("--run", required=True, help="folder of the run")
@@ -44,6 +36,29 @@ def add_commands(commands: shared.Commands) -> None:
     made.add_argument("path", help="file, checkpoint folder or run folder")
 
 
+def _add_export(verbs: shared.Commands) -> None:
+    """Adds ``export``."""
+    made = shared.make_command(verbs, "export", _export, "Write a run's best weights for other programs.")
+    made.add_argument("--run", required=True, help="folder of the run")
+    made.add_argument(
+        "--format", required=True, choices=["released", "adapter", "open_clip", "onnx", "huggingface"],
+        help="released: what the paper's own program reads; adapter: what was trained; open_clip: a plain CLIP, as a "
+        "folder for local-dir:, or as a file if --out ends in .safetensors; onnx: a folder of graphs of the towers; "
+        "huggingface: a folder with a model card, which load_run reads back",
+    )  # fmt: skip
+    made.add_argument("--out", required=True, help="file or folder to write")
+    made.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote there")
+    made.add_argument(
+        "--backbone", choices=["include", "name"], help="huggingface: whether the weights that a CLIP started from are "
+        "in the folder (default: those of a file are, others are named)",
+    )  # fmt: skip
+    made.add_argument(
+        "--figures", action="append", default=[], metavar="FILE", help="huggingface: what evaluate --json wrote of "
+        "this run: figures with intervals; may be repeated",
+    )  # fmt: skip
+    shared.add_metric(made)
+
+
 def _import(options: argparse.Namespace) -> None:
     from harma_ray.import_export import import_checkpoint
     from harma_ray.preflight import absolute_paths
@@ -56,10 +71,13 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from harma_ray.exports.checkpoint import export_checkpoint
+    from harma_ray.exports.hub import HubOptions
     from harma_ray.runs import open_run
 
+    hub = HubOptions(options.backbone, tuple(options.figures))
+    run = open_run(options.run)
     made = export_checkpoint(
-        open_run(options.run), options.format, options.out, metric=options.metric, overwrite=options.overwrite
+        run, options.format, options.out, metric=options.metric, overwrite=options.overwrite, hub=hub
     )
     print(made.describe())
 

@@ -13,6 +13,7 @@ from harma_ray.exports.clip_folder import CONFIG_NAME as CLIP_NAME
 from harma_ray.exports.clip_folder import write_clip_folder
 from harma_ray.exports.graphs import FACTS_NAME as GRAPHS_NAME
 from harma_ray.exports.graphs import require_packages, write_graphs
+from harma_ray.exports.hub import CARD_NAME, HubOptions, write_hub_folder
 from harma_ray.files import making, output_path
 from harma_ray.formats import ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
@@ -20,12 +21,12 @@ from harma_ray.models.foreign import OWN_FORMAT
 from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.tasks import FORMATS, clip_backbone
-from harma_ray.runs import Run
+from harma_ray.runs import CONFIG_NAME, Run
 from harma_ray.settings import to_dict
 from harma_ray.training.checkpoint import read_meta, trainable_tensors
 
-EXPORTS = ("released", "adapter", "open_clip", "onnx")
-_MADE = ((GRAPHS_NAME,), (CLIP_NAME,), ("config.json", "model.safetensors"))
+EXPORTS = ("released", "adapter", "open_clip", "onnx", "huggingface")
+_MADE = ((GRAPHS_NAME,), (CLIP_NAME,), (CARD_NAME, CONFIG_NAME), ("config.json", "model.safetensors"))
 """Files by which a folder is known to be an export."""
 _OTHER_WEIGHTS = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -46,7 +47,13 @@ class Exported:
 
 
 def export_checkpoint(
-    run: Run, format: str, out: str | Path, *, metric: str | None = None, overwrite: bool = False
+    run: Run,
+    format: str,
+    out: str | Path,
+    *,
+    metric: str | None = None,
+    overwrite: bool = False,
+    hub: HubOptions | None = None,
 ) -> Exported:
     """Writes a run's best weights for other programs.
 
@@ -56,6 +63,7 @@ def export_checkpoint(
         out: The file, or the folder, as the format has it; written whole or not at all.
         metric: What the best weights are the best by; None = the recipe's objective.
         overwrite: Whether what is there may be replaced.
+        hub: What was chosen for ``huggingface``.
 
     Raises:
         UserError: If the format does not fit the run, a package is missing, or `out` exists or cannot be written.
@@ -65,7 +73,11 @@ def export_checkpoint(
     if format not in EXPORTS:
         raise UserError(f"the format must be one of {', '.join(EXPORTS)}, got `{format}`")
     own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
-    meta = read_meta(run.best_checkpoint(metric))
+    hub = hub or HubOptions()
+    if format != "huggingface" and hub != HubOptions():
+        raise UserError("`--backbone` and `--figures` are for --format huggingface; leave them out")
+    checkpoint = run.best_checkpoint(metric)
+    meta = read_meta(checkpoint)
     _check(run, format, own, path, is_trained=bool(meta.trainable))
     model, notes = run.load_model(metric), ()
     with making(path, overwrite=overwrite) as partial:
@@ -73,6 +85,8 @@ def export_checkpoint(
             _write_adapters(model, run, meta.backbone, partial)
         elif format == "open_clip":
             notes = _write_clip(model, run, own, partial)
+        elif format == "huggingface":
+            notes = write_hub_folder(run, model, checkpoint, own, partial, hub)
         elif own and format == "released":
             own.write(model, run, meta.epoch, partial)
         elif own:

@@ -40,6 +40,7 @@ class Clip4CirFile(ForeignFormat):
     """A Combiner, which is one with the CLIP that it was trained on; written, a fine-tuned CLIP as well."""
 
     settings, marks, part = Clip4CirConfig, ("combiner_layer.weight",), "a Combiner"
+    tags = ("composed-image-retrieval", "clip", "clip4cir", "remote-sensing")
 
     def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
         """Returns a Combiner as it is."""

@@ -57,6 +57,7 @@ class HarmaFile(ForeignFormat):
     """A CLIP with HarMA's adapters under ``model``: its own backbone, of a width that its shapes show."""
 
     settings = HarmaConfig
+    tags = ("image-text-retrieval", "clip", "harma", "remote-sensing")
 
     def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
         """Returns a CLIP with HarMA's adapters under the released names, the temperatures beside it with it."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
 from harma_ray.files import kept_path
-from harma_ray.formats import ForeignFormat, Reading
+from harma_ray.formats import Carried, ForeignFormat, Reading
+from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import ForeignWeights
 from harma_ray.models.internvl.files import TRANSLATED, Extraction, Layout, read_outline, write_internvl, write_vision
 from harma_ray.models.internvl.keys import VISION_MARKS, is_original, vision_part
@@ -28,6 +29,8 @@ from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.task import StoredRun
 
+_FOLDER = "model"
+"""Of a whole model in the folder of a run."""
 _PARTS = ("vision", "projector", "language_model", "output_head")
 
 
@@ -35,6 +38,7 @@ class InternVLFile(ForeignFormat):
     """An InternVL, or its vision transformer: the transformer alone may be a file, all else is a folder."""
 
     settings, marks = VitpConfig, VISION_MARKS
+    tags = ("image-text-to-text", "internvl", "vitp", "remote-sensing")
 
     def claim(self, weights: ForeignWeights) -> ForeignWeights | None:
         """Returns a vision transformer as it is."""
@@ -104,6 +108,15 @@ class InternVLFile(ForeignFormat):
         assert isinstance(run.config, VitpConfig)
         write_internvl(model.core, path)
         backbone_of(run.config).tokenizer().save_pretrained(path)
+
+    def carry(self, model: VisualInstructionModel, folder: Path, run: StoredRun) -> Carried:
+        """Writes the whole model as trained, as `write` does: nothing else is needed."""
+        self.write(model, run, 0, folder / _FOLDER)
+        frozen = {f"model.freeze_{part}": True for part in _PARTS}
+        fingerprint = backbone_fingerprint(model.core)
+        text = f"{_FOLDER}/ holds the whole trained model in InternVL's own layout (fingerprint {fingerprint[:12]})."
+        changes = {**frozen, "model.pretrained": f"./{_FOLDER}", "model.vision": ""}
+        return Carried(changes, fingerprint, text, is_trained_further=False)
 
     def write_vision(
         self, model: VisualInstructionModel, folder: Path, layout: Layout, dtype: torch.dtype
