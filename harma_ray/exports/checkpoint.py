@@ -84,7 +84,7 @@ def export_checkpoint(
         if format == "adapter":
             _write_adapters(model, run, meta.backbone, partial)
         elif format == "open_clip":
-            notes = _write_clip(model, run, own, partial)
+            notes = tuple(note.format(path) for note in _write_clip(model, run, own, partial))
         elif format == "huggingface":
             notes = write_hub_folder(run, model, checkpoint, own, partial, hub)
         elif own and format == "released":
@@ -135,11 +135,15 @@ def _write_adapters(model: nn.Module, run: Run, backbone: str, path: Path) -> No
 
 
 def _write_clip(model: Any, run: Run, own: ForeignFormat | None, path: Path) -> tuple[str, ...]:
-    """Writes a model's CLIP, as a file or as a folder of open_clip; returns what open_clip does otherwise."""
+    """Writes a model's CLIP, as a file or as a folder of open_clip.
+
+    Returns:
+        How the folder is opened, ``{}`` for its place, and what open_clip does otherwise.
+    """
     if path.suffix == ".safetensors" or own is None:
         save_clip(model.clip, path)
         return ()
     prepared = own.preparation(model, run)
     write_clip_folder(model.clip, clip_backbone(run.config).architecture, prepared, path)
-    use = f'open_clip.create_model_and_transforms("local-dir:{path}")'
+    use = 'open_clip.create_model_and_transforms("local-dir:{}")'
     return (use, f"its transform leaves out a step of this run: {prepared.first}") if prepared.first else (use,)

@@ -42,7 +42,9 @@ def encoded(folder, images, texts):
 def test_open_clip_gives_the_vectors_of_a_run_without_adapters(tmp_path, changes):
     config = build_config(recipe_config("harma-scenes"), {"model.pretrained": "random", **changes})
     run = make_random_run(tmp_path, "run", config)
-    folder = export_checkpoint(run, "open_clip", tmp_path / "clip").path
+    made = export_checkpoint(run, "open_clip", tmp_path / "clip")
+    folder = made.path
+    assert f'create_model_and_transforms("local-dir:{folder}")' in made.describe()
     images = pictures()
     own = load_run(run.path, "cpu")
     vectors, texts = encoded(folder, images, TEXTS)
