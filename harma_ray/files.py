@@ -165,6 +165,14 @@ def output_path(path: str | Path) -> Path:
     return path.absolute()
 
 
+def require_writable(path: Path, option: str) -> None:
+    """Raises UserError unless a file or folder can be made at a place; `option` is what names another."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "is read-only" if above.is_dir() else "is no folder"
+        raise UserError(f"cannot make {path}, because {above} {reason}; choose another {option}")
+
+
 def kept_path(path: str | Path, name: str) -> Path:
     """Returns the absolute path of what a run, once made, will be read with again: data, weights, another run.
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.samples import check_decoding
-from harma_ray.data.splits import list_splits, open_split
+from harma_ray.data.splits import open_used
 from harma_ray.errors import UserError, first_few
 from harma_ray.files import kept_path
 from harma_ray.models.fingerprints import file_fingerprint
@@ -65,15 +65,7 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     """
     data = config.data
     check_services(config.train.log_to)
-    if not data.path:
-        raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
-    training = open_split(data.path, data.train_split)
-    evaluated = [open_split(data.path, config.selecting_split)]
-    notices = []
-    if data.test_split not in list_splits(data.path):
-        notices.append(f"{data.path} has no split `{data.test_split}`, so nothing is evaluated on it at the end")
-    elif data.test_split != evaluated[0].name:
-        evaluated.append(open_split(data.path, data.test_split))
+    training, evaluated, notices = open_used(config)
     task = make_task(config)
     task.check(training, evaluated, metrics)
     for is_training in (True, False):

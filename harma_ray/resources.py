@@ -1,7 +1,9 @@
 """How a cluster is divided: workers of a training, trials of a search, and what each is given."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from harma_ray.config import RunConfig
 from harma_ray.errors import UserError
@@ -152,6 +154,15 @@ def _trial_cpus(
         share = (sum(cpus for cpus, _, _ in shapes) - reserve) / (num_workers * max(1, concurrent)) - data_cpus
         share = share if concurrent and len(shapes) == 1 else min(1, share)
     return int(share) if share >= 1 else max(0.25, int(share * 100) / 100)
+
+
+def has_driver() -> bool:
+    """Tells whether this machine has the driver of a GPU, NVIDIA's or AMD's; without it there is none to be used."""
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def uses_gpu(config: RunConfig, cluster: Cluster) -> bool:

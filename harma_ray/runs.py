@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import harma_ray
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError
-from harma_ray.files import kept_path, output_path, write_text
+from harma_ray.files import kept_path, output_path, require_writable, write_text
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import build_config, marked_settings, to_yaml
 from harma_ray.shell import command_line, launch_command
@@ -119,23 +119,7 @@ class Run:
         Raises:
             UserError: If another one does.
         """
-        deadline = time.monotonic() + wait_seconds
-        try:
-            file = (self.path / LOCK_NAME).open("wb")
-        except OSError as error:
-            raise UserError(f"cannot write into run {self.path} ({error.strerror})") from error
-        with file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    if time.monotonic() < deadline:
-                        time.sleep(1)
-                        continue
-                    raise UserError(f"run {self.path} is being trained by another process; wait for its end") from error
-                except OSError as error:  # some network file systems have no locks
-                    _logger.warning("%s cannot be locked (%s): train it in one process only", self.path, error.strerror)
-                break
+        with lock_folder(self.path, wait_seconds=wait_seconds):
             yield
 
     def load_model(self, metric: str | None = None) -> nn.Module:
@@ -145,6 +129,29 @@ class Run:
         model = self.task.new_model()
         load_weights(self.best_checkpoint(metric), model, backbone=self.task.backbone.fingerprint(model))
         return model.eval()
+
+
+@contextlib.contextmanager
+def lock_folder(path: Path, *, wait_seconds: float = 0) -> Iterator[None]:
+    """Keeps other processes from training the run, or the search, of a folder; arguments and errors of `Run.locked`."""
+    deadline = time.monotonic() + wait_seconds
+    try:
+        file = (path / LOCK_NAME).open("wb")
+    except OSError as error:
+        raise UserError(f"cannot write into run {path} ({error.strerror})") from error
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(1)
+                    continue
+                raise UserError(f"run {path} is being trained by another process; wait for its end") from error
+            except OSError as error:  # some network file systems have no locks
+                _logger.warning("%s cannot be locked (%s): train it in one process only", path, error.strerror)
+            break
+        yield
 
 
 def create_run(runs: str | Path, name: str | None, config: RunConfig) -> Run:
@@ -170,17 +177,24 @@ def make_folder(runs: str | Path, name: str, kind: str) -> Path:
     Raises:
         UserError: If the name is taken or no folder name, or the folder cannot be written.
     """
-    if name != Path(name).name or name.startswith("."):
-        raise UserError(f"a {kind}'s name must be a plain folder name, got `{name}`")
-    path = output_path(runs) / name
+    path = new_folder(runs, name, kind)
     try:
         path.mkdir(parents=True)
-    except FileExistsError as error:
-        way_out = f"choose another --name, or continue it with {command_line('--resume', path)}"
-        raise UserError(f"{kind} {path} exists; {way_out}") from error
     except OSError as error:
         raise UserError(f"cannot make the {kind}'s folder {path} ({error.strerror}); choose another --runs") from error
     write_text(path / ENVIRONMENT_NAME, describe_environment())
+    return path
+
+
+def new_folder(runs: str | Path, name: str, kind: str) -> Path:
+    """Returns the absolute folder of a new run or search, which can be made; arguments and errors of `make_folder`."""
+    if name != Path(name).name or name.startswith("."):
+        raise UserError(f"a {kind}'s name must be a plain folder name, got `{name}`")
+    path = output_path(runs) / name
+    if path.exists():
+        way_out = f"choose another --name, or continue it with {command_line('--resume', path)}"
+        raise UserError(f"{kind} {path} exists; {way_out}")
+    require_writable(path, "--runs")
     return path
 
 

@@ -60,22 +60,28 @@ def _add_export(verbs: shared.Commands) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from harma_ray.import_export import import_checkpoint
-    from harma_ray.preflight import absolute_paths
+    from harma_ray.cli import early_checks
     from harma_ray.recipes import recipe_config
     from harma_ray.settings import build_config, parse_overrides
 
-    config = absolute_paths(build_config(recipe_config(options.recipe), parse_overrides(options.overrides)))
+    config = build_config(recipe_config(options.recipe), parse_overrides(options.overrides))
+    early_checks.require_there(options.file, "give a file or folder of weights")
+    early_checks.require_free(options.out)
+    from harma_ray.import_export import import_checkpoint
+    from harma_ray.preflight import absolute_paths
+
+    config = absolute_paths(config)
     print(import_checkpoint(options.file, config, options.out, options.clip, section=options.section).describe())
 
 
 def _export(options: argparse.Namespace) -> None:
-    from harma_ray.exports.checkpoint import export_checkpoint
-    from harma_ray.exports.hub import HubOptions
     from harma_ray.runs import open_run
 
-    hub = HubOptions(options.backbone, tuple(options.figures))
     run = open_run(options.run)
+    from harma_ray.exports.checkpoint import export_checkpoint
+    from harma_ray.exports.hub import HubOptions
+
+    hub = HubOptions(options.backbone, tuple(options.figures))
     made = export_checkpoint(
         run, options.format, options.out, metric=options.metric, overwrite=options.overwrite, hub=hub
     )
@@ -83,14 +89,18 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _extract(options: argparse.Namespace) -> None:
-    from harma_ray.extraction import extract_vision
     from harma_ray.runs import open_run
 
     run = open_run(options.run)
+    from harma_ray.extraction import extract_vision
+
     print(extract_vision(run, options.out, layout=options.layout, dtype=options.dtype, metric=options.metric))
 
 
 def _show(options: argparse.Namespace) -> None:
+    from harma_ray.cli import early_checks
+
+    early_checks.require_there(options.path, "give a file, a checkpoint's folder or a run's")
     from harma_ray.import_export import describe_file
 
     print(describe_file(options.path))

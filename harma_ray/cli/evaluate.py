@@ -92,9 +92,16 @@ def _read_model(options: argparse.Namespace) -> tuple[Any, str | None]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from harma_ray.cli.evaluate_run import evaluate_and_print
+    from harma_ray.cli import early_checks
 
     config, weights = _read_model(options)
+    early_checks.require_gpu(options.gpu, options.address if (options.workers or 1) > 1 else "local")
+    outputs = {"--json": options.json, "--report": options.report}
+    early_checks.check_model(options.checkpoint, config.data.path, options.split, outputs)
+    for run in options.compare or ():
+        early_checks.open_run(run)
+    from harma_ray.cli.evaluate_run import evaluate_and_print
+
     evaluate_and_print(
         config, weights, split=options.split, json_file=options.json, report=options.report,
         num_workers=options.workers or 1, address=options.address, query=options.query,
@@ -122,11 +129,15 @@ def _add_predict(commands: shared.Commands) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from harma_ray.cli import early_checks
+
+    config, weights = _read_model(options)
+    early_checks.require_gpu(options.gpu, "local")
+    early_checks.check_model(options.checkpoint, config.data.path, options.split, {"--out": options.out})
     from harma_ray.import_export import load_model
     from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task
 
-    config, weights = _read_model(options)
     run_name = Path(options.run).expanduser().absolute().name if options.run else ""
     name = options.name or run_name or Path(options.checkpoint or "").stem
     settings = absolute_paths(config)
@@ -161,13 +172,12 @@ def _add_embed(commands: shared.Commands) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from harma_ray.on_ray.cluster import ray_cluster, require_visible
-    from harma_ray.runs import Run, open_run
+    from harma_ray.cli import early_checks
+    from harma_ray.runs import Run
     from harma_ray.settings import build_config, parse_overrides
-    from harma_ray.vectors.embed import embed
-    from harma_ray.vectors.job import JobSettings
 
-    found = open_run(options.run)
+    found = early_checks.check_embedded(options.run, options.data, options.split, options.out)
+    early_checks.require_gpu(options.gpu, options.address)
     changes = parse_overrides(options.overrides)
     fixed = [name for name in changes if name not in found.task.vector_settings]
     if fixed:
@@ -179,6 +189,10 @@ def _embed(options: argparse.Namespace) -> None:
         changes["data.max_pixels"] = options.max_pixels
     run = Run(found.path, build_config(found.config, changes))
     rendering = shared.rendering_from(options)
+    from harma_ray.on_ray.cluster import ray_cluster, require_visible
+    from harma_ray.vectors.embed import embed
+    from harma_ray.vectors.job import JobSettings
+
     with ray_cluster(options.address) as cluster:
         require_visible([run.path, Path(options.data).expanduser()], cluster)
         use_gpu = options.gpu or (not options.cpu and cluster.gpus >= 1)

@@ -27,8 +27,13 @@ def add_commands(commands: shared.Commands) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from harma_ray.api import load_run
+    from harma_ray.cli import early_checks
     from harma_ray.errors import UserError
+
+    early_checks.open_run(options.run)
+    for image in options.image:
+        early_checks.require_there(image, "give an image file")
+    from harma_ray.api import load_run
 
     asked = None if options.question is None else [options.question]
     model = load_run(options.run, options.device, rendering=shared.rendering_from(options))

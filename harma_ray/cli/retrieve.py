@@ -58,6 +58,10 @@ def _add_methods(parser: argparse.ArgumentParser) -> None:
 
 
 def _retrieve(options: argparse.Namespace) -> None:
+    from harma_ray.cli import early_checks
+
+    for store in (options.query, options.gallery):
+        early_checks.require_there(store, "give a folder that `launch.py embed` wrote, or an .npz")
     from harma_ray.cli.retrieve_run import retrieve_and_print
     from harma_ray.vectors.comparison import Wanted
 

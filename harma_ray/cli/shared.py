@@ -125,11 +125,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def source_changes(options: argparse.Namespace, base: RunConfig) -> dict[str, Any]:
     """Returns the settings by which a new run builds on the run of ``--from``, or starts from its weights."""
-    from harma_ray.preflight import starting_from
-    from harma_ray.recipes import make_task
     from harma_ray.runs import open_run
 
     run, adopts = open_run(options.source), not getattr(options, "config", None)
+    from harma_ray.preflight import starting_from  # torch
+    from harma_ray.recipes import make_task
+
     earlier = make_task(base).after(run, options.metric)
     return earlier or starting_from(run, base, options.metric, adopts=adopts)
 

@@ -36,6 +36,8 @@ def add_commands(commands: shared.Commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from harma_ray.cli import early_checks
+
     if options.resume:
         changed = ("source", "metric", "overrides", "seeds", "name", "runs", "check")
         if any(getattr(options, name) for name in changed):
@@ -44,22 +46,27 @@ def _train(options: argparse.Namespace) -> None:
                 "start a new run: --recipe NAME --from RUN starts from its weights"
             )
         changes = shared.changes_from(options)
+        early_checks.check_resumed(options.resume, changes, options.address)
         from harma_ray.cli.train_run import resume_and_train  # torch and Ray: mistakes are told without
 
         resume_and_train(options.resume, changes, address=options.address, started=options.started)
         return
     if options.metric and not options.source:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
+    seeds = _parse_seeds(options.seeds) if options.seeds else []
+    if not options.check and len(seeds) < 2:  # several go on with those of the name that were begun
+        early_checks.check_new(options.runs or "runs", [options.name], "run")
     config = shared.config_from(options)
-    seeds = _parse_seeds(options.seeds) if options.seeds else [config.seed]
+    early_checks.check_training(config, options.address)
     from harma_ray.cli.train_run import check_gradients, train_seeds
 
     if options.check:
         check_gradients(config)
         return
     train_seeds(
-        config, seeds, runs=options.runs or "runs", name=options.name, address=options.address, started=options.started
-    )
+        config, seeds or [config.seed], runs=options.runs or "runs", name=options.name, address=options.address,
+        started=options.started,
+    )  # fmt: skip
 
 
 def _parse_seeds(text: str) -> list[int]:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harma_ray.cli.early_checks import check_same_data
 from harma_ray.cli.header import header_lines
 from harma_ray.cli.seeds_run import begun_runs, print_seeds
 from harma_ray.config import RunConfig
-from harma_ray.data.identity import require_same_data
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError, WorkerFailed
 from harma_ray.evaluation import Metrics
@@ -24,7 +24,6 @@ from harma_ray.resources import Cluster, WorkerPlan
 from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run, timed_name
 from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
-from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.health import KIND, Finding, standing_findings
 from harma_ray.training.step import check_batch, local_worker, parameters_without_gradient
 from harma_ray.training.tracking import read_records
@@ -89,7 +88,7 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
         return
     if changes:
         run = Run(run.path, build_config(run.config, changes))
-    _check_same_data(run)
+    check_same_data(run)
     prepared = prepare(run.config)
     print_notices(prepared.notices)
     with ray_cluster(address) as cluster:
@@ -138,20 +137,6 @@ def _further_command(run: Run) -> str:
 
 def _resume_command(run: Run) -> str:
     return launch_command("train", "--resume", run.path)
-
-
-def _check_same_data(run: Run) -> None:
-    """Checks, before Ray is started, that a run that goes on does so with the data that it was begun on."""
-    data = run.config.data.path
-    if not Path(data).is_dir():
-        raise UserError(
-            f"the data set {data} of run {run.path} is not there; if it was moved, say where it is: "
-            f"{_resume_command(run)} --data FOLDER"
-        )
-    checkpoints = list_checkpoints(run.path)
-    if checkpoints:
-        known = read_meta(checkpoints[-1]).data
-        require_same_data(known, run.config, subject=f"run {run.path}", way_out="start a new run")
 
 
 def print_report(run: Run) -> None:

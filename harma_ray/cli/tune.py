@@ -59,6 +59,23 @@ def _tune(options: argparse.Namespace) -> None:
     if options.out and options.what[:1] != ["report"]:
         raise UserError("`--out` is the place of a `report`; a search lies in the folder of `--runs`")
     file = find_space(options.what[0]) if len(options.what) == 1 and not options.resume else None
+    from harma_ray.cli import early_checks
+
+    early_checks.require_gpu(options.gpu, options.address)
+    is_report = len(options.what) == 2 and options.what[0] == "report"
+    if options.resume:
+        if options.what or overrides.keys() - {"data.path"} or options.runs or options.name or options.source:
+            raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
+        early_checks.check_resumed_search(options.resume, options.data)
+    elif is_report:
+        if overrides or any(value is not None for value in limits.values()):
+            raise UserError("`tune report` only reads; use --resume to go on")
+        early_checks.search_folder(options.what[1])
+    elif file:
+        early_checks.check_new(options.runs or "runs", [options.name], "search")
+        early_checks.data_folder(options.data or overrides.get("data.path", "."))
+    else:
+        raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")
     if file or options.resume:
         print(f"[{time.perf_counter() - options.started:7.1f} s] loading PyTorch, Ray and Optuna", flush=True)
     from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
@@ -67,17 +84,11 @@ def _tune(options: argparse.Namespace) -> None:
 
     how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
     if options.resume:
-        if options.what or overrides.keys() - {"data.path"} or options.runs or options.name or options.source:
-            raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
         resume_search(options.resume, overrides, how)
-    elif len(options.what) == 2 and options.what[0] == "report":
-        if overrides or any(value is not None for value in limits.values()):
-            raise UserError("`tune report` only reads; use --resume to go on")
+    elif is_report:
         report_search(options.what[1], options.out)
     elif file:
         recipe = read_recipe(file) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file
             overrides = {**shared.source_changes(options, recipe_config(recipe)), **overrides}
         start_search(file, overrides, runs=options.runs or "runs", name=options.name, options=how)
-    else:
-        raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harma_ray.config import RunConfig
 from harma_ray.data.kinds import KINDS
 from harma_ray.data.kinds.base import RowKind
 from harma_ray.data.manifest import MANIFEST_NAME, SOURCE, Manifest
@@ -111,9 +112,7 @@ def open_split(data: str | Path, split: str) -> Split:
     Raises:
         UserError: If the folder, the split or a shard is missing, or the manifest cannot be read.
     """
-    root = Path(data).expanduser().absolute()
-    if not root.is_dir():
-        raise UserError(f"data set folder {root} does not exist; make one with `launch.py convert`")
+    root = data_folder(data)
     path = root / split
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
@@ -129,6 +128,37 @@ def open_split(data: str | Path, split: str) -> Split:
         if not file.is_file() or file.stat().st_size != shard.bytes:
             raise UserError(f"shard {file} is missing or not of {shard.bytes} bytes; convert the split again")
     return Split(path, manifest)
+
+
+def data_folder(data: str | Path) -> Path:
+    """Returns the absolute folder of a data set.
+
+    Raises:
+        UserError: If none is given, or it is not there.
+    """
+    if not str(data):
+        raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
+    root = Path(data).expanduser().absolute()
+    if not root.is_dir():
+        raise UserError(f"data set folder {root} does not exist; make one with `launch.py convert`")
+    return root
+
+
+def open_used(config: RunConfig) -> tuple[Split, list[Split], list[str]]:
+    """Opens the splits that a training uses: the one it trains on, those it is evaluated on, and notices for the user.
+
+    Raises:
+        UserError: As `open_split`.
+    """
+    data = config.data
+    training = open_split(data.path, data.train_split)
+    evaluated = [open_split(data.path, config.selecting_split)]
+    if data.test_split not in list_splits(data.path):
+        return training, evaluated, [f"{data.path} has no split `{data.test_split}`, so nothing is evaluated on it at "
+                                     "the end"]  # fmt: skip
+    if data.test_split != evaluated[0].name:
+        evaluated.append(open_split(data.path, data.test_split))
+    return training, evaluated, []
 
 
 def list_splits(data: str | Path) -> list[str]:

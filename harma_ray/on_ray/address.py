@@ -28,12 +28,7 @@ def find_address(address: str | None) -> str | None:
     Raises:
         UserError: If the address has not the form of one that can be joined, or no cluster answers there.
     """
-    named = os.environ.get("RAY_ADDRESS", "").strip()
-    asked = (address or "").strip()
-    origin = "--address" if asked else "RAY_ADDRESS"
-    if asked in ("", "auto") and named not in ("", "auto"):  # as Ray has it
-        asked, origin = named, "RAY_ADDRESS"
-    asked = asked or named
+    asked, origin = _asked(address)
     if asked in ("", "local"):
         return None
     if asked == "auto":
@@ -41,6 +36,21 @@ def find_address(address: str | None) -> str | None:
     else:
         probe(asked, origin, token=_token() if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else None)
     return asked
+
+
+def starts_own(address: str | None) -> bool:
+    """Tells whether a command with this address, or none, starts a cluster of this machine's own."""
+    return _asked(address)[0] in ("", "local")
+
+
+def _asked(address: str | None) -> tuple[str, str]:
+    """Returns the address that is wanted, as Ray finds it, and who says so."""
+    named = os.environ.get("RAY_ADDRESS", "").strip()
+    asked = (address or "").strip()
+    origin = "--address" if asked else "RAY_ADDRESS"
+    if asked in ("", "auto") and named not in ("", "auto"):  # as Ray has it
+        asked, origin = named, "RAY_ADDRESS"
+    return asked or named, origin
 
 
 def probe(address: str, origin: str, token: str | None) -> None:

@@ -10,8 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harma_ray.config import EmptyMeant
-from harma_ray.errors import UserError
-from harma_ray.files import kept_path, write_text
+from harma_ray.files import write_text
 from harma_ray.runs import make_folder, timed_name
 from harma_ray.settings import marked_settings
 from harma_ray.settings import to_yaml as config_yaml
@@ -20,10 +19,10 @@ from harma_ray.training.run_files import REPORT_NAME, read_records
 from harma_ray.tune.results import Confirmation, SearchResults, State, TrialResult
 from harma_ray.tune.space.definition import SearchDefinition
 from harma_ray.tune.space.file import load_search, to_yaml
+from harma_ray.tune.space.places import SEARCH_NAME, search_folder
 from harma_ray.tune.storage import open_study, require_file, require_new_study
 from harma_ray.tune.study import DUPLICATE, REASON, RESULT, SECONDS, STATES, TRIALS_FOLDER, trial_folder
 
-SEARCH_NAME = "search.yaml"
 BEST_NAME = "best.yaml"
 BASELINE_NAME = "untrained.json"
 CONFIRM_FOLDER = "confirm"
@@ -52,9 +51,7 @@ def open_search(folder: str | Path) -> tuple[Path, SearchDefinition]:
     Raises:
         UserError: If it is none, or its trials' study is gone.
     """
-    folder = kept_path(folder, "the search")
-    if not (folder / SEARCH_NAME).is_file():
-        raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
+    folder = search_folder(folder)
     definition = load_search(folder / SEARCH_NAME)
     empty = {n: mark.value for n, (value, mark) in marked_settings(definition.config, EmptyMeant).items() if not value}
     if empty:

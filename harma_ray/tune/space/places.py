@@ -1,12 +1,27 @@
-"""Where the search spaces lie that come with the program, so that they can be named from any working folder."""
+"""Where searches lie, and the search spaces that come with the program, which any working folder can name."""
 
 import sysconfig
 from pathlib import Path
 
 from harma_ray.errors import UserError
+from harma_ray.files import kept_path
 
+SEARCH_NAME = "search.yaml"
+"""The definition of a search in its folder."""
 _FOLDER = "search_spaces"
 _ENDINGS = (".yaml", ".yml")
+
+
+def search_folder(folder: str | Path) -> Path:
+    """Returns the absolute folder of a search.
+
+    Raises:
+        UserError: If it is none.
+    """
+    folder = kept_path(folder, "the search")
+    if not (folder / SEARCH_NAME).is_file():
+        raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
+    return folder
 
 
 def find_space(name: str | Path) -> Path:

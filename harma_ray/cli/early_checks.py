@@ -1,0 +1,124 @@
+"""What is wrong with a command, as far as it shows without torch and Ray, whose imports take seconds: told before them.
+
+The work itself does not rely on these checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harma_ray.config import RunConfig
+from harma_ray.data.identity import require_same_data
+from harma_ray.data.splits import data_folder, list_splits, open_split, open_used
+from harma_ray.errors import UserError
+from harma_ray.files import output_path, require_writable
+from harma_ray.on_ray.address import starts_own
+from harma_ray.resources import has_driver
+from harma_ray.runs import Run, lock_folder, new_folder, open_run, timed_name
+from harma_ray.settings import build_config
+from harma_ray.shell import launch_command
+from harma_ray.training.run_files import list_checkpoints, read_meta
+from harma_ray.tune.space.places import search_folder
+
+
+def check_new(runs: str, names: Sequence[str | None], kind: str) -> None:
+    """Raises UserError if the folders of new runs or searches cannot be made; None: a name is made up."""
+    for name in names:
+        new_folder(runs, name or timed_name(kind), kind)
+
+
+def check_training(config: RunConfig, address: str | None) -> None:
+    """Raises UserError if a training's splits are not there, or it wants a GPU that is not."""
+    open_used(config)
+    require_gpu(config.scaling.use_gpu, address)
+
+
+def check_resumed(path: str, changes: Mapping[str, Any], address: str | None) -> None:
+    """Raises UserError if a run cannot go on: its data is gone or changed, or another process trains it."""
+    run = open_run(path)
+    if run.report is not None:
+        return  # is shown
+    run = Run(run.path, build_config(run.config, changes))
+    check_same_data(run)
+    require_gpu(run.config.scaling.use_gpu, address)
+    with lock_folder(run.path):
+        pass
+
+
+def check_same_data(run: Run) -> None:
+    """Raises UserError unless a run that goes on does so with the data that it was begun on."""
+    data = run.config.data.path
+    if not Path(data).is_dir():
+        raise UserError(
+            f"the data set {data} of run {run.path} is not there; if it was moved, say where it is: "
+            f"{launch_command('train', '--resume', run.path)} --data FOLDER"
+        )
+    checkpoints = list_checkpoints(run.path)
+    if checkpoints:
+        known = read_meta(checkpoints[-1]).data
+        require_same_data(known, run.config, subject=f"run {run.path}", way_out="start a new run")
+
+
+def check_resumed_search(path: str, data: str | None) -> None:
+    """Raises UserError if a search cannot go on: it is none, its data is gone, or another process goes on with it."""
+    folder = search_folder(path)
+    if data:
+        data_folder(data)
+    with lock_folder(folder):
+        pass
+
+
+def check_model(weights: str | None, data: str, split: str, outputs: Mapping[str, str | None]) -> None:
+    """Raises UserError if weights or the split that they are to be used on are not there.
+
+    Args:
+        weights: A run, a file or a folder; None: none are read.
+        data: Folder of the data set.
+        split: Name of the split.
+        outputs: Files and folders to be written, by option.
+    """
+    if weights:
+        require_there(weights, "no weights are there; give a run, a file or a checkpoint's folder")
+    open_split(data, split)
+    for option, place in outputs.items():
+        target = output_path(place) if place else None
+        if target and option == "--json" and not target.parent.is_dir():
+            raise UserError(f"the folder of `--json` {target} does not exist")
+        if target:
+            require_writable(target, option)
+
+
+def check_embedded(run: str, data: str, split: str | None, out: str) -> Run:
+    """Returns the run that embeds; raises UserError if it, the data or the place to write is not there."""
+    found, folder = open_run(run), Path(data).expanduser().absolute()
+    require_free(out)
+    require_there(data, "give a converted data set or a folder of images")
+    if split and list_splits(folder):
+        open_split(data, split)
+    return found
+
+
+def require_gpu(wanted: bool | None, address: str | None) -> None:
+    """Raises UserError for GPUs that are asked for on a machine without; of a cluster that is joined it knows."""
+    if wanted and starts_own(address) and not has_driver():
+        raise UserError(
+            "`--gpu` (scaling.use_gpu) needs a GPU, but this machine has no driver of one; use --cpu, or join a "
+            "cluster that has GPUs with --address"
+        )
+
+
+def require_free(out: str) -> None:
+    """Raises UserError if what ``--out`` names is there, or cannot be made."""
+    target = output_path(out)
+    if target.exists():
+        raise UserError(f"{target} exists; choose another --out")
+    require_writable(target, "--out")
+
+
+def require_there(path: str | Path, way_out: str) -> None:
+    """Raises UserError unless there is a file or folder."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {way_out}")

@@ -1,0 +1,105 @@
+"""What is wrong with a command is told before torch and Ray are imported, which takes seconds."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from command_line import ROOT, alone, refused
+
+from harma_ray.resources import has_driver
+from harma_ray.runs import lock_folder
+
+CODE = """
+import json, sys
+from contextlib import redirect_stderr
+from io import StringIO
+from harma_ray import cli, resources
+from harma_ray.cli import early_checks
+early_checks.has_driver = lambda: False
+for arguments in json.loads(sys.argv[1]):
+    with redirect_stderr(StringIO()) as told:
+        status = cli.main(arguments)
+    heavy = [name for name in ("torch", "ray", "open_clip") if sys.modules.pop(name, None)]
+    print(json.dumps([status, told.getvalue(), heavy]))
+"""
+
+
+def mistakes(tmp_path, data, run, unfinished, training, search):
+    train = ["train", "--recipe", "harma-scenes", "--data", data]
+    return [
+        ("is not the folder of a run", ["train", "--resume", tmp_path]),
+        ("is being trained by another process", ["train", "--resume", training]),
+        ("the data set", ["train", "--resume", unfinished, "--data", tmp_path / "gone"]),
+        ("unknown recipe `harma`; ", ["train", "--recipe", "harma", "--data", data]),
+        ("did you mean `optim.learning_rate`", [*train, "--set", "learning_rate=1"]),
+        ("must be at least 0, got -1", [*train, "--set", "train.epochs=-1"]),
+        ("no data set is given", ["train", "--recipe", "harma-scenes"]),
+        ("does not exist; make one", ["train", "--recipe", "harma-scenes", "--data", tmp_path / "gone"]),
+        ("has no split `train`", ["train", "--recipe", "harma-scenes", "--data", tmp_path]),
+        (f"run {run} exists", [*train, "--runs", run.parent, "--name", run.name]),
+        ("must be a plain folder name", [*train, "--name", "a/b"]),
+        ("is no folder; choose another --runs", [*train, "--runs", run / "config.yaml"]),
+        ("has no driver of one", [*train, "--gpu"]),
+        ("has no driver of one; use", ["evaluate", "--run", run, "--gpu"]),
+        ("cannot read gone.yaml", ["train", "--config", "gone.yaml", "--data", data]),
+        ("is not the folder of a run (it", [*train, "--from", tmp_path]),
+        ("search space", ["tune", "gone.yaml", "--data", data]),
+        (f"search {run} exists", ["tune", "quick", "--data", data, "--runs", run.parent, "--name", run.name]),
+        ("data set folder", ["tune", "quick", "--data", tmp_path / "gone"]),
+        ("is not the folder of a search", ["tune", "--resume", run]),
+        ("is not the folder of a search (", ["tune", "report", run]),
+        (f"run {search} is being trained", ["tune", "--resume", search]),
+        ("not the folder of a run (it", ["evaluate", "--run", tmp_path]),
+        ("no weights are there", ["evaluate", "--checkpoint", "gone.pth", "--recipe", "harma-scenes", "--data", data]),
+        ("has no split `x`", ["evaluate", "--run", run, "--split", "x"]),
+        ("has no split `test1`", ["predict", "cirr-test", "--run", run, "--data", data]),
+        ("not the folder of a run", ["embed", "--run", tmp_path, "--data", data, "--out", tmp_path / "vectors"]),
+        ("give a converted data set", ["embed", "--run", run, "--data", "gone", "--out", tmp_path / "vectors"]),
+        ("exists; choose another --out", ["embed", "--run", run, "--data", data, "--out", tmp_path]),
+        ("give an image file", ["generate", "--run", run, "--image", "gone.png", "what?"]),
+        ("give a folder that `launch.py embed` wrote", ["retrieve", "--query", "gone", "--gallery", "gone"]),
+        ("give a file, a checkpoint's folder", ["checkpoint", "show", "gone.pt"]),
+        (
+            "give a file or folder of weights",
+            ["checkpoint", "import", "gone", "--recipe", "harma-scenes", "--out", "x"],
+        ),
+        ("not the folder of a run (", ["checkpoint", "export", "--run", tmp_path, "--format", "adapter", "--out", "x"]),
+        ("annotation file", ["convert", "karpathy", "--annotations", "gone", "--images", ".", "--out", tmp_path / "x"]),
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_mistakes_are_told_without_torch_and_ray(scenes, random_run, tmp_path):
+    run, unfinished = random_run.path, shutil.copytree(random_run.path, tmp_path / "unfinished")
+    training, search = shutil.copytree(unfinished, tmp_path / "training"), tmp_path / "search"
+    (unfinished / "report.json").unlink(missing_ok=True)
+    (training / "report.json").unlink(missing_ok=True)
+    search.mkdir()
+    (search / "search.yaml").write_text("recipe: harma-scenes\n")
+    cases = mistakes(tmp_path, scenes, run, unfinished, training, search)
+    asked = json.dumps([list(map(str, arguments)) for _, arguments in cases])
+    with lock_folder(training), lock_folder(search):
+        command = [sys.executable, "-c", CODE, asked]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone(), timeout=100)
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [
+        (told, answer)
+        for (told, _), answer in zip(cases, answers, strict=True)
+        if answer[0] != 2 or told not in answer[1] or answer[2]
+    ] == []
+
+
+def test_a_driver_is_there_where_torch_finds_a_gpu():
+    import torch
+
+    assert has_driver() or not torch.cuda.is_available()
+
+
+def test_a_cluster_that_is_joined_knows_its_gpus_itself(capsys, monkeypatch, scenes, tmp_path):
+    monkeypatch.setattr("harma_ray.cli.early_checks.has_driver", lambda: False)
+    train = ["train", "--recipe", "harma-scenes", "--data", scenes, "--set", "model.pretrained=random", "--gpu"]
+    assert "has no driver" in refused(capsys, *train, "--runs", tmp_path)
+    assert "an address of Ray Client" in refused(capsys, *train, "--runs", tmp_path, "--address", "ray://head:10001")
