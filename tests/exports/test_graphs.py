@@ -20,6 +20,7 @@ from harma_ray.exports.graphs import write_graphs
 from harma_ray.models.architectures import configuration, tokenizer_of
 from harma_ray.models.towers import Tower
 from harma_ray.recipes import recipe_config
+from harma_ray.recipes.clip4cir.released import Clip4CirFile
 from harma_ray.settings import build_config
 
 TEXTS = ["Two roads; a plane.", "a harbour", "many small planes stand beside a long runway", "cars"]
@@ -81,13 +82,14 @@ def test_graphs_give_the_vectors_of_an_adapted_model(shallow, tmp_path):
 def test_graphs_of_a_combiner_make_queries_of_the_towers_features(shallow, tmp_path):
     changes = {**shallow, "combiner.projection_dim": 64, "combiner.hidden_dim": 64}
     run = make_random_run(tmp_path, "run", build_config(recipe_config("scenes-cir-combiner"), changes))
-    folder = export_checkpoint(run, "onnx", tmp_path / "graphs").path
-    model, tokens = run.load_model(), tokenizer_of("scenes-tiny")(TEXTS)
+    model, tokens, folder = run.load_model(), tokenizer_of("scenes-tiny")(TEXTS), tmp_path / "graphs"
+    image, text, combiner = Clip4CirFile().towers(model, run)
+    write_graphs([image, combiner], {}, folder)  # the other tower's is made in the test above
     pixels = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     vectors, images = run_graph(folder, "image", pixels=pixels.numpy())
-    _, texts = run_graph(folder, "text", tokens=tokens.numpy())
-    (query,) = run_graph(folder, "combiner", image_features=images, text_features=texts)
     with torch.no_grad():
+        _, texts = text.module(tokens)
+        (query,) = run_graph(folder, "combiner", image_features=images, text_features=texts.numpy())
         features = model.image_features(pixels)
         assert_near(query, model.compose(features, model.text_features(tokens)))
         assert_near(vectors, nn.functional.normalize(features))
