@@ -260,8 +260,9 @@ def _task(config: RunConfig, setting: TrialSetting, *, writable: bool = False) -
 
 def _label(folder: Path, setting: TrialSetting) -> Label:
     search = folder.parents[1]
-    name = str(folder.relative_to(search.parent))
-    return Label(name, search.parent, search.name, name.partition("-seed")[0], setting.shown)
+    within = folder.parent.relative_to(search.parent)
+    repeats = f"{folder.name.partition('-seed')[0]} {within}"  # the number first: TensorBoard shows 15 letters
+    return Label(f"{within}/{folder.name}", search.parent, search.name, repeats, setting.shown)
 
 
 def _loader(config: RunConfig) -> Loader:

@@ -124,7 +124,7 @@ def test_tensorboard_has_every_trial_and_its_hparams(real):
         assert events.Scalars("main/best_val_r_mean")[-1].value == pytest.approx(trial.values[0])
         content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         start = HParamsPluginData.FromString(content).session_start_info
-        assert start.group_name == f"real/trials/{trial.number:05d}"
+        assert start.group_name == f"{trial.number:05d} real/trials"
         shown = {name: value.number_value or value.string_value for name, value in start.hparams.items()}
         assert {name: shown[name] for name in trial.params} == pytest.approx(dict(trial.params))
         assert shown.keys() == {*trial.params, "adapter.shared_width", "model.pretrained", *KEY_SETTINGS}
