@@ -210,7 +210,8 @@ def ceiling_recalls(
     to_text = chance_recall_at(own, torch.tensor(num_equal), RECALL_KS)
     num_owners = torch.tensor([owners_of[key] for key in keys])
     to_image = chance_recall_at(torch.ones(len(keys)), num_owners, RECALL_KS)
-    return _named_recalls([to_text, to_image, *[dict.fromkeys(RECALL_KS, 100.0)] * 2])
+    whole: dict[int, float] = dict.fromkeys(RECALL_KS, 100.0)
+    return _named_recalls([to_text, to_image, whole, whole])
 
 
 def bootstrap_interval(

@@ -339,7 +339,7 @@ def test_files_that_are_none_are_refused_in_a_line(run, alone, whole, tmp_path, 
         (empty, "must be a file of weights, or a Hugging Face folder of an InternVL or InternViT"),
         (lost, "must hold weights in model.safetensors"),
         (words, "must hold a tokenizer that transformers can read by itself"),
-        (tmp_path / "nothing", "must exist"),
+        (tmp_path / "nothing", "does not exist"),
     ]:
         assert told in refused(capsys, "checkpoint", "import", path, *line)
     assert not (tmp_path / "run").exists()
