@@ -185,9 +185,10 @@ def write_report(
 def _results_section(results: FiguresTable) -> Section:
     note = (
         "Recalls in percent: how often a right answer is among the first. A confidence interval (CI) tells the spread "
-        "over test queries (bootstrap), not over training seeds. Chance: rankings drawn at random. Ceiling: a model "
-        "that makes no mistake, and tells equal captions of different images apart by chance."
+        "over test queries (bootstrap), not over training seeds. Chance: rankings drawn at random."
     )
+    if any("ceiling" in columns for _, columns in results.groups):
+        note += " Ceiling: a model that makes no mistake, and tells equal captions of different images apart by chance."
     return Section("results", "Results", results.to_html() + page.paragraph(note))
 
 

@@ -44,7 +44,8 @@ hr { border: 0; border-top: 1px solid var(--rule); margin: 4px 0; }
 summary { cursor: pointer; margin: 6px 0; } details { overflow-wrap: anywhere; }
 @media (max-width: 700px) { body { padding: 16px 12px 40px; }
   .failure { flex-direction: column; } .query { flex: none; } th { white-space: nowrap; }
-  th, td { padding: 4px 8px; } td.text { min-width: 16ch; } td.short { min-width: 0; }
+  table { font-size: 13px; } th, td { padding: 4px 6px; } td.text { min-width: 16ch; } td.short { min-width: 0; }
+  tr > :first-child { position: sticky; left: 0; background: var(--page); } .edge { padding-left: 14px; }
   .picture { max-width: none; width: 760px; } }
 """
 
