@@ -30,7 +30,8 @@ th { font-weight: 600; color: var(--faint); } td { white-space: nowrap; }
 td.text, th.text { text-align: left; white-space: normal; } td.short { white-space: nowrap; }
 th.group { text-align: left; color: var(--ink); } .edge { padding-left: 32px; }
 tr.sum td { font-weight: 600; } code { font-size: 13px; }
-.picture { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--rule); border-radius: 6px; }
+.picture { box-sizing: border-box; max-width: 100%; height: auto; background: #fff;
+  border: 1px solid var(--rule); border-radius: 6px; }
 .failure { display: flex; gap: 18px; padding: 12px 14px; margin: 10px 0; background: var(--card); border-radius: 8px; }
 .query { flex: 0 0 250px; overflow-wrap: anywhere; } .found { flex: 1; min-width: 0; display: flex; flex-wrap: wrap;
   gap: 8px; align-content: flex-start; } .query p, .captions p { margin: 0 0 4px; }
