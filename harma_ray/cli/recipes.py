@@ -78,7 +78,7 @@ def _list_settings(name: str, only: str | None) -> Iterator[str]:
         yield from _describe(config, "", [field for field in about if field not in (*sections, "recipe")])
     for section, values in sections.items():
         if only in (None, section):
-            yield f"\n{section}: {about.get(section, '')}\n"
+            yield "\n" + _wrap(f"{section}: {about.get(section, '')}", 0, 0) + "\n"
             yield from _describe(values, f"{section}.", [field.name for field in dataclasses.fields(values)])
 
 
