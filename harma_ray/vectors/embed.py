@@ -83,22 +83,17 @@ def embed(
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
     found = _find(run, folder, splits, rule, settings, query, images_only=target.suffix == NPZ)
-    origin = {"run": str(run.path), "checkpoint": run.best_checkpoint().name, "data": readable_name(folder)}
-    about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
-    weights = file_fingerprint(run.best_checkpoint() / WEIGHTS_NAME)
-    job = json.dumps([config_hash(run.config), weights, about, found.listing, settings.batch_size])
+    about, job = _describe(run, folder, rule, found, settings)
     with ExitStack() as stack:
         _lock(stack, target)
         work = _own_folder(work_folder(target), job)
-        load = partial(load_encoder, run)
-        hint, queries = " or allow them with --max-bad", QUERY in found.about
-        parts = encode_parts(work, found.requests, load, settings, hint=hint, queries=queries)
+        load, way_out = partial(load_encoder, run), " or allow them with --max-bad"
+        parts = encode_parts(work, found.requests, load, settings, hint=way_out, queries=QUERY in found.about)
         with making(target) as made:
             manifest = _write(parts, made, target, about)
         shutil.rmtree(work)
-    as_in = f", as in {run.config.data.path}" if rendering is None else ""
-    shown = f"; images of more than 8 bits were rendered by {rule.options}{as_in}" if rule else ""
-    return _summarise(manifest, f"{target}{shown}")
+    as_in = "" if rendering else f", as in {run.config.data.path}"
+    return _summarise(manifest, target, f"{rule.options}{as_in}" if rule else "")
 
 
 def _lock(stack: ExitStack, target: Path) -> None:
@@ -126,6 +121,17 @@ class _Found:
     """What the manifest tells of it: fingerprints of splits, what was left out."""
     listing: str = ""
     """Changes with the files of a folder."""
+
+
+def _describe(
+    run: Run, folder: Path, rule: Rendering | None, found: _Found, settings: JobSettings
+) -> tuple[dict[str, Any], str]:
+    """Returns what a store says of its origin, and the identity of the job that makes it."""
+    checkpoint = run.best_checkpoint()
+    origin = {"run": str(run.path), "checkpoint": checkpoint.name, "data": readable_name(folder)}
+    about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
+    weights = file_fingerprint(checkpoint / WEIGHTS_NAME)
+    return about, json.dumps([config_hash(run.config), weights, about, found.listing, settings.batch_size])
 
 
 def _find(
@@ -231,11 +237,12 @@ def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
         yield part.read()
 
 
-def _summarise(manifest: Mapping[str, Any], place: str) -> str:
+def _summarise(manifest: Mapping[str, Any], target: Path, rule: str) -> str:
     counts, bad = manifest["counts"], "".join(f"\n  left out: {entry}" for entry in manifest["bad"])
     *first, last = (f"{count} {kind}" for kind, count in counts.items())
+    shown = f"; images of more than 8 bits were rendered by {rule}" if rule else ""
     composed = f"; queries: {QUERIES[manifest[QUERY]]}" if QUERY in counts else ""
     return (
         f"wrote {', '.join(first)} and {last} vectors of width {manifest['width']}, in "
-        f"{manifest[ENCODER]['precision']}, to {place}{composed}{bad}"
+        f"{manifest[ENCODER]['precision']}, to {target}{shown}{composed}{bad}"
     )

@@ -66,14 +66,13 @@ def predict_cirr(
         references = features[queries.reference]
         vectors = compose(model, references, texts, query, batch_size=config.train.eval_batch_size)
         gallery = unit(features)
-    reference = Groups.one_each(queries.reference)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}); choose another --out") from error
     files = []
     for metric, count, candidates in (("recall", NUM_RESULTS, None), ("recall_subset", NUM_SUBSET_RESULTS, subsets)):
-        _, found = top_k(vectors, gallery, count, excluded=reference, candidates=candidates)
+        _, found = top_k(vectors, gallery, count, excluded=Groups.one_each(queries.reference), candidates=candidates)
         files.append(folder / f"{metric}_submission_{name}.json")
         write_text(files[-1], submission(metric, queries, found.tolist()))
     return files, f"queries: {QUERIES[query]}"
