@@ -12,6 +12,7 @@ from harma_ray.data.splits import open_used
 from harma_ray.errors import UserError, first_few
 from harma_ray.files import kept_path
 from harma_ray.models.fingerprints import file_fingerprint
+from harma_ray.models.hub import is_elsewhere
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run, open_run
@@ -149,7 +150,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         changes["data.path"] = str(kept_path(config.data.path, "the data set"))
     for name, (value, mark) in marked_settings(config, OnDisk).items():
         has_suffix = bool(Path(value).suffix)  # no tag of open_clip's has one
-        if value and (has_suffix or mark.is_there(Path(value).expanduser())):
+        if value and not is_elsewhere(value) and (has_suffix or mark.is_there(Path(value).expanduser())):
             path = kept_path(value, f"`{name}`")
             if mark.is_there(path):
                 changes[name] = str(path)

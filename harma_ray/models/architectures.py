@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,27 +16,63 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
+from harma_ray.models.hub import is_elsewhere, read_configuration
 
 _CONFIGS = Path(__file__).parent / "configs"
 _QUICK = "-quickgelu"
+_REGISTERED = "from-"
+"""What names begin with that repositories and folders have in open_clip's tables."""
 
 
 def configuration(architecture: str) -> dict[str, Any]:
     """Return open_clip's configuration of an architecture.
 
+    Args:
+        architecture: a name of open_clip's or of this package's, or of a repository or folder, see `models.hub`.
+
     Raises:
-        UserError: unknown architecture.
+        UserError: unknown architecture, one that the dual encoder does not run, or one that cannot be fetched.
     """
-    known, name = _known(), clean_name(architecture)
-    if name not in known:
+    name = clean_name(architecture)
+    known = _known()
+    found = open_clip.get_model_config(name)
+    if found is None:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or ["ViT-B-32"]
-        raise UserError(f"the architecture must be one that open_clip knows, got {architecture!r}; near: {close}")
-    return open_clip.get_model_config(name) or {}
+        raise UserError(
+            f"the architecture must be one that open_clip knows, hf-hub:ORG/NAME or local-dir:/PATH, got "
+            f"{architecture!r}; near: {close}"
+        )
+    text = found.get("text_cfg", {})
+    own_text_tower = "hf_model_name" not in text and not {"multimodal_cfg", "custom_text"} & found.keys()
+    if not own_text_tower or text.get("pool_type", "argmax") != "argmax":
+        other = text.get("hf_model_name")
+        raise UserError(
+            f"a dual encoder needs open_clip's `CLIP` with captions pooled at the end-of-text token (`argmax`), but "
+            f"`{architecture}` has {f'the text tower {other} of transformers' if other else 'another text tower'}; "
+            "choose an architecture such as ViT-B-32"
+        )
+    return found
 
 
 def clean_name(architecture: str) -> str:
     """Return an architecture's name as open_clip's tables have it, without the slash of OpenAI's."""
-    return architecture.replace("/", "-")
+    return _registered(architecture) if is_elsewhere(architecture) else architecture.replace("/", "-")
+
+
+@functools.cache
+def _registered(name: str) -> str:
+    """Add the architecture of a repository or folder to open_clip's tables and return its name there."""
+    entry = _REGISTERED + name.replace(":", "-").replace("/", "-")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{entry}.json"
+        file.write_text(json.dumps(read_configuration(name)["model_cfg"]))
+        open_clip.add_model_config(file)
+    return entry
+
+
+def preprocessing(architecture: str) -> dict[str, Any]:
+    """Return what a repository or folder says of the pixels that its model takes; nothing of other architectures."""
+    return read_configuration(architecture).get("preprocess_cfg", {}) if is_elsewhere(architecture) else {}
 
 
 def computes_quick_gelu(architecture: str) -> bool:
@@ -50,10 +88,10 @@ def activation_twin(architecture: str) -> str:
 
 
 def _known() -> list[str]:
-    """Return the names of open_clip's architectures, with this package's own."""
+    """Return the names of open_clip's architectures, with this package's own, without those of `_registered`."""
     if not {path.stem for path in _CONFIGS.glob("*.json")} <= set(open_clip.list_models()):
         open_clip.add_model_config(_CONFIGS)
-    return open_clip.list_models()
+    return [name for name in open_clip.list_models() if not name.startswith(_REGISTERED)]
 
 
 @functools.cache
@@ -84,13 +122,14 @@ def image_size(model: nn.Module | str) -> int:
 def pixel_statistics(model: nn.Module | str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of the RGB channels, in [0, 1], by which images are normalised.
 
-    They are CLIP's, except for a model built from a tag that was trained with others.
+    They are CLIP's, except for a model built from a tag, or of a repository, that was trained with others.
     """
     if isinstance(model, str):
         configuration(model)
-        return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    visual = getattr(model, "clip", model).visual
-    settings = getattr(visual, "preprocess_cfg", {})
+        settings = preprocessing(model)
+    else:
+        visual = getattr(model, "clip", model).visual
+        settings = getattr(visual, "preprocess_cfg", {})
     mean = settings.get("mean", open_clip.OPENAI_DATASET_MEAN)
     return tuple(mean), tuple(settings.get("std", open_clip.OPENAI_DATASET_STD))
 

@@ -22,11 +22,13 @@ from harma_ray.models.architectures import (
     image_size,
     outline_clip,
     pixel_statistics,
+    preprocessing,
     quiet_root_logger,
     tokenizer_of,
 )
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, fitted, read_foreign
+from harma_ray.models.hub import find_weights, from_cache, is_elsewhere, known_weights, require_tag
 from harma_ray.models.weights import check_fit
 
 logger = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ class ClipBackbone(Backbone):
     def build(self) -> nn.Module:
         """Returns open_clip's model."""
         name, pretrained = self.architecture, self.pretrained or RANDOM
-        files = [Path(pretrained)] if _is_file(name, pretrained) else []
+        files = [file] if (file := _find_file(name, pretrained)) else []
         return built_from(files, lambda: build_clip(name, pretrained, seed=self.seed, activation=self.activation))
 
     def outline(self) -> nn.Module:
@@ -151,8 +153,8 @@ class ClipBackbone(Backbone):
 
     def notes(self) -> tuple[str, ...]:
         """Returns how the CLIP is found in a file; nothing for a tag, or a file with a bare state dict."""
-        is_file = _is_file(self.architecture, self.pretrained)
-        return read_foreign(self.pretrained, data=False).notes if is_file else ()
+        file = _find_file(self.architecture, self.pretrained)
+        return read_foreign(file, data=False).notes if file else ()
 
 
 def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation: Activation = "") -> nn.Module:
@@ -162,9 +164,11 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation:
     which activation it needs and is checked, as does a file that says it; of any other file there is a warning.
 
     Args:
-        architecture: an open_clip name such as `ViT-B-32`, or one of this package: `scenes-tiny`.
+        architecture: an open_clip name such as `ViT-B-32`, `hf-hub:ORG/NAME` or `local-dir:/PATH`, or one of this
+            package: `scenes-tiny`.
         pretrained: "random"; or a tag of open_clip such as `laion2b_s34b_b79k`, downloaded to open_clip's cache; or
-            the path of a local file (see `harma_ray.models.foreign`), whose CLIP is loaded strictly.
+            a local file (see `harma_ray.models.foreign`), or that of `hf-hub:ORG/NAME` or `local-dir:/PATH`, whose CLIP
+            is loaded strictly.
         seed: draws random weights; the caller's random state is left alone.
         activation: what the user says that a file's weights were trained with.
 
@@ -177,10 +181,13 @@ def build_clip(architecture: str, pretrained: str, *, seed: int = 0, activation:
     _check_names(architecture, pretrained)
     if pretrained == RANDOM:
         return _create(architecture, None, seed)
-    if _is_file(architecture, pretrained):
-        return load_clip(architecture, read_foreign(pretrained), activation=activation)[0]
+    file = _find_file(architecture, pretrained)
+    if file:
+        return load_clip(architecture, read_foreign(file), activation=activation)[0]
+    require_tag(clean_name(architecture), pretrained)
     try:
-        return _create(architecture, pretrained, seed)
+        with from_cache(clean_name(architecture), pretrained):
+            return _create(architecture, pretrained, seed)
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -217,12 +224,16 @@ def check_pretrained(architecture: str, pretrained: str, activation: Activation 
     """Check without loading: the architecture is known, the weights are random, a tag, or a file with one CLIP.
 
     Raises:
-        UserError: unknown architecture or tag, weights of the other activation, a file that is missing or no CLIP's.
+        UserError: unknown architecture or tag, weights of the other activation, a file that is missing or no CLIP's,
+            weights that are not on this machine and cannot be fetched.
     """
     _check_names(architecture, pretrained)
-    if not _is_file(architecture, pretrained):
+    file = known_weights(pretrained) if is_elsewhere(pretrained) else _find_file(architecture, pretrained)
+    if file is None and not is_elsewhere(pretrained):
+        require_tag(clean_name(architecture), pretrained)
+    if file is None:
         return
-    weights, expected = read_foreign(pretrained, data=False), outline_clip(architecture).state_dict()
+    weights, expected = read_foreign(file, data=False), outline_clip(architecture).state_dict()
     _require_clip(architecture, weights, activation)
     strange = [name for name in fitted(expected, weights.tensors)[0] if name not in expected]
     if strange:
@@ -232,10 +243,12 @@ def check_pretrained(architecture: str, pretrained: str, activation: Activation 
         )
 
 
-def _is_file(architecture: str, pretrained: str) -> bool:
-    """Return whether weights are those of a file; a tag goes before a file of its name."""
+def _find_file(architecture: str, pretrained: str) -> Path | None:
+    """Return the file of weights that are in one, fetched if it is the hub's; a tag goes before a file of its name."""
+    if is_elsewhere(pretrained):
+        return find_weights(pretrained)
     named = pretrained not in ("", RANDOM) and not open_clip.is_pretrained_cfg(clean_name(architecture), pretrained)
-    return named and Path(pretrained).is_file()
+    return Path(pretrained) if named and Path(pretrained).is_file() else None
 
 
 def _check_names(architecture: str, pretrained: str) -> None:
@@ -247,10 +260,11 @@ def _check_names(architecture: str, pretrained: str) -> None:
                 f"the weights `{pretrained}` were trained with {_SPOKEN[trained]}, but `{name}` computes "
                 f"{_SPOKEN[quick]}; use `{activation_twin(name)}`"
             )
-    elif pretrained != RANDOM and not Path(pretrained).is_file():
+    elif pretrained != RANDOM and not is_elsewhere(pretrained) and not Path(pretrained).is_file():
+        near = f"its own are `{architecture}`" if is_elsewhere(architecture) else _nearest(name, pretrained)
         raise UserError(
-            "`pretrained` must be `random`, an existing file, or a tag of the architecture, got "
-            f"{pretrained!r} for `{name}`; {_nearest(name, pretrained)}"
+            "`pretrained` must be `random`, an existing file, hf-hub:ORG/NAME, or a tag of the architecture, got "
+            f"{pretrained!r} for `{name}`; {near}"
         )
 
 
@@ -276,7 +290,8 @@ def _create(architecture: str, tag: str | None, seed: int) -> nn.Module:
     name = clean_name(architecture)
     with torch.random.fork_rng(devices=[]), quiet_root_logger():
         torch.default_generator.manual_seed(seed)
-        return open_clip.create_model(name, pretrained=tag, precision="fp32", device="cpu", weights_only=True)
+        options: Any = {"precision": "fp32", "weights_only": True, "force_preprocess_cfg": preprocessing(architecture)}
+        return open_clip.create_model(name, pretrained=tag, device="cpu", **options)
 
 
 def check_file_activation(architecture: str, weights: ForeignWeights, activation: Activation = "") -> None:
