@@ -96,10 +96,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise ConstructorError(None, None, f"a key stands once, got `{key.value}` again", key.start_mark)
-            seen.add(str(key.value))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -157,7 +157,7 @@ def add_setting(settings: dict[str, Any], name: str, value: Any, origin: str) ->
     Raises:
         UserError: If another one has given it another value.
     """
-    if settings.get(name, value) != value:
+    if name in settings and settings[name] != value:
         raise UserError(
             f"`{name}` must have one value, got {settings[name]!r} from --set and {value!r} from {origin}; leave "
             "one out"

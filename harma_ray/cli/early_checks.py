@@ -13,7 +13,7 @@ from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
 from harma_ray.data.splits import data_folder, list_splits, open_split, open_used
 from harma_ray.errors import UserError
-from harma_ray.files import output_path, require_writable
+from harma_ray.files import kept_path, output_path, require_writable
 from harma_ray.on_ray.address import starts_own
 from harma_ray.resources import has_driver
 from harma_ray.runs import Run, lock_folder, new_folder, open_run, timed_name
@@ -31,6 +31,8 @@ def check_new(runs: str, names: Sequence[str | None], kind: str) -> None:
 
 def check_training(config: RunConfig, address: str | None) -> None:
     """Raises UserError if a training's splits are not there, or it wants a GPU that is not."""
+    if config.data.path:
+        kept_path(config.data.path, "the data set")
     open_used(config)
     require_gpu(config.scaling.use_gpu, address)
 

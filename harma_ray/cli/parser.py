@@ -6,6 +6,7 @@ All mistakes are a `UserError` of one line.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -114,7 +115,7 @@ class Parser(argparse.ArgumentParser):
         """
         name, separator, _ = word.partition("=")
         is_option, bare = name.startswith("-"), _bare(name)
-        if not _NAME.fullmatch(bare) or not (is_option or separator):
+        if not _NAME.fullmatch(bare) or not (is_option or separator) or os.path.exists(word):
             return None
         meant = self._settings_like(bare, words)
         options = {_bare(option): option for option in self._option_string_actions if option.startswith("--")}

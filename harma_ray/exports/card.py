@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -13,6 +14,11 @@ from harma_ray.evaluation import Metrics
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit"}
 """Of open_clip's weights, by how their tags begin."""
 _LIBRARY = "harma-ray"
+
+
+def is_own_card(path: Path) -> bool:
+    """Tells whether a file is a model card that was made here."""
+    return path.is_file() and f"library_name: {_LIBRARY}\n" in path.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harma_ray.errors import UserError
+from harma_ray.exports.card import is_own_card
 from harma_ray.exports.clip_folder import CONFIG_NAME as CLIP_NAME
 from harma_ray.exports.clip_folder import write_clip_folder
 from harma_ray.exports.graphs import FACTS_NAME as GRAPHS_NAME
@@ -21,12 +22,12 @@ from harma_ray.models.foreign import OWN_FORMAT
 from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.tasks import FORMATS, clip_backbone
-from harma_ray.runs import CONFIG_NAME, Run
+from harma_ray.runs import Run
 from harma_ray.settings import to_dict
 from harma_ray.training.checkpoint import read_meta, trainable_tensors
 
 EXPORTS = ("released", "adapter", "open_clip", "onnx", "huggingface")
-_MADE = ((GRAPHS_NAME,), (CLIP_NAME,), (CARD_NAME, CONFIG_NAME), ("config.json", "model.safetensors"))
+_MADE = ((GRAPHS_NAME,), (CLIP_NAME,), ("config.json", "model.safetensors"))
 """Files by which a folder is known to be an export."""
 _OTHER_WEIGHTS = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -99,7 +100,7 @@ def _require_free(path: Path, *, overwrite: bool) -> None:
     """Raises UserError if what is there may not be replaced; of folders those alone that an export made."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --out, or replace it with --overwrite")
-    is_export = any(all((path / name).is_file() for name in names) for names in _MADE)
+    is_export = any(all((path / name).is_file() for name in names) for names in _MADE) or is_own_card(path / CARD_NAME)
     if path.is_dir() and any(path.iterdir()) and not is_export:
         raise UserError(f"{path} is a folder that no export made, which is not replaced; choose another --out")
 

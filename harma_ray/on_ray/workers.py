@@ -64,7 +64,10 @@ def train(
     def on_restart(text: str) -> None:
         on_record({"kind": "restart", "text": text})
 
+    interrupted = threading.Event()
+
     def on_interrupt() -> None:
+        interrupted.set()
         ask_to_stop(run.path)
         on_record({"kind": "notice", "text": "the step in hand is finished and saved; Ctrl-C again leaves at once"})
 
@@ -82,7 +85,7 @@ def train(
         report = on_workers(
             _train_worker, settings, config, plan, run.path, on_restart=on_restart, on_interrupt=on_interrupt
         )
-        if report is None:
+        if report is None or interrupted.is_set():  # what follows, such as another seed, is not begun
             raise KeyboardInterrupt
         return report
     finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 
 import pytest
 import torch
@@ -69,7 +70,8 @@ def test_evaluate_says_the_precision_of_its_figures(capsys, run_of, tmp_path):
                        tmp_path / f"{name}-page", *options)  # fmt: skip
         precision = "bf16" if name == "bf16" else "fp32"
         assert f", {precision}, " in printed.splitlines()[0]
-        assert f"measured in {precision}" in (tmp_path / f"{name}-page" / "index.html").read_text()
+        page = (tmp_path / f"{name}-page" / "index.html").read_text()
+        assert re.search(rf"measured(<[^>]*>\s*)+in {precision}", page)
         found[name] = json.loads((tmp_path / name).read_text())
         assert found[name].pop("precision") == precision
     assert found["default"] == found["fp32"]

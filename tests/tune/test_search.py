@@ -189,7 +189,7 @@ def test_confirmation_uses_fresh_seeds_for_the_best_and_the_published_setting(re
     for number, name in ((1, "00001-seed1"), (0, "00000-seed1")):
         own = results.folder / "confirm" / name
         assert open_run(own).config == build_config(space.settings(dict(results.trials[number].params)), {"seed": 1})
-        read = {c.number: c for c in _read_confirmations(results.folder, 1)}[number]
+        read = {c.number: c for c in _read_confirmations(results.folder, 1, "published")}[number]
         report = json.loads((own / "report.json").read_text())["metrics"]
         assert read.metrics["test r_mean"] == (report["test"]["r_mean"],)
         first, other = (
