@@ -1,21 +1,28 @@
-"""What needs a GPU: the same training there, in bf16, resumed; figures as on the CPU."""
+"""What needs a GPU: the same training there, in bf16, resumed, by commands; figures as on the CPU."""
 
+import inspect
+import warnings
 from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
+from command_line import launch
 
 from harma_ray.config import TrainConfig
+from harma_ray.data.convert.commands import convert_scenes_talk
 from harma_ray.data.images import open_image
-from harma_ray.data.stream import Worker, local_batches
+from harma_ray.data.order import planned_order
+from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.import_export import load_model
 from harma_ray.models.precision import evaluating
+from harma_ray.parallel import replicate, shard, whole
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints
 from harma_ray.training.loop import run_training
-from harma_ray.training.step import evaluate_split
+from harma_ray.training.step import autocast_of, evaluate_split, num_batches, train_step
 from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -44,6 +51,128 @@ def train(config, path, device, callback=lambda metrics: None):
 
 def losses(path):
     return [record["loss"] for record in read_records(path) if record["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def configs(config, composed, tmp_path_factory):
+    """Short trainings of all papers."""
+    talks = tmp_path_factory.mktemp("talks")
+    convert_scenes_talk(talks, {"train": 32, "val": 12}, style="summer", size=64)
+    short = {"train.global_batch_size": 8, "train.log_every_steps": 1, "train.epochs": 1}
+    steps = {"train.steps": 3, "train.eval_every_steps": 3, "selection.answers": 0, "optim.warmup_fraction": 0}
+    return {
+        "harma-scenes": config,
+        "scenes-cir-finetune": build_config(
+            recipe_config("scenes-cir-finetune"), {**short, "data.path": str(composed), "model.pretrained": "random"}
+        ),
+        "scenes-vitp": build_config(
+            recipe_config("scenes-vitp"), {**short, "train.epochs": 0, **steps, "data.path": str(talks)}
+        ),
+    }
+
+
+RECIPES = ("harma-scenes", "scenes-cir-finetune", "scenes-vitp")
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:])
+def test_a_gpu_trains_other_papers_as_the_cpu_does(configs, tmp_path, recipe):
+    exact = replace(configs[recipe], train=replace(configs[recipe].train, precision="fp32"))
+    train(exact, tmp_path / "cpu", "cpu")
+    train(exact, tmp_path / "gpu", "cuda")
+    assert losses(tmp_path / "gpu")[:3] == pytest.approx(losses(tmp_path / "cpu")[:3], rel=1e-2)
+
+
+def steps_of(config, prepare=lambda model: model):
+    """Returns a model on the GPU, and functions that read a step's batches and take its passes."""
+    task, device = make_task(config), torch.device("cuda")
+    model = task.new_model().to(device).train()
+    forward = prepare(model)
+    stream = TrainingStream(
+        planned_order(config), task.transform(training=True), config.data, Worker(device="cuda"), local_batches
+    )
+    parts = num_batches(task)
+    batches = stream.steps(0, 10, parts)
+
+    def passes(batch, step=0):
+        task.begin_step(step)
+        return train_step(task, forward, batch, config.train, autocast_of(config.train, device))
+
+    return model, lambda: [next(batches) for _ in range(parts)], passes
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_step_waits_for_the_gpu(configs, recipe):
+    _, read, passes = steps_of(configs[recipe])
+    for step in range(2):
+        passes(read(), step)
+    batch = read()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            passes(batch, 2)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in found if "called a synchronizing" in str(warning.message)]
+    assert [f"{warning.filename}:{warning.lineno}" for warning in waits] == []
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["replicate", "shard"])
+def test_one_rank_of_nccl_gives_the_gradients_of_a_plain_model(configs, one_rank, way):
+    recipe = "scenes-vitp" if way == "shard" else "harma-scenes"
+    exact = replace(configs[recipe], train=replace(configs[recipe].train, precision="fp32"))
+    if (
+        way == "replicate"
+        and "forward_sync_buffers" not in inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    ):
+        pytest.skip("torch before 2.14")
+    prepare = {"replicate": lambda model: replicate(model, "cuda"), "shard": lambda model: shard(model, [], "cuda")}
+    plain, read, passes = steps_of(exact)
+    other, read_too, passes_too = steps_of(exact, prepare[way])
+    expected, found = passes(read()), passes_too(read_too())
+    for name, loss in expected.items():
+        torch.testing.assert_close(whole(found[name]), loss, rtol=1e-4, atol=1e-6)
+    there = dict(other.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(whole(there[name].grad), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_compiled_model_trains_as_it_does_otherwise(config, tmp_path):
+    exact = replace(config, train=replace(config.train, precision="fp32"))
+    train(exact, tmp_path / "plain", "cuda")
+    train(replace(exact, train=replace(exact.train, compile=True)), tmp_path / "compiled", "cuda")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-2)
+
+
+@pytest.mark.ray
+def test_commands_use_the_gpu(scenes, tmp_path):
+    small = ["--set", "model.pretrained=random", "--set", "train.global_batch_size=20"]
+    begun = launch(
+        "train", "--recipe", "harma-scenes", "--data", scenes, "--runs", tmp_path, "--name", "there", *small,
+        "--set", "train.epochs=2", "--set", "train.log_every_steps=1",
+    )  # fmt: skip
+    assert begun.returncode == 0, begun.stderr
+    assert "bf16" in begun.stdout
+    steps = [record for record in read_records(tmp_path / "there") if record["kind"] == "step"]
+    assert all(record["gpu_memory_mb"] > 0 for record in steps)
+    found = []
+    for where in ("--gpu", "--cpu"):
+        told = launch("evaluate", "--run", tmp_path / "there", "--split", "val", where)
+        assert told.returncode == 0, told.stderr
+        found.append([line for line in told.stdout.splitlines() if "r_mean" in line])
+    assert found[0] == found[1]
+    vectors = tmp_path / "vectors"
+    made = launch("embed", "--run", tmp_path / "there", "--data", scenes, "--split", "val", "--out", vectors, "--gpu")
+    assert made.returncode == 0, made.stderr
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-2), ("auto", 5e-2)])

@@ -116,16 +116,17 @@ class DualEncoder(nn.Module):
             (B, E), at least fp32 if normalised.
         """
         clip: Any = self.clip
-        padding = None
         if text.shape[1] > len(clip.positional_embedding):
             raise UserError(
                 f"captions must have at most {len(clip.positional_embedding)} tokens, got {text.shape[1]}; "
                 "use the architecture's own tokenizer"
             )
+        longest = _longest(text) if self.text_tokens == "trim" else text.shape[1]
+        text = text.to(self.temperature.device, non_blocking=True)[:, :longest]
+        ends = text.argmax(dim=-1)
+        padding = None
         if self.text_tokens == "trim":
-            text, padding = _trim(text)
-            padding = padding.to(self.temperature.device, non_blocking=True)
-        text = text.to(self.temperature.device, non_blocking=True)
+            padding = torch.arange(text.shape[1], device=text.device) > ends[:, None]
         length, dtype = text.shape[1], clip.transformer.get_cast_dtype()
         causal = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
         x_BLD = clip.token_embedding(text).to(dtype) + clip.positional_embedding[:length].to(dtype)
@@ -134,7 +135,7 @@ class DualEncoder(nn.Module):
                 x_BLD = checkpoint(_run_text_block, block, x_BLD, causal, padding, use_reentrant=False)
             else:
                 x_BLD = _run_text_block(block, x_BLD, causal, padding)
-        end_BD = x_BLD[torch.arange(text.shape[0], device=text.device), text.argmax(dim=-1)]
+        end_BD = x_BLD[torch.arange(text.shape[0], device=text.device), ends]
         features = clip.ln_final(end_BD)
         if isinstance(clip.text_projection, nn.Linear):
             features = clip.text_projection(features)
@@ -148,15 +149,12 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def _trim(text: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut (B, L) tokens after the batch's last end-of-text token; also return where the rest is padding, bool.
+def _longest(text: Tensor) -> int:
+    """Return how many positions the longest of (B, L) tokens takes; all while a graph is exported.
 
-    Nothing is cut while a graph is exported, whose shapes must not depend on its inputs; results are the same.
+    A graph's shapes must not depend on its inputs; results are the same.
     """
-    ends = text.argmax(dim=-1)
-    if not torch.compiler.is_exporting():
-        text = text[:, : int(ends.max()) + 1]
-    return text, torch.arange(text.shape[1], device=text.device) > ends[:, None]
+    return text.shape[1] if torch.compiler.is_exporting() else int(text.argmax(dim=-1).max()) + 1
 
 
 def _run_text_block(block: nn.Module, x_BLD: Tensor, causal: Tensor | None, padding: Tensor | None) -> Tensor:

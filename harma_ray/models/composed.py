@@ -90,8 +90,13 @@ class ComposedRetriever(nn.Module):
         return self._encode(self.encoder.encode_image, image) if image.ndim == 4 else image
 
     def text_features(self, text: Tensor) -> Tensor:
-        """Return [B, F], not normalised, of tokens int64[B, L], or of features fp32[B, F], which stay."""
-        return text if text.is_floating_point() else self._encode(self.encoder.encode_text, text)
+        """Return [B, F], not normalised, of tokens int64[B, L], or of features fp32[B, F], which stay.
+
+        Both may lie on the CPU; tokens that are cut (`text_tokens`) then spare a GPU from being waited for.
+        """
+        if text.is_floating_point():
+            return text.to(self.device, non_blocking=True)
+        return self._encode(self.encoder.encode_text, text)
 
     def compose(self, image: Tensor, text: Tensor) -> Tensor:
         """Return query vectors [B, F], L2-normalised, of features [B, F] that are not."""

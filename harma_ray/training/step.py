@@ -19,7 +19,7 @@ from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Work
 from harma_ray.distributed import broadcast_object
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
-from harma_ray.models.precision import evaluating
+from harma_ray.models.precision import attend_at_any_length, evaluating
 from harma_ray.parallel import whole, whole_model
 from harma_ray.task import Task
 from harma_ray.training.accumulation import PartialForward, summed_step
@@ -146,6 +146,7 @@ def trains_in_bf16(train: TrainConfig, device: torch.device) -> bool:
 
 def autocast_of(train: TrainConfig, device: torch.device) -> Autocast:
     """Returns a maker of the contexts that training runs in: bf16 if asked for or, by default, where a GPU has it."""
+    attend_at_any_length(device)
     if not trains_in_bf16(train, device):
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)

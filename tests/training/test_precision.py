@@ -13,6 +13,7 @@ from harma_ray.api import load_run
 from harma_ray.config import TrainConfig
 from harma_ray.data.convert.commands import convert_scenes_cir
 from harma_ray.data.stream import Worker, local_batches
+from harma_ray.models.precision import evaluating
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config
@@ -141,3 +142,19 @@ def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(monkeypatch):
     """As torch tells of a T4 or an RTX 20: supported, but not without emulation."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert autocast_of(TrainConfig(), torch.device("cuda")) is contextlib.nullcontext
+
+
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_attention_on_a_gpu_plans_nothing_for_a_length(use):
+    gpu = torch.device("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        if use == "training":
+            autocast_of(TrainConfig(precision="fp32"), gpu)
+        else:
+            with evaluating("fp32", gpu):
+                pass
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

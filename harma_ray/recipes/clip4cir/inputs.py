@@ -55,6 +55,8 @@ class Inputs:
 class TripletTransform(RowTransform):
     """A reference, one of the texts of its query, and the target; images or vectors."""
 
+    on_cpu = frozenset({"text"})  # where it is cut without a GPU being waited for
+
     inputs: Inputs
     random_captions: bool
 

@@ -209,6 +209,8 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
 class PairTransform(RowTransform):
     """An augmented image and one of its captions."""
 
+    on_cpu = frozenset({"text"})  # where it is cut without a GPU being waited for
+
     architecture: str
     size: int
     max_pixels: int

@@ -1,0 +1,283 @@
+"""HarMA's training step on a GPU: held against the CPU in fp32, then timed against the released step.
+
+Needs torch, torchvision and open_clip alone. Ends with status 1 if a figure on the GPU is wrong.
+
+Run: python benchmarks/gpu.py [--architectures ViT-B-32 ViT-L-14] [--batches 32 128 428] [--no-compile] [--device cuda]
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import open_clip
+import torch
+from released_step import ReleasedStep
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from harma_ray.models.adapters import insert_adapters
+from harma_ray.models.clip import DualEncoder
+from harma_ray.models.losses import contrastive_loss, weighted_triplet_loss
+from harma_ray.models.precision import attend_at_any_length
+
+BOUNDS = {"fp32": 1e-4, "bf16": 4e-2}
+"""Largest relative error of outputs, loss and gradients that passes."""
+
+
+@functools.cache
+def random_model(architecture: str) -> DualEncoder:
+    """Returns random weights; adapters change what passes them, as after training."""
+    logging.disable(logging.WARNING)  # open_clip warns of random weights
+    torch.manual_seed(0)
+    clip = open_clip.create_model(architecture)
+    logging.disable(logging.NOTSET)
+    insert_adapters(clip)
+    model = DualEncoder(clip)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".up.weight", ".l2.weight")):
+                parameter.normal_(std=0.02)
+    return model.train()
+
+
+def new_model(architecture: str, device: str, text_tokens: str = "full") -> DualEncoder:
+    """Returns a copy of the random weights on a device."""
+    model = copy.deepcopy(random_model(architecture)).to(device)
+    model.text_tokens = text_tokens
+    return model
+
+
+@dataclass
+class Pairs:
+    """A batch on the CPU: what this package sends to the device, and what the released code sends."""
+
+    image: Tensor
+    """uint8."""
+    text: Tensor
+    ids: Tensor
+    normalised: Tensor
+
+    @classmethod
+    def draw(cls, model: DualEncoder, size: int, seed: int, pin: bool) -> "Pairs":
+        """Draws noise with captions as long as RSITMD's: 13.6 tokens on average, 95 % under 22, at most 39."""
+        generator = torch.Generator().manual_seed(seed)
+        side = model.clip.visual.image_size[0]
+        image = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
+        lengths = (torch.randn(size, generator=generator) * 4.7 + 13.6).round().long().clamp(5, 39)
+        text = torch.randint(1, 49000, (size, 77), generator=generator)
+        text[:, 0] = 49406
+        text[torch.arange(77) >= lengths[:, None]] = 0
+        text[torch.arange(size), lengths - 1] = 49407
+        ids = torch.randint(size * 8, (size,), generator=generator)
+        normalised = (image.float() / 255 - model.pixel_mean.cpu()) / model.pixel_std.cpu()
+        batch = cls(image, text, ids, normalised)
+        return cls(*(tensor.pin_memory() for tensor in vars(batch).values())) if pin else batch
+
+
+class OwnStep:
+    """The package's step, as its training loop takes it."""
+
+    def __init__(self, model: DualEncoder, precision: str, compiled: bool = False):
+        """Takes the model as it is."""
+        self.model, self.device = model, model.temperature.device
+        self.forward = torch.compile(model) if compiled else model
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=4e-4, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.04, fused=True
+        )
+        self.precision = precision
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass."""
+        rough = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if rough else contextlib.nullcontext()
+
+    def losses(self, batch: Pairs) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the model's outputs and the sum of both terms."""
+        with self.autocast():
+            found = self.forward(batch.image.to(self.device, non_blocking=True), batch.text)
+            image, text = found["image"], found["text"]
+            ids = batch.ids.to(self.device, non_blocking=True)
+            loss = contrastive_loss(image, text, found["temperature"], ids) + weighted_triplet_loss(image, text)
+        return found, loss
+
+    def step(self, batch: Pairs) -> None:
+        """Takes a step, its check of the loss and the gradients included."""
+        _, loss = self.losses(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, float("inf"))
+        if not torch.stack([loss.detach(), norm]).isfinite().all():
+            sys.exit("a loss is not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Returns |found - expected| / |expected|."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def errors(step: OwnStep, expected: OwnStep, batch: Pairs) -> dict[str, float]:
+    """Returns the relative errors of vectors, loss and all gradients, taken as one vector."""
+    results = []
+    for own in (step, expected):
+        outputs, loss = own.losses(batch)
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten().cpu() for parameter in own.trained])
+        results.append({"image": outputs["image"], "text": outputs["text"], "loss": loss, "gradient": gradient})
+        own.optimizer.zero_grad(set_to_none=True)
+    return {name: relative(results[0][name], results[1][name]) for name in results[0]}
+
+
+def check(architecture: str, device: str, compiled: bool) -> bool:
+    """Prints how far the device is from the CPU's fp32; returns whether all is within bounds."""
+    good = True
+    print(f"{architecture}, batch 8: relative error against the CPU in fp32")
+    for tokens in ("full", "trim"):
+        plain = new_model(architecture, "cpu", tokens)
+        batch = Pairs.draw(plain, 8, 0, pin=False)
+        reference = OwnStep(plain, "fp32")
+        found = []
+        for precision in ("fp32", "bf16"):
+            for made in (False, True) if compiled else (False,):
+                own = OwnStep(new_model(architecture, device, tokens), precision, made)
+                found.append((f"{precision}{' compiled' if made else ''}", precision, errors(own, reference, batch)))
+        for name, precision, error in found:
+            fits = all(value <= BOUNDS[precision] for value in error.values())
+            good &= fits
+            shown = "  ".join(f"{part} {value:.1e}" for part, value in error.items())
+            print(f"  {tokens} {name:14} {shown}{'' if fits else '   WRONG'}", flush=True)
+    own = OwnStep(new_model(architecture, "cpu"), "fp32")
+    _, loss = own.losses(batch)
+    released = ReleasedStep(new_model(architecture, "cpu"))
+    error = relative(sum(released.losses(batch.normalised, batch.text, batch.ids)), loss)
+    print(f"  the released step's loss against this package's, CPU: {error:.1e}", flush=True)
+    return good and error < 1e-5
+
+
+def matrix_rate(device: str, dtype: torch.dtype, size: int = 8192) -> float:
+    """Returns floating-point operations per second of a large matrix product of random numbers."""
+    size = size if device == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / statistics.median(timed(lambda: left @ right, device))
+
+
+def timed(run: Callable[[], object], device: str) -> list[float]:
+    """Returns the seconds of each of some runs, each waited for: three at least, more where they are short."""
+    seconds = []
+    while len(seconds) < 3 or (sum(seconds) < 1.5 and len(seconds) < 30):
+        wait(device)
+        begin = time.perf_counter()
+        run()
+        wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def wait(device: str) -> None:
+    """Waits until the device has nothing left to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass
+class Row:
+    """What one way of taking a step took."""
+
+    seconds: list[float]
+    peak_gib: float
+    flops: float
+
+
+def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> Row:
+    """Times a way of taking steps, over batches in turn."""
+    tokens = "trim" if "trim" in way else "full"
+    model = new_model(architecture, device, tokens)
+    turn = cycle(batches)
+    if way == "released":
+        released = ReleasedStep(model)
+        one = lambda batch: released.step(batch.normalised, batch.text, batch.ids)  # noqa: E731
+    else:
+        one = OwnStep(model, "bf16" if "bf16" in way else "fp32", "compiled" in way).step
+    for _ in range(len(batches) if "compiled" in way else 2):
+        one(next(turn))
+    wait(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: one(next(turn)), device)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    flops = float("nan")
+    if "compiled" not in way:
+        with FlopCounterMode(display=False) as counter:
+            one(batches[0])
+        flops = counter.get_total_flops()
+    return Row(seconds, peak, flops)
+
+
+def cycle(batches: list[Pairs]) -> Iterator[Pairs]:
+    """Yields batches over and over."""
+    while True:
+        yield from batches
+
+
+def table(architecture: str, sizes: list[int], ways: list[str], device: str, rates: dict[str, float]) -> None:
+    """Prints what each way took at each batch size, against the released step."""
+    print("| model | batch | step | pairs/s (slowest-fastest) | times released | peak GiB | of the matrix rate |")
+    print("|---|---|---|---|---|---|---|")
+    for size in sizes:
+        batches = [Pairs.draw(random_model(architecture), size, seed, pin=device == "cuda") for seed in range(4)]
+        released = None
+        for way in ways:
+            try:
+                row = measure(way, architecture, batches, device)
+            except torch.cuda.OutOfMemoryError:
+                print(f"| {architecture} | {size} | {way} | out of memory | | | |", flush=True)
+                continue
+            finally:
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+            rate = size / statistics.median(row.seconds)
+            released = released or (rate if way == "released" else None)
+            ratio = f"{rate / released:.2f}" if released else ""
+            share = row.flops / statistics.median(row.seconds) / rates["bf16" if "bf16" in way else "fp32"]
+            print(
+                f"| {architecture} | {size} | {way} | {rate:,.0f} ({size / max(row.seconds):,.0f}-"
+                f"{size / min(row.seconds):,.0f}) | {ratio} | {row.peak_gib:.1f} | {100 * share:.0f} % |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Checks, times, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--architectures", nargs="+", default=["ViT-B-32", "ViT-L-14"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 428])
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch finds no GPU here")
+    attend_at_any_length(torch.device(options.device))
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}")
+    good = check(options.architectures[0], options.device, not options.no_compile)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    rates = {key: matrix_rate(options.device, dtype) for key, dtype in types.items()}
+    print("matrix products, TFLOP/s: " + ", ".join(f"{key} {rate / 1e12:.1f}" for key, rate in rates.items()))
+    ways = ["released", "fp32", "fp32 trim", "bf16", "bf16 trim"]
+    ways += [] if options.no_compile else ["bf16 compiled", "bf16 trim compiled"]
+    for architecture in options.architectures:
+        table(architecture, options.batches, ways, options.device, rates)
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()
