@@ -5,7 +5,8 @@ adapters by torch's own module, which computes its weights for the caller too, a
 optimiser that is not fused, and figures read from the device in every step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from harma_ray.models.clip import DualEncoder
 
 
-def _attention(like: nn.Module, num_heads: int) -> nn.MultiheadAttention:
+def _attention(like: Any, num_heads: int) -> nn.MultiheadAttention:
     """Returns torch's own attention, tokens first, with the weights of another."""
     found = nn.MultiheadAttention(like.out_proj.in_features, num_heads)
     found.load_state_dict(like.state_dict())
@@ -24,10 +25,10 @@ def _attention(like: nn.Module, num_heads: int) -> nn.MultiheadAttention:
 class ReleasedAdapter(nn.Module):
     """The adapter of one block."""
 
-    def __init__(self, stage: nn.Module):
+    def __init__(self, stage: Any):
         """Takes the weights of a `GatedAdapter`."""
         super().__init__()
-        own = stage.bottleneck
+        own: Any = stage.bottleneck
         self.down, self.up, self.gate, self.block_gate = own.down, own.up, own.gate, stage.gate
         self.attention = _attention(own.attention, own.attention.num_heads)
         self.shared = own.shared
@@ -51,12 +52,12 @@ class ReleasedAdapter(nn.Module):
 class ReleasedTower(nn.Module):
     """The blocks of one tower."""
 
-    def __init__(self, blocks: nn.ModuleList):
+    def __init__(self, blocks: Any):
         """Takes the weights of open_clip's blocks with this package's adapters."""
         super().__init__()
         self.blocks = blocks
-        self.attentions = nn.ModuleList(_attention(block.attn, block.attn.num_heads) for block in blocks)
-        self.adapters = nn.ModuleList(ReleasedAdapter(block.mlp.adapter) for block in blocks)
+        self.attentions: Any = nn.ModuleList(_attention(block.attn, block.attn.num_heads) for block in blocks)
+        self.adapters: Any = nn.ModuleList(ReleasedAdapter(block.mlp.adapter) for block in blocks)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns [L, B, D] of [L, B, D]."""
@@ -73,18 +74,18 @@ class ReleasedStep:
 
     def __init__(self, model: DualEncoder, learning_rate: float = 4e-4):
         """Takes over a model's weights, on its device; the model is not to be used beside it."""
-        self.clip, device = model.clip, model.temperature.device
-        visual = self.clip.visual
+        self.clip: Any = model.clip
+        visual, device = self.clip.visual, model.temperature.device
         self.towers = nn.ModuleList(
             ReleasedTower(tower.resblocks) for tower in (visual.transformer, self.clip.transformer)
         ).to(device)
         self.temperature = model.temperature
-        trained = {p: None for part in (self.towers, model) for p in part.parameters() if p.requires_grad}
+        trained = dict.fromkeys(p for part in (self.towers, model) for p in part.parameters() if p.requires_grad)
         self.optimizer = torch.optim.AdamW(
             self._used(trained), lr=learning_rate, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.04
         )
 
-    def _used(self, trained: Mapping[Tensor, None]) -> list[Tensor]:
+    def _used(self, trained: Iterable[Tensor]) -> list[Tensor]:
         """Leaves out the attentions that copies stand for."""
         replaced = {
             id(p) for name, p in self.towers.named_parameters() if ".bottleneck.attention." in name
