@@ -42,6 +42,17 @@ def test_numbers_that_yaml_reads_as_strings_are_repaired():
     assert config.optim.learning_rate == 4e-6
 
 
+def test_a_number_that_equals_nothing_is_told_as_a_wrong_value_of_its_setting():
+    with pytest.raises(UserError, match=r"`loss\.margin`.*nan"):
+        build_config(recipe_config("harma-scenes"), parse_overrides(["loss.margin=.nan"]))
+
+
+def test_a_template_that_nobody_filled_in_is_told_as_yaml_that_is_no_settings(tmp_path):
+    (tmp_path / "config.yaml").write_text("recipe: harma-scenes\n{{ seed }}: 1\n")
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        load_yaml(tmp_path / "config.yaml")
+
+
 def test_all_unknown_keys_are_listed_with_the_nearest_valid_one():
     with pytest.raises(UserError, match=r"optim\.learnig_rate.*learning_rate.*`sed`.*seed"):
         build_config(recipe_config("harma-scenes"), {"optim.learnig_rate": 1, "sed": 3})

@@ -14,7 +14,7 @@ from harma_ray.files import output_path, write_text
 from harma_ray.recipes import PUBLISHED, recipe_config
 from harma_ray.report.seeds import SeedRuns, seeds_markdown
 from harma_ray.runs import CONFIG_NAME, Run, open_run
-from harma_ray.settings import config_hash, flat_settings, show_override, to_dict, to_yaml
+from harma_ray.settings import config_hash, flat_settings, show_override, to_dict
 from harma_ray.training.health import Finding
 from harma_ray.training.run_files import list_checkpoints, read_meta
 
@@ -43,8 +43,6 @@ def begun_runs(runs: str | Path, configs: Mapping[str, RunConfig]) -> dict[str, 
         checkpoints = list_checkpoints(path)
         if checkpoints:
             require_same_data(read_meta(checkpoints[-1]).data, config, subject=f"run {path}", way_out=way_out)
-        if run.report is None and run.config != config:
-            write_text(path / CONFIG_NAME, to_yaml(config))
         found[name] = Run(path, config)
     return found
 

@@ -21,7 +21,7 @@ from harma_ray.on_ray.workers import train
 from harma_ray.preflight import Prepared, absolute_paths, prepare, require_start
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, WorkerPlan
-from harma_ray.runs import CONFIG_NAME, Run, create_run, open_run, timed_name
+from harma_ray.runs import CONFIG_NAME, Run, create_run, new_folder, open_run, timed_name
 from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.health import KIND, Finding, standing_findings
@@ -53,6 +53,7 @@ def train_seeds(
     done = {own: run for own, run in begun.items() if run.report}
     trainings = {own: prepare(seeded) for own, seeded in configs.items() if own not in done}
     for own in trainings.keys() - begun.keys():
+        new_folder(runs, own, "run")
         require_start(configs[own])
     if trainings:
         print_notices(next(iter(trainings.values())).notices)
@@ -92,10 +93,7 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
     prepared = prepare(run.config)
     print_notices(prepared.notices)
     with ray_cluster(address) as cluster:
-        prepared = prepared.on(cluster)
-        if changes:
-            write_text(run.path / CONFIG_NAME, to_yaml(run.config))
-        train_and_print(run, prepared, cluster, started)
+        train_and_print(run, prepared.on(cluster), cluster, started)
 
 
 def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: float) -> None:
@@ -110,6 +108,8 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
     print(f"watch      {command_line('tensorboard', '--logdir', run.path.parent)}", flush=True)
     try:
         with run.locked():
+            if open_run(run.path).config != config:  # its workers, or the place of its data, are others now
+                write_text(run.path / CONFIG_NAME, to_yaml(config))
             ready = with_features(config, run.path, cluster)
             if ready is not config:  # the training reads vectors in place of images
                 prepared = prepare(ready).on(cluster)
@@ -178,6 +178,7 @@ def check_gradients(config: RunConfig) -> None:
     """
     config = absolute_paths(config)
     prepared, worker = prepare(config), local_worker(config)
+    require_start(config)
     check_batch(prepared.task, config.scaling.num_workers or 1)
     print_notices(prepared.notices)
     alone = WorkerPlan(1, worker.decode_threads, float(worker.device != "cpu"))

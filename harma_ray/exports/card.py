@@ -81,7 +81,7 @@ class Card:
                 dataset_split=found.split,
                 dataset_revision=found.fingerprint or None,
                 metric_type=name,
-                metric_name=_label(metrics, name),
+                metric_name=metrics.label(name) or name,
                 metric_value=round(value, 4),
             )
             for found in self.figures
@@ -117,7 +117,7 @@ class Card:
         blocks = []
         for found in self.figures:
             rows = [
-                [name, _label(metrics, name), metrics.show(name, value), _interval(metrics, found, name)]
+                [name, metrics.label(name) or name, metrics.show(name, value), _interval(metrics, found, name)]
                 for name, value in found.metrics.items()
             ]
             size = f", {found.rows:,} rows (fingerprint {found.fingerprint[:12]})" if found.fingerprint else ""
@@ -127,13 +127,6 @@ class Card:
         if not all(found.intervals for found in self.figures):
             blocks.append("Where no intervals stand, none were computed.")
         return "\n\n".join(blocks)
-
-
-def _label(metrics: Metrics, name: str) -> str:
-    """Returns what a metric stands for; of a duplicate-aware variant that, too."""
-    base = name.removesuffix("_text")
-    label = metrics.labels.get(name) or metrics.labels.get(base, base)
-    return label if base == name or name in metrics.labels else f"{label}, equal captions right too"
 
 
 def _interval(metrics: Metrics, found: CardFigures, name: str) -> str:

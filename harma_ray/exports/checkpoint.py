@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, first_few
 from harma_ray.exports.card import is_own_card
 from harma_ray.exports.clip_folder import CONFIG_NAME as CLIP_NAME
 from harma_ray.exports.clip_folder import write_clip_folder
@@ -93,6 +93,7 @@ def export_checkpoint(
         elif own:
             facts = {"recipe": run.config.recipe, "backbone": meta.backbone}
             notes = (write_graphs(own.towers(model, run), facts, partial),)
+        _require_no_others(path, partial)
     return Exported(path, notes)
 
 
@@ -103,6 +104,16 @@ def _require_free(path: Path, *, overwrite: bool) -> None:
     is_export = any(all((path / name).is_file() for name in names) for names in _MADE) or is_own_card(path / CARD_NAME)
     if path.is_dir() and any(path.iterdir()) and not is_export:
         raise UserError(f"{path} is a folder that no export made, which is not replaced; choose another --out")
+
+
+def _require_no_others(path: Path, made: Path) -> None:
+    """Raises UserError if a folder holds more than goes into it now: replacing it would lose that."""
+    others = [] if not path.is_dir() else sorted({p.name for p in path.iterdir()} - {p.name for p in made.iterdir()})
+    if others:
+        raise UserError(
+            f"{path} holds what this export does not write ({first_few(others)}) and is not replaced; choose another "
+            "--out"
+        )
 
 
 def _check(run: Run, format: str, own: ForeignFormat | None, path: Path, *, is_trained: bool) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def run_training(
         TrainingDiverged: If the loss is not finite.
         TrainingStopped: If it was asked to end early; it is saved where it stands.
     """
-    with contextlib.closing(_Training(task, config, run_dir, worker, loader, callback, order, label)) as training:
+    with _Training(task, config, run_dir, worker, loader, callback, order, label) as training:
         if not training.resume():
             training.evaluate_and_save()
         training.train()
@@ -115,8 +115,7 @@ def run_trial(
     is drawn, and test is left alone; `finish_training` makes up for the trial that is chosen. Arguments and errors are
     those of `run_training`.
     """
-    training = _Training(task, config, run_dir, worker, loader, callback, label=label, draw=False)
-    with contextlib.closing(training):
+    with _Training(task, config, run_dir, worker, loader, callback, label=label, draw=False) as training:
         if not training.resume() and not training.can_train:
             training.evaluate_and_save()
         training.train()
@@ -130,7 +129,7 @@ def finish_training(
 
     Arguments, result and errors are those of `run_training`.
     """
-    with contextlib.closing(_Training(task, config, run_dir, worker, loader, label=label)) as training:
+    with _Training(task, config, run_dir, worker, loader, label=label) as training:
         training.resume()
         return training.finish()
 
@@ -180,10 +179,13 @@ class _Training:
                 self._tracker.log("notice", self._progress.step, {}, text=notice)
         return last is not None
 
-    def close(self) -> None:
-        """Closes the record."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Closes the record: as that of a run that is done, or of one that stopped or failed before its end."""
         if self._tracker is not None:
-            self._tracker.close(done=not self.can_train)
+            self._tracker.close(done=error is None and not self.can_train)
 
     @property
     def can_train(self) -> bool:

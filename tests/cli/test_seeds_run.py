@@ -63,7 +63,14 @@ def test_a_seed_that_was_interrupted_goes_on_with_the_workers_that_are_asked_for
     found = begun_runs(finished, {"many-seed1": config, "many-seed7": config})
     assert found["many-seed1"].report is None
     assert list(found) == ["many-seed1"]
-    assert open_run(path).config.scaling.num_workers == 3
+    assert found["many-seed1"].config.scaling.num_workers == 3
+    assert open_run(path).config.scaling.num_workers != 3  # its folder is another process's until it is locked
+
+
+def test_a_seed_whose_name_is_taken_is_refused_before_ray(capsys, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr("harma_ray.cli.train_run.ray_cluster", None)
+    (tmp_path / "many-seed2").mkdir()
+    assert f"run {tmp_path / 'many-seed2'} exists; choose another --name" in refused(capsys, *train(scenes, tmp_path))
 
 
 def test_a_seed_on_other_data_is_refused(finished, composed):

@@ -365,5 +365,10 @@ def test_annotations_only_lists_what_is_missing_and_writes_nothing(fashioniq, ci
         f"6 of 14 images are missing under {fashioniq}/images: Dt1, Dt2, Dt3, Tt1, Tt2, ... (all: {listed})"
     ]
     assert listed.read_text().split() == gone
+    for name in gone[:3]:
+        (fashioniq / "images" / f"{name}.jpg").write_bytes((fashioniq / "images" / "Dt4.jpg").read_bytes())
+    assert main([*command, "--annotations-only", "--out", str(tmp_path / "data")]) == 0
+    assert "3 of 14 images are missing" in capsys.readouterr().out
+    assert not listed.exists()  # it would name images that are there
     assert main(command) == 2
     assert "give the folder of the data set with --out" in capsys.readouterr().err

@@ -93,8 +93,13 @@ def test_only_what_an_export_made_is_replaced(random_run, tmp_path):
     with pytest.raises(UserError, match="no export made"):
         export_checkpoint(run, "open_clip", tmp_path / "mine", overwrite=True)
     made = export_checkpoint(run, "open_clip", tmp_path / "clip").path
-    (made / "more").write_text("")
+    (made / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"does not write \(thesis\.tex\) and is not replaced"):
+        export_checkpoint(run, "open_clip", made, overwrite=True)
+    (made / "thesis.tex").unlink()
+    (made / "open_clip_model.safetensors").write_text("broken")
     export_checkpoint(run, "open_clip", made, overwrite=True)
+    assert (made / "open_clip_model.safetensors").stat().st_size > 1e6
     assert sorted(file.name for file in made.iterdir()) == ["open_clip_config.json", "open_clip_model.safetensors"]
     (tmp_path / "file").write_text("")
     export_checkpoint(run, "open_clip", tmp_path / "file", overwrite=True)

@@ -90,7 +90,7 @@ def test_a_card_tells_data_figures_with_intervals_and_the_licence(adapted, tmp_p
     found = {(each.dataset_split, each.metric_type): each for each in card.data.eval_results}
     values = {key: each.metric_value for key, each in found.items()}
     assert values == {("val", "r_mean"): 50.0, ("test", "r_mean"): 41.5, ("test", "r_mean_text"): 42.0}
-    assert found["test", "r_mean_text"].metric_name == "mean of the six, equal captions right too"
+    assert found["test", "r_mean_text"].metric_name == "mean of the six, equal captions"
     assert found["test", "r_mean"].dataset_revision == "f" * 64
     assert "`test` of ucm, 210 rows (fingerprint ffffffffffff):" in card.text
     assert re.search(r"\| r_mean +\|.*\| 41\.50 +\| 38\.25-44\.50 +\|", card.text)

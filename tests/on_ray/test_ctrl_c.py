@@ -1,5 +1,6 @@
 """What Ctrl-C does while Ray Train is at work; a stand-in for its trainer, real signals."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from harma_ray.on_ray import interruption
+from harma_ray.on_ray import interruption, workers
 from harma_ray.on_ray.interruption import fit
 
 
@@ -75,3 +76,20 @@ def test_without_anyone_to_ask_and_where_workers_die_of_the_same_signal_it_is_an
     with pytest.raises(KeyboardInterrupt) as left:
         fit(trainer(work), never.set)
     assert isinstance(left.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_training_that_ends_although_it_was_asked_to_stop_begins_nothing_after_it(monkeypatch, tmp_path, is_asked):
+    def on_workers(*arguments, on_interrupt, **options):
+        if is_asked:
+            on_interrupt()
+        return {"steps": 3}
+
+    monkeypatch.setattr(workers, "on_workers", on_workers)
+    for name in ("require_shared_folder", "require_visible", "read_paths"):
+        monkeypatch.setattr(workers, name, lambda *arguments: None)
+    run, prepared, told = SimpleNamespace(path=tmp_path), SimpleNamespace(config=None, workers=1), []
+    with pytest.raises(KeyboardInterrupt) if is_asked else contextlib.nullcontext():
+        assert workers.train(run, prepared, None, on_record=told.append) == {"steps": 3}
+    assert [record["kind"] for record in told] == ["notice"] * is_asked
+    assert not any(tmp_path.iterdir())

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import re
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from harma_ray.recipes import changed_settings, make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, load_state, load_weights, read_meta
-from harma_ray.training.loop import run_training
+from harma_ray.training.loop import _Training, run_training
 from harma_ray.training.optim import build_optimizer, build_schedule, learning_rate_factor
 from harma_ray.training.sinks import Label
 from harma_ray.training.step import TrainingDiverged, evaluate_split, parameters_without_gradient
@@ -441,3 +443,19 @@ def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
         if parameter.requires_grad:
             assert (id(parameter) in decayed) == ("bias" not in name)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.04, 0.0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_is_told_done_only_if_nothing_fails_after_its_last_step(fails):
+    told = []
+
+    class Trained(_Training):
+        can_train = False
+
+        def __init__(self):
+            self._tracker = SimpleNamespace(close=lambda *, done: told.append(done))
+
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext(), Trained():
+        if fails:
+            raise RuntimeError("no memory for test")
+    assert told == [not fails]

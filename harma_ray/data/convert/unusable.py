@@ -129,8 +129,12 @@ def remove_lists(split: Path) -> None:
 
 
 def _write(lines: Sequence[str], file: Path) -> str:
-    """Writes a list of images, if it is longer than what messages tell, and returns where, for the message."""
+    """Writes a list of images, if it is longer than what messages tell, and returns where, for the message.
+
+    An earlier list goes in any case.
+    """
     if len(lines) <= _LISTED:
+        file.unlink(missing_ok=True)
         return ""
     write_text(file, "".join(f"{line}\n" for line in lines))
     return f" (all: {file})"
