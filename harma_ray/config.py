@@ -258,6 +258,12 @@ class RunConfig:
         """
         return {"data.path": (self.data.path, (self.data.train_split, self.selecting_split, self.data.test_split))}
 
+    def require_named(self) -> None:
+        """Raises UserError if nobody named weights that the recipe does not draw by itself; a recipe replaces it."""
+
+    def require_weights(self) -> None:
+        """Raises UserError if named weights are not there, as far as shows without torch; a recipe replaces it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedFigures:

@@ -129,7 +129,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     """
     task = make_task(config)
     if file is None:
-        task.require_backbone()
+        config.require_named()
         return task.baseline_model().eval()
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():

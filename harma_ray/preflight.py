@@ -12,7 +12,7 @@ from harma_ray.data.splits import open_used
 from harma_ray.errors import UserError, first_few
 from harma_ray.files import kept_path
 from harma_ray.models.fingerprints import file_fingerprint
-from harma_ray.models.hub import is_elsewhere
+from harma_ray.models.names import is_elsewhere
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run, open_run

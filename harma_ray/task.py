@@ -149,7 +149,7 @@ class Task(ABC, Generic[ConfigT, ModelT]):
 
     @property
     def trains_backbone(self) -> bool:
-        """Whether weights of the backbone itself are trained; see `require_backbone`."""
+        """Whether weights of the backbone itself are trained."""
         return False
 
     def new_model(self) -> ModelT:
@@ -176,17 +176,12 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         self.backbone.check()
         for split in evaluated:
             self.check_evaluated(split)
-        self.require_backbone()
+        self.config.require_named()
 
     def check_evaluated(self, split: Split) -> None:
         """Raises UserError for a split whose rows are of a kind that is not evaluated; part of `check`."""
         if self.evaluated_kinds:
             split.require_kind(self.evaluated_kinds, f"evaluating recipe {self.config.recipe}")
-
-    def require_backbone(self) -> None:
-        """Raises UserError if a part stays frozen whose weights nobody named; part of `check`."""
-        if not self.trains_backbone:
-            self.backbone.require_named(self.config.recipe)
 
     def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
         """Returns the settings by which the recipe builds on the best model of a run of an earlier stage.

@@ -75,9 +75,9 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from harma_ray.runs import open_run
+    from harma_ray.cli import early_checks
 
-    run = open_run(options.run)
+    run = early_checks.open_usable(options.run)
     from harma_ray.exports.checkpoint import export_checkpoint
     from harma_ray.exports.hub import HubOptions
 
@@ -89,9 +89,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _extract(options: argparse.Namespace) -> None:
-    from harma_ray.runs import open_run
+    from harma_ray.cli import early_checks
 
-    run = open_run(options.run)
+    run = early_checks.open_usable(options.run)
     from harma_ray.extraction import extract_vision
 
     print(extract_vision(run, options.out, layout=options.layout, dtype=options.dtype, metric=options.metric))

@@ -268,9 +268,7 @@ def _add_inspect(commands: shared.Commands) -> None:
     parser.add_argument("--split", help="one split (default: all)")
     parser.add_argument("--sheet", metavar="FOLDER", help="folder for contact sheets (default: beside the splits)")
     parser.add_argument("--verify", action="store_true", help="decode every image")
-    parser.add_argument(
-        "--recipe", metavar="NAME", help="tell what the rows are to its model too, such as their tokens"
-    )
+    parser.add_argument("--recipe", metavar="NAME", help="tell what rows are to its model too, such as their tokens")
     shared.add_settings(parser)
 
 
@@ -282,31 +280,36 @@ def _task_of(options: argparse.Namespace) -> Task | None:
         if getattr(options, "overrides", None):
             raise UserError("`--set` changes a recipe's settings; name it with --recipe")
         return None
-    from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task, recipe_config
     from harma_ray.settings import build_config, parse_overrides
 
     config = build_config(recipe_config(options.recipe), parse_overrides(options.overrides))
+    config.require_weights()
+    from harma_ray.preflight import absolute_paths
+
     return make_task(absolute_paths(config))
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from harma_ray.data.convert.duplicates import compare_captions, find_shared
-    from harma_ray.data.convert.inspect import describe, render_distributions, render_facts
-    from harma_ray.data.convert.sheet import contact_sheet
     from harma_ray.data.splits import list_splits, open_split
     from harma_ray.errors import UserError
 
-    names, task = list_splits(options.data), _task_of(options)
+    names = list_splits(options.data)
+    splits = [options.split] if options.split else names or ["train"]
+    open_split(options.data, splits[0])
+    task = _task_of(options)
+    from harma_ray.data.convert.duplicates import compare_captions, find_shared  # torch
+    from harma_ray.data.convert.inspect import describe, render_distributions, render_facts
+    from harma_ray.data.convert.sheet import contact_sheet
+
     failed = None
-    for name in [options.split] if options.split else names or ["train"]:
-        split = open_split(options.data, name)
+    for split in (open_split(options.data, name) for name in splits):
         print(render_facts(describe(split, verify=options.verify)))
         print(_tell_ceiling(split), end="")
         if task is not None:
             facts = task.sample_facts(split)
             print("\n".join([render_distributions(facts.numbers), "", *facts.notes]) + "\n")
-        sheet = Path(options.sheet or options.data) / f"contact-sheet-{name}.png"
+        sheet = Path(options.sheet or options.data) / f"contact-sheet-{split.name}.png"
         try:
             contact_sheet(split, sheet)
             print(f"contact sheet: {sheet}\n")

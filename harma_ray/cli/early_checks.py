@@ -30,11 +30,28 @@ def check_new(runs: str, names: Sequence[str | None], kind: str) -> None:
 
 
 def check_training(config: RunConfig, address: str | None) -> None:
-    """Raises UserError if a training's splits are not there, or it wants a GPU that is not."""
+    """Raises UserError if a training's splits or weights are not there, or it wants a GPU that is not."""
     if config.data.path:
         kept_path(config.data.path, "the data set")
     open_used(config)
     require_gpu(config.scaling.use_gpu, address)
+    config.require_named()
+    require_parts(config)
+
+
+def require_parts(config: RunConfig) -> None:
+    """Raises UserError if weights or further data sets that a model is built from and measured on are not there."""
+    config.require_weights()
+    for name, (folder, splits) in config.data_sets.items():
+        if name != "data.path":
+            open_split(folder, splits[0])
+
+
+def open_usable(path: str) -> Run:
+    """Opens the folder of a run; raises UserError if it is none, or the weights that it was built on are gone."""
+    run = open_run(path)
+    run.config.require_weights()
+    return run
 
 
 def check_resumed(path: str, changes: Mapping[str, Any], address: str | None) -> None:
@@ -44,6 +61,7 @@ def check_resumed(path: str, changes: Mapping[str, Any], address: str | None) ->
         return  # is shown
     run = Run(run.path, build_config(run.config, changes))
     check_same_data(run)
+    require_parts(run.config)
     require_gpu(run.config.scaling.use_gpu, address)
     with lock_folder(run.path):
         pass
@@ -72,18 +90,25 @@ def check_resumed_search(path: str, data: str | None) -> None:
         pass
 
 
-def check_model(weights: str | None, data: str, split: str, outputs: Mapping[str, str | None]) -> None:
+def check_model(
+    config: RunConfig, run: str | None, weights: str | None, split: str, outputs: Mapping[str, str | None]
+) -> None:
     """Raises UserError if weights or the split that they are to be used on are not there.
 
     Args:
-        weights: A run, a file or a folder; None: none are read.
-        data: Folder of the data set.
+        config: Settings of the model and the data.
+        run: The run whose model it is; None: of none.
+        weights: A file or a folder of others; None: none are read.
         split: Name of the split.
         outputs: Files and folders to be written, by option.
     """
     if weights:
         require_there(weights, "no weights are there; give a run, a file or a checkpoint's folder")
-    open_split(data, split)
+    open_split(config.data.path, split)
+    if not weights:  # those of others may hold the backbone
+        config.require_weights()
+    if not weights and not run:
+        config.require_named()
     for option, place in outputs.items():
         target = output_path(place) if place else None
         if target and option == "--json" and not target.parent.is_dir():
@@ -94,7 +119,7 @@ def check_model(weights: str | None, data: str, split: str, outputs: Mapping[str
 
 def check_embedded(run: str, data: str, split: str | None, out: str) -> Run:
     """Returns the run that embeds; raises UserError if it, the data or the place to write is not there."""
-    found, folder = open_run(run), Path(data).expanduser().absolute()
+    found, folder = open_usable(run), Path(data).expanduser().absolute()
     require_free(out)
     require_there(data, "give a converted data set or a folder of images")
     if split and list_splits(folder):

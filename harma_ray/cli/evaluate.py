@@ -97,9 +97,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     config, weights = _read_model(options)
     early_checks.require_gpu(options.gpu, options.address if (options.workers or 1) > 1 else "local")
     outputs = {"--json": options.json, "--report": options.report}
-    early_checks.check_model(options.checkpoint, config.data.path, options.split, outputs)
+    early_checks.check_model(config, options.run, options.checkpoint, options.split, outputs)
     for run in options.compare or ():
-        early_checks.open_run(run)
+        early_checks.open_usable(run)
     from harma_ray.cli.evaluate_run import evaluate_and_print
 
     evaluate_and_print(
@@ -133,7 +133,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     config, weights = _read_model(options)
     early_checks.require_gpu(options.gpu, "local")
-    early_checks.check_model(options.checkpoint, config.data.path, options.split, {"--out": options.out})
+    early_checks.check_model(config, options.run, options.checkpoint, options.split, {"--out": options.out})
     from harma_ray.import_export import load_model
     from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task

@@ -30,7 +30,7 @@ def _generate(options: argparse.Namespace) -> None:
     from harma_ray.cli import early_checks
     from harma_ray.errors import UserError
 
-    early_checks.open_run(options.run)
+    early_checks.open_usable(options.run)
     for image in options.image:
         early_checks.require_there(image, "give an image file")
     from harma_ray.api import load_run

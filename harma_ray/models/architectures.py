@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.models.hub import is_elsewhere, read_configuration
+from harma_ray.models.hub import read_configuration
+from harma_ray.models.names import is_elsewhere
 
 _CONFIGS = Path(__file__).parent / "configs"
 _QUICK = "-quickgelu"

@@ -28,7 +28,8 @@ from harma_ray.models.architectures import (
 )
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, fitted, read_foreign
-from harma_ray.models.hub import find_weights, from_cache, is_elsewhere, known_weights, require_tag
+from harma_ray.models.hub import find_weights, from_cache, known_weights, require_tag
+from harma_ray.models.names import is_elsewhere, require_file, unknown_weights
 from harma_ray.models.weights import check_fit
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,6 @@ class Backbone(ABC):
     def check(self) -> None:  # noqa: B027
         """Raises UserError for weights that cannot be its own, as far as shows without loading them."""
 
-    def require_named(self, recipe: str) -> None:  # noqa: B027
-        """Raises UserError unless somebody said which weights it has; for recipes that keep it frozen."""
-
     def notes(self) -> tuple[str, ...]:
         """Returns what is done to find it in its file."""
         return ()
@@ -141,15 +139,6 @@ class ClipBackbone(Backbone):
     def check(self) -> None:
         """Raises UserError as `check_pretrained` does."""
         check_pretrained(self.architecture, self.pretrained or RANDOM, self.activation)
-
-    def require_named(self, recipe: str, other_way: str = "") -> None:
-        """Raises UserError if nobody named any weights; `other_way` is one more way out."""
-        if not self.pretrained:
-            raise UserError(
-                f"recipe {recipe} keeps the backbone frozen, so its weights must be named; give {other_way}"
-                "--set model.pretrained=FILE (`checkpoint export --format open_clip` writes one), or "
-                "--set model.pretrained=random if a random backbone is what you want"
-            )
 
     def notes(self) -> tuple[str, ...]:
         """Returns how the CLIP is found in a file; nothing for a tag, or a file with a bare state dict."""
@@ -261,11 +250,9 @@ def _check_names(architecture: str, pretrained: str) -> None:
                 f"{_SPOKEN[quick]}; use `{activation_twin(name)}`"
             )
     elif pretrained != RANDOM and not is_elsewhere(pretrained) and not Path(pretrained).is_file():
+        require_file(name, pretrained)
         near = f"its own are `{architecture}`" if is_elsewhere(architecture) else _nearest(name, pretrained)
-        raise UserError(
-            "`pretrained` must be `random`, an existing file, hf-hub:ORG/NAME, or a tag of the architecture, got "
-            f"{pretrained!r} for `{name}`; {near}"
-        )
+        raise unknown_weights(name, pretrained, near)
 
 
 def _require_clip(architecture: str, weights: ForeignWeights, activation: Activation) -> None:
@@ -340,9 +327,7 @@ def _warn_once(message: str) -> None:
 
 
 def _nearest(architecture: str, pretrained: str) -> str:
-    """Say what the user may have meant by an unknown tag or a missing file."""
-    if "/" in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        return "there is no such file"
+    """Say what the user may have meant by an unknown tag."""
     owners = open_clip.list_pretrained_models_by_tag(pretrained)
     if owners:
         return f"this tag belongs to {', '.join(owners[:5])}"

@@ -21,17 +21,12 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from harma_ray.errors import UserError
+from harma_ray.models.names import FOLDER, HUB
 
-_HUB, _FOLDER = "hf-hub:", "local-dir:"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _CONFIGURATION = "open_clip_config.json"
 _SETTING = "--set model.pretrained=FILE"
 _PATIENCE_SECONDS = 5.0
-
-
-def is_elsewhere(name: str) -> bool:
-    """Tells whether a name is that of a repository of the hub, or of a folder like one."""
-    return name.startswith((_HUB, _FOLDER))
 
 
 def read_configuration(name: str) -> dict[str, Any]:
@@ -109,11 +104,11 @@ def _origin(architecture: str, tag: str) -> tuple[str, Sequence[str], str]:
 
 def _repository(name: str) -> str | None:
     """Returns the repository of a name; None: it is that of a folder."""
-    if name.startswith(_FOLDER):
+    if name.startswith(FOLDER):
         return None
-    repository = name.removeprefix(_HUB)
+    repository = name.removeprefix(HUB)
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise UserError(f"a model of the Hugging Face hub must be named {_HUB}ORG/NAME, got {name!r}")
+        raise UserError(f"a model of the Hugging Face hub must be named {HUB}ORG/NAME, got {name!r}")
     return repository
 
 
@@ -121,10 +116,10 @@ def _find(name: str, files: Sequence[str]) -> Path:
     """Returns the first of some files that a repository or folder has."""
     repository = _repository(name)
     if repository is None:
-        folder = Path(name.removeprefix(_FOLDER))
+        folder = Path(name.removeprefix(FOLDER))
         found = next((folder / file for file in files if (folder / file).is_file()), None)
         if not folder.is_absolute() or found is None:
-            raise UserError(f"`{name}` must be {_FOLDER} and the absolute path of a folder with {' or '.join(files)}")
+            raise UserError(f"`{name}` must be {FOLDER} and the absolute path of a folder with {' or '.join(files)}")
         return found
     found = _cached(repository, files)
     if found is not None:
@@ -155,7 +150,7 @@ def _require_hub(repository: str, what: str, files: Sequence[str]) -> None:
         return
     fetch = f"fetch {' or '.join(files)} of {constants.ENDPOINT}/{repository}"
     if _CONFIGURATION in files:
-        way_out = f"{fetch} and its weights into a folder, and name that: {_FOLDER}/FOLDER"
+        way_out = f"{fetch} and its weights into a folder, and name that: {FOLDER}/FOLDER"
     else:
         way_out = f"{fetch}, and name the file here: {_SETTING}"
     raise _unreachable(what, constants.ENDPOINT, reason, way_out)

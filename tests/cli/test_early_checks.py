@@ -28,6 +28,8 @@ for arguments in json.loads(sys.argv[1]):
 
 def mistakes(tmp_path, data, run, unfinished, training, search):
     train = ["train", "--recipe", "harma-scenes", "--data", data]
+    combiner = ["train", "--recipe", "scenes-cir-combiner", "--data", data]
+    vitp = ["train", "--recipe", "scenes-vitp", "--data", data]
     return [
         ("is not the folder of a run", ["train", "--resume", tmp_path]),
         ("is being trained by another process", ["train", "--resume", training]),
@@ -43,6 +45,20 @@ def mistakes(tmp_path, data, run, unfinished, training, search):
         ("is no folder; choose another --runs", [*train, "--runs", run / "config.yaml"]),
         ("has no driver of one", [*train, "--gpu"]),
         ("has no driver of one; use", ["evaluate", "--run", run, "--gpu"]),
+        ("keeps the backbone frozen, so its weights must be named", train),
+        ("there is no such file", [*train, "--set", "model.pretrained=gone.pt"]),
+        ("give --from RUN, or", combiner),
+        ("is not a checkpoint of a run", [*combiner, "--set", "model.tuned=gone"]),
+        ("there is no such file", [*combiner, "--set", "model.pretrained=~/gone.pt"]),
+        ("starts from a model whose weights must be named", ["train", "--recipe", "vitp-internvl-1b", "--data", data]),
+        ("gone must be a folder with config.json", [*vitp, "--set", "model.pretrained=gone"]),
+        ("gone must hold weights in", [*vitp, "--set", "model.vision=gone"]),
+        ("gone does not exist; make one", [*vitp, "--set", "features.data=gone"]),
+        ("keeps the backbone frozen", ["evaluate", "--zero-shot", "--recipe", "harma-scenes", "--data", data]),
+        ("gone.pt' for `scenes-tiny`; there is no such file", ["evaluate", "--run", unfinished]),
+        ("gone.pt' for `scenes-tiny`; there is no such file", ["evaluate", "--run", run, "--compare", unfinished]),
+        ("gone.pt' for `scenes-tiny`", ["embed", "--run", unfinished, "--data", data, "--out", tmp_path / "vectors"]),
+        ("gone.pt' for", ["checkpoint", "export", "--run", unfinished, "--format", "adapter", "--out", tmp_path / "x"]),
         ("cannot read gone.yaml", ["train", "--config", "gone.yaml", "--data", data]),
         ("is not the folder of a run (it", [*train, "--from", tmp_path]),
         ("search space", ["tune", "gone.yaml", "--data", data]),
@@ -76,6 +92,8 @@ def test_mistakes_are_told_without_torch_and_ray(scenes, random_run, tmp_path):
     training, search = shutil.copytree(unfinished, tmp_path / "training"), tmp_path / "search"
     (unfinished / "report.json").unlink(missing_ok=True)
     (training / "report.json").unlink(missing_ok=True)
+    settings = (unfinished / "config.yaml").read_text()
+    (unfinished / "config.yaml").write_text(settings.replace("pretrained: ''", "pretrained: /gone.pt"))
     search.mkdir()
     (search / "search.yaml").write_text("recipe: harma-scenes\n")
     cases = mistakes(tmp_path, scenes, run, unfinished, training, search)

@@ -119,8 +119,6 @@ def test_what_cannot_be_built_is_refused_without_loading(tmp_path, monkeypatch):
     ]:
         with pytest.raises(UserError, match=said):
             backbone.check()
-    with pytest.raises(UserError, match="must be named"):
-        InternVLBackbone("", "scenes-tiny").require_named("x")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "harma-ray\[vitp\]"'):
         scenes().check()

@@ -17,9 +17,9 @@ from harma_ray.errors import UserError
 from harma_ray.models.backbones import Backbone
 from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.internvl.configs import SIZES, internvl_config, require_transformers
-from harma_ray.models.internvl.files import build_empty, files_of, read_internvl, read_vision
+from harma_ray.models.internvl.files import build_empty, read_internvl, read_vision
+from harma_ray.models.internvl.folders import CONFIG, files_of
 from harma_ray.models.internvl.layouts import (
-    CONFIG,
     UNKNOWN_TOKEN,
     check_same_vision,
     read_config,
@@ -126,14 +126,6 @@ class InternVLBackbone(Backbone):
         if config.name == CONFIG:
             wanted: Any = self._config.vision_config
             check_same_vision(read_vision_config(config.parent), wanted, str(path))
-
-    def require_named(self, recipe: str) -> None:
-        """Raises UserError if nobody said which weights it has."""
-        if not self.pretrained:
-            raise UserError(
-                f"recipe {recipe} starts from a model whose weights must be named; give --set model.pretrained=FOLDER, "
-                "or model.pretrained=random if random ones are what you want"
-            )
 
     def notes(self) -> tuple[str, ...]:
         """Returns what is done to make the folder's weights a model's."""

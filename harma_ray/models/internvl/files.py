@@ -17,6 +17,7 @@ from harma_ray.errors import UserError, first_few
 from harma_ray.models.containers import read_container
 from harma_ray.models.foreign import read_foreign
 from harma_ray.models.internvl.configs import require_transformers
+from harma_ray.models.internvl.folders import CONFIG, WEIGHTS, weight_files
 from harma_ray.models.internvl.keys import (
     NATIVE_VISION,
     VISION_MARKS,
@@ -28,7 +29,6 @@ from harma_ray.models.internvl.keys import (
     vision_to_original,
 )
 from harma_ray.models.internvl.layouts import (
-    CONFIG,
     check_tensors,
     original_settings,
     original_vision_settings,
@@ -40,7 +40,6 @@ from harma_ray.models.weights import check_fit
 if TYPE_CHECKING:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, InternVLVisionModel
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TRANSLATED = "names of InternVL's own code translated"
 """Note of what was read."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -119,42 +118,6 @@ def _vision_tensors(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     notes = [TRANSLATED] if is_original(tensors) else []
     notes += [f"left out what is not the vision transformer's: {first_few(beside)}"] if beside else []
     return native, tuple(notes)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files with a folder's weights, safetensors before torch's.
-
-    Raises:
-        UserError: If there are none, an index cannot be read, or one that it names is missing.
-    """
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if not index.is_file():
-            continue
-        try:
-            named = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} must map tensors to files under weight_map, but cannot be read so") from error
-        missing = [file for file in named if Path(file).name != file or not (folder / file).is_file()]
-        if missing or not named:
-            raise UserError(
-                f"{folder} lacks files of weights that its index names: {first_few(missing) or 'none named'}"
-            )
-        return [folder / file for file in named]
-    raise UserError(f"{folder} must hold weights in {' or '.join(_WEIGHTS)}, or in several files with an index")
-
-
-def files_of(path: Path) -> list[Path]:
-    """Returns all files that `read_internvl` or `read_vision` read: weights, and the configuration beside them.
-
-    Raises:
-        UserError: If weights are missing.
-    """
-    files = [path] if path.is_file() else weight_files(path)
-    config = files[0].parent / CONFIG
-    return [*files, *([config] if config.is_file() else [])]
 
 
 def read_outline(folder: Path) -> dict[str, Tensor]:
@@ -252,7 +215,7 @@ def _require_original(tensors: Mapping[str, Tensor]) -> None:
 def _write(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: t.detach().to("cpu", dtype).contiguous().clone() for name, t in tensors.items()}
-    save_file(written, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    save_file(written, folder / WEIGHTS[0], metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 

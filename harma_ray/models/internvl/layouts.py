@@ -12,13 +12,13 @@ from torch import Tensor
 
 from harma_ray.errors import UserError
 from harma_ray.models.internvl.configs import require_transformers
+from harma_ray.models.internvl.folders import CONFIG, require_config
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, InternVLVisionConfig
 
 UNKNOWN_TOKEN = -1
 """The image token of a configuration of the original, where the tokenizer alone knows it."""
-CONFIG = "config.json"
 _ORIGINAL_VISION = {
     "hidden_size": 3200,
     "num_hidden_layers": 48,
@@ -241,11 +241,10 @@ def _require_equal(pairs: Mapping[str, tuple[Any, Any]], source: str, other: str
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     require_transformers()
+    require_config(folder)
     path = folder / CONFIG
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} must be a folder with {CONFIG}, as Hugging Face's are") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(settings, dict):

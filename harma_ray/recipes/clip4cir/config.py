@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,7 +19,11 @@ from harma_ray.config import (
     SharedByTrials,
     TrainConfig,
 )
+from harma_ray.models.names import require_file, require_named
+from harma_ray.training.run_files import read_meta
 
+_FROM = "--from RUN, or "
+"""The other way to name weights."""
 Criterion = Literal[
     "r_mean", "average_recall", "average_recall_at10", "average_recall_at50", "recall_at1", "recall_at5", "recall_at10",
     "recall_at50", "group_recall_at1", "group_recall_at2", "group_recall_at3", "mean(R@5+R_s@1)", "arithmetic_mean",
@@ -83,6 +88,10 @@ class Clip4CirConfig(RunConfig):
     selection: Annotated[RecallSelection, SharedByTrials()] = field(default_factory=RecallSelection)
     """The best epoch."""
 
+    def require_weights(self) -> None:
+        """Raises UserError if CLIP's weights can be nothing but a file, and that is not there."""
+        require_file(self.model.architecture, self.model.pretrained)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig:
@@ -98,6 +107,11 @@ class FinetuneConfig(Clip4CirConfig):
 
     tuning: TuningConfig = field(default_factory=TuningConfig)
     """What is trained."""
+
+    def require_named(self) -> None:
+        """Raises UserError if an encoder stays frozen, and nobody named CLIP's weights."""
+        if self.tuning.encoder != "both":
+            require_named(self.recipe, self.model.pretrained, _FROM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +144,17 @@ class CombinerConfig(Clip4CirConfig):
     """The Combiner."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The encoders' outputs."""
+
+    def require_named(self) -> None:
+        """Raises UserError if nobody named CLIP's weights, or a run that tuned them."""
+        if not self.model.tuned:
+            require_named(self.recipe, self.model.pretrained, _FROM)
+
+    def require_weights(self) -> None:
+        """Raises UserError as for the first stage, or if the run's checkpoint is not there."""
+        super().require_weights()
+        if self.model.tuned:
+            read_meta(Path(self.model.tuned).expanduser())
 
 
 def clip4cir_finetune() -> FinetuneConfig:

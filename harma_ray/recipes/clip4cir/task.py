@@ -76,11 +76,6 @@ class TunedClip(ClipBackbone):
         if self.tuned:
             read_meta(Path(self.tuned))
 
-    def require_named(self, recipe: str, other_way: str = "--from RUN, or ") -> None:
-        """Raises UserError if nobody named weights or a run."""
-        if not self.tuned:
-            super().require_named(recipe, other_way)
-
 
 class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     """Composed retrieval with CLIP4Cir, either stage."""
@@ -120,13 +115,7 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
                 raise UserError(
                     f"`{asker}` names `{name}`, which is not measured on {training.path} (there are {', '.join(known)})"
                 )
-        self.require_backbone()
-
-    def require_backbone(self) -> None:
-        """Raises UserError if a part of CLIP stays frozen whose weights nobody named."""
-        whole = isinstance(self.config, FinetuneConfig) and self.config.tuning.encoder == "both"
-        if not whole:
-            self.backbone.require_named(self.config.recipe)
+        self.config.require_named()
 
     @property
     def trains_backbone(self) -> bool:

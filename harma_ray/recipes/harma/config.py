@@ -22,6 +22,7 @@ from harma_ray.config import (
     TrainConfig,
 )
 from harma_ray.data.augmentation import Augmentation
+from harma_ray.models.names import require_file, require_named
 
 Criterion = Literal[
     "txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10", "r_mean",
@@ -121,6 +122,15 @@ class HarmaConfig(RunConfig):
         default_factory=RecallSelection
     )
     """The best epoch."""
+
+    def require_named(self) -> None:
+        """Raises UserError if the backbone stays frozen, and nobody named its weights."""
+        if self.model.tuning != "full":
+            require_named(self.recipe, self.model.pretrained)
+
+    def require_weights(self) -> None:
+        """Raises UserError if the backbone's weights can be nothing but a file, and that is not there."""
+        require_file(self.model.architecture, self.model.pretrained)
 
 
 def harma_rsitmd_vit() -> HarmaConfig:

@@ -72,7 +72,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
                 f"`loss.center_factor` needs a class label for every image, but {training.path} has images without; "
                 "convert it with labels, or set loss.center_factor=0"
             )
-        self.require_backbone()
+        self.config.require_named()
 
     @property
     def trains_backbone(self) -> bool:

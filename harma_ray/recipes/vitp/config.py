@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,6 +19,9 @@ from harma_ray.config import (
     SharedByTrials,
     TrainConfig,
 )
+from harma_ray.errors import UserError
+from harma_ray.models.internvl.configs import require_transformers
+from harma_ray.models.internvl.folders import files_of, require_config
 from harma_ray.models.internvl.marks import SYSTEM_PROMPT
 
 Criterion = Literal["loss", "token_accuracy", "answers", "top_1", "top_3", "top_5", "map"]
@@ -152,6 +156,24 @@ class VitpConfig(RunConfig):
         """The talks and, if there is one, the data set with classes on which Top-1 is measured."""
         used = (self.features.gallery, self.selecting_split, self.data.test_split)
         return super().data_sets | ({"features.data": (self.features.data, used)} if self.features.data else {})
+
+    def require_named(self) -> None:
+        """Raises UserError if nobody said which weights the model has."""
+        if not self.model.pretrained:
+            raise UserError(
+                f"recipe {self.recipe} starts from a model whose weights must be named; give "
+                "--set model.pretrained=FOLDER, or model.pretrained=random if random ones are what you want"
+            )
+
+    def require_weights(self) -> None:
+        """Raises UserError if what reads them, the folder, or the vision transformer is not there."""
+        require_transformers()
+        if self.model.pretrained not in ("", RANDOM):
+            folder = Path(self.model.pretrained).expanduser()
+            require_config(folder)
+            files_of(folder)
+        if self.model.vision:
+            files_of(Path(self.model.vision).expanduser())
 
 
 def vitp_internvl_1b() -> VitpConfig:

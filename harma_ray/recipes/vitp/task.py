@@ -81,10 +81,6 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
         for split in evaluated if self.config.features.data else ():
             labelled_splits(self.config.features, split.name)
 
-    def require_backbone(self) -> None:
-        """Raises UserError unless somebody said which weights it starts from."""
-        self.backbone.require_named(self.config.recipe)
-
     @property
     def trains_backbone(self) -> bool:
         """Whether the model itself is trained."""
@@ -180,14 +176,14 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
 
     def row_check(self) -> RowCheck:
         """Returns what refuses talks of more than ``talk.max_tokens`` tokens."""
-        self.require_backbone()  # else the tokenizer would be another model's
+        self.config.require_named()  # else the tokenizer would be another model's
         self.backbone.tokenizer()
         return reader_of(self.config).check
 
     def sample_facts(self, split: Split) -> SampleFacts:
         """Returns tokens and tiles of all talks, and how many of them are longer than may be."""
         split.require_kind([TALKS], f"recipe {self.config.recipe}")
-        self.require_backbone()
+        self.config.require_named()
         measured, limit = measure_talks(split, reader_of(self.config)), self.config.talk.max_tokens
         lengths = measured["tokens of a talk"]
         too_long = sum(length > limit for length in lengths)
