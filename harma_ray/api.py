@@ -218,7 +218,7 @@ def _check_list(name: str, items: Sequence, batch_size: int) -> None:
 
 
 def load_run(path: str | Path, device: str | None = None, *, rendering: Rendering | None = None) -> Retriever:
-    """Opens a run and loads its best weights.
+    """Opens a run and loads its best weights; of a run that is not finished, those so far, with a logged warning.
 
     Args:
         path: Folder of the run.

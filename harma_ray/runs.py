@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -27,7 +28,14 @@ from harma_ray.files import kept_path, output_path, require_writable, write_text
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import build_config, marked_settings, to_yaml
 from harma_ray.shell import command_line, launch_command
-from harma_ray.training.run_files import REPORT_NAME, CheckpointMeta, list_checkpoints, read_meta, read_records
+from harma_ray.training.run_files import (
+    METRICS_NAME,
+    REPORT_NAME,
+    CheckpointMeta,
+    list_checkpoints,
+    read_meta,
+    read_records,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +72,8 @@ class Run:
     def best_checkpoint(self, metric: str | None = None) -> Path:
         """Returns the checkpoint with the best objective so far; the last one if none was evaluated (an import).
 
+        Of a run whose training is not at its end it is logged which one that is, once for each.
+
         Args:
             metric: What to judge by; None = the recipe's objective.
 
@@ -82,7 +92,20 @@ class Run:
         best = [*metrics.ranked(objective, rated, lambda path: read_meta(path).metrics), checkpoints[-1]][0]
         if metric:
             self._require_kept(metric, read_meta(best))
+        self._tell_unfinished(read_meta(best), read_meta(checkpoints[-1]))
         return best
+
+    def _tell_unfinished(self, best: CheckpointMeta, last: CheckpointMeta) -> None:
+        """Logs which checkpoint is the best so far, unless the training is at its end (imports were not trained)."""
+        train = self.config.train
+        done, planned, unit = (last.step, train.steps, "step") if train.steps else (last.epoch, train.epochs, "epoch")
+        if self.report is not None or done >= planned or not (self.path / METRICS_NAME).is_file():
+            return
+        untrained = "" if best.step else ", before any training"
+        _warn_once(
+            f"run {self.path} is not finished ({unit} {done:.4g} of {planned}): used is its best checkpoint so far, "
+            f"step {best.step} (epoch {best.epoch:.4g}{untrained})"
+        )
 
     def best_finished(self, metric: str | None = None) -> Path:
         """Returns `best_checkpoint` of a run whose training will not go on, which could delete it.
@@ -129,6 +152,11 @@ class Run:
         model = self.task.new_model()
         load_weights(self.best_checkpoint(metric), model, backbone=self.task.backbone.fingerprint(model))
         return model.eval()
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _logger.warning("%s", text)
 
 
 @contextlib.contextmanager

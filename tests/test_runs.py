@@ -1,7 +1,10 @@
 """Runs on disk: their folder, their lock; where output may go."""
 
 import contextlib
+import json
+import logging
 import threading
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -10,6 +13,7 @@ from harma_ray.files import output_path, write_text
 from harma_ray.recipes import load_config, recipe_config
 from harma_ray.runs import create_run
 from harma_ray.settings import build_config
+from harma_ray.training.run_files import META_NAME, METRICS_NAME, REPORT_NAME, CheckpointMeta, checkpoint_path
 
 
 @pytest.fixture
@@ -75,3 +79,41 @@ def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         write_text(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.fixture
+def stopped(config, tmp_path):
+    """A run of 20 epochs, stopped in its third; its best checkpoint is that of the untrained model."""
+    run = create_run(tmp_path, "one", build_config(config, {"train.epochs": 20}))
+    for step, epoch, r_mean in ((0, 0, 9.0), (25, 2.5, 8.0)):
+        folder = checkpoint_path(run.path, step)
+        folder.mkdir(parents=True)
+        meta = CheckpointMeta(step, epoch, {"r_mean": r_mean}, {}, "", config.recipe, "")
+        (folder / META_NAME).write_text(json.dumps(asdict(meta)))
+    (run.path / METRICS_NAME).write_text("")
+    return run
+
+
+def test_of_a_run_that_is_not_finished_it_is_told_once_which_checkpoint_is_used(stopped, caplog):
+    for _ in range(2):
+        assert stopped.best_checkpoint().name == "step_00000000"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    told = "used is its best checkpoint so far, step 0 (epoch 0, before any training)"
+    assert caplog.messages == [f"run {stopped.path} is not finished (epoch 2.5 of 20): {told}"]
+
+
+def test_planned_steps_are_told_where_they_are_what_is_planned(stopped, caplog):
+    replace(stopped, config=build_config(stopped.config, {"train.steps": 40})).best_checkpoint()
+    assert "(step 25 of 40)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["finished", "imported", "trained to its end"])
+def test_nothing_is_told_of_runs_that_will_not_go_on(stopped, caplog, kind):
+    if kind == "finished":
+        (stopped.path / REPORT_NAME).write_text("{}")
+    elif kind == "imported":
+        (stopped.path / METRICS_NAME).unlink()
+    else:
+        stopped = replace(stopped, config=build_config(stopped.config, {"train.steps": 25}))
+    stopped.best_checkpoint()
+    assert not caplog.messages
