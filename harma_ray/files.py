@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and where they may go."""
 
+import difflib
 import errno
 import fcntl
 import glob
@@ -7,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,8 @@ TEMPORARY_PREFIX = ".tmp-"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the system's errors that mean so."""
 
+RUNS = "runs"
+"""Folder of all runs and searches, unless another is named."""
 SETTLED_SECONDS = 2.0
 """A file may change twice within what a file system takes for one moment; so long after a change it is not known."""
 
@@ -192,6 +195,39 @@ def kept_path(path: str | Path, name: str) -> Path:
             "machines mount"
         )
     return path
+
+
+def near_paths(path: Path, is_wanted: Callable[[Path], bool] = Path.exists, *others: str | Path) -> list[Path]:
+    """Returns what a path that is not there, or is something else, may have meant, the nearest first.
+
+    Args:
+        path: The path.
+        is_wanted: Tells whether another one is what should have been named.
+        others: Folders that it may lie in, beside its own.
+    """
+    path = path.absolute()
+    found: list[Path] = []
+    for place in dict.fromkeys([path.parent, *(Path(other).absolute() for other in others)]):
+        with suppress(OSError):
+            near = difflib.get_close_matches(path.name, [each.name for each in place.iterdir()])
+            found += [place / name for name in near if is_wanted(place / name)]
+    return found
+
+
+def near_folders(path: Path, is_wanted: Callable[[Path], bool], *others: str | Path) -> list[Path]:
+    """Returns folders that a path may have meant: what it lies in, near ones, or what is in it; see `near_paths`."""
+    path = path.absolute()
+    above = [folder for folder in path.parents[:2] if is_wanted(folder)]
+    found = above or near_paths(path, is_wanted, *others)
+    if not found and path.is_dir():
+        with suppress(OSError):
+            found = sorted(each for each in path.iterdir() if is_wanted(each))
+    return found
+
+
+def did_you_mean(paths: Sequence[Path]) -> str:
+    """Returns the end of a message that names up to three paths, if there are any."""
+    return f"; did you mean {' or '.join(map(str, paths[:3]))}?" if paths else ""
 
 
 def settled_state(found: os.stat_result) -> tuple[int, ...] | None:

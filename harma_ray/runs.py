@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import harma_ray
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError
-from harma_ray.files import kept_path, output_path, require_writable, write_text
+from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders, output_path, require_writable, write_text
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import build_config, marked_settings, to_yaml
 from harma_ray.shell import command_line, launch_command
@@ -234,7 +234,8 @@ def open_run(path: str | Path) -> Run:
     """
     path = kept_path(path, "the run")
     if not (path / CONFIG_NAME).is_file():
-        raise UserError(f"{path} is not the folder of a run (it has no {CONFIG_NAME})")
+        near = did_you_mean(near_folders(path, lambda folder: (folder / CONFIG_NAME).is_file(), RUNS))
+        raise UserError(f"{path} is not the folder of a run (it has no {CONFIG_NAME}){near}")
     return Run(path, _placed(load_config(path / CONFIG_NAME), path))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Section
-from harma_ray.files import TEMPORARY_PREFIX, atomic, making, write_text
+from harma_ray.files import TEMPORARY_PREFIX, atomic, did_you_mean, making, near_folders, near_paths, write_text
 from harma_ray.report.page import write_page
 
 
@@ -139,3 +139,23 @@ def test_a_page_is_whole_though_its_writer_ends(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         page("new")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_wrong_path_is_told_with_what_lies_near(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/first", "runs/second", "data/ucm/train"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs" / "frosty").touch()
+    runs = tmp_path / "runs"
+
+    def near(path, *others):
+        return near_folders(Path(path), lambda folder: folder.is_dir() and folder.parent == runs, *others)
+
+    assert near("runs/frist") == [runs / "first"]  # no file of a nearer name
+    assert near("first") == []
+    assert near("first", "runs", "gone") == [runs / "first"]
+    assert near("runs/first/checkpoints/step_3") == [runs / "first"]
+    assert near("runs") == [runs / "first", runs / "second"]
+    assert near_paths(Path("data/ucn")) == [tmp_path / "data" / "ucm"]
+    assert did_you_mean([]) == ""
+    assert did_you_mean([Path(name) for name in "abcd"]) == "; did you mean a or b or c?"

@@ -11,9 +11,10 @@ from typing import Any
 
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
-from harma_ray.data.splits import data_folder, list_splits, open_split, open_used
+from harma_ray.data.manifest import MANIFEST_NAME
+from harma_ray.data.splits import data_folder, has_splits, open_split, open_used
 from harma_ray.errors import UserError
-from harma_ray.files import kept_path, output_path, require_writable
+from harma_ray.files import did_you_mean, kept_path, near_folders, near_paths, output_path, require_writable
 from harma_ray.on_ray.address import starts_own
 from harma_ray.resources import has_driver
 from harma_ray.runs import Run, lock_folder, new_folder, open_run, timed_name
@@ -70,10 +71,11 @@ def check_resumed(path: str, changes: Mapping[str, Any], address: str | None) ->
 def check_same_data(run: Run) -> None:
     """Raises UserError unless a run that goes on does so with the data that it was begun on."""
     data = run.config.data.path
-    if not Path(data).is_dir():
+    if not has_splits(Path(data)):
+        near = did_you_mean(near_folders(Path(data), has_splits))
         raise UserError(
             f"the data set {data} of run {run.path} is not there; if it was moved, say where it is: "
-            f"{launch_command('train', '--resume', run.path)} --data FOLDER"
+            f"{launch_command('train', '--resume', run.path)} --data FOLDER{near}"
         )
     checkpoints = list_checkpoints(run.path)
     if checkpoints:
@@ -105,16 +107,16 @@ def check_model(
     if weights:
         require_there(weights, "no weights are there; give a run, a file or a checkpoint's folder")
     open_split(config.data.path, split)
-    if not weights:  # those of others may hold the backbone
-        config.require_weights()
-    if not weights and not run:
-        config.require_named()
     for option, place in outputs.items():
         target = output_path(place) if place else None
         if target and option == "--json" and not target.parent.is_dir():
             raise UserError(f"the folder of `--json` {target} does not exist")
         if target:
             require_writable(target, option)
+    if not weights:  # those of others may hold the backbone
+        config.require_weights()
+    if not weights and not run:
+        config.require_named()
 
 
 def check_embedded(run: str, data: str, split: str | None, out: str) -> Run:
@@ -122,8 +124,8 @@ def check_embedded(run: str, data: str, split: str | None, out: str) -> Run:
     found, folder = open_usable(run), Path(data).expanduser().absolute()
     require_free(out)
     require_there(data, "give a converted data set or a folder of images")
-    if split and list_splits(folder):
-        open_split(data, split)
+    if split or (folder / MANIFEST_NAME).is_file():
+        open_split(folder, split or folder.name)
     return found
 
 
@@ -148,4 +150,4 @@ def require_there(path: str | Path, way_out: str) -> None:
     """Raises UserError unless there is a file or folder."""
     path = Path(path).expanduser()
     if not path.exists():
-        raise UserError(f"{path} does not exist; {way_out}")
+        raise UserError(f"{path} does not exist; {way_out}{did_you_mean(near_paths(path))}")

@@ -4,6 +4,7 @@ import argparse
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
+from harma_ray.files import RUNS
 
 
 def add_commands(commands: shared.Commands) -> None:
@@ -55,7 +56,7 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError("`--metric` chooses among the checkpoints of an earlier run; give it with --from")
     seeds = _parse_seeds(options.seeds) if options.seeds else []
     if not options.check and len(seeds) < 2:  # several go on with those of the name that were begun
-        early_checks.check_new(options.runs or "runs", [options.name], "run")
+        early_checks.check_new(options.runs or RUNS, [options.name], "run")
     config = shared.config_from(options)
     early_checks.check_training(config, options.address)
     from harma_ray.cli.train_run import check_gradients, train_seeds
@@ -64,7 +65,7 @@ def _train(options: argparse.Namespace) -> None:
         check_gradients(config)
         return
     train_seeds(
-        config, seeds or [config.seed], runs=options.runs or "runs", name=options.name, address=options.address,
+        config, seeds or [config.seed], runs=options.runs or RUNS, name=options.name, address=options.address,
         started=options.started,
     )  # fmt: skip
 

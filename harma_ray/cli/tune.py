@@ -5,6 +5,7 @@ import time
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
+from harma_ray.files import RUNS
 from harma_ray.tune.space.places import find_space
 
 
@@ -72,7 +73,7 @@ def _tune(options: argparse.Namespace) -> None:
             raise UserError("`tune report` only reads; use --resume to go on")
         early_checks.search_folder(options.what[1])
     elif file:
-        early_checks.check_new(options.runs or "runs", [options.name], "search")
+        early_checks.check_new(options.runs or RUNS, [options.name], "search")
         early_checks.data_folder(options.data or overrides.get("data.path", "."))
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")
@@ -91,4 +92,4 @@ def _tune(options: argparse.Namespace) -> None:
         recipe = read_recipe(file) if options.source else ""
         if recipe:  # else the search tells what is wrong with its file
             overrides = {**shared.source_changes(options, recipe_config(recipe)), **overrides}
-        start_search(file, overrides, runs=options.runs or "runs", name=options.name, options=how)
+        start_search(file, overrides, runs=options.runs or RUNS, name=options.name, options=how)

@@ -18,6 +18,10 @@ from harma_ray.data.kinds import KINDS
 from harma_ray.data.kinds.base import RowKind
 from harma_ray.data.manifest import MANIFEST_NAME, SOURCE, Manifest
 from harma_ray.errors import UserError
+from harma_ray.files import did_you_mean, near_folders
+from harma_ray.settings import nearest
+
+_CONVERT = "`launch.py convert`"
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,14 @@ def open_split(data: str | Path, split: str) -> Split:
     path = root / split
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
-        there = ", ".join(list_splits(root)) or "none"
-        raise UserError(f"data set {root} has no split `{split}` (splits there: {there}); convert it first")
+        there = list_splits(root)
+        if not there:
+            near = did_you_mean(near_folders(root, has_splits))
+            raise UserError(f"data set {root} has no split `{split}`, nor any other; make one with {_CONVERT}{near}")
+        near = f", or did you mean `{found[0]}`?" if (found := nearest(split, there)) else ""
+        raise UserError(
+            f"data set {root} has no split `{split}` (splits there: {', '.join(there)}); convert it first{near}"
+        )
     manifest = Manifest.from_json(manifest_path.read_text(), origin=str(manifest_path))
     if manifest.kind not in KINDS:
         raise UserError(f"{manifest_path} tells of rows that this program does not know: `{manifest.kind}`")
@@ -137,11 +147,17 @@ def data_folder(data: str | Path) -> Path:
         UserError: If none is given, or it is not there.
     """
     if not str(data):
-        raise UserError("no data set is given; use --data FOLDER (made by `launch.py convert`)")
+        raise UserError(f"no data set is given; use --data FOLDER (made by {_CONVERT})")
     root = Path(data).expanduser().absolute()
     if not root.is_dir():
-        raise UserError(f"data set folder {root} does not exist; make one with `launch.py convert`")
+        near = did_you_mean(near_folders(root, has_splits))
+        raise UserError(f"data set folder {root} does not exist; make one with {_CONVERT}{near}")
     return root
+
+
+def has_splits(folder: Path) -> bool:
+    """Tells whether a folder is a data set: one split, or more, is in it."""
+    return folder.is_dir() and bool(list_splits(folder))
 
 
 def open_used(config: RunConfig) -> tuple[Split, list[Split], list[str]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from harma_ray.errors import UserError
+from harma_ray.files import did_you_mean, near_paths
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -17,7 +18,8 @@ def require_file(architecture: str, pretrained: str) -> None:
     """Raises UserError for what can be nothing but a file with a CLIP's weights, and is not there."""
     is_path = "/" in pretrained or Path(pretrained).suffix in _SUFFIXES
     if is_path and not is_elsewhere(pretrained) and not Path(pretrained).expanduser().is_file():
-        raise unknown_weights(architecture, pretrained, "there is no such file")
+        near = did_you_mean(near_paths(Path(pretrained).expanduser(), Path.is_file))
+        raise unknown_weights(architecture, pretrained, f"there is no such file{near}")
 
 
 def unknown_weights(architecture: str, pretrained: str, near: str) -> UserError:

@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 
 from harma_ray.errors import UserError
-from harma_ray.files import kept_path
+from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders
 
 SEARCH_NAME = "search.yaml"
 """The definition of a search in its folder."""
@@ -20,7 +20,8 @@ def search_folder(folder: str | Path) -> Path:
     """
     folder = kept_path(folder, "the search")
     if not (folder / SEARCH_NAME).is_file():
-        raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME})")
+        near = did_you_mean(near_folders(folder, lambda place: (place / SEARCH_NAME).is_file(), RUNS))
+        raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME}){near}")
     return folder
 
 
