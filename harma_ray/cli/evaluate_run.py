@@ -94,6 +94,7 @@ def _measure_all(
             require_query(task, model, query if query != "all" else next(iter(task.queries(model)), query))
         if num_workers > 1:
             with ray_cluster(address) as cluster:
+                print(f"starting {num_workers} workers: each imports torch and builds the model", flush=True)
                 evaluation = evaluate_on_workers(config, source.file, split, cluster)
         else:
             evaluation = evaluate_split(task, config, model, split, worker=local_worker(config), loader=local_batches)

@@ -113,7 +113,9 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
             ready = with_features(config, run.path, cluster)
             if ready is not config:  # the training reads vectors in place of images
                 prepared = prepare(ready).on(cluster)
-            progress = _Progress(prepared.total_steps, started, prepared.task.metrics)
+            progress = Progress(prepared.total_steps, started, prepared.task.metrics)
+            num_workers = prepared.workers.num_workers if prepared.workers else 1
+            progress.say(f"starting {num_workers} worker(s): each imports torch and builds the model")
             train(run, prepared, cluster, on_record=progress)
     except KeyboardInterrupt as error:
         error.add_note(f"continue with: {_resume_command(run)}")
@@ -153,7 +155,7 @@ def print_report(run: Run) -> None:
     for split, metrics in report["metrics"].items():
         print(f"\n{split}\n{results_table(run.task.metrics, metrics)}")
     if findings:
-        print("\nthe training is done, but these figures are not those of one that worked:")
+        print("\nthe training is done, but its figures do not show that it worked:")
         print("\n".join(_finding_lines(findings)))
 
 
@@ -189,37 +191,50 @@ def check_gradients(config: RunConfig) -> None:
     print("one step done: every trainable parameter got a gradient")
 
 
-class _Progress:
+class Progress:
     """Prints the run's record as it grows."""
 
     def __init__(self, total_steps: int, started: float, metrics: Metrics):
         self._total, self._started, self._first = total_steps, started, None
         self._metrics, self._shown = metrics, dict.fromkeys((metrics.objective, "r_mean", "r_mean_text"))
-        self._printed = -math.inf
+        self._printed, self._last = -math.inf, -1
+
+    def say(self, text: str) -> None:
+        """Prints a line with the time since the command started."""
+        print(f"[{time.perf_counter() - self._started:6.1f} s] {text}", flush=True)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        now = time.perf_counter()
-        clock = f"[{now - self._started:6.1f} s]"
+        """Prints a line of the record, if it is one that is shown."""
         if record["kind"] == "start":
-            print(f"{clock} workers are up and the model is built in {record['seconds']:.1f} s", flush=True)
+            self.say(f"workers are up and the model is built in {record['seconds']:.1f} s")
         elif record["kind"] == "notice":
             print(f"notice: {record['text']}", flush=True)
         elif record["kind"] == "restart":
-            print(f"{clock} {record['text']}", flush=True)
+            self.say(record["text"])
         elif record["kind"] == "step":
-            if self._first is None:
-                self._first = (now, record["step"])
-                print(f"{clock} first step", flush=True)
-            elif now - self._printed > 10 and record["step"] > self._first[1]:
-                left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
-                print(f"{clock} step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
-                      f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
-                      f"about {left:.0f} s left", flush=True)  # fmt: skip
-                self._printed = now
+            self._tell_step(record)
         elif record["kind"] == KIND:
+            if record["step"] != self._last:  # else the lines above tell where it stands
+                self.say(f"step {record['step']}/{self._total}")
             finding = Finding.of(record)
             lines = [f"better     {finding.message}"] if finding.over else _finding_lines([finding])
-            print("\n".join([f"{clock} step {record['step']}/{self._total}", *lines]), flush=True)
+            print("\n".join(lines), flush=True)
         elif record["kind"] == "evaluation":
             figures = "  ".join(f"{k} {self._metrics.show(k, record[k])}" for k in self._shown if k in record)
-            print(f"{clock} epoch {record['epoch']:.4g}  {record['split']}  {figures}", flush=True)
+            self.say(f"epoch {record['epoch']:.4g}  {record['split']}  {figures}")
+            self._last = record["step"]
+
+    def _tell_step(self, record: dict[str, Any]) -> None:
+        """Prints that the first step is done, or where the training stands if that was not told for a while."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, record["step"])
+            self.say("first step")
+        elif now - self._printed > 10 and record["step"] > self._first[1]:
+            left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
+            self.say(
+                f"step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
+                f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
+                f"about {left:.0f} s left"
+            )
+            self._printed, self._last = now, record["step"]
