@@ -65,5 +65,17 @@ def require_same_data(known: Identity, config: RunConfig, *, subject: str, way_o
         )
 
 
+def unknown_data(known: Identity, now: Identity) -> list[str]:
+    """Returns a line for the user if a checkpoint does not say what some splits of its run held when it was written.
+
+    Args:
+        known: What it says of them.
+        now: What they hold.
+    """
+    unknown = [name for name in now if name not in known]
+    what = f"what {', '.join(unknown)} held" if known else "which data it was trained on"
+    return [f"the checkpoint does not say {what}, so nobody can tell if it changed"] if unknown else []
+
+
 def _show(split: Mapping[str, Any] | None) -> str:
     return f"{split['rows']:,} rows (fingerprint {split['fingerprint'][:12]})" if split else "nothing"

@@ -2,8 +2,8 @@
 
 Three things are watched. The scores of a batch may all have become equal: then each term of the loss stands at a value
 that is known in closed form. The loss may be no better than such scores would make it. And no epoch may be better than
-the model before any training. All of it follows from the lines of the record alone, so a resumed run, a search and a
-page come to the same findings.
+the model before any training, by more than the 95 % interval of that one's figure, where it has one. All of it follows
+from the lines of the record alone, so a resumed run, a search and a page come to the same findings.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from harma_ray.evaluation import Metrics
+from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.task import Task
 from harma_ray.training.optim import warmup_steps
 
@@ -24,6 +24,9 @@ BETTER_FRACTION = 0.01
 """By how much a term must be below its value at equal scores to count as better than chance."""
 EQUAL_STEPS, CHANCE_STEPS, LEAST_VALUES = 20, 50, 3
 """Steps after the warm-up, and recorded losses among them, that a finding rests on; half of a short training's."""
+
+INTERVAL = "interval_95"
+"""Key of the 95 % interval of the objective in the untrained model's line of the record."""
 
 Problem = Literal["equal scores", "no better than chance", "no better than untrained"]
 
@@ -81,6 +84,7 @@ class HealthWatch:
         self._recent: deque[tuple[int, dict[str, float]]] = deque()
         self._equal_since: int | None = None
         self._baseline: float | None = None
+        self._interval: Sequence[float] = ()
         self._best: tuple[float, float] | None = None
         self._standing: dict[str, Finding] = {}
 
@@ -157,23 +161,27 @@ class HealthWatch:
         if value is None:
             return None
         if record["step"] == 0:
-            self._baseline = value
+            self._baseline, self._interval = value, record.get(INTERVAL, ())
             return None
         if self._best is None or is_better(objective, value, self._best[0]):
             self._best = (value, record["epoch"])
         if self._baseline is None:
             return None
-        standing, what = self._standing.get("epochs"), f"{record['split']} {objective}"
-        best, epoch = self._best
-        shown, baseline = (self._metrics.show(objective, value) for value in (best, self._baseline))
-        if is_better(objective, best, self._baseline):
-            message = f"epoch {epoch:g} is better than the untrained model ({what} {shown} against {baseline})"
+        standing, (best, epoch), baseline = self._standing.get("epochs"), self._best, self._baseline
+        bound = max((baseline, *self._interval), key=lambda value: self._metrics.merit(objective, value))
+        shown, untrained, *ends = (self._metrics.show(objective, each) for each in (best, baseline, *self._interval))
+        untrained += f", 95 % CI {'-'.join(ends)}" if ends else ""
+        what = f"{record['split']} {objective}"
+        if is_better(objective, best, bound):
+            message = f"epoch {epoch:g} is better than the untrained model ({what} {shown} against {untrained})"
             return standing and Finding(standing.problem, standing.since, message, over=True)
-        if standing is None and record["step"] >= self._total_steps / 2:
-            message = (
-                f"no epoch is better than the untrained model ({what} {baseline}; the best since, in epoch {epoch:g}, "
-                f"{shown})"
-            )
+        beyond = " by more than chance may bring" if is_better(objective, best, baseline) else ""
+        message = (
+            f"no epoch is better than the untrained model{beyond} ({what} {untrained}; the best since, in epoch "
+            f"{epoch:g}, {shown})"
+        )
+        is_news = record["step"] == self._total_steps and standing and standing.message != message
+        if is_news or (standing is None and record["step"] >= self._total_steps / 2):
             return Finding("no better than untrained", 0, message, self._advice)
         return None
 
@@ -211,6 +219,12 @@ def _note(standing: dict[str, Finding], finding: Finding) -> None:
     standing.pop(finding.subject, None)
     if not finding.over:
         standing[finding.subject] = finding
+
+
+def objective_interval(evaluation: Evaluation, metrics: Metrics) -> dict[str, list[float]]:
+    """Returns what the untrained model's line of the record holds beside its figures; nothing without an interval."""
+    bounds = evaluation.intervals().get(metrics.objective)
+    return {INTERVAL: list(bounds)} if bounds else {}
 
 
 def health_watch(task: Task, total_steps: int) -> HealthWatch:

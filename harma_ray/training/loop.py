@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.config import RunConfig
-from harma_ray.data.identity import data_identity, require_same_data
+from harma_ray.data.identity import data_identity, require_same_data, unknown_data
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.splits import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Worker
@@ -38,7 +38,7 @@ from harma_ray.training.checkpoint import (
     read_meta,
     save_checkpoint,
 )
-from harma_ray.training.health import health_watch
+from harma_ray.training.health import health_watch, objective_interval
 from harma_ray.training.interruption import StopSignal, TrainingStopped
 from harma_ray.training.optim import checked_groups
 from harma_ray.training.run_files import REPORT_NAME
@@ -122,9 +122,8 @@ def run_trial(
 
 
 def finish_training(
-    task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader,
-    label: Label | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    task: Task, config: RunConfig, run_dir: Path, *, worker: Worker, loader: Loader, label: Label | None = None
+) -> dict[str, Any]:
     """Ends a run where it stands: evaluates test once, with the best weights so far, and writes ``report.json``.
 
     Arguments, result and errors are those of `run_training`.
@@ -248,10 +247,12 @@ class _Training:
         else:
             progress.without_improvement += 1
         if self._tracker is not None:
-            seconds, split = round(time.perf_counter() - started, 3), selection.split.name
+            more: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3)}
+            more |= {} if progress.step else objective_interval(evaluation, metrics)
+            split = selection.split.name
             curves = evaluation_curves(split, evaluation.metrics, metrics, progress.best)
             self._tracker.log(
-                "evaluation", progress.step, evaluation.metrics, curves, epoch=self._epoch, split=split, seconds=seconds
+                "evaluation", progress.step, evaluation.metrics, curves, epoch=self._epoch, split=split, **more
             )
             if self._draw and (picture := evaluation.picture(selection.split)) is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
@@ -322,12 +323,7 @@ class _Training:
         state = load_state(path)
         if not state:
             raise UserError(f"{path} holds weights alone (an import), so there is no training to continue")
-        notices = self._state.load_state_dict(state, meta.progress)
-        unknown = [name for name in self._identity if name not in meta.data]
-        if unknown:
-            what = f"what {', '.join(unknown)} held" if meta.data else "which data it was trained on"
-            notices.append(f"the checkpoint does not say {what}, so nobody can tell if it changed")
-        return notices
+        return self._state.load_state_dict(state, meta.progress) + unknown_data(meta.data, self._identity)
 
     def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
         return {

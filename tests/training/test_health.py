@@ -103,6 +103,29 @@ def test_no_epoch_better_than_the_untrained_model_is_told_at_half_time_and_taken
     assert not reader.standing
 
 
+@pytest.mark.parametrize(("lower_is_better", "sign"), [((), 1), (("r_mean",), -1)])
+def test_an_epoch_is_better_only_beyond_the_interval_of_the_untrained_model(lower_is_better, sign):
+    metrics = Metrics(("r_mean",), "r_mean", lower_is_better=lower_is_better)
+    reader = HealthWatch({}, metrics=metrics, total_steps=400, warmup_steps=0, advice=ADVICE)
+    ends = sorted([sign * 1.5, sign * 2.5])
+    untrained = {**evaluation(0, sign * 2.0), "interval_95": ends}
+    found = told(reader, [untrained, *(evaluation(at, sign * value) for at, value in ((100, 2.4), (200, 2.4)))])
+    shown = [metrics.show("r_mean", value) for value in (sign * 2.0, *ends, sign * 2.4)]
+    assert [(at, finding.message) for at, finding in found] == [
+        (
+            200,
+            "no epoch is better than the untrained model by more than chance may bring "
+            "(val r_mean {}, 95 % CI {}-{}; the best since, in epoch 1, {})".format(*shown),
+        )
+    ]
+    (last,) = (finding for _, finding in told(reader, [evaluation(400, sign * 2.45)]))
+    assert not last.over
+    assert "in epoch 4" in last.message
+    ((_, over),) = told(reader, [evaluation(400, sign * 2.6)])
+    assert over.over
+    assert over.message.startswith("epoch 4 is better than the untrained model")
+
+
 def test_without_an_evaluation_before_training_epochs_are_not_judged():
     assert not told(watch(), [evaluation(at, 1.0) for at in (100, 200, 300, 400)])
 
