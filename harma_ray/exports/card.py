@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 from tabulate import tabulate
 
 import harma_ray
 from harma_ray.evaluation import Metrics
+from harma_ray.models.openclip import open_clip
 
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit"}
 """Of open_clip's weights, by how their tags begin."""

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from open_clip import CLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harma_ray.errors import UserError
+from harma_ray.models.openclip import open_clip
 
 if TYPE_CHECKING:
     from harma_ray.models.clip import DualEncoder
@@ -239,7 +239,7 @@ def _blocks(model: nn.Module) -> tuple[nn.ModuleList, nn.ModuleList]:
     Raises:
         UserError: the towers are not open_clip's own batch-first transformers, or have adapters.
     """
-    if not isinstance(model, CLIP):
+    if not isinstance(model, open_clip.CLIP):
         raise UserError(
             f"adapters need open_clip's `CLIP` with its built-in text tower, got `{type(model).__name__}`; "
             "choose a ViT architecture without a custom text tower, such as ViT-B-32"

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
 from harma_ray.models.hub import read_configuration
 from harma_ray.models.names import is_elsewhere
+from harma_ray.models.openclip import open_clip
 
 _CONFIGS = Path(__file__).parent / "configs"
 _QUICK = "-quickgelu"

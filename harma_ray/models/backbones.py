@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 from torch import nn
 
@@ -30,6 +29,7 @@ from harma_ray.models.fingerprints import built_from, fingerprint_as_built
 from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, fitted, read_foreign
 from harma_ray.models.hub import find_weights, from_cache, known_weights, require_tag
 from harma_ray.models.names import is_elsewhere, require_file, unknown_weights
+from harma_ray.models.openclip import open_clip
 from harma_ray.models.weights import check_fit
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ Shape letters: B batch, L tokens, D width of the text tower, E embedding.
 
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harma_ray.errors import UserError
 from harma_ray.models.architectures import pixel_statistics
+from harma_ray.models.openclip import open_clip
 
 
 class DualEncoder(nn.Module):

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError, first_few
 from harma_ray.models.foreign import ACTIVATION, GELU, QUICK_GELU
+from harma_ray.models.openclip import QuickGELU
 
 
 def save_clip(model: nn.Module, path: str | Path, *, says_activation: bool = True) -> None:

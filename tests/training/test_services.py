@@ -2,6 +2,7 @@
 
 import json
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +152,8 @@ def test_nothing_is_imported_that_was_not_asked_for(tmp_path):
     before = set(sys.modules)
     steps(Path(tmp_path) / "mine", config(), first=1, last=1)
     assert not {"wandb", "mlflow"} & (set(sys.modules) - before)
+
+
+def test_wandb_comes_with_no_other_import_and_can_be_imported_afterwards():
+    code = "import sys, harma_ray.api; assert 'wandb' not in sys.modules; import wandb; assert wandb.init"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -64,9 +64,9 @@ class TextFacts:
         for caption, count in counts.items():
             words += [len(caption.split())] * count
         if for_clip:
-            from open_clip.tokenizer import SimpleTokenizer  # slow to import
+            from harma_ray.models.openclip import open_clip  # slow to import
 
-            tokenizer = SimpleTokenizer()
+            tokenizer = open_clip.tokenizer.SimpleTokenizer()
             for caption, count in counts.items():
                 tokens += [len(tokenizer.encode(caption)) + 2] * count
         return cls(

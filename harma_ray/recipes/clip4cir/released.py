@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 
 from harma_ray.config import RunConfig
@@ -23,6 +22,7 @@ from harma_ray.models.architectures import (
 from harma_ray.models.composed import ComposedRetriever
 from harma_ray.models.fingerprints import backbone_fingerprint
 from harma_ray.models.foreign import ForeignWeights, read_foreign
+from harma_ray.models.openclip import open_clip
 from harma_ray.models.towers import EXAMPLES, Preparation, Tower, clip_towers
 from harma_ray.models.weights import check_fit
 from harma_ray.recipes.clip4cir.config import Clip4CirConfig, CombinerConfig

@@ -1,0 +1,30 @@
+"""open_clip, imported without Weights & Biases: timm, which it needs, takes that along where it is installed, for 2 s.
+
+Whoever needs open_clip takes it from here.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["QuickGELU", "open_clip"]
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Lets imports of a package fail that is not there yet, as if it were not installed."""
+    modules: dict[str, Any] = sys.modules
+    is_there = name in modules
+    if not is_there:
+        modules[name] = None
+    try:
+        yield
+    finally:
+        if not is_there:
+            del modules[name]
+
+
+with _without("wandb"):
+    import open_clip
+    from open_clip.transformer import QuickGELU
