@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:  # metrics are read without torch
     import numpy as np
@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # metrics are read without torch
     from harma_ray.data.splits import Split
 
 ItemT = TypeVar("ItemT")
+FIGURES = ("metrics", "interval_95", "chance", "ceiling")
+"""Keys of `Evaluation.figures`."""
 
 
 def show_figure(value: float, decimals: int = 2, *, percent: bool) -> str:
@@ -150,6 +152,11 @@ class Evaluation:
     def ceiling(self) -> dict[str, float]:
         """Returns what metrics are expected to be where no mistake is made, if that is not 100."""
         return {}
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Returns the metrics with what they are read beside, as JSON holds them, by the names in `FIGURES`."""
+        intervals = {name: list(bounds) for name, bounds in self.intervals().items()}
+        return dict(zip(FIGURES, (self.metrics, intervals, self.chance(), self.ceiling()), strict=True))
 
     def picture(self, split: Split) -> Image.Image | None:
         """Draws some results, or nothing.

@@ -13,7 +13,7 @@ from harma_ray.data.identity import split_identity
 from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Evaluation, Section
+from harma_ray.evaluation import FIGURES, Evaluation, Section
 from harma_ray.files import output_path, write_text
 from harma_ray.import_export import load_model
 from harma_ray.on_ray.cluster import ray_cluster
@@ -150,16 +150,11 @@ def _print_figures(
         "weights": source.file,
         "trained_on": trained_on,
         "precision": config.train.eval_precision,
-        "metrics": evaluation.metrics,
-        "interval_95": evaluation.intervals(),
-        "chance": evaluation.chance(),
-        "ceiling": evaluation.ceiling(),
+        **evaluation.figures(),
     }
     if evaluation.note:
         print(evaluation.note)
-    tables = [
-        results_table(task.metrics, evaluation.metrics, outcome["interval_95"], outcome["chance"], outcome["ceiling"])
-    ]
+    tables = [results_table(task.metrics, *(outcome[key] for key in FIGURES))]
     print(tables[0])
     if trained_on and trained_on.get(data.name, identity) != identity:
         print(f"notice: the run was begun on another `{data.name}` than this one")

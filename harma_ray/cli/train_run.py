@@ -14,7 +14,7 @@ from harma_ray.cli.seeds_run import begun_runs, print_seeds
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError, WorkerFailed
-from harma_ray.evaluation import Metrics
+from harma_ray.evaluation import FIGURES, Metrics
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
@@ -152,8 +152,9 @@ def print_report(run: Run) -> None:
           + ("; stopped early" if report["stopped_early"] else "")
           + (f"; figures in {report['eval_precision']}" if "eval_precision" in report else ""))  # fmt: skip
     print(f"checkpoint {run.path / report['checkpoint']} ({size:.1f} MB)")
-    for split, metrics in report["metrics"].items():
-        print(f"\n{split}\n{results_table(run.task.metrics, metrics)}")
+    for split in report["metrics"]:
+        found = (report.get(key, {}).get(split, {}) for key in FIGURES)  # older reports have metrics alone
+        print(f"\n{split}\n{results_table(run.task.metrics, *found)}")
     if findings:
         print("\nthe training is done, but its figures do not show that it worked:")
         print("\n".join(_finding_lines(findings)))

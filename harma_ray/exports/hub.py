@@ -70,9 +70,9 @@ def write_hub_folder(
     (save_checkpoint(folder, kept, model, {}) / STATE_NAME).unlink()
     report = run.report
     if report is not None:
-        own_figures = report["metrics"] if report["best_step"] == meta.step else {report["selected_on"]: meta.metrics}
-        place = str(checkpoint_path(Path(), meta.step))
-        told = {**_bare(report), "metrics": own_figures, "checkpoint": place}
+        told = {**_bare(report), "checkpoint": str(checkpoint_path(Path(), meta.step))}
+        if report["best_step"] != meta.step:
+            told |= {"metrics": {report["selected_on"]: meta.metrics}, "interval_95": {}}
         write_text(folder / REPORT_NAME, json.dumps(told, indent=1))
     card = _card(run, meta, own, carried, [*{(f.data, f.split): f for f in figures}.values()])
     write_text(folder / CARD_NAME, card.render(run.task.metrics))
@@ -146,9 +146,9 @@ def _known_figures(run: Run, meta: CheckpointMeta) -> list[CardFigures]:
     """Returns the figures of the run's own report, or of the checkpoint alone if the report is of another one."""
     report, name = run.report, Path(run.config.data.path).name
     by_split: Mapping[str, Any] = {run.config.selecting_split: meta.metrics} if meta.metrics else {}
+    intervals: Mapping[str, Any] = {}
     if report and report["best_step"] == meta.step:
-        by_split = report["metrics"]
-    intervals = (report or {}).get("interval_95", {})
+        by_split, intervals = report["metrics"], report.get("interval_95", {})
     return [
         CardFigures(split, name, metrics, **_identity(meta.data.get(split, {})), intervals=intervals.get(split, {}))
         for split, metrics in by_split.items()

@@ -16,7 +16,7 @@ from harma_ray.training.health import Finding, standing_findings
 
 PAGE_NAME = "index.html"
 _VARIANTS = {"": "own pair right", "_text": "equal captions right too"}
-_Bounds = Mapping[str, tuple[float, float]]
+_Bounds = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from harma_ray.data.splits import list_splits, open_split
 from harma_ray.data.stream import EvaluationStream, Loader, TrainingStream, Worker
 from harma_ray.distributed import barrier, broadcast_object
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Evaluation
+from harma_ray.evaluation import FIGURES, Evaluation
 from harma_ray.files import write_text
 from harma_ray.parallel import whole_model
 from harma_ray.settings import config_hash
@@ -265,13 +265,13 @@ class _Training:
         best = checkpoint_path(self._run_dir, self._progress.best_step)
         load_weights(best, self._model, backbone=self._backbone)
         selected = self._evaluate(self._selection)
-        results = {selected_on: selected.metrics}
+        found = {selected_on: selected.figures()}
         if data.test_split != selected_on and data.test_split in list_splits(data.path):
             test = EvaluationStream(open_split(data.path, data.test_split), data, self._worker, self._loader)
-            results[data.test_split] = self._evaluate(test).metrics
-        report = self._report(best, results)
+            found[data.test_split] = self._evaluate(test).figures()
+        report = self._report(best, found)
         if self._tracker is not None:
-            self._tracker.log_results(self._progress.step, results, self._task.metrics, curve_of=selected_on)
+            self._tracker.log_results(self._progress.step, report["metrics"], self._task.metrics, curve_of=selected_on)
             if (projection := selected.projection(self._selection.split)) is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)
             write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
@@ -325,7 +325,7 @@ class _Training:
             raise UserError(f"{path} holds weights alone (an import), so there is no training to continue")
         return self._state.load_state_dict(state, meta.progress) + unknown_data(meta.data, self._identity)
 
-    def _report(self, best: Path, results: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def _report(self, best: Path, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {
             "recipe": self._config.recipe,
             **self._config.started_from.entry,
@@ -342,7 +342,7 @@ class _Training:
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "checkpoint": str(best.relative_to(self._run_dir)),
             "checkpoint_bytes": sum(file.stat().st_size for file in best.iterdir()),
-            "metrics": results,
+            **{key: {split: figures[key] for split, figures in found.items()} for key in FIGURES},
             "data": self._identity,
             "health": [finding.as_record() for finding in self._tracker.findings] if self._tracker else [],
         }

@@ -10,12 +10,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from harma_ray.cli.train_run import print_report
 from harma_ray.data.stream import Worker, local_batches
+from harma_ray.evaluation import FIGURES
 from harma_ray.models.backbones import build_clip
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.report.evaluation import results_table, write_report
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.loop import run_training
+from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import METRICS_NAME, read_records
 
 
@@ -74,6 +76,25 @@ def test_the_end_of_a_dead_training_does_not_read_like_success(dead, capsys):
     assert "WARNING    all scores of a batch have been equal since step 4" in last
     assert "WARNING    no epoch is better than the untrained model" in last
     assert "try        a lower optim.learning_rate, such as 0.001 (now 0.004)" in last
+
+
+def test_the_figures_at_the_end_are_told_as_evaluate_tells_them(dead, capsys):
+    config, path, _ = dead
+    print_report(Run(path, config))
+    printed, own = capsys.readouterr().out, Run(path, config)
+    for split in ("val", "test"):
+        found = evaluate_split(own.task, config, own.load_model(), split, worker=Worker(), loader=local_batches)
+        table = results_table(own.task.metrics, found.metrics, found.intervals(), found.chance(), found.ceiling())
+        assert f"\n{split}\n{table}\n" in printed
+        assert "95 % CI  chance" in str(table)
+
+
+def test_a_report_of_code_that_kept_metrics_alone_is_printed(dead, capsys, tmp_path):
+    config, _, report = dead
+    earlier = {key: value for key, value in report.items() if key not in FIGURES[1:]}
+    (tmp_path / "report.json").write_text(json.dumps(earlier))
+    print_report(Run(tmp_path, config))
+    assert "ceiling" not in capsys.readouterr().out
 
 
 def test_a_page_shows_what_is_wrong_and_what_to_try(dead, tmp_path):
