@@ -123,8 +123,8 @@ def _compare(
     """
     found = {name: one.evaluation for name, one in evaluated.items()}
     table = runs_table(task.metrics, found)
-    print(f"\n{table}")
-    (_, first), *others = found.items()
+    (first_name, first), *others = found.items()
+    print(f"\n{table}\ndifference: the figure of a run minus that of {first_name}, on the same queries")
     outcome["compared"] = {}
     for (name, other), one in zip(others, list(evaluated.values())[1:], strict=True):
         differences = paired_differences(first, other)

@@ -16,9 +16,10 @@ from harma_ray.retrieval.image_text import percentile_intervals
 
 _MAX_SHOWN = 5
 _NOTE = (
-    "Differences are those to {first}, in points. Their 95 % intervals are paired: both models are measured on the "
-    "same queries, drawn again and again with replacement (bootstrap), so that what is hard for both cancels out. An "
-    "interval without 0 tells the two apart on these queries; the spread over training seeds is not in it."
+    "A difference is the figure of a run minus that of {first}, in points. The 95 % intervals are paired: both models "
+    "are measured on the same queries, drawn again and again with replacement (bootstrap), so that what is hard for "
+    "both cancels out. An interval without 0 tells the two apart on these queries; the spread over training seeds is "
+    "not in it."
 )
 
 

@@ -46,7 +46,7 @@ def test_a_page_says_which_checkpoints_of_which_runs_it_compares_and_the_figures
         low, high = compared["interval_95"][name]
         assert low <= high
     assert "random on " in printed
-    assert "difference" in printed
+    assert "\ndifference: the figure of a run minus that of random, on the same queries\n" in printed
     facts = facts_of(tmp_path / "page" / "index.html")
     meta = read_meta(list_checkpoints(random_run.path)[-1])
     assert facts["weights"] == [str(random_run.path), str(other_run.path)]
