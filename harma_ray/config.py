@@ -8,9 +8,12 @@ in ``__post_init__``.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
+
+if TYPE_CHECKING:
+    from harma_ray.evaluation import Metrics
 
 Count = Annotated[int, Field(ge=0)]
 """0, 1, 2, ..."""
@@ -257,6 +260,11 @@ class RunConfig:
         A recipe with a setting that names another one adds it.
         """
         return {"data.path": (self.data.path, (self.data.train_split, self.selecting_split, self.data.test_split))}
+
+    @property
+    def metrics(self) -> "Metrics":
+        """The figures on which choices rest, without labels; a recipe replaces it."""
+        raise NotImplementedError
 
     def require_named(self) -> None:
         """Raises UserError if nobody named weights that the recipe does not draw by itself; a recipe replaces it."""

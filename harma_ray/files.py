@@ -209,8 +209,9 @@ def near_paths(path: Path, is_wanted: Callable[[Path], bool] = Path.exists, *oth
     found: list[Path] = []
     for place in dict.fromkeys([path.parent, *(Path(other).absolute() for other in others)]):
         with suppress(OSError):
-            near = difflib.get_close_matches(path.name, [each.name for each in place.iterdir()])
-            found += [place / name for name in near if is_wanted(place / name)]
+            there = sorted(place.iterdir())  # endings, such as .yaml, are alike in any case
+            near = difflib.get_close_matches(path.stem, {each.stem for each in there})
+            found += [each for stem in near for each in there if each.stem == stem and is_wanted(each)]
     return found
 
 

@@ -19,7 +19,7 @@ from harma_ray.runs import Run, open_run
 from harma_ray.settings import build_config, flat_settings, marked_settings, to_dict
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import WEIGHTS_NAME, keeps_weights, trainable_tensors
-from harma_ray.training.run_files import METRICS_NAME, read_meta
+from harma_ray.training.run_files import read_meta
 from harma_ray.training.services import check_services
 from harma_ray.training.step import check_batch
 
@@ -91,8 +91,7 @@ def starting_from(run: Run, config: RunConfig, metric: str | None, *, adopts: bo
             f"recipe {config.recipe} cannot start from {run.path}, which is a run of {run.config.recipe}: their models "
             "have nothing in common"
         )
-    is_import = not (run.path / METRICS_NAME).is_file()
-    best = run.best_checkpoint(metric) if is_import else run.best_finished(metric)
+    best = run.best_start(metric)
     theirs, ours = _model_settings(run.config), _model_settings(config)
     adopts = adopts and run.config.recipe == config.recipe
     return {

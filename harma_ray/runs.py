@@ -83,7 +83,7 @@ class Run:
         checkpoints = list_checkpoints(self.path)
         if not checkpoints:
             raise UserError(f"run {self.path} has no checkpoint yet")
-        metrics = self.task.metrics
+        metrics = self.config.metrics
         objective = metric or metrics.objective
         rated = [path for path in checkpoints if objective in read_meta(path).metrics]
         if metric and not rated:
@@ -118,11 +118,20 @@ class Run:
             raise UserError(f"run {self.path} is not finished; {way_out}")
         return self.best_checkpoint(metric)
 
+    def best_start(self, metric: str | None = None) -> Path:
+        """Returns the checkpoint that a new run starts from: `best_finished`, or what an import has.
+
+        Raises:
+            UserError: As `best_finished`.
+        """
+        is_import = not (self.path / METRICS_NAME).is_file()
+        return self.best_checkpoint(metric) if is_import else self.best_finished(metric)
+
     def _require_kept(self, metric: str, kept: CheckpointMeta) -> None:
         """Raises UserError if a checkpoint that was better by a metric is not there any more."""
         evaluations = [record for record in read_records(self.path) if record["kind"] == "evaluation"]
         seen = [record for record in evaluations if record.get(metric) is not None]
-        metrics = self.task.metrics
+        metrics = self.config.metrics
         best = next(iter(metrics.ranked(metric, seen, lambda record: record)), None)
         if best is not None and metrics.is_better(metric, best[metric], kept.metrics[metric]):
             raise UserError(

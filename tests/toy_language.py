@@ -21,6 +21,10 @@ NUM_LETTERS = 128
 class ToyConfig(RunConfig):
     """Settings of the toy."""
 
+    @property
+    def metrics(self):
+        return Metrics(("loss", "right"), objective="loss", lower_is_better=("loss", "error"))
+
 
 def toy_config():
     optim = OptimConfig(learning_rate=0.01, warmup_fraction=0)
@@ -80,7 +84,7 @@ class ToyTask(Task[ToyConfig, Letters]):
 
     def __init__(self, config):
         super().__init__(config)
-        self.metrics = Metrics(("loss", "right"), objective="loss", lower_is_better=("loss",))
+        self.metrics = config.metrics
         self.backbone = LettersBackbone()
 
     def build_model(self, backbone):

@@ -6,13 +6,14 @@ The work itself does not rely on these checks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
 from harma_ray.data.manifest import MANIFEST_NAME
-from harma_ray.data.splits import data_folder, has_splits, open_split, open_used
+from harma_ray.data.splits import has_splits, open_split, open_used
 from harma_ray.errors import UserError
 from harma_ray.files import did_you_mean, kept_path, near_folders, near_paths, output_path, require_writable
 from harma_ray.on_ray.address import starts_own
@@ -21,7 +22,9 @@ from harma_ray.runs import Run, lock_folder, new_folder, open_run, timed_name
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.run_files import list_checkpoints, read_meta
-from harma_ray.tune.space.places import search_folder
+
+if TYPE_CHECKING:
+    from harma_ray.tune.space.definition import SearchDefinition
 
 
 def check_new(runs: str, names: Sequence[str | None], kind: str) -> None:
@@ -70,26 +73,40 @@ def check_resumed(path: str, changes: Mapping[str, Any], address: str | None) ->
 
 def check_same_data(run: Run) -> None:
     """Raises UserError unless a run that goes on does so with the data that it was begun on."""
-    data = run.config.data.path
-    if not has_splits(Path(data)):
-        near = did_you_mean(near_folders(Path(data), has_splits))
-        raise UserError(
-            f"the data set {data} of run {run.path} is not there; if it was moved, say where it is: "
-            f"{launch_command('train', '--resume', run.path)} --data FOLDER{near}"
-        )
+    require_data(run.config, f"run {run.path}", launch_command("train", "--resume", run.path))
     checkpoints = list_checkpoints(run.path)
     if checkpoints:
         known = read_meta(checkpoints[-1]).data
         require_same_data(known, run.config, subject=f"run {run.path}", way_out="start a new run")
 
 
-def check_resumed_search(path: str, data: str | None) -> None:
-    """Raises UserError if a search cannot go on: it is none, its data is gone, or another process goes on with it."""
-    folder = search_folder(path)
-    if data:
-        data_folder(data)
+def require_data(config: RunConfig, subject: str, command: str) -> None:
+    """Raises UserError unless the data set of what is gone on with, by some command, is there."""
+    data = Path(config.data.path)
+    if not has_splits(data):
+        near = did_you_mean(near_folders(data, has_splits))
+        raise UserError(
+            f"the data set {data} of {subject} is not there; if it was moved, say where it is: {command} --data "
+            f"FOLDER{near}"
+        )
+
+
+def check_resumed_search(path: str, changes: Mapping[str, Any], address: str | None) -> tuple[Path, SearchDefinition]:
+    """Returns folder and definition of a search that is to go on, with some settings changed.
+
+    Raises:
+        UserError: If it is none, its data or weights are gone, or another process goes on with it.
+    """
+    from harma_ray.tune.folder import open_search  # Optuna
+
+    folder, definition = open_search(path)
+    definition = replace(definition, config=build_config(definition.config, changes))
+    require_data(definition.config, f"search {folder}", launch_command("tune", "--resume", folder))
+    require_parts(definition.config)
+    require_gpu(definition.config.scaling.use_gpu, address)
     with lock_folder(folder):
         pass
+    return folder, definition
 
 
 def check_model(

@@ -128,6 +128,7 @@ def source_changes(options: argparse.Namespace, base: RunConfig) -> dict[str, An
     from harma_ray.runs import open_run
 
     run, adopts = open_run(options.source), not getattr(options, "config", None)
+    run.best_start(options.metric)
     from harma_ray.preflight import starting_from  # torch
     from harma_ray.recipes import make_task
 

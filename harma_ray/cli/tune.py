@@ -1,12 +1,21 @@
 """``tune``."""
 
+from __future__ import annotations
+
 import argparse
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
 from harma_ray.files import RUNS
 from harma_ray.tune.space.places import find_space
+
+if TYPE_CHECKING:
+    from harma_ray.cli.search_options import SearchOptions
+    from harma_ray.tune.space.definition import SearchDefinition
 
 
 def add_commands(commands: shared.Commands) -> None:
@@ -59,37 +68,61 @@ def _tune(options: argparse.Namespace) -> None:
     overrides = shared.changes_from(options)
     if options.out and options.what[:1] != ["report"]:
         raise UserError("`--out` is the place of a `report`; a search lies in the folder of `--runs`")
-    file = find_space(options.what[0]) if len(options.what) == 1 and not options.resume else None
+    starts = len(options.what) == 1 and not options.resume
     from harma_ray.cli import early_checks
+    from harma_ray.cli.search_options import SearchOptions, with_limits
 
+    how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
     early_checks.require_gpu(options.gpu, options.address)
     is_report = len(options.what) == 2 and options.what[0] == "report"
     if options.resume:
         if options.what or overrides.keys() - {"data.path"} or options.runs or options.name or options.source:
             raise UserError("`--resume` goes on with a search and its own settings; start a new one to change some")
-        early_checks.check_resumed_search(options.resume, options.data)
+        folder, definition = early_checks.check_resumed_search(options.resume, overrides, options.address)
+        _go_on(folder, with_limits(definition, how), how)
     elif is_report:
         if overrides or any(value is not None for value in limits.values()):
             raise UserError("`tune report` only reads; use --resume to go on")
-        early_checks.search_folder(options.what[1])
-    elif file:
+        from harma_ray.tune.folder import open_search
+
+        open_search(options.what[1])
+        from harma_ray.cli.tune_run import report_search  # torch
+
+        report_search(options.what[1], options.out)
+    elif starts:
+        file = find_space(options.what[0])
         early_checks.check_new(options.runs or RUNS, [options.name], "search")
-        early_checks.data_folder(options.data or overrides.get("data.path", "."))
+        definition = with_limits(_read_search(file, overrides, options), how)
+        early_checks.check_training(definition.config, options.address)
+        _start(definition, options, how)
     else:
         raise UserError("give a search space, such as search_spaces/harma.yaml; or --resume SEARCH; or report SEARCH")
-    if file or options.resume:
-        print(f"[{time.perf_counter() - options.started:7.1f} s] loading PyTorch, Ray and Optuna", flush=True)
-    from harma_ray.cli.tune_run import SearchOptions, report_search, resume_search, start_search
-    from harma_ray.recipes import recipe_config
-    from harma_ray.tune.space.file import read_recipe
 
-    how = SearchOptions(**limits, address=options.address, dashboard=not options.no_dashboard, started=options.started)
-    if options.resume:
-        resume_search(options.resume, overrides, how)
-    elif is_report:
-        report_search(options.what[1], options.out)
-    elif file:
-        recipe = read_recipe(file) if options.source else ""
-        if recipe:  # else the search tells what is wrong with its file
-            overrides = {**shared.source_changes(options, recipe_config(recipe)), **overrides}
-        start_search(file, overrides, runs=options.runs or RUNS, name=options.name, options=how)
+
+def _read_search(file: Path, overrides: Mapping[str, Any], options: argparse.Namespace) -> SearchDefinition:
+    """Reads a search space, with what ``--from`` gives its recipe."""
+    from harma_ray.recipes import recipe_config
+    from harma_ray.tune.space.file import load_search, read_recipe
+
+    recipe = read_recipe(file) if options.source else ""
+    if recipe:  # else the search tells what is wrong with its file
+        overrides = {**shared.source_changes(options, recipe_config(recipe)), **overrides}
+    return load_search(file, overrides=overrides)
+
+
+def _start(definition: SearchDefinition, options: argparse.Namespace, how: SearchOptions) -> None:
+    _tell_loading(how)
+    from harma_ray.cli.tune_run import start_search
+
+    start_search(definition, runs=options.runs or RUNS, name=options.name, options=how)
+
+
+def _go_on(folder: Path, definition: SearchDefinition, how: SearchOptions) -> None:
+    _tell_loading(how)
+    from harma_ray.cli.tune_run import resume_search
+
+    resume_search(folder, definition, how)
+
+
+def _tell_loading(how: SearchOptions) -> None:
+    print(f"[{time.perf_counter() - how.started:7.1f} s] loading PyTorch, Ray and Optuna", flush=True)

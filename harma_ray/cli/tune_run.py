@@ -5,13 +5,12 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
+from harma_ray.cli.search_options import SearchOptions
 from harma_ray.cli.train_run import print_notices
 from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.config import OnDisk, RunConfig
@@ -33,35 +32,15 @@ from harma_ray.tune.folder import create_search, open_search, read_search, write
 from harma_ray.tune.report.page import write_search_report
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.space.definition import COSTS, SearchDefinition
-from harma_ray.tune.space.file import load_search
 from harma_ray.tune.space.urls import absolute_url, show_url
 from harma_ray.tune.storage import open_study, storage_url
 from harma_ray.tune.study import DATA
 from harma_ray.vectors.features import with_features
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """What the command line says about how a search is run; None = as its file says."""
-
-    trials: int | None = None
-    hours: float | None = None
-    epochs: int | None = None
-    steps: int | None = None
-    concurrent: int | None = None
-    confirm: int | None = None
-    """Fresh seeds that the best setting and trial 0's are trained with at the end; None = they are not."""
-    address: str | None = None
-    dashboard: bool = True
-    started: float = 0
-    """When the command started (``time.perf_counter``)."""
-
-
-def start_search(
-    file: str | Path, overrides: Mapping[str, Any], *, runs: str | Path, name: str | None, options: SearchOptions
-) -> None:
+def start_search(definition: SearchDefinition, *, runs: str | Path, name: str | None, options: SearchOptions) -> None:
     """Starts a search, sees it through, and prints what it found."""
-    definition = _with_limits(_absolute(load_search(file, overrides=overrides)), options)
+    definition = _absolute(definition)
     _print_timed(options.started)(f"checking recipe {definition.config.recipe} on {definition.config.data.path}")
     _check_data(definition)
     for point in _corners(definition):
@@ -75,10 +54,8 @@ def start_search(
             _search(folder, definition, cluster, plan, options)
 
 
-def resume_search(path: str | Path, changes: Mapping[str, Any], options: SearchOptions) -> None:
-    """Goes on with a search: trials that were interrupted first; limits and the data set's place may change."""
-    folder, definition = open_search(path)
-    definition = _with_limits(dataclasses.replace(definition, config=build_config(definition.config, changes)), options)
+def resume_search(folder: Path, definition: SearchDefinition, options: SearchOptions) -> None:
+    """Goes on with a search: trials that were interrupted first; limits and the data set's place may have changed."""
     _check_data(definition)
     _require_same_data(folder, definition)
     with _cluster(options) as cluster:
@@ -153,21 +130,6 @@ def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
             print("notice: its trials drew their brackets of hyperband at random; now all have that of their number")
     if unknown:
         study.set_user_attr(DATA, known | found)
-
-
-def _with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchDefinition:
-    given = {name: getattr(options, name) for name in ("trials", "hours", "epochs", "steps")}
-    given = {name: value for name, value in given.items() if value is not None}
-    units, other = ("steps", "epochs") if definition.unit == "step" else ("epochs", "steps")
-    if other in given:
-        raise UserError(f"this search counts {units}, got `--{other}`; give `--{units}`")
-    concurrent = definition.concurrent if options.concurrent is None else options.concurrent
-    limits = dataclasses.replace(definition.limits, **given)
-    definition = dataclasses.replace(definition, limits=limits, concurrent=concurrent)
-    if 0 < definition.budget < definition.trial_length:
-        least = f"{definition.trial_length} {units}"
-        raise UserError(f"`--{units}` must be enough for one trial, {least}, got {definition.budget}")
-    return definition
 
 
 def _plan(definition: SearchDefinition, cluster: Cluster) -> TrialPlan:

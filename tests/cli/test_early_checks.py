@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import ROOT, alone, refused
+from command_line import ROOT, SMALL_SPACE, alone, refused
 
 from harma_ray.resources import has_driver
 from harma_ray.runs import lock_folder
@@ -25,8 +25,22 @@ for arguments in json.loads(sys.argv[1]):
     print(json.dumps([status, told.getvalue(), heavy]))
 """
 
+SPACES = {
+    "unnamed": ("recipe: harma-scenes\nspace: {adapter.width: {choices: [128, 64]}}", "its weights must be named"),
+    "unknown": ("recipe: harma-scenes\nspace: {adapter.widht: {choices: [128]}}", "did you mean `adapter.width`?"),
+    "kind": ("recipe: harma-scenes\nspace: {adapter.width: {type: x, low: 8, high: 9}}", "must be 'float' or 'int'"),
+    "swapped": (
+        "recipe: harma-scenes\nspace: {adapter.width: {type: int, low: 9, high: 8}}",
+        "`low` must not be above",
+    ),
+    "recipe": ("recipe: harma-scnes\nspace: {adapter.width: {choices: [128]}}", "did you mean `harma-scenes`?"),
+    "syntax": ("recipe: {", "this YAML cannot be read"),
+    "metric": ("recipe: scenes-vitp\nspace: {seed: {choices: [0]}}\nobjective: los", "did you mean `loss`?"),
+}
+"""Search spaces with a mistake, and what is told of each."""
 
-def mistakes(tmp_path, data, run, unfinished, training, search):
+
+def mistakes(tmp_path, data, run, unfinished, training, search, space):
     train = ["train", "--recipe", "harma-scenes", "--data", data]
     combiner = ["train", "--recipe", "scenes-cir-combiner", "--data", data]
     vitp = ["train", "--recipe", "scenes-vitp", "--data", data]
@@ -73,6 +87,12 @@ def mistakes(tmp_path, data, run, unfinished, training, search):
         ("data set folder", ["tune", "quick", "--data", tmp_path / "gone"]),
         ("is not the folder of a search", ["tune", "--resume", run]),
         ("is not the folder of a search (", ["tune", "report", run]),
+        *((told, ["tune", tmp_path / f"{name}.yaml", "--data", data]) for name, (_, told) in SPACES.items()),
+        (f"did you mean {tmp_path / 'kind.yaml'}?", ["tune", tmp_path / "kinds.yaml", "--data", data]),
+        ("this search counts epochs", ["tune", space, "--data", data, "--steps", "9"]),
+        ("there is no such file", ["tune", space, "--data", data, "--set", "model.pretrained=gone.pt"]),
+        (f"did you mean {data}?", ["tune", space, "--data", data / "train"]),
+        (f"the data set {data / 'gone'} of search", ["tune", "--resume", search, "--data", data / "gone"]),
         (f"run {search} is being trained", ["tune", "--resume", search]),
         ("not the folder of a run (it", ["evaluate", "--run", tmp_path]),
         ("no weights are there", ["evaluate", "--checkpoint", "gone.pth", "--recipe", "harma-scenes", "--data", data]),
@@ -102,8 +122,12 @@ def test_mistakes_are_told_without_torch_and_ray(scenes, random_run, tmp_path):
     settings = (unfinished / "config.yaml").read_text()
     (unfinished / "config.yaml").write_text(settings.replace("pretrained: ''", "pretrained: /gone.pt"))
     search.mkdir()
-    (search / "search.yaml").write_text("recipe: harma-scenes\n")
-    cases = mistakes(tmp_path, scenes, run, unfinished, training, search)
+    space = tmp_path / "space.yaml"
+    space.write_text(SMALL_SPACE)
+    (search / "search.yaml").write_text(SMALL_SPACE.replace("fixed: {", f"fixed: {{data.path: {scenes}, "))
+    for name, (text, _) in SPACES.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    cases = mistakes(tmp_path, scenes, run, unfinished, training, search, space)
     asked = json.dumps([list(map(str, arguments)) for _, arguments in cases])
     with lock_folder(training), lock_folder(search):
         command = [sys.executable, "-c", CODE, asked]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from harma_ray.config import (
     SharedByTrials,
     TrainConfig,
 )
+from harma_ray.evaluation import Metrics
 from harma_ray.models.names import require_file, require_named
 from harma_ray.training.run_files import read_meta
 
@@ -87,6 +88,11 @@ class Clip4CirConfig(RunConfig):
     """Inputs."""
     selection: Annotated[RecallSelection, SharedByTrials()] = field(default_factory=RecallSelection)
     """The best epoch."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """The figures on which choices rest, without labels."""
+        return Metrics(get_args(Criterion), self.selection.criterion, self.selection.also_keep)
 
     def require_weights(self) -> None:
         """Raises UserError if CLIP's weights can be nothing but a file, and that is not there."""

@@ -24,7 +24,7 @@ from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.distributed import gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Evaluation, Metrics
+from harma_ray.evaluation import Evaluation
 from harma_ray.models.backbones import ClipBackbone
 from harma_ray.models.clip import DualEncoder, unit
 from harma_ray.models.combiner import Combiner
@@ -87,8 +87,8 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
     def __init__(self, config: Clip4CirConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
-        selection, model = config.selection, config.model
-        self.metrics = Metrics(get_args(Criterion), selection.criterion, selection.also_keep, labels=LABELS)
+        model = config.model
+        self.metrics = replace(config.metrics, labels=LABELS)
         tuned = model.tuned if isinstance(model, TunedClipConfig) else ""
         seed = model.tuned_seed if isinstance(model, TunedClipConfig) and tuned else config.seed
         self.backbone = TunedClip(model.architecture, model.pretrained, seed, model.activation, tuned)

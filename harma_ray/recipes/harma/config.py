@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import FiniteFloat
 
@@ -22,6 +22,7 @@ from harma_ray.config import (
     TrainConfig,
 )
 from harma_ray.data.augmentation import Augmentation
+from harma_ray.evaluation import Metrics
 from harma_ray.models.names import require_file, require_named
 
 Criterion = Literal[
@@ -122,6 +123,11 @@ class HarmaConfig(RunConfig):
         default_factory=RecallSelection
     )
     """The best epoch."""
+
+    @property
+    def metrics(self) -> Metrics:
+        """The figures on which choices rest, without labels."""
+        return Metrics(get_args(Criterion), self.selection.criterion, self.selection.also_keep)
 
     def require_named(self) -> None:
         """Raises UserError if the backbone stays frozen, and nobody named its weights."""

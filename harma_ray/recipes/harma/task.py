@@ -5,7 +5,7 @@ Shape letters: B batch, N images, M texts, E embedding.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import eval_transform, train_transform
 from harma_ray.distributed import gather_rows, gather_with_gradient, rank
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Evaluation, Metrics
+from harma_ray.evaluation import Evaluation
 from harma_ray.models.adapters import GatedAdapter, set_tuning
 from harma_ray.models.architectures import tokenizer_of
 from harma_ray.models.backbones import ClipBackbone
@@ -54,10 +54,8 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
     def __init__(self, config: HarmaConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
-        selection, model = config.selection, config.model
-        self.metrics = Metrics(
-            RetrievalResult.METRICS, selection.criterion, selection.also_keep, labels=RetrievalResult.LABELS
-        )
+        model = config.model
+        self.metrics = replace(config.metrics, labels=RetrievalResult.LABELS)
         self.backbone = ClipBackbone(model.architecture, model.pretrained, config.seed, model.activation)
 
     def check(self, training: Split, evaluated: Sequence[Split] = (), metrics: Sequence[str] = ()) -> None:

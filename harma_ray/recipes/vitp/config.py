@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from harma_ray.config import (
     TrainConfig,
 )
 from harma_ray.errors import UserError
+from harma_ray.evaluation import Metrics
 from harma_ray.models.internvl.configs import require_transformers
 from harma_ray.models.internvl.folders import files_of, require_config
 from harma_ray.models.internvl.marks import SYSTEM_PROMPT
@@ -156,6 +157,13 @@ class VitpConfig(RunConfig):
         """The talks and, if there is one, the data set with classes on which Top-1 is measured."""
         used = (self.features.gallery, self.selecting_split, self.data.test_split)
         return super().data_sets | ({"features.data": (self.features.data, used)} if self.features.data else {})
+
+    @property
+    def metrics(self) -> Metrics:
+        """The figures on which choices rest, without labels."""
+        return Metrics(
+            get_args(Criterion), self.selection.criterion, self.selection.also_keep, lower_is_better=("loss",)
+        )
 
     def require_named(self) -> None:
         """Raises UserError if nobody said which weights the model has."""

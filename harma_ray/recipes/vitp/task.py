@@ -5,7 +5,7 @@ Source: ViTP (Visual insTruction Pretraining, arXiv 2509.17562). Shape letters: 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,7 +18,7 @@ from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream, Worker
 from harma_ray.errors import UserError
-from harma_ray.evaluation import Evaluation, Metrics
+from harma_ray.evaluation import Evaluation
 from harma_ray.models.internvl.groups import parameter_groups
 from harma_ray.models.internvl.marks import IGNORED
 from harma_ray.models.internvl.model import VisualInstructionModel
@@ -26,7 +26,7 @@ from harma_ray.models.internvl.token_drop import TOKEN_DROPS, TokenDrop, release
 from harma_ray.models.internvl.vision import set_drop_path
 from harma_ray.models.precision import evaluating
 from harma_ray.parallel import shard
-from harma_ray.recipes.vitp.config import OF_FEATURES, Criterion, TokenDropConfig, VitpConfig
+from harma_ray.recipes.vitp.config import OF_FEATURES, TokenDropConfig, VitpConfig
 from harma_ray.recipes.vitp.evaluation import evaluate_talks
 from harma_ray.recipes.vitp.features import SquareTransform, labelled_splits, measure_features, vision_encoder
 from harma_ray.recipes.vitp.talks import TalkTransform, backbone_of, measure_talks, reader_of
@@ -59,10 +59,7 @@ class VitpTask(Task[VitpConfig, VisualInstructionModel]):
     def __init__(self, config: VitpConfig):
         """Takes the settings; nothing is loaded yet."""
         super().__init__(config)
-        selection = config.selection
-        self.metrics = Metrics(
-            get_args(Criterion), selection.criterion, selection.also_keep, lower_is_better=("loss",), labels=LABELS
-        )
+        self.metrics = replace(config.metrics, labels=LABELS)
         self.backbone = backbone_of(config)
         self._step_values: dict[str, Tensor] = {}
 

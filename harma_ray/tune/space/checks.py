@@ -6,7 +6,6 @@ from itertools import combinations, product
 from typing import Any
 
 from harma_ray.errors import UserError
-from harma_ray.recipes import make_task
 from harma_ray.settings import explain_unknown
 from harma_ray.tune.space.definition import COSTS, ORIGIN, SearchDefinition, Target
 from harma_ray.tune.space.lines import Location
@@ -105,9 +104,9 @@ def _find_wrong_sampler(definition: SearchDefinition) -> Mistakes:
 
 
 def _find_wrong_objectives(definition: SearchDefinition) -> Mistakes:
-    task = make_task(definition.config)
-    metrics, best_epoch = tuple(task.metrics.names), task.metrics.objective
-    direction = "minimize" if best_epoch in task.metrics.lower_is_better else "maximize"
+    known = definition.config.metrics
+    metrics, best_epoch = tuple(known.names), known.objective
+    direction = "minimize" if best_epoch in known.lower_is_better else "maximize"
     names = [target.metric for target in definition.objectives]
     for index, target in enumerate(definition.objectives):
         where = ("objective", index, "metric")

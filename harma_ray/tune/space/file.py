@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from harma_ray.config import RunConfig, SharedByTrials, TrainConfig
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Metrics
-from harma_ray.recipes import RECIPES, make_task, recipe_config
+from harma_ray.recipes import RECIPES, recipe_config
 from harma_ray.settings import build_config, explain_unknown, flat_settings, load_yaml, marked_settings, to_dict
 from harma_ray.tune.space.checks import find_mistakes
 from harma_ray.tune.space.definition import COSTS, Limits, Sampler, Scheduler, SearchDefinition, Target
@@ -119,7 +119,7 @@ class _SearchReader:
         plan = {
             "sampler": sampler,
             "scheduler": self._read_scheduler(),
-            "objectives": self._read_objectives(make_task(config).metrics if config else None),
+            "objectives": self._read_objectives(config.metrics if config else None),
             "limits": limits,
         }
         hints = get_type_hints(SearchDefinition, include_extras=True)

@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 
 from harma_ray.errors import UserError
-from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders
+from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders, near_paths
 
 SEARCH_NAME = "search.yaml"
 """The definition of a search in its folder."""
@@ -41,7 +41,8 @@ def find_space(name: str | Path) -> Path:
     if path.parts[:-1] in ((), (_FOLDER,)) and path.suffix in ("", *_ENDINGS) and path.stem in known:
         return known[path.stem]
     ours = f"one of {', '.join(sorted(known))}" if known else "those of the source's search_spaces"
-    raise UserError(f"search space {path.absolute()} does not exist; give a YAML file, or {ours}")
+    near = did_you_mean(near_paths(path, Path.is_file))
+    raise UserError(f"search space {path.absolute()} does not exist; give a YAML file, or {ours}{near}")
 
 
 def _shipped() -> list[Path]:
