@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import harma_ray
 from harma_ray.config import OnDisk, RunConfig
@@ -169,13 +169,13 @@ def _warn_once(text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(path: Path, *, wait_seconds: float = 0) -> Iterator[None]:
+def lock_folder(path: Path, kind: Literal["run", "search"] = "run", *, wait_seconds: float = 0) -> Iterator[None]:
     """Keeps other processes from training the run, or the search, of a folder; arguments and errors of `Run.locked`."""
     deadline = time.monotonic() + wait_seconds
     try:
         file = (path / LOCK_NAME).open("wb")
     except OSError as error:
-        raise UserError(f"cannot write into run {path} ({error.strerror})") from error
+        raise UserError(f"cannot write into {kind} {path} ({error.strerror})") from error
     with file:
         while True:
             try:
@@ -184,7 +184,8 @@ def lock_folder(path: Path, *, wait_seconds: float = 0) -> Iterator[None]:
                 if time.monotonic() < deadline:
                     time.sleep(1)
                     continue
-                raise UserError(f"run {path} is being trained by another process; wait for its end") from error
+                does = "trains it" if kind == "run" else "goes on with it"
+                raise UserError(f"{kind} {path} is in use: another process {does}; wait for its end") from error
             except OSError as error:  # some network file systems have no locks
                 _logger.warning("%s cannot be locked (%s): train it in one process only", path, error.strerror)
             break

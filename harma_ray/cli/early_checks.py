@@ -104,7 +104,7 @@ def check_resumed_search(path: str, changes: Mapping[str, Any], address: str | N
     require_data(definition.config, f"search {folder}", launch_command("tune", "--resume", folder))
     require_parts(definition.config)
     require_gpu(definition.config.scaling.use_gpu, address)
-    with lock_folder(folder):
+    with lock_folder(folder, "search"):
         pass
     return folder, definition
 

@@ -24,7 +24,7 @@ from harma_ray.preflight import absolute_paths, prepare, require_start
 from harma_ray.recipes import make_task
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, TrialPlan, plan_trials
-from harma_ray.runs import Run
+from harma_ray.runs import lock_folder
 from harma_ray.settings import build_config, marked_settings
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.step import check_batch
@@ -50,7 +50,7 @@ def start_search(definition: SearchDefinition, *, runs: str | Path, name: str | 
         plan = _plan(definition, cluster)
         folder = create_search(runs, name, definition)
         _require_same_data(folder, definition)
-        with Run(folder, definition.config).locked():
+        with lock_folder(folder, "search"):
             _search(folder, definition, cluster, plan, options)
 
 
@@ -60,7 +60,7 @@ def resume_search(folder: Path, definition: SearchDefinition, options: SearchOpt
     _require_same_data(folder, definition)
     with _cluster(options) as cluster:
         plan = _plan(definition, cluster)
-        with Run(folder, definition.config).locked():
+        with lock_folder(folder, "search"):
             write_definition(folder, definition)
             _search(folder, definition, cluster, plan, options)
 

@@ -46,7 +46,7 @@ def mistakes(tmp_path, data, run, unfinished, training, search, space):
     vitp = ["train", "--recipe", "scenes-vitp", "--data", data]
     return [
         ("is not the folder of a run", ["train", "--resume", tmp_path]),
-        ("is being trained by another process", ["train", "--resume", training]),
+        (f"run {training} is in use: another process trains it", ["train", "--resume", training]),
         ("the data set", ["train", "--resume", unfinished, "--data", tmp_path / "gone"]),
         (f"did you mean {run}?", ["train", "--resume", run.with_name("randmo")]),
         (f"did you mean {run}?", ["evaluate", "--run", run / "checkpoints"]),
@@ -93,7 +93,7 @@ def mistakes(tmp_path, data, run, unfinished, training, search, space):
         ("there is no such file", ["tune", space, "--data", data, "--set", "model.pretrained=gone.pt"]),
         (f"did you mean {data}?", ["tune", space, "--data", data / "train"]),
         (f"the data set {data / 'gone'} of search", ["tune", "--resume", search, "--data", data / "gone"]),
-        (f"run {search} is being trained", ["tune", "--resume", search]),
+        (f"search {search} is in use: another process goes on with it", ["tune", "--resume", search]),
         ("not the folder of a run (it", ["evaluate", "--run", tmp_path]),
         ("no weights are there", ["evaluate", "--checkpoint", "gone.pth", "--recipe", "harma-scenes", "--data", data]),
         ("has no split `x`", ["evaluate", "--run", run, "--split", "x"]),
@@ -129,7 +129,7 @@ def test_mistakes_are_told_without_torch_and_ray(scenes, random_run, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(text)
     cases = mistakes(tmp_path, scenes, run, unfinished, training, search, space)
     asked = json.dumps([list(map(str, arguments)) for _, arguments in cases])
-    with lock_folder(training), lock_folder(search):
+    with lock_folder(training), lock_folder(search, "search"):
         command = [sys.executable, "-c", CODE, asked]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=alone(), timeout=100)
     assert result.returncode == 0, result.stderr

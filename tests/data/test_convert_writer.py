@@ -446,7 +446,7 @@ def test_failed_swap_puts_the_old_split_back(raw, tmp_path, monkeypatch):
 
 
 def test_two_conversions_of_a_split_exclude_each_other(raw, tmp_path):
-    with staging.lock(tmp_path / "val"), pytest.raises(UserError, match="another conversion is writing"):
+    with staging.lock(tmp_path / "val"), pytest.raises(UserError, match="another command is writing"):
         _convert(raw, tmp_path)
     _convert(raw, tmp_path)
 

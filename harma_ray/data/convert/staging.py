@@ -24,7 +24,7 @@ def put_in_place(work: Path, split: Path) -> None:
 
 @contextmanager
 def lock(split: Path) -> Iterator[None]:
-    """Keeps other conversions away from a split, puts back what a killed one moved away, and tidies up at the end."""
+    """Keeps others from writing a split (or vectors), puts back what a killed one moved away, tidies up at the end."""
     folder = split.parent / WORK_FOLDER
     path = folder / f"{split.name}.lock"
     while True:
@@ -33,9 +33,9 @@ def lock(split: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another conversion is writing to {split}; wait for its end") from error
+                raise UserError(f"another command is writing {split}; wait for its end") from error
             except OSError as error:  # some network file systems have no locks
-                _logger.warning("%s cannot be locked (%s): run one conversion at a time", split, error.strerror)
+                _logger.warning("%s cannot be locked (%s): write it by one command at a time", split, error.strerror)
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # its owner has just removed the file: what we hold locks nothing
             old = _old_folder(split)
