@@ -304,7 +304,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     failed = None
     for split in (open_split(options.data, name) for name in splits):
-        print(render_facts(describe(split, verify=options.verify)))
+        print(render_facts(describe(split, verify=options.verify), task and task.backbone.image_size))
         print(_tell_ceiling(split), end="")
         if task is not None:
             facts = task.sample_facts(split)

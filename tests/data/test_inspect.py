@@ -69,6 +69,18 @@ def test_text_tells_the_facts(split):
     assert max(map(len, text.splitlines())) < 250
 
 
+def test_images_of_more_than_twice_a_models_input_are_told(split, tmp_path):
+    facts = describe(split)  # of 20 to 29 x 30 pixels
+    text = render_facts(facts, 8)
+    assert "stored as they came, up to 29 x 30, for a model's 8 x 8: the same convert with --resize 12 " in text
+    assert max(map(len, text.splitlines())) < 250
+    assert "--resize" not in render_facts(facts, 13) + render_facts(facts)
+    settings = WriteSettings(resize=17, max_bad=1)
+    made = convert_harma(tmp_path / "val.json", tmp_path, "val", tmp_path / "made", settings=settings)
+    assert made.options["resize"] == 17
+    assert "--resize" not in render_facts(describe(open_split(tmp_path / "made", "val")), 8)  # as it was wished
+
+
 def test_verification_finds_images_that_do_not_decode(split):
     facts = describe(split, verify=True, max_pixels=30 * 24)
     assert {row.source for row in facts.undecodable} == {"5.png", "6.png", "7.jpg", "8.jpg", "9.jpg"}

@@ -20,6 +20,8 @@ from harma_ray.data.splits import Split, open_shard
 LOOKED_AT = 200
 """Images that are decoded to see how they look, unless all are."""
 
+_USUAL_INPUT = 224
+"""Side of the images that most CLIPs take, in pixels."""
 PERCENTS = (0, 5, 50, 95, 100)
 """Percentiles that are told of each distribution."""
 
@@ -204,8 +206,8 @@ def _describe_images(table: pa.Table) -> dict[str, Any]:
     }
 
 
-def render_facts(facts: SplitFacts) -> str:
-    """Returns facts as plain text with tables."""
+def render_facts(facts: SplitFacts, image_size: int | None = None) -> str:
+    """Returns facts as plain text with tables; `image_size` is the side of a model's input (None: 224 pixels)."""
     kind, manifest = facts.split.kind, facts.split.manifest
     noun, text = ("query" if facts.queries else kind.row), kind.text
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
@@ -223,6 +225,7 @@ def render_facts(facts: SplitFacts) -> str:
         ("left out", f"{len(manifest.bad)}"),
         ("decodable", _tell_decodable(facts)),
         ("looks", _tell_looks(facts)),
+        *(("hint", hint) for hint in _find_hints(facts, image_size or _USUAL_INPUT)),
         *(("WARNING", warning) for warning in _find_warnings(facts)),
     ]
     parts = [f"split {facts.split.name}", tabulate(lines, tablefmt="plain", disable_numparse=True)]
@@ -279,6 +282,20 @@ def _tell_looks(facts: SplitFacts) -> str:
         f"{looks.black:,} black, {looks.white:,} white of {looks.images:,}; parts of an image differ by "
         f"{looks.spread:.1f} of 255 from image to image"
     )
+
+
+def _find_hints(facts: SplitFacts, image_size: int) -> list[str]:
+    """Returns what to do about images of more than twice a model's input, which take longer to read than they need."""
+    heights, widths = facts.heights, facts.widths
+    if heights is None or widths is None or facts.split.manifest.options.get("resize"):
+        return []
+    if min(heights.percentiles[50], widths.percentiles[50]) <= 2 * image_size:
+        return []
+    most = f"{widths.percentiles[100]:,.0f} x {heights.percentiles[100]:,.0f}"
+    return [
+        f"stored as they came, up to {most}, for a model's {image_size} x {image_size}: the same convert with --resize "
+        f"{image_size * 3 // 2} (shorter side; enough for crops of half an image) --overwrite makes training faster"
+    ]
 
 
 def _find_warnings(facts: SplitFacts) -> list[str]:
