@@ -5,6 +5,8 @@ from pathlib import Path
 
 from harma_ray.cli import shared
 
+_RECIPES = {"harma": "harma-scenes", "vitp": "scenes-vitp", "cir": "scenes-cir-combiner"}
+
 
 def add_commands(commands: shared.Commands) -> None:
     """Adds ``demo``."""
@@ -26,6 +28,10 @@ def add_commands(commands: shared.Commands) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from harma_ray.cli import early_checks
+
+    shared.require_workers(options.workers)
+    early_checks.check_demo(_RECIPES[options.paper], options.seed, options.out)
     from harma_ray.cli.demo_composed import run_demo_of_queries
     from harma_ray.cli.demo_run import run_demo
     from harma_ray.cli.demo_talks import run_demo_of_talks

@@ -17,6 +17,7 @@ from harma_ray.data.splits import has_splits, open_split, open_used
 from harma_ray.errors import UserError
 from harma_ray.files import did_you_mean, kept_path, near_folders, near_paths, output_path, require_writable
 from harma_ray.on_ray.address import starts_own
+from harma_ray.recipes import recipe_config
 from harma_ray.resources import has_driver
 from harma_ray.runs import Run, lock_folder, new_folder, open_run, timed_name
 from harma_ray.settings import build_config
@@ -144,6 +145,12 @@ def check_embedded(run: str, data: str, split: str | None, out: str) -> Run:
     if split or (folder / MANIFEST_NAME).is_file():
         open_split(folder, split or folder.name)
     return found
+
+
+def check_demo(recipe: str, seed: int, out: str) -> None:
+    """Raises UserError if a demo cannot be: for its seed, for what is not installed, or for its folder."""
+    build_config(recipe_config(recipe), {"seed": seed}, origin="--seed").require_weights()
+    require_writable(output_path(out) / "data", "--out")
 
 
 def require_gpu(wanted: bool | None, address: str | None) -> None:

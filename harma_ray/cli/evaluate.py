@@ -176,6 +176,7 @@ def _embed(options: argparse.Namespace) -> None:
     from harma_ray.runs import Run
     from harma_ray.settings import build_config, parse_overrides
 
+    shared.require_workers(options.workers)
     found = early_checks.check_embedded(options.run, options.data, options.split, options.out)
     early_checks.require_gpu(options.gpu, options.address)
     changes = parse_overrides(options.overrides)

@@ -103,6 +103,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def require_workers(workers: int | None) -> None:
+    """Raises UserError for a number of ``--workers`` that is none."""
+    if workers is not None and workers < 1:
+        raise UserError(f"`--workers` must be at least 1, got {workers}")
+
+
 def config_from(options: argparse.Namespace) -> RunConfig:
     """Returns the configuration of ``--config`` or ``--recipe`` with the changes asked for."""
     from harma_ray.recipes import load_config, recipe_config
@@ -146,8 +152,7 @@ def changes_from(options: argparse.Namespace) -> dict[str, Any]:
 
     changes = parse_overrides(options.overrides)
     if getattr(options, "workers", None) is not None:
-        if options.workers < 1:
-            raise UserError(f"`--workers` must be at least 1, got {options.workers}")
+        require_workers(options.workers)
         add_setting(changes, "scaling.num_workers", options.workers, "--workers")
     if options.gpu or options.cpu:
         add_setting(changes, "scaling.use_gpu", options.gpu, "--gpu" if options.gpu else "--cpu")

@@ -109,6 +109,9 @@ def mistakes(tmp_path, data, run, unfinished, training, search, space):
             ["checkpoint", "import", "gone", "--recipe", "harma-scenes", "--out", "x"],
         ),
         ("not the folder of a run (", ["checkpoint", "export", "--run", tmp_path, "--format", "adapter", "--out", "x"]),
+        ("`--workers` must be at least 1, got 0", ["demo", "vitp", "--out", tmp_path / "demo", "--workers", "0"]),
+        ("`seed` must be at least 0, got -1", ["demo", "cir", "--out", tmp_path / "demo", "--seed", "-1"]),
+        ("is no folder; choose another --out", ["demo", "--out", space]),
         ("annotation file", ["convert", "karpathy", "--annotations", "gone", "--images", ".", "--out", tmp_path / "x"]),
     ]
 
