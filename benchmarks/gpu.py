@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import open_clip
 import torch
 from released_step import ReleasedStep
 from torch import Tensor
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harma_ray.models.adapters import insert_adapters
 from harma_ray.models.clip import DualEncoder
 from harma_ray.models.losses import contrastive_loss, weighted_triplet_loss
+from harma_ray.models.openclip import open_clip
 from harma_ray.models.precision import attend_at_any_length
 
 BOUNDS = {"fp32": 1e-4, "bf16": 4e-2}

@@ -284,7 +284,6 @@ def _task_of(options: argparse.Namespace) -> Task | None:
     from harma_ray.settings import build_config, parse_overrides
 
     config = build_config(recipe_config(options.recipe), parse_overrides(options.overrides))
-    config.require_weights()
     from harma_ray.preflight import absolute_paths
 
     return make_task(absolute_paths(config))

@@ -1,6 +1,6 @@
 """What is wrong with a command, as far as it shows without torch and Ray, whose imports take seconds: told before them.
 
-The work itself does not rely on these checks.
+Where a check returns what it opened, the work goes on with that; else nothing relies on these checks.
 """
 
 from __future__ import annotations

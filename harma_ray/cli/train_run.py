@@ -118,7 +118,10 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
             progress.say(f"starting {num_workers} worker(s): each imports torch and builds the model")
             train(run, prepared, cluster, on_record=progress)
     except KeyboardInterrupt as error:
-        error.add_note(f"continue with: {_resume_command(run)}")
+        if run.report is None:
+            error.add_note(f"continue with: {_resume_command(run)}")
+        else:  # it came while the best weights were evaluated
+            print_report(run)
         raise
     except WorkerFailed as error:
         error.add_note(

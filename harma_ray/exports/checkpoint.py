@@ -14,7 +14,7 @@ from harma_ray.exports.clip_folder import CONFIG_NAME as CLIP_NAME
 from harma_ray.exports.clip_folder import write_clip_folder
 from harma_ray.exports.graphs import FACTS_NAME as GRAPHS_NAME
 from harma_ray.exports.graphs import require_packages, write_graphs
-from harma_ray.exports.hub import CARD_NAME, HubOptions, write_hub_folder
+from harma_ray.exports.hub import BACKBONE_NAME, CARD_NAME, HubOptions, write_hub_folder
 from harma_ray.files import making, output_path
 from harma_ray.formats import ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
@@ -108,7 +108,8 @@ def _require_free(path: Path, *, overwrite: bool) -> None:
 
 def _require_no_others(path: Path, made: Path) -> None:
     """Raises UserError if a folder holds more than goes into it now: replacing it would lose that."""
-    others = [] if not path.is_dir() else sorted({p.name for p in path.iterdir()} - {p.name for p in made.iterdir()})
+    ours = {BACKBONE_NAME} | ({file.name for file in made.iterdir()} if made.is_dir() else set())
+    others = sorted({file.name for file in path.iterdir()} - ours) if path.is_dir() else []
     if others:
         raise UserError(
             f"{path} holds what this export does not write ({first_few(others)}) and is not replaced; choose another "

@@ -13,6 +13,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,10 @@ def _silence(url: str) -> str:
         urllib.request.urlopen(request, timeout=_PATIENCE_SECONDS).close()
     except urllib.error.HTTPError:
         return ""
+    except ValueError as error:  # HF_ENDPOINT without https://
+        return str(error)
+    except HTTPException:
+        return ""  # something is there, if nothing of HTTP: who fetches tells what
     except OSError as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):

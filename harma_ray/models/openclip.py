@@ -1,4 +1,4 @@
-"""open_clip, imported without Weights & Biases: timm, which it needs, takes that along where it is installed, for 2 s.
+"""open_clip, imported without Weights & Biases, which timm, that it needs, takes along where it is installed.
 
 Whoever needs open_clip takes it from here.
 """

@@ -23,8 +23,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def attend_at_any_length(device: torch.device) -> None:
     """Leaves cuDNN's attention out in this process: it plans anew for every length, each of which then waits.
 
-    On an H200 a bf16 step of ViT-B/32 took 0.7 s longer at each new length of captions; at a length that it knew it was
-    no faster than torch's own kernels (``benchmarks/RESULTS.md``).
+    On an H200 the first bf16 step at each new length of captions took 0.7-0.8 s with it and 0.1-0.3 s without; other
+    steps took 0.1-0.3 s either way, by how busy the host was (``benchmarks/RESULTS.md``).
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -33,7 +33,10 @@ def attend_at_any_length(device: torch.device) -> None:
 @contextlib.contextmanager
 def evaluating(precision: str, device: torch.device) -> Iterator[None]:
     """Computes as models are evaluated: without gradients, in "fp32" or, by autocast, in "bf16"."""
-    is_rough = precision == "bf16"
+    is_rough, planned = precision == "bf16", torch.backends.cuda.cudnn_sdp_enabled()
     attend_at_any_length(device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if is_rough else full_precision(device):
-        yield
+    try:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if is_rough else full_precision(device):
+            yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(planned)

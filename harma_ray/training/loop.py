@@ -162,6 +162,7 @@ class _Training:
         self._identity = data_identity(config)
         self._label = label or Label.of(run_dir)
         self._tracker: Tracker | None = None  # worker 0 keeps the record
+        self._is_finished = False  # also where it stands, before its last step
         self._build_seconds = time.perf_counter() - started
 
     def resume(self) -> bool:
@@ -184,7 +185,7 @@ class _Training:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Closes the record: as that of a run that is done, or of one that stopped or failed before its end."""
         if self._tracker is not None:
-            self._tracker.close(done=error is None and not self.can_train)
+            self._tracker.close(done=error is None and (self._is_finished or not self.can_train))
 
     @property
     def can_train(self) -> bool:
@@ -275,6 +276,7 @@ class _Training:
             if (projection := selected.projection(self._selection.split)) is not None:
                 self._tracker.log_embeddings(projection, self._progress.step)
             write_text(self._run_dir / REPORT_NAME, json.dumps(report, indent=1))
+        self._is_finished = True
         return report
 
     @property

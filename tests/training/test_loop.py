@@ -445,17 +445,22 @@ def test_the_scheduler_follows_the_schedule_and_biases_are_not_decayed(scenes):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.04, 0.0]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_run_is_told_done_only_if_nothing_fails_after_its_last_step(fails):
+@pytest.mark.parametrize(
+    ("left", "finished", "fails"),
+    [(False, True, False), (True, True, False), (True, False, False), (False, False, True)],
+)
+def test_a_run_is_told_done_only_if_it_ended_and_nothing_failed_after_its_last_step(left, finished, fails):
+    """A search's best trial is finished where it stands, with steps left."""
     told = []
 
     class Trained(_Training):
-        can_train = False
+        can_train = left
 
         def __init__(self):
+            self._is_finished = finished
             self._tracker = SimpleNamespace(close=lambda *, done: told.append(done))
 
     with pytest.raises(RuntimeError) if fails else contextlib.nullcontext(), Trained():
         if fails:
             raise RuntimeError("no memory for test")
-    assert told == [not fails]
+    assert told == [finished]

@@ -153,8 +153,9 @@ def test_attention_on_a_gpu_plans_nothing_for_a_length(use):
             autocast_of(TrainConfig(precision="fp32"), gpu)
         else:
             with evaluating("fp32", gpu):
-                pass
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.flash_sdp_enabled()
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+                assert torch.backends.cuda.flash_sdp_enabled()
+        # a training has its process; whoever evaluates has the caller's
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (use == "evaluation")
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)

@@ -35,7 +35,7 @@ def find_space(name: str | Path) -> Path:
         UserError: If there is none; naming the place that was tried, and those that come with the program.
     """
     path = Path(name).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a pipe, too
         return path
     known = {file.stem: file for folder in _shipped() for file in sorted(folder.glob("*.yaml"))}
     if path.parts[:-1] in ((), (_FOLDER,)) and path.suffix in ("", *_ENDINGS) and path.stem in known:
