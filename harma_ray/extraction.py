@@ -6,8 +6,7 @@ from typing import Literal
 
 import torch
 
-from harma_ray.errors import UserError
-from harma_ray.files import making, output_path
+from harma_ray.files import making, new_path
 from harma_ray.formats import no_vision
 from harma_ray.models.fingerprints import folder_fingerprint
 from harma_ray.models.internvl.files import Layout
@@ -43,8 +42,7 @@ def extract_vision(
         UserError: If the models have no such transformer, the run no checkpoint, the layout no place for what it has,
             or the folder exists or cannot be written.
     """
-    if (folder := output_path(out)).exists():
-        raise UserError(f"{folder} exists; choose another --out")
+    folder = new_path(out)
     own = next((own for own in FORMATS if isinstance(run.config, own.settings)), None)
     if own is None:
         raise no_vision()

@@ -168,6 +168,22 @@ def output_path(path: str | Path) -> Path:
     return path.absolute()
 
 
+def new_path(out: str | Path) -> Path:
+    """Returns `output_path` of what ``--out`` names; raises UserError if it is there."""
+    target = output_path(out)
+    if target.exists():
+        raise UserError(f"{target} exists; choose another --out")
+    return target
+
+
+def figures_path(file: str | Path | None) -> Path | None:
+    """Returns `output_path` of what ``--json`` names, if anything; raises UserError if its folder is not there."""
+    target = output_path(file) if file else None
+    if target and not target.parent.is_dir():
+        raise UserError(f"the folder of `--json` {target} does not exist")
+    return target
+
+
 def require_writable(path: Path, option: str) -> None:
     """Raises UserError unless a file or folder can be made at a place; `option` is what names another."""
     above = next(parent for parent in path.absolute().parents if parent.exists())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.errors import UserError
-from harma_ray.files import making, output_path
+from harma_ray.files import making, new_path
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import guess_architecture
 from harma_ray.models.backbones import load_clip
@@ -70,9 +70,7 @@ def import_checkpoint(
     Raises:
         UserError: If the file does not fit, listing what does not, or the folder exists.
     """
-    path, folder = Path(file).expanduser(), output_path(out)
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another --out")
+    path, folder = Path(file).expanduser(), new_path(out)
     known, weights = _find(path, section)
     if clip is not None and not (known and known.part):
         parts = " or ".join(other.part for other in FORMATS if other.part)

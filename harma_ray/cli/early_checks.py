@@ -15,7 +15,16 @@ from harma_ray.data.identity import require_same_data
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.splits import has_splits, open_split, open_used
 from harma_ray.errors import UserError
-from harma_ray.files import did_you_mean, kept_path, near_folders, near_paths, output_path, require_writable
+from harma_ray.files import (
+    did_you_mean,
+    figures_path,
+    kept_path,
+    near_folders,
+    near_paths,
+    new_path,
+    output_path,
+    require_writable,
+)
 from harma_ray.on_ray.address import starts_own
 from harma_ray.recipes import recipe_config
 from harma_ray.resources import has_driver
@@ -126,9 +135,7 @@ def check_model(
         require_there(weights, "no weights are there; give a run, a file or a checkpoint's folder")
     open_split(config.data.path, split)
     for option, place in outputs.items():
-        target = output_path(place) if place else None
-        if target and option == "--json" and not target.parent.is_dir():
-            raise UserError(f"the folder of `--json` {target} does not exist")
+        target = figures_path(place) if option == "--json" else output_path(place) if place else None
         if target:
             require_writable(target, option)
     if not weights:  # those of others may hold the backbone
@@ -164,10 +171,7 @@ def require_gpu(wanted: bool | None, address: str | None) -> None:
 
 def require_free(out: str) -> None:
     """Raises UserError if what ``--out`` names is there, or cannot be made."""
-    target = output_path(out)
-    if target.exists():
-        raise UserError(f"{target} exists; choose another --out")
-    require_writable(target, "--out")
+    require_writable(new_path(out), "--out")
 
 
 def require_there(path: str | Path, way_out: str) -> None:

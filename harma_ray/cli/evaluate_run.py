@@ -12,9 +12,8 @@ from harma_ray.config import RunConfig
 from harma_ray.data.identity import split_identity
 from harma_ray.data.splits import Split, open_split
 from harma_ray.data.stream import local_batches
-from harma_ray.errors import UserError
 from harma_ray.evaluation import FIGURES, Evaluation, Section
-from harma_ray.files import output_path, write_text
+from harma_ray.files import figures_path, output_path, write_text
 from harma_ray.import_export import load_model
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import evaluate_on_workers
@@ -61,9 +60,7 @@ def evaluate_and_print(
     data = open_split(source.config.data.path, split)
     sources = [source, *(source.beside(folder, metric) for folder in compare)]
     require_comparable(sources, data)
-    figures, folder = (output_path(path) if path else None for path in (json_file, report))
-    if figures and not figures.parent.is_dir():
-        raise UserError(f"the folder of `--json` {figures} does not exist")
+    figures, folder = figures_path(json_file), output_path(report) if report else None
     evaluated, compared = _measure_all(sources, split, query, num_workers, address)
     task = make_task(source.config)
     outcome, tables = _print_figures(evaluated[0].evaluation, compared, task, data, source)

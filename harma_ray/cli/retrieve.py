@@ -62,6 +62,7 @@ def _retrieve(options: argparse.Namespace) -> None:
 
     for store in (options.query, options.gallery):
         early_checks.require_there(store, "give a folder that `launch.py embed` wrote, or an .npz")
+    early_checks.figures_path(options.json)
     from harma_ray.cli.retrieve_run import retrieve_and_print
     from harma_ray.vectors.comparison import Wanted
 

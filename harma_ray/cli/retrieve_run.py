@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harma_ray.errors import UserError, first_few
+from harma_ray.errors import first_few
 from harma_ray.evaluation import Section, show_figure
-from harma_ray.files import output_path, write_text
+from harma_ray.files import figures_path, output_path, write_text
 from harma_ray.report.by_class import Pictured, retrieval_sections
 from harma_ray.report.evaluation import PAGE_NAME, FiguresTable
 from harma_ray.report.page import paragraph, write_page
@@ -42,9 +42,7 @@ def retrieve_and_print(
     Raises:
         UserError: If the stores or what is wanted of them do not fit.
     """
-    figures, folder = (output_path(path) if path else None for path in (json_file, report))
-    if figures and not figures.parent.is_dir():
-        raise UserError(f"the folder of `--json` {figures} does not exist")
+    figures, folder = figures_path(json_file), output_path(report) if report else None
     if wanted.index != "exact":
         import_faiss()
     own = open_store(query)

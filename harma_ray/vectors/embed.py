@@ -22,7 +22,7 @@ from harma_ray.data.order import iterate_slices
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import Split, list_splits, open_split
 from harma_ray.errors import UserError
-from harma_ray.files import making, output_path, write_text
+from harma_ray.files import making, new_path, write_text
 from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.recipes import QUERIES
 from harma_ray.runs import Run
@@ -74,9 +74,7 @@ def embed(
     Raises:
         UserError: If there is nothing to encode, `out` exists, or as `encode` does; WorkerDied if a process ends.
     """
-    target, folder = output_path(out), Path(data).expanduser().absolute()
-    if target.exists():
-        raise UserError(f"{target} exists; choose another --out")
+    target, folder = new_path(out), Path(data).expanduser().absolute()
     require_encoder(run)
     if query:
         require_query(run.task, None, query)
