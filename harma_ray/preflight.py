@@ -10,13 +10,11 @@ from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.samples import check_decoding
 from harma_ray.data.splits import open_used
 from harma_ray.errors import UserError, first_few
-from harma_ray.files import kept_path
 from harma_ray.models.fingerprints import file_fingerprint
-from harma_ray.models.names import is_elsewhere
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
 from harma_ray.runs import Run, open_run
-from harma_ray.settings import build_config, flat_settings, marked_settings, to_dict
+from harma_ray.settings import flat_settings, marked_settings, to_dict
 from harma_ray.task import Task
 from harma_ray.training.checkpoint import WEIGHTS_NAME, keeps_weights, trainable_tensors
 from harma_ray.training.run_files import read_meta
@@ -58,7 +56,7 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     """Checks that the splits are there and the model can be described, and plans the order of the samples.
 
     Args:
-        config: Settings; their paths must not depend on the working folder, see `absolute_paths`.
+        config: Settings; their paths must not depend on the working folder, see `harma_ray.runs.absolute_paths`.
         metrics: Metrics that a search compares, beside the recipe's objective.
 
     Raises:
@@ -136,21 +134,3 @@ def _model_settings(config: RunConfig) -> dict[str, Any]:
     """Returns the settings that `Task.model_settings` names."""
     flat, named = flat_settings(to_dict(config)), make_task(config).model_settings
     return {name: value for name, value in flat.items() if any(f"{name}.".startswith(f"{part}.") for part in named)}
-
-
-def absolute_paths(config: RunConfig) -> RunConfig:
-    """Returns settings whose paths do not depend on the working folder.
-
-    Raises:
-        UserError: If one leads into the copy of a working folder that a Ray job runs in.
-    """
-    changes: dict[str, Any] = {}
-    if config.data.path:
-        changes["data.path"] = str(kept_path(config.data.path, "the data set"))
-    for name, (value, mark) in marked_settings(config, OnDisk).items():
-        has_suffix = bool(Path(value).suffix)  # no tag of open_clip's has one
-        if value and not is_elsewhere(value) and (has_suffix or mark.is_there(Path(value).expanduser())):
-            path = kept_path(value, f"`{name}`")
-            if mark.is_there(path):
-                changes[name] = str(path)
-    return build_config(config, changes)

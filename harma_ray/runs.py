@@ -25,6 +25,7 @@ import harma_ray
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError
 from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders, output_path, require_writable, write_text
+from harma_ray.models.names import is_elsewhere
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import build_config, marked_settings, to_yaml
 from harma_ray.shell import command_line, launch_command
@@ -283,3 +284,21 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Returns settings whose paths do not depend on the working folder.
+
+    Raises:
+        UserError: If one leads into the copy of a working folder that a Ray job runs in.
+    """
+    changes: dict[str, Any] = {}
+    if config.data.path:
+        changes["data.path"] = str(kept_path(config.data.path, "the data set"))
+    for name, (value, mark) in marked_settings(config, OnDisk).items():
+        has_suffix = bool(Path(value).suffix)  # no tag of open_clip's has one
+        if value and not is_elsewhere(value) and (has_suffix or mark.is_there(Path(value).expanduser())):
+            path = kept_path(value, f"`{name}`")
+            if mark.is_there(path):
+                changes[name] = str(path)
+    return build_config(config, changes)

@@ -68,7 +68,7 @@ def _import(options: argparse.Namespace) -> None:
     early_checks.require_there(options.file, "give a file or folder of weights")
     early_checks.require_free(options.out)
     from harma_ray.import_export import import_checkpoint
-    from harma_ray.preflight import absolute_paths
+    from harma_ray.runs import absolute_paths
 
     config = absolute_paths(config)
     print(import_checkpoint(options.file, config, options.out, options.clip, section=options.section).describe())

@@ -284,7 +284,7 @@ def _task_of(options: argparse.Namespace) -> Task | None:
     from harma_ray.settings import build_config, parse_overrides
 
     config = build_config(recipe_config(options.recipe), parse_overrides(options.overrides))
-    from harma_ray.preflight import absolute_paths
+    from harma_ray.runs import absolute_paths
 
     return make_task(absolute_paths(config))
 

@@ -18,7 +18,6 @@ from harma_ray.errors import UserError
 from harma_ray.files import (
     did_you_mean,
     figures_path,
-    kept_path,
     near_folders,
     near_paths,
     new_path,
@@ -28,7 +27,7 @@ from harma_ray.files import (
 from harma_ray.on_ray.address import starts_own
 from harma_ray.recipes import recipe_config
 from harma_ray.resources import has_driver
-from harma_ray.runs import Run, lock_folder, new_folder, open_run, timed_name
+from harma_ray.runs import Run, absolute_paths, lock_folder, new_folder, open_run, timed_name
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.run_files import list_checkpoints, read_meta
@@ -45,8 +44,7 @@ def check_new(runs: str, names: Sequence[str | None], kind: str) -> None:
 
 def check_training(config: RunConfig, address: str | None) -> None:
     """Raises UserError if a training's splits or weights are not there, or it wants a GPU that is not."""
-    if config.data.path:
-        kept_path(config.data.path, "the data set")
+    config = absolute_paths(config)
     open_used(config)
     require_gpu(config.scaling.use_gpu, address)
     config.require_named()
@@ -139,7 +137,7 @@ def check_model(
         if target:
             require_writable(target, option)
     if not weights:  # those of others may hold the backbone
-        config.require_weights()
+        absolute_paths(config).require_weights()
     if not weights and not run:
         config.require_named()
 

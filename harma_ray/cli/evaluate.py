@@ -135,8 +135,8 @@ def _predict(options: argparse.Namespace) -> None:
     early_checks.require_gpu(options.gpu, "local")
     early_checks.check_model(config, options.run, options.checkpoint, options.split, {"--out": options.out})
     from harma_ray.import_export import load_model
-    from harma_ray.preflight import absolute_paths
     from harma_ray.recipes import make_task
+    from harma_ray.runs import absolute_paths
 
     run_name = Path(options.run).expanduser().absolute().name if options.run else ""
     name = options.name or run_name or Path(options.checkpoint or "").stem

@@ -17,10 +17,10 @@ from harma_ray.files import figures_path, output_path, write_text
 from harma_ray.import_export import load_model
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import evaluate_on_workers
-from harma_ray.preflight import absolute_paths
 from harma_ray.recipes import make_task
 from harma_ray.report.comparison import comparison_section, paired_differences, runs_table
 from harma_ray.report.evaluation import FiguresTable, comparison_table, results_table, write_report
+from harma_ray.runs import absolute_paths
 from harma_ray.task import Task, require_query
 from harma_ray.training.step import evaluate_split, local_worker
 from harma_ray.training.tracking import read_records

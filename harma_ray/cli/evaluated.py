@@ -14,10 +14,9 @@ from harma_ray.data.identity import split_identity
 from harma_ray.data.splits import Split
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation, Section
-from harma_ray.preflight import absolute_paths
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.report import page
-from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run, describe_environment, open_run
+from harma_ray.runs import CONFIG_NAME, ENVIRONMENT_NAME, Run, absolute_paths, describe_environment, open_run
 from harma_ray.settings import build_config, flat_settings, to_dict
 from harma_ray.shell import launch_command
 from harma_ray.training.checkpoint import META_NAME, CheckpointMeta, read_meta

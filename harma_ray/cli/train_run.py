@@ -18,10 +18,10 @@ from harma_ray.evaluation import FIGURES, Metrics
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.workers import train
-from harma_ray.preflight import Prepared, absolute_paths, prepare, require_start
+from harma_ray.preflight import Prepared, prepare, require_start
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, WorkerPlan
-from harma_ray.runs import CONFIG_NAME, Run, create_run, new_folder, open_run, timed_name
+from harma_ray.runs import CONFIG_NAME, Run, absolute_paths, create_run, new_folder, open_run, timed_name
 from harma_ray.settings import build_config, to_yaml
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.health import KIND, Finding, standing_findings

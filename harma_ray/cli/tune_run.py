@@ -20,11 +20,11 @@ from harma_ray.errors import UserError
 from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.on_ray.workers import read_paths
-from harma_ray.preflight import absolute_paths, prepare, require_start
+from harma_ray.preflight import prepare, require_start
 from harma_ray.recipes import make_task
 from harma_ray.report.evaluation import results_table
 from harma_ray.resources import Cluster, TrialPlan, plan_trials
-from harma_ray.runs import lock_folder
+from harma_ray.runs import absolute_paths, lock_folder
 from harma_ray.settings import build_config, marked_settings
 from harma_ray.shell import command_line, launch_command
 from harma_ray.training.step import check_batch
