@@ -269,7 +269,7 @@ def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
     """Loads what a run's best weights encode with; see `load_run`."""
     require_encoder(run)
     checkpoint = run.best_checkpoint()
-    encoder = _encoder_of(run, run.load_model(), device)
+    encoder = _encoder_of(run, run.load_checkpoint(checkpoint), device)
     values = {
         "recipe": run.config.recipe,
         "backbone": read_meta(checkpoint).backbone,

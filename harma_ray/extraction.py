@@ -48,7 +48,7 @@ def extract_vision(
         raise no_vision()
     checkpoint = run.best_checkpoint(metric)
     with making(folder) as made:
-        found = own.write_vision(run.load_model(metric), made, layout, _DTYPES[dtype])
+        found = own.write_vision(run.load_checkpoint(checkpoint), made, layout, _DTYPES[dtype])
         fingerprint = folder_fingerprint(made)
         report = {
             "run": str(run.path),

@@ -157,10 +157,14 @@ class Run:
 
     def load_model(self, metric: str | None = None) -> nn.Module:
         """Returns the model with the best weights, see `best_checkpoint`, on CPU, in evaluation mode."""
+        return self.load_checkpoint(self.best_checkpoint(metric))
+
+    def load_checkpoint(self, checkpoint: Path) -> nn.Module:
+        """Returns the model with the weights of one of its checkpoints, on CPU, in evaluation mode."""
         from harma_ray.training.checkpoint import load_weights
 
         model = self.task.new_model()
-        load_weights(self.best_checkpoint(metric), model, backbone=self.task.backbone.fingerprint(model))
+        load_weights(checkpoint, model, backbone=self.task.backbone.fingerprint(model))
         return model.eval()
 
 

@@ -10,16 +10,18 @@ import torch
 from PIL import Image
 from random_runs import make_random_run
 
-from harma_ray.api import find_rendering, load_run
+from harma_ray.api import find_rendering, load_encoder, load_run
 from harma_ray.data.identity import data_identity
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
+from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.recipes import recipe_config
+from harma_ray.runs import Run
 from harma_ray.settings import build_config
-from harma_ray.training.checkpoint import META_NAME
+from harma_ray.training.checkpoint import META_NAME, WEIGHTS_NAME
 from harma_ray.training.step import evaluate_split
 
 COMBINER = {"combiner.projection_dim": 32, "combiner.hidden_dim": 16, "model.pretrained": "random"}
@@ -193,3 +195,17 @@ def test_composed_queries_are_those_of_evaluation(composed, tmp_path):
 def test_a_model_of_another_recipe_composes_nothing(random_run):
     with pytest.raises(UserError, match="recipe harma-scenes composes no queries; give a run of CLIP4Cir"):
         load_run(random_run.path, "cpu").compose(["a.png"], ["add a boat"])
+
+
+def test_vectors_name_the_weights_that_made_them_also_while_the_run_goes_on(random_run, monkeypatch):
+    """Asked twice, a run that is trained at that moment may answer with two checkpoints."""
+    asked, best = [], Run.best_checkpoint
+
+    def ask(run, *arguments):
+        asked.append(run)
+        return best(run, *arguments)
+
+    monkeypatch.setattr(Run, "best_checkpoint", ask)
+    _, identity = load_encoder(random_run, "cpu")
+    assert len(asked) == 1
+    assert identity.values["weights"] == file_fingerprint(best(random_run) / WEIGHTS_NAME)

@@ -80,7 +80,7 @@ def export_checkpoint(
     checkpoint = run.best_checkpoint(metric)
     meta = read_meta(checkpoint)
     _check(run, format, own, path, is_trained=bool(meta.trainable))
-    model, notes = run.load_model(metric), ()
+    model, notes = run.load_checkpoint(checkpoint), ()
     with making(path, overwrite=overwrite) as partial:
         if format == "adapter":
             _write_adapters(model, run, meta.backbone, partial)

@@ -18,6 +18,7 @@ from harma_ray.files import write_text
 from harma_ray.formats import Carried, ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
 from harma_ray.models.foreign import read_foreign
+from harma_ray.models.names import FOLDER
 from harma_ray.models.weights import save_clip
 from harma_ray.runs import CONFIG_NAME, Run
 from harma_ray.settings import build_config, config_hash, flat_settings, marked_settings, to_dict, to_yaml
@@ -91,6 +92,11 @@ def _carry_clip(run: Run, meta: CheckpointMeta, folder: Path, choice: BackboneCh
         if choice or on_disk:
             raise UserError(f"recipe {run.config.recipe} has no CLIP to be carried along; export it as `adapter`")
         return Carried({}, meta.backbone, f"It starts from {backbone.name} ({fingerprint}).")
+    if backbone.architecture.startswith(FOLDER):
+        raise UserError(
+            f"the CLIP of `{backbone.architecture}` is known by a folder of this machine alone, so that no other could "
+            "read what is exported; name it by a repository (hf-hub:ORG/NAME), or export it as `open_clip` or `adapter`"
+        )
     named = f"{backbone.architecture}, {PurePath(backbone.pretrained or 'random').name}"
     if choice == "include" or (on_disk and choice is None):
         file = backbone.pretrained if "model.pretrained" in on_disk else ""

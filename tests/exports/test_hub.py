@@ -12,13 +12,15 @@ from PIL import Image
 from random_runs import make_random_run
 
 from harma_ray.api import load_run
+from harma_ray.errors import UserError
 from harma_ray.exports.checkpoint import export_checkpoint
-from harma_ray.exports.hub import HubOptions
+from harma_ray.exports.hub import HubOptions, _carry_clip
 from harma_ray.models.backbones import build_clip
 from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task, recipe_config
-from harma_ray.runs import open_run
+from harma_ray.runs import Run, open_run
 from harma_ray.settings import build_config
+from harma_ray.training.run_files import read_meta
 
 PICTURES = [Image.effect_noise((70, 64), 90).convert("RGB"), Image.new("RGB", (64, 64), "green")]
 TEXTS = ["a plane beside a runway", "two cars"]
@@ -144,3 +146,12 @@ def test_a_vision_language_model_is_read_back_whole(tmp_path):
     again = load_run(moved(export_checkpoint(run, "huggingface", tmp_path / "here" / "hub"), tmp_path), "cpu")
     assert torch.equal(again.encode_images(PICTURES), vectors)
     assert again.ask(PICTURES[1], "What is it?", 5) == answer
+
+
+def test_a_clip_that_only_a_folder_of_this_machine_describes_is_not_exported(random_run, tmp_path):
+    place = f"local-dir:{tmp_path / 'clip'}"
+    config = build_config(random_run.config, {"model.architecture": place, "model.pretrained": place})
+    meta = read_meta(random_run.best_checkpoint())
+    with pytest.raises(UserError, match=r"known by a folder of this machine alone.*hf-hub:ORG/NAME"):
+        _carry_clip(Run(random_run.path, config), meta, tmp_path, None)
+    assert not any(tmp_path.iterdir())
