@@ -264,7 +264,7 @@ class RunConfig:
     @property
     def metrics(self) -> "Metrics":
         """The figures on which choices rest, without labels; a recipe replaces it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say its `metrics`, by which runs are compared")
 
     def require_named(self) -> None:
         """Raises UserError if nobody named weights that the recipe does not draw by itself; a recipe replaces it."""

@@ -132,7 +132,7 @@ def test_one_rank_of_nccl_gives_the_gradients_of_a_plain_model(configs, one_rank
         way == "replicate"
         and "forward_sync_buffers" not in inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
     ):
-        pytest.skip("torch before 2.14")
+        pytest.skip("torch before 2.14, which the package needs, has no `forward_sync_buffers` in DDP")
     prepare = {"replicate": lambda model: replicate(model, "cuda"), "shard": lambda model: shard(model, [], "cuda")}
     plain, read, passes = steps_of(exact)
     other, read_too, passes_too = steps_of(exact, prepare[way])
