@@ -129,8 +129,11 @@ class TrainConfig:
     """Passes over the data."""
     steps: Annotated[Count, AddedLater(before=0)] = 0
     """Steps of the whole training; 0 = as many as `epochs` passes take."""
-    captions: Literal["all", "one"] = "all"
-    """What a pass visits: all captions of every image (HarMA's), or one of them, drawn anew in every pass."""
+    captions: Literal["all", "one", "grouped"] = "all"
+    """What a pass visits: all captions of every image (HarMA's), one of them, drawn anew in every pass, or all in
+    groups that share one encoding of their image (HarMA's recipes alone)."""
+    captions_per_image: Annotated[PositiveCount, AddedLater(before=5)] = 5
+    """Captions of a group, with `captions` grouped; those of an image that fill its last group up are shown twice."""
     global_batch_size: Annotated[int, Field(ge=2)] = 428
     """Pairs in a step, over all workers; also the number of candidates in the contrastive loss."""
     accumulation: PositiveCount = 1
@@ -164,6 +167,25 @@ class TrainConfig:
     """Where figures go beside TensorBoard and JSON lines: to Weights & Biases, to MLflow, or to both."""
     threads: Annotated[Count, Incidental()] = 0
     """torch threads of a worker on CPU; 0 = the machine's cores divided by its workers."""
+
+    def __post_init__(self) -> None:
+        size, group = self.global_batch_size, self.pairs_per_sample
+        if size % group or size < 2 * group:
+            low = max(size - size % group, 2 * group)
+            raise ValueError(
+                "`global_batch_size` must be a multiple of `captions_per_image` with `captions` grouped, two images at "
+                f"least, got {size} and {group}; use {low} or {low + group}"
+            )
+
+    @property
+    def pairs_per_sample(self) -> int:
+        """Pairs of one sample of a stream, such as an image with a group of captions."""
+        return self.captions_per_image if self.captions == "grouped" else 1
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a stream in a step, over all workers."""
+        return self.global_batch_size // self.pairs_per_sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +253,9 @@ class ScalingConfig:
 class RunConfig:
     """What every recipe has; a recipe's configuration adds its own sections."""
 
+    groups_captions = False  # without a type: no setting
+    """Whether the recipe's loss takes several captions of an image."""
+
     recipe: Annotated[str, SharedByTrials()]
     """Name of the recipe that this configuration started from."""
     seed: Annotated[Count, SharedByTrials()] = 0
@@ -247,6 +272,13 @@ class RunConfig:
         default_factory=StartConfig
     )
     """Where it began, if not at the pretrained model."""
+
+    def __post_init__(self) -> None:
+        if self.train.captions == "grouped" and not self.groups_captions:
+            raise ValueError(
+                "`train.captions` grouped needs images with captions of their own, which HarMA's recipes train on, got "
+                f"recipe {self.recipe}; use all or one"
+            )
 
     @property
     def selecting_split(self) -> str:

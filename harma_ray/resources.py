@@ -85,7 +85,7 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
         num_workers = 1
     if not num_workers:
         num_workers = int(cluster.gpus) if use_gpu else max(1, min(2, int(cluster.cpus)))
-        while num_workers > 1 and config.train.global_batch_size % num_workers:
+        while num_workers > 1 and config.train.samples_per_step % num_workers:
             num_workers -= 1
     if use_gpu and num_workers > cluster.gpus:
         raise UserError(f"{num_workers} workers need a GPU each, but the cluster has {cluster.gpus:g}; use --workers")

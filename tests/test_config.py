@@ -94,7 +94,8 @@ LIMITS = {
     "train.epochs": (0, None), "train.global_batch_size": (2, None), "train.accumulation": (1, None),
     "train.eval_every_epochs": (1, None), "train.early_stopping_patience": (0, None),
     "train.keep_checkpoints": (1, None), "train.eval_batch_size": (1, None), "train.checkpoint_every_steps": (0, None),
-    "train.log_every_steps": (1, None), "train.threads": (0, None), "scaling.num_workers": (0, None),
+    "train.captions_per_image": (1, None), "train.log_every_steps": (1, None), "train.threads": (0, None),
+    "scaling.num_workers": (0, None),
     "scaling.cpus_per_worker": (0, None), "scaling.max_failures": (0, None), "scaling.start_timeout_seconds": (1, None),
     "loss.margin": (0, None), "loss.gamma": (0, None), "loss.center_factor": (0, None),
     "augmentation.max_aspect_ratio": (1, None), "augmentation.flip_probability": (0, 1),
@@ -153,12 +154,25 @@ def test_zero_less_and_no_number_are_refused_where_more_is_needed(name, value):
         ),
         ({"adapter.width": 100}, "`adapter`: `width` must be a multiple of `num_heads`, got 100 and 8"),
         ({"scaling.gpus_per_worker": 0.5, "scaling.num_workers": 2}, "`scaling`: `gpus_per_worker` below 1 needs"),
+        (
+            {"train.captions": "grouped"},
+            "`train`: `global_batch_size` must be a multiple of `captions_per_image` with `captions` grouped, two "
+            "images at least, got 128 and 5; use 125 or 130",
+        ),
+        ({"train.captions": "grouped", "train.global_batch_size": 5}, "got 5 and 5; use 10 or 15"),
     ],
 )
 def test_what_relates_two_settings_is_checked_too(changes, message):
     with pytest.raises(UserError) as caught:
         build_config(recipe_config("harma-scenes"), changes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["scenes-cir-finetune", "scenes-vitp", "clip4cir-combiner"])
+def test_recipes_without_captions_of_an_image_do_not_group_them(recipe):
+    size = {"train.captions": "grouped", "train.global_batch_size": 20}
+    with pytest.raises(UserError, match=f"`train.captions` grouped needs images with captions.*recipe {recipe}; use"):
+        build_config(recipe_config(recipe), size)
 
 
 @pytest.mark.parametrize("changes", [{"train": 3}, {"train.epochs.x": 3}, {"adapter.width": 100}, {"seed": 1.5}])

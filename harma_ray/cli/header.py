@@ -17,7 +17,8 @@ def header_lines(prepared: Prepared) -> list[str]:
     """
     config, order, task, plan = prepared.config, prepared.order, prepared.task, prepared.workers
     assert plan is not None
-    train, start, batch = config.train, config.started_from, config.train.global_batch_size
+    train, start, batch = config.train, config.started_from, config.train.samples_per_step
+    samples = "samples" if train.captions != "grouped" else f"images with {train.captions_per_image} captions each"
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
     length = f"{train.epochs} epochs x {order.steps_per_epoch} steps"
@@ -29,7 +30,7 @@ def header_lines(prepared: Prepared) -> list[str]:
         *([f"from       {start.path}"] if start.weights else []),
         f"trains     {describe_count(task)}",
         f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
-        f"steps      {length} of {batch} samples{share}{parts}",
+        f"steps      {length} of {batch} {samples}{share}{parts}",
         f"optimiser  {describe_rate(config, prepared.total_steps)}",
         f"precision  {describe_precision(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
         f"workers    {plan.describe()}",

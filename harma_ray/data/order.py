@@ -1,8 +1,10 @@
 """Which samples a worker sees, in which order, and how their rows are read from the shards.
 
-A sample is a pair (row, caption): ``int64[2]``; rows other than images have one sample each. The order of an epoch is a
-function of (seed, epoch) alone; step `s` takes the next ``global_batch_size`` samples and worker `r` of `W` the r-th
-W-th of them. So the global batches are the same for any number of workers, and a run can be resumed at any step.
+A sample is a pair (row, caption): ``int64[2]``; rows other than images have one sample each. Where captions are grouped
+it is an image with ``captions_per_sample`` of its captions, and the second number that of the group. The order of an
+epoch is a function of (seed, epoch) alone; step `s` takes the next ``samples_per_step`` samples and worker `r` of `W`
+the r-th W-th of them. So the global batches are the same for any number of workers, and a run can be resumed at any
+step.
 
 The shuffle has two levels, so that it never needs the whole split in memory: the row groups (about 1 MiB each) are
 dealt into windows, anew every epoch, and all pairs of a window are permuted together.
@@ -37,28 +39,41 @@ class TrainingOrder(IndexedSplit):
 
     seed: int
     global_batch_size: int
+    """Pairs of a step, over all workers."""
     window_rows: int
     """Images that are shuffled together."""
     one_caption: bool = False
     """Whether an epoch visits one caption of every image, drawn anew, instead of all."""
+    captions_per_sample: int = 1
+    """Captions of a group."""
 
     @property
     def num_samples(self) -> int:
         """Samples of an epoch, such as (image, caption) pairs."""
-        counts = self.index.num_samples
+        counts = self._samples_of_rows
         return int(np.count_nonzero(counts) if self.one_caption else counts.sum())
 
     @property
     def steps_per_epoch(self) -> int:
         """Full global batches in an epoch."""
-        return self.num_samples // self.global_batch_size
+        return self.num_samples // self.samples_per_step
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of a step, over all workers."""
+        return self.global_batch_size // self.captions_per_sample
+
+    @property
+    def _samples_of_rows(self) -> np.ndarray:
+        """Samples that each row gives: int[N]."""
+        return -(-self.index.num_samples // self.captions_per_sample)
 
     def total_steps(self, train: TrainConfig) -> int:
         """Returns the steps of a whole training."""
         return train.steps or self.steps_per_epoch * train.epochs
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Returns the samples of an epoch: int64[steps_per_epoch * global_batch_size, 2] of (row, caption)."""
+        """Returns the samples of an epoch: int64[steps_per_epoch * samples_per_step, 2] of (row, caption)."""
         rng = np.random.default_rng([self.seed, epoch])
         groups = self.index.row_group
         place = rng.permutation(int(groups[-1]) + 1)
@@ -69,14 +84,14 @@ class TrainingOrder(IndexedSplit):
             windows = [rng.permutation(samples[part]) for part in iterate_slices(len(samples), self.window_rows)]
         else:
             windows = [
-                rng.permutation(_pairs(rows[part], self.index.num_samples))
+                rng.permutation(_pairs(rows[part], self._samples_of_rows))
                 for part in iterate_slices(len(rows), self.window_rows)
             ]
-        return np.concatenate(windows)[: self.steps_per_epoch * self.global_batch_size]
+        return np.concatenate(windows)[: self.steps_per_epoch * self.samples_per_step]
 
     def worker_samples(self, epoch: int, rank: int, world_size: int) -> np.ndarray:
-        """Returns the samples of one worker: int64[steps_per_epoch, global_batch_size / world_size, 2]."""
-        share = self.global_batch_size // world_size
+        """Returns the samples of one worker: int64[steps_per_epoch, samples_per_step / world_size, 2]."""
+        share = self.samples_per_step // world_size
         steps = self.epoch(epoch).reshape(self.steps_per_epoch, world_size, share, 2)
         return steps[:, rank]
 
@@ -126,22 +141,36 @@ def _cached_samples(order: TrainingOrder, epoch: int, rank: int, world_size: int
 
 
 def training_order(
-    split: Split, *, seed: int, global_batch_size: int, shuffle_window_mb: float, one_caption: bool = False
+    split: Split,
+    *,
+    seed: int,
+    global_batch_size: int,
+    shuffle_window_mb: float,
+    one_caption: bool = False,
+    captions_per_sample: int = 1,
 ) -> TrainingOrder:
     """Indexes a split for training.
 
     Raises:
-        UserError: If the split has no captions, or fewer than a global batch.
+        UserError: If the split has no captions, no image with so many as a group, or fewer than a global batch.
     """
     index = index_rows(split)
     window_rows = max(1, int(len(index) * shuffle_window_mb * 2**20 / max(1, index.binary_bytes)))
-    order = TrainingOrder(split, index, seed, global_batch_size, min(window_rows, len(index)), one_caption)
+    order = TrainingOrder(
+        split, index, seed, global_batch_size, min(window_rows, len(index)), one_caption, captions_per_sample
+    )
     if not order.num_samples:
         raise UserError(f"{split.path} has no captions to train on; convert it with captions or a caption template")
-    if not order.steps_per_epoch:
+    if captions_per_sample > (most := int(index.num_samples.max())):
         raise UserError(
-            f"`train.global_batch_size` must not exceed the {order.num_samples} pairs of an epoch of "
-            f"{split.path}, got {global_batch_size}; use {order.num_samples} or less"
+            f"`train.captions_per_image` must not exceed the captions that an image of {split.path} has, got "
+            f"{captions_per_sample}; use {most} or less"
+        )
+    if not order.steps_per_epoch:
+        pairs = order.num_samples * captions_per_sample
+        raise UserError(
+            f"`train.global_batch_size` must not exceed the {pairs} pairs of an epoch of "
+            f"{split.path}, got {global_batch_size}; use {pairs} or less"
         )
     return order
 
@@ -155,7 +184,23 @@ def planned_order(config: RunConfig) -> TrainingOrder:
         global_batch_size=config.train.global_batch_size,
         shuffle_window_mb=data.shuffle_window_mb,
         one_caption=config.train.captions == "one",
+        captions_per_sample=config.train.pairs_per_sample,
     )
+
+
+def captions_of_group(group: int, size: int, *, num_captions: int, epoch: int) -> list[int]:
+    """Returns which captions of an image a group has: `size` numbers below `num_captions`.
+
+    The captions stand in a circle that starts one further in every epoch, and the groups of an epoch follow each other
+    along it. So every epoch shows every caption, and those that fill its last group up are others in the next one.
+
+    Args:
+        group: The group, of ``ceil(num_captions / size)``.
+        size: Captions of a group; they repeat where an image has fewer.
+        num_captions: Captions of the image.
+        epoch: The epoch.
+    """
+    return [(epoch + group * size + place) % num_captions for place in range(size)]
 
 
 def worker_rows(num_rows: int, rank: int, world_size: int) -> np.ndarray:

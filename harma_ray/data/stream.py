@@ -168,7 +168,7 @@ class TrainingStream:
             num_parts: Batches of each step; this worker's share must divide by it.
         """
         worker, per_epoch = self._worker, self.order.steps_per_epoch
-        share = self.order.global_batch_size // worker.world_size
+        share = self.order.samples_per_step // worker.world_size
         chunk_steps = max(1, chunk_samples(self.order.index, self._config.chunk_mb) // share)
         chunks = []
         for epoch in range(start_step // per_epoch, num_epochs):

@@ -75,13 +75,14 @@ class DualEncoder(nn.Module):
 
         Args:
             image: see `encode_image`.
-            text: see `encode_text`.
+            text: see `encode_text`; or (B, K, L), K captions of each image.
 
         Returns:
-            `image` and `text`, (B, E), fp32, L2-normalised; `temperature` and, if there is one,
+            `image` and `text`, (B, E) or (B, K, E), fp32, L2-normalised; `temperature` and, if there is one,
             `affiliation_temperature`, scalars.
         """
-        outputs = {"text": self.encode_text(text), "image": self.encode_image(image), "temperature": self.temperature}
+        captions = self.encode_text(text.flatten(0, -2)).unflatten(0, text.shape[:-1])
+        outputs = {"text": captions, "image": self.encode_image(image), "temperature": self.temperature}
         if self.affiliation_temperature is not None:
             outputs["affiliation_temperature"] = self.affiliation_temperature
         return outputs

@@ -37,27 +37,27 @@ def check_batch(task: Task, world_size: int) -> None:
             share into its parts.
     """
     train = task.config.train
-    size = train.global_batch_size
+    size, unit = train.global_batch_size, world_size * train.pairs_per_sample
     if world_size > 1 and train.compile and type(task).parallelise is not Task.parallelise:
         raise UserError(
             f"`train.compile` needs a model that is whole on every worker, but recipe {task.config.recipe} spreads its "
             "own over them; use train.compile=false"
         )
-    if size % world_size:
-        low = size - size % world_size
+    if size % unit:
+        low, times = size - size % unit, " times `train.captions_per_image`" if train.pairs_per_sample > 1 else ""
         raise UserError(
-            f"`train.global_batch_size` must divide by the number of workers, got {size} and {world_size}; "
-            f"use {low or world_size} or {low + world_size}"
+            f"`train.global_batch_size` must divide by the number of workers{times}, got {size} and {unit}; "
+            f"use {low or unit} or {low + unit}"
         )
-    if train.accumulation > size // world_size:
+    share = size // unit
+    if train.accumulation > share:
         raise UserError(
             f"`train.accumulation` must not exceed a worker's share of the batch, got {train.accumulation} and "
-            f"{size // world_size}"
+            f"{share}{' images' if train.pairs_per_sample > 1 else ''}"
         )
-    if size // world_size % num_batches(task):
+    if share % num_batches(task):
         raise UserError(
-            f"`train.accumulation` must divide a worker's share of the batch, got {train.accumulation} and "
-            f"{size // world_size}"
+            f"`train.accumulation` must divide a worker's share of the batch, got {train.accumulation} and {share}"
         )
 
 

@@ -74,6 +74,14 @@ def test_backbone_batch_and_device_are_told(scenes):
     assert told["workers"] == "2 worker(s), each 0.5 CPU and no GPU"
 
 
+def test_images_that_are_encoded_once_for_their_captions_are_told(scenes):
+    changes = {"data.path": str(scenes), "train.global_batch_size": 20, "train.captions": "grouped"}
+    lines = announced(build_config(recipe_config("harma-scenes"), changes), WorkerPlan(2, 0.5, 0))
+    told = dict(line.split(maxsplit=1) for line in lines)
+    assert told["data"].endswith("40 images, 200 captions, 40 samples an epoch")
+    assert told["steps"] == "3 epochs x 10 steps of 4 images with 5 captions each, 2 a worker"
+
+
 def test_what_was_taken_out_of_a_weights_file_is_told(scenes, tmp_path):
     state = build_clip("scenes-tiny", "random").state_dict()
     torch.save({"epoch": 3, "ema": {f"module.{name}": t for name, t in state.items()}}, tmp_path / "w.pt")

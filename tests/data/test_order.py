@@ -5,6 +5,7 @@ import pytest
 from harma_ray.data.order import (
     IndexedSplit,
     TrainingChunk,
+    captions_of_group,
     read_samples,
     training_order,
     worker_rows,
@@ -46,6 +47,36 @@ def test_one_caption_of_every_image_is_visited_each_drawn_as_often(scenes, windo
     assert abs(visits / 200 - 0.2).max() < 0.15  # five standard deviations of a draw of 200
     assert not np.array_equal(order.epoch(0), order.epoch(1))
     assert np.array_equal(order.epoch(1), order.epoch(1))
+
+
+@pytest.mark.parametrize(("group", "samples"), [(5, 1), (2, 3), (3, 2), (1, 5)])
+def test_groups_of_captions_show_every_caption_once_an_epoch_but_for_those_that_fill_the_last_up(
+    scenes, group, samples
+):
+    order = training_order(
+        open_split(scenes, "train"),
+        seed=0,
+        global_batch_size=8 * group,
+        shuffle_window_mb=0.02,
+        captions_per_sample=group,
+    )
+    assert (order.num_samples, order.steps_per_epoch) == (40 * samples, 40 * samples // 8)
+    filled = np.zeros(5, int)
+    for epoch in range(5):
+        shown = np.zeros((40, 5), int)
+        assert len(order.epoch(epoch)) == 40 * samples
+        for row, number in order.epoch(epoch):
+            np.add.at(shown[row], captions_of_group(number, group, num_captions=5, epoch=epoch), 1)
+        assert (shown == shown[0]).all()
+        assert shown.min() == 1
+        assert (shown == 2).sum(axis=1).tolist() == [group * samples - 5] * 40
+        filled += shown[0] - 1
+    assert len(set(filled)) == 1  # each fills as often as any other
+
+
+def test_an_image_with_fewer_captions_than_a_group_shows_them_in_turn():
+    assert captions_of_group(0, 5, num_captions=2, epoch=0) == [0, 1, 0, 1, 0]
+    assert captions_of_group(0, 5, num_captions=2, epoch=1) == [1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -30,6 +30,10 @@ CASES = {
         "harma-scenes",
         {**ADAPTERS, "loss.same_image_negatives": False, "adapter.share_across_modalities": True},
     ),
+    "grouped, accumulated": (
+        "harma-scenes",
+        {**ADAPTERS, "train.accumulation": 2, "train.captions": "grouped", "train.captions_per_image": 2},
+    ),
     "composed": ("scenes-cir-finetune", {}),
     "composed, accumulated": ("scenes-cir-finetune", {"train.accumulation": 3, "tuning.encoder": "text"}),
     "combiner": ("scenes-cir-combiner", COMBINER),

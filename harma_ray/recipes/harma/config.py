@@ -88,7 +88,8 @@ class LossConfig:
     gamma: NonNegative = 2.0
     """Exponent of the triplet weights; 0 = no weights."""
     same_image_negatives: bool = True
-    """Whether other captions of the same image count as negatives in the triplet term, as in the released code."""
+    """Whether other captions of the same image count as negatives in the triplet term, as in the released code; with
+    `train.captions` grouped they never do."""
     center_factor: NonNegative = 0.0
     """Weight of the affiliation term (class means); 0 = left out; needs labels."""
 
@@ -110,6 +111,8 @@ class RecallSelection(SelectionConfig):
 @dataclass(frozen=True, kw_only=True)
 class HarmaConfig(RunConfig):
     """Settings of a HarMA run."""
+
+    groups_captions = True
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Backbone and tuning."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from harma_ray.data.augmentation import Augmentation
 from harma_ray.data.images import decode_stored, to_rgb
 from harma_ray.data.kinds.images import IMAGES
+from harma_ray.data.order import captions_of_group
 from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
@@ -109,30 +110,51 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         """Returns the published training transform, or the plain resize."""
         size, max_pixels = self.backbone.image_size, self.config.data.max_pixels
         if training:
-            return PairTransform(self.config.model.architecture, size, max_pixels, self.config.augmentation)
+            train = self.config.train
+            group = train.captions_per_image if train.captions == "grouped" else None
+            return PairTransform(self.config.model.architecture, size, max_pixels, self.config.augmentation, group)
         return ImageTransform(size, max_pixels)
 
     def losses(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        """Returns the terms over the global batch."""
-        loss = self.config.loss
+        """Returns the terms over the global batch of N pairs.
+
+        Images with K captions each stand for K pairs: their vectors are repeated. So the terms and their gradients are
+        those of a batch of pairs whose K images are equal, which is encoded once. With the ids as positives, and the
+        M images different, the contrastive term is half the sum of::
+
+            1/M sum_m 1/K sum_(j of m) -log softmax(logits_m.)_j                  image to text, over all N texts
+            1/N sum_j -log softmax over the M images (logits_.j)_m(j)  +  ln K    text to image: m stands in K columns
+
+        which is SupCon's L_out (Khosla et al. 2020, eq. 2) between two modalities, as in UniCL (Yang et al. 2022), up
+        to a constant that makes it ln N at equal scores as for pairs. The triplet term sums c_ij of every pair against
+        the N - K texts of other images and d_ij of every pair against the M - 1 other images, K times each.
+        """
+        loss, group = self.config.loss, self.config.train.pairs_per_sample
         outputs = model(batch["image"], batch["text"])
-        image, text = gather_with_gradient(outputs["image"]), gather_with_gradient(outputs["text"])
-        ids = gather_with_gradient(batch["image_id"])
+        own_image, own_text = outputs["image"].repeat_interleave(group, dim=0), outputs["text"].flatten(0, -2)
+        image, text = gather_with_gradient(own_image), gather_with_gradient(own_text)
+        ids = gather_with_gradient(batch["image_id"].repeat_interleave(group))
         terms = {}
         if loss.contrastive:
             terms["contrastive"] = contrastive_loss(image, text, outputs["temperature"], ids)
-        negatives = {"image_ids": ids, "same_image_negatives": loss.same_image_negatives}
+        negatives = {"image_ids": ids, "same_image_negatives": self._same_image_negatives}
         if loss.triplet == "weighted":
             terms["triplet"] = weighted_triplet_loss(image, text, margin=loss.margin, gamma=loss.gamma, **negatives)
         elif loss.triplet != "none":
             hardest = loss.triplet == "hardest"
             terms["triplet"] = triplet_loss(image, text, margin=loss.margin, hardest_only=hardest, **negatives)
         if loss.center_factor:
-            image_means = gather_with_gradient(class_means(outputs["image"], batch["label"]))
-            text_means = gather_with_gradient(class_means(outputs["text"], batch["label"]))
+            labels = batch["label"].repeat_interleave(group)
+            image_means = gather_with_gradient(class_means(own_image, labels))
+            text_means = gather_with_gradient(class_means(own_text, labels))
             affiliation = affiliation_loss(image, text, image_means, text_means, outputs["affiliation_temperature"])
             terms["affiliation"] = loss.center_factor * affiliation
         return terms
+
+    @property
+    def _same_image_negatives(self) -> bool:
+        """Whether other captions of an image are its negatives in the triplet term."""
+        return self.config.loss.same_image_negatives and self.config.train.captions != "grouped"
 
     def losses_at_equal_scores(self) -> dict[str, float]:
         """Returns the terms while all scores are equal; the triplet term only where every other row is a negative."""
@@ -140,7 +162,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         terms = {}
         if loss.contrastive:
             terms["contrastive"] = math.log(rows)
-        if loss.same_image_negatives and loss.triplet != "none":
+        if self._same_image_negatives and loss.triplet != "none":
             terms["triplet"] = {
                 "weighted": equal_scores_triplet_loss(rows, margin=loss.margin, gamma=loss.gamma),
                 "plain": 2 * equal_scores_triplet_loss(rows, margin=loss.margin),
@@ -205,7 +227,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
 
 @dataclass(frozen=True)
 class PairTransform(RowTransform):
-    """An augmented image and one of its captions."""
+    """An augmented image and one of its captions, or a group of them."""
 
     on_cpu = frozenset({"text"})  # where it is cut without a GPU being waited for
 
@@ -213,16 +235,25 @@ class PairTransform(RowTransform):
     size: int
     max_pixels: int
     augmentation: Augmentation
+    captions_per_image: int | None = None
+    """Captions of a group; None: one, of which there is no group."""
 
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
-        """Returns ``image`` uint8[3, S, S], ``text`` int64[L], ``image_id`` and ``label`` (-1: none)."""
+        """Returns ``image`` uint8[3, S, S], ``text`` int64[L] or [K, L], ``image_id`` and ``label`` (-1: none)."""
         image = decode_stored(row["image"], max_pixels=self.max_pixels)
         return {
             "image": train_transform(image, rng, self.size, self.augmentation),
-            "text": tokenizer_of(self.architecture)([row["captions"][row["caption"]]])[0],
+            "text": self._tokens(row),
             "image_id": np.int64(row["image_id"]),
             "label": np.int64(-1 if row["label"] is None else row["label"]),
         }
+
+    def _tokens(self, row: Mapping[str, Any]) -> Tensor:
+        tokenizer, captions, number = tokenizer_of(self.architecture), row["captions"], row["caption"]
+        if self.captions_per_image is None:
+            return tokenizer([captions[number]])[0]
+        chosen = captions_of_group(number, self.captions_per_image, num_captions=len(captions), epoch=row["epoch"])
+        return tokenizer([captions[place] for place in chosen])
 
 
 @dataclass(frozen=True)
