@@ -53,7 +53,7 @@ def make_run(folder: Path) -> Run:
 
 def plain_loop(run: Run, folder: Path, out: Path, batch_size: int) -> None:
     """Loads the model, and encodes a folder's images, a batch after the other."""
-    encoder, _ = load_encoder(run, "cpu")
+    encoder, _ = load_encoder(run, run.best_checkpoint(), "cpu")
     paths, found = sorted(folder.iterdir()), []
     for start in range(0, len(paths), batch_size):
         images = [encoder.prepare(Image.open(path).convert("RGB")) for path in paths[start : start + batch_size]]

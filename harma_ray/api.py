@@ -28,7 +28,7 @@ from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.runs import Run, open_run
 from harma_ray.task import Answerer, Task
-from harma_ray.training.checkpoint import WEIGHTS_NAME, read_meta
+from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, read_meta
 
 _logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def find_rendering(run: Run) -> Rendering | None:
     rendered = split.manifest.rendered
     if rendered is None or rendered.rule is None:
         return None
-    known = read_meta(run.best_checkpoint()).data.get(split.name)
+    known = next((read_meta(path).data.get(split.name) for path in list_checkpoints(run.path)[-1:]), None)
     if known is not None and known["fingerprint"] != split.fingerprint:
         _logger.warning(
             "%s was converted anew since run %s was trained on it: how images of more than 8 bits are shown is not "
@@ -265,10 +265,9 @@ def require_encoder(run: Run) -> None:
         raise UserError(f"run {run.path} is of recipe {run.config.recipe}, which gives no vectors")
 
 
-def load_encoder(run: Run, device: str) -> tuple[Encoder, VectorIdentity]:
-    """Loads what a run's best weights encode with; see `load_run`."""
+def load_encoder(run: Run, checkpoint: Path, device: str) -> tuple[Encoder, VectorIdentity]:
+    """Loads what the weights of one of a run's checkpoints encode with; see `load_run`."""
     require_encoder(run)
-    checkpoint = run.best_checkpoint()
     encoder = _encoder_of(run, run.load_checkpoint(checkpoint), device)
     values = {
         "recipe": run.config.recipe,

@@ -1,5 +1,7 @@
-"""The one exception type that means: the user can mend this; and finding it in what others made of it."""
+"""The one exception that means: the user can mend this; finding it in what others made of it; parts of messages."""
 
+import functools
+import logging
 import re
 from collections.abc import Sequence
 
@@ -47,3 +49,9 @@ def find_user_error(error: BaseException) -> UserError | None:
 def first_few(names: Sequence[str], limit: int = 5) -> str:
     """Returns names for a message, the first few if there are many."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+@functools.cache
+def warn_once(logger: logging.Logger, text: str) -> None:
+    """Logs a warning that several steps of a command would give, the first time alone."""
+    logger.warning("%s", text)

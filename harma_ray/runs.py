@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import harma_ray
 from harma_ray.config import OnDisk, RunConfig
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, warn_once
 from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders, output_path, require_writable, write_text
 from harma_ray.models.names import is_elsewhere
 from harma_ray.recipes import load_config, make_task
@@ -103,9 +102,10 @@ class Run:
         if self.report is not None or done >= planned or not (self.path / METRICS_NAME).is_file():
             return
         untrained = "" if best.step else ", before any training"
-        _warn_once(
+        warn_once(
+            _logger,
             f"run {self.path} is not finished ({unit} {done:.4g} of {planned}): used is its best checkpoint so far, "
-            f"step {best.step} (epoch {best.epoch:.4g}{untrained})"
+            f"step {best.step} (epoch {best.epoch:.4g}{untrained})",
         )
 
     def best_finished(self, metric: str | None = None) -> Path:
@@ -166,11 +166,6 @@ class Run:
         model = self.task.new_model()
         load_weights(checkpoint, model, backbone=self.task.backbone.fingerprint(model))
         return model.eval()
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    _logger.warning("%s", text)
 
 
 @contextlib.contextmanager

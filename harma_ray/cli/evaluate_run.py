@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harma_ray.cli.evaluated import Evaluated, Source, about_section, require_comparable
+from harma_ray.cli.header import start_line
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import split_identity
 from harma_ray.data.splits import Split, open_split
@@ -56,7 +57,7 @@ def evaluate_and_print(
     Raises:
         UserError: If the weights, the split, the kind of queries or a run to compare with does not fit.
     """
-    source = Source(absolute_paths(config), file, metric)
+    source = Source.find(absolute_paths(config), file, metric)
     data = open_split(source.config.data.path, split)
     sources = [source, *(source.beside(folder, metric) for folder in compare)]
     require_comparable(sources, data)
@@ -91,7 +92,7 @@ def _measure_all(
             require_query(task, model, query if query != "all" else next(iter(task.queries(model)), query))
         if num_workers > 1:
             with ray_cluster(address) as cluster:
-                print(f"starting {num_workers} workers: each imports torch and builds the model", flush=True)
+                print(start_line(num_workers), flush=True)
                 evaluation = evaluate_on_workers(config, source.file, split, cluster)
         else:
             evaluation = evaluate_split(task, config, model, split, worker=local_worker(config), loader=local_batches)

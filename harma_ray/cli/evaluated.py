@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -34,42 +34,52 @@ class Source:
     config: RunConfig
     """Settings of the model and the data, with paths that do not depend on the working folder."""
     file: str | None = None
-    """A run's folder or another file of weights, see `harma_ray.import_export.load_model`; None = as built."""
+    """A checkpoint's folder or another file of weights; None = as built."""
     metric: str | None = None
     """What a run's checkpoint was chosen by; None = the recipe's objective."""
+    checkpoint: CheckpointMeta | None = None
+    """What the checkpoint with the weights says of itself; None if they are in none."""
+
+    @classmethod
+    def find(cls, config: RunConfig, file: str | None, metric: str | None) -> Self:
+        """Returns the model of a file; of a run that of its best checkpoint now: asked later, it may have a better one.
+
+        Args:
+            config: See `config`.
+            file: A run's folder or another file of weights, see `harma_ray.import_export.load_model`; None = as built.
+            metric: See `metric`.
+
+        Raises:
+            UserError: If the run has no such checkpoint.
+        """
+        path = Path(file or "").expanduser().absolute()
+        if file and (path / CONFIG_NAME).is_file():
+            path = open_run(path).best_checkpoint(metric)
+            file = str(path)
+        return cls(config, file, metric, read_meta(path) if file and (path / META_NAME).is_file() else None)
 
     @cached_property
     def run(self) -> Run | None:
         """The run that the weights are of; None if they are of none."""
-        path = Path(self.file or "").expanduser().absolute()
-        folder = path.parent.parent if (path / META_NAME).is_file() else path
-        return open_run(folder) if self.file and (folder / CONFIG_NAME).is_file() else None
-
-    @cached_property
-    def checkpoint(self) -> CheckpointMeta | None:
-        """What the checkpoint with the weights says of itself; None if they are in none."""
-        path = Path(self.file or "").expanduser()
-        if self.file and (path / META_NAME).is_file():
-            return read_meta(path)
-        return read_meta(self.run.best_checkpoint(self.metric)) if self.run else None
+        folder = Path(self.file or "").expanduser().absolute().parent.parent
+        return open_run(folder) if self.checkpoint and (folder / CONFIG_NAME).is_file() else None
 
     @property
     def name(self) -> str:
         """A short name, for tables."""
         return self.run.path.name if self.run else Path(self.file).name if self.file else "zero-shot"
 
-    def beside(self, folder: str, metric: str | None) -> "Source":
+    def beside(self, folder: str, metric: str | None) -> Self:
         """Returns the model of another run, to be evaluated as this one is.
 
         Raises:
             UserError: If it is no run, or has no such checkpoint.
         """
         run = open_run(folder)
-        weights = str(run.best_checkpoint(metric) if metric else run.path)
         places = {name: place for name, (place, _) in self.config.data_sets.items() if name in run.config.data_sets}
         changes = {**places, "train.eval_precision": self.config.train.eval_precision}
         config = build_config(replace(run.config, scaling=ScalingConfig()), changes)
-        return Source(absolute_paths(config), weights, metric)
+        return self.find(absolute_paths(config), str(run.path), metric)
 
 
 @dataclass(frozen=True)

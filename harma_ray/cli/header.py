@@ -37,6 +37,11 @@ def header_lines(prepared: Prepared) -> list[str]:
     ]
 
 
+def start_line(num_workers: int) -> str:
+    """Returns what is said while workers start, which takes seconds."""
+    return f"starting {num_workers} worker(s): each imports torch and builds the model"
+
+
 def describe_count(task: Task) -> str:
     """Returns how many of a model's parameters train; no weights are made or read for it."""
     parameters = list(task.build_model(task.backbone.outline()).parameters())

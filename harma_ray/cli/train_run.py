@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harma_ray.cli.early_checks import check_same_data
-from harma_ray.cli.header import header_lines
+from harma_ray.cli.header import header_lines, start_line
 from harma_ray.cli.seeds_run import begun_runs, print_seeds
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import local_batches
@@ -115,7 +115,7 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
                 prepared = prepare(ready).on(cluster)
             progress = Progress(prepared.total_steps, started, prepared.task.metrics)
             num_workers = prepared.workers.num_workers if prepared.workers else 1
-            progress.say(f"starting {num_workers} worker(s): each imports torch and builds the model")
+            progress.say(start_line(num_workers))
             train(run, prepared, cluster, on_record=progress)
     except KeyboardInterrupt as error:
         if run.report is None:

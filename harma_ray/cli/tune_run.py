@@ -14,7 +14,7 @@ from harma_ray.cli.search_options import SearchOptions
 from harma_ray.cli.train_run import print_notices
 from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.config import OnDisk, RunConfig
-from harma_ray.data.identity import data_identity, require_same_data
+from harma_ray.data.identity import data_identity, require_same_data, unknown_data
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
 from harma_ray.files import output_path
@@ -122,10 +122,9 @@ def _require_same_data(folder: Path, definition: SearchDefinition) -> None:
     study = open_study(folder, definition)
     known, found = study.user_attrs.get(DATA) or {}, data_identity(definition.config)
     require_same_data(known, definition.config, subject=f"search {folder}", way_out="start a new search")
-    unknown = [name for name in found if name not in known]
+    unknown = unknown_data(known, found, subject="the search")
     if unknown and study.get_trials(deepcopy=False):
-        print(f"notice: what {', '.join(unknown)} held when this search was begun was not kept: whether it changed "
-              "cannot be checked, but will be from now on")  # fmt: skip
+        print_notices(unknown)
         if not known and definition.scheduler.name == "hyperband":
             print("notice: its trials drew their brackets of hyperband at random; now all have that of their number")
     if unknown:

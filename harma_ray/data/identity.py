@@ -65,16 +65,17 @@ def require_same_data(known: Identity, config: RunConfig, *, subject: str, way_o
         )
 
 
-def unknown_data(known: Identity, now: Identity) -> list[str]:
-    """Returns a line for the user if a checkpoint does not say what some splits of its run held when it was written.
+def unknown_data(known: Identity, now: Identity, *, subject: str = "the checkpoint") -> list[str]:
+    """Returns a line for the user if what some splits held when something was begun, or written, was not kept.
 
     Args:
-        known: What it says of them.
+        known: What was kept of them.
         now: What they hold.
+        subject: What should say it.
     """
     unknown = [name for name in now if name not in known]
-    what = f"what {', '.join(unknown)} held" if known else "which data it was trained on"
-    return [f"the checkpoint does not say {what}, so nobody can tell if it changed"] if unknown else []
+    text = f"{subject} does not say what {', '.join(unknown)} held, so nobody can tell if that changed"
+    return [text] if unknown else []
 
 
 def _show(split: Mapping[str, Any] | None) -> str:

@@ -1,7 +1,6 @@
 """Pretrained parts of models: what a recipe asks of one, and open_clip's CLIPs by name, file, tag or seed."""
 
 import difflib
-import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from harma_ray.config import RANDOM
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, warn_once
 from harma_ray.models.architectures import (
     activation_twin,
     clean_name,
@@ -261,7 +260,7 @@ def _require_clip(architecture: str, weights: ForeignWeights, activation: Activa
         raise UserError(f"{weights.path} must hold a CLIP under open_clip's names; {_no_clip(weights)}")
     check_file_activation(architecture, weights, activation)
     if weights.beside:
-        _warn_once(f"{weights.path}: {weights.notes[-1]}")
+        warn_once(logger, f"{weights.path}: {weights.notes[-1]}")
 
 
 def _no_clip(weights: ForeignWeights) -> str:
@@ -308,22 +307,17 @@ def check_file_activation(architecture: str, weights: ForeignWeights, activation
         trained, source = stated, f"is said to be by model.activation={activation}"
     if trained is None:
         own, other = _SPOKEN[quick], _SPOKEN[not quick]
-        _warn_once(
+        warn_once(
+            logger,
             f"{path} does not say which activation it was trained with and is run with {own}, as `{name}` computes; if "
             f"it was trained with {other}, use `{twin}`, and if not, say so: "
-            f"--set model.activation={'quick_gelu' if quick else 'gelu'}"
+            f"--set model.activation={'quick_gelu' if quick else 'gelu'}",
         )
     elif trained != quick:
         raise UserError(
             f"{path} was trained with {_SPOKEN[trained]} (it {source}), but `{name}` computes {_SPOKEN[quick]}; use "
             f"`{twin}`"
         )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning that would be told of the same file by its check and by its loading."""
-    logger.warning("%s", message)
 
 
 def _nearest(architecture: str, pretrained: str) -> str:

@@ -30,6 +30,7 @@ from harma_ray.runs import Run
 from harma_ray.settings import marked_settings
 from harma_ray.training.interruption import TrainingStopped, ask_to_stop, withdraw_stop
 from harma_ray.training.loop import run_training
+from harma_ray.training.run_files import META_NAME
 from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.threads import use_threads
@@ -112,7 +113,7 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
     plan = plan_workers(config, cluster)
     weights = Path(file).expanduser().absolute() if file else None
     beside = weights or Path.cwd()
-    beside = beside if beside.is_dir() else beside.parent
+    beside = beside if beside.is_dir() and not (beside / META_NAME).is_file() else beside.parent
     try:
         work = Path(tempfile.mkdtemp(prefix=".evaluate-", dir=beside))
     except OSError as error:

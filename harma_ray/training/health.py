@@ -65,7 +65,7 @@ class HealthWatch:
 
     def __init__(
         self, equal_scores: Mapping[str, float], *, metrics: Metrics, total_steps: int, warmup_steps: int,
-        advice: Sequence[str] = (),
+        patience: int = 0, advice: Sequence[str] = (),
     ):  # fmt: skip
         """Starts at the beginning of a record.
 
@@ -75,11 +75,13 @@ class HealthWatch:
             metrics: Their objective picks the best epoch.
             total_steps: Planned steps.
             warmup_steps: Steps in which the learning rate climbs; a loss that does not fall yet is no finding there.
+            patience: Evaluations without a better one that end the training; 0: none do.
             advice: What to try when nothing is learned.
         """
         self._advice = tuple(advice)
         self._equal = {f"loss_{name}": value for name, value in equal_scores.items() if value > 0}
         self._metrics, self._total_steps, self._warmup_steps = metrics, total_steps, warmup_steps
+        self._patience, self._without_improvement = patience, 0
         self._longest = max(1, (total_steps - warmup_steps) // 2)
         self._recent: deque[tuple[int, dict[str, float]]] = deque()
         self._equal_since: int | None = None
@@ -163,6 +165,9 @@ class HealthWatch:
         if record["step"] == 0:
             self._baseline, self._interval = value, record.get(INTERVAL, ())
             return None
+        earlier = [each for each in (self._baseline, self._best and self._best[0]) if each is not None]
+        is_improved = all(is_better(objective, value, each) for each in earlier)
+        self._without_improvement = 0 if is_improved else self._without_improvement + 1
         if self._best is None or is_better(objective, value, self._best[0]):
             self._best = (value, record["epoch"])
         if self._baseline is None:
@@ -180,8 +185,9 @@ class HealthWatch:
             f"no epoch is better than the untrained model{beyond} ({what} {untrained}; the best since, in epoch "
             f"{epoch:g}, {shown})"
         )
-        is_news = record["step"] == self._total_steps and standing and standing.message != message
-        if is_news or (standing is None and record["step"] >= self._total_steps / 2):
+        is_last = record["step"] == self._total_steps or 0 < self._patience <= self._without_improvement
+        is_begun = standing is None and (is_last or record["step"] >= self._total_steps / 2)
+        if is_begun or (is_last and standing is not None and standing.message != message):
             return Finding("no better than untrained", 0, message, self._advice)
         return None
 
@@ -234,5 +240,6 @@ def health_watch(task: Task, total_steps: int) -> HealthWatch:
         metrics=task.metrics,
         total_steps=total_steps,
         warmup_steps=warmup_steps(total_steps, task.config.optim),
+        patience=task.config.train.early_stopping_patience,
         advice=task.advice(),
     )

@@ -81,11 +81,12 @@ def embed(
     splits = [split] if split else list_splits(folder) if folder.is_dir() else []
     rule = None if splits else rendering or find_rendering(run)
     found = _find(run, folder, splits, rule, settings, query, images_only=target.suffix == NPZ)
-    about, job = _describe(run, folder, rule, found, settings)
+    checkpoint = run.best_checkpoint()  # for all processes: asked later, a run that goes on may have a better one
+    about, job = _describe(run, checkpoint, folder, rule, found, settings)
     with ExitStack() as stack:
         _lock(stack, target)
         work = _own_folder(work_folder(target), job)
-        load, way_out = partial(load_encoder, run), " or allow them with --max-bad"
+        load, way_out = partial(load_encoder, run, checkpoint), " or allow them with --max-bad"
         parts = encode_parts(work, found.requests, load, settings, hint=way_out, queries=QUERY in found.about)
         with making(target) as made:
             manifest = _write(parts, made, target, about)
@@ -122,10 +123,9 @@ class _Found:
 
 
 def _describe(
-    run: Run, folder: Path, rule: Rendering | None, found: _Found, settings: JobSettings
+    run: Run, checkpoint: Path, folder: Path, rule: Rendering | None, found: _Found, settings: JobSettings
 ) -> tuple[dict[str, Any], str]:
     """Returns what a store says of its origin, and the identity of the job that makes it."""
-    checkpoint = run.best_checkpoint()
     origin = {"run": str(run.path), "checkpoint": checkpoint.name, "data": readable_name(folder)}
     about = {**origin, "rendering": rule and rule.to_dict(), **found.about}
     weights = file_fingerprint(checkpoint / WEIGHTS_NAME)

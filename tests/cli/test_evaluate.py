@@ -9,6 +9,7 @@ from random_runs import make_random_run
 
 from harma_ray.data.splits import open_split
 from harma_ray.recipes import recipe_config
+from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, read_meta
 
@@ -29,17 +30,32 @@ def facts_of(page):
     return {title: cells for title, *cells in filter(None, rows)}
 
 
+def watch_asking(monkeypatch):
+    """Returns the names of the runs that are asked for their best checkpoint from now on: each answer may differ."""
+    asked, best = [], Run.best_checkpoint
+
+    def ask(run, *arguments):
+        asked.append(run.path.name)
+        return best(run, *arguments)
+
+    monkeypatch.setattr(Run, "best_checkpoint", ask)
+    return asked
+
+
 def test_a_page_says_which_checkpoints_of_which_runs_it_compares_and_the_figures_agree(
-    capsys, random_run, other_run, scenes, tmp_path
+    capsys, monkeypatch, random_run, other_run, scenes, tmp_path
 ):
     alone = tmp_path / "alone.json"
     done(capsys, "evaluate", "--run", other_run.path, "--json", alone)
+    asked = watch_asking(monkeypatch)
     printed = done(
         capsys, "evaluate", "--run", random_run.path, "--compare", other_run.path, "--json", tmp_path / "both.json",
         "--report", tmp_path / "page",
     )  # fmt: skip
     both, single = (json.loads(file.read_text()) for file in (tmp_path / "both.json", alone))
+    assert asked == ["random", "other"]
     compared = both["compared"]["other"]
+    assert [both["weights"], compared["weights"]] == [str(run.best_checkpoint()) for run in (random_run, other_run)]
     assert compared["metrics"] == single["metrics"]
     for name, value in compared["difference"].items():
         assert value == pytest.approx(single["metrics"][name] - both["metrics"][name])

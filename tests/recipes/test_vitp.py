@@ -368,7 +368,7 @@ def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
         model.ask(images, "<image>?")
     with pytest.raises(UserError, match=r"`max_tokens` must be at least 1, got 0"):
         model.ask(images[0], "Where?", 0)
-    _, identity = load_encoder(run, "cpu")
+    _, identity = load_encoder(run, run.best_checkpoint(), "cpu")
     assert {name: identity.values[name] for name in ("layer", "pooling", "image_size", "interpolation")} == {
         "layer": -1,
         "pooling": "mean_all",
@@ -376,12 +376,13 @@ def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
         "interpolation": "bilinear",
     }
     moved = shutil.copytree(run.path, tmp_path / "moved")
-    assert load_encoder(open_run(moved), "cpu")[1] == identity
+    again = open_run(moved)
+    assert load_encoder(again, again.best_checkpoint(), "cpu")[1] == identity
     pooled = Run(run.path, build_config(config, {"features.pooling": "cls"}))
-    assert load_encoder(pooled, "cpu")[1].differing(identity) == "pooling"
+    assert load_encoder(pooled, pooled.best_checkpoint(), "cpu")[1].differing(identity) == "pooling"
     other = create_run(tmp_path, "two", build_config(config, {"seed": 1}))
     train(other.config, other.path)
-    assert load_encoder(other, "cpu")[1].differing(identity) == "backbone, weights"
+    assert load_encoder(other, other.best_checkpoint(), "cpu")[1].differing(identity) == "backbone, weights"
     vectors = model.encode_images(images)
     core = run.load_model().core.model.vision_tower
     squares = [

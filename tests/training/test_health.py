@@ -126,6 +126,23 @@ def test_an_epoch_is_better_only_beyond_the_interval_of_the_untrained_model(lowe
     assert over.message.startswith("epoch 4 is better than the untrained model")
 
 
+def test_patience_that_ends_a_training_tells_the_best_epoch_until_then():
+    metrics = Metrics(("r_mean",), "r_mean")
+    reader = HealthWatch({}, metrics=metrics, total_steps=1000, warmup_steps=0, patience=3, advice=ADVICE)
+    values = dict(zip(range(100, 1000, 100), (2.1, 2.2, 2.0, 2.1, 2.3, 2.5, 2.4, 2.4, 2.1), strict=True))
+    untrained = {**evaluation(0, 2.0), "interval_95": [1.0, 3.0]}
+    found = told(reader, [untrained, *(evaluation(at, value) for at, value in values.items())])
+    bests = [(500, "the best since, in epoch 5, 2.30)"), (900, "the best since, in epoch 6, 2.50)")]
+    assert [(at, finding.message[-len(best) :]) for (at, finding), (_, best) in zip(found, bests, strict=True)] == bests
+
+
+def test_patience_that_ends_a_training_before_half_time_tells_that_no_epoch_is_better():
+    metrics = Metrics(("r_mean",), "r_mean")
+    reader = HealthWatch({}, metrics=metrics, total_steps=1000, warmup_steps=0, patience=2)
+    found = told(reader, [evaluation(at, value) for at, value in ((0, 2.0), (100, 1.0), (200, 1.5))])
+    assert [(at, finding.problem) for at, finding in found] == [(200, "no better than untrained")]
+
+
 def test_without_an_evaluation_before_training_epochs_are_not_judged():
     assert not told(watch(), [evaluation(at, 1.0) for at in (100, 200, 300, 400)])
 

@@ -102,7 +102,7 @@ def test_a_run_of_before_says_that_nobody_can_tell(stopped, other):
         (path / META_NAME).write_text(json.dumps(meta))
     train(changed(stopped, path=other))
     notices = [record["text"] for record in read_records(stopped.path) if record["kind"] == "notice"]
-    assert notices == ["the checkpoint does not say which data it was trained on, so nobody can tell if it changed"]
+    assert notices == ["the checkpoint does not say what train, val, test held, so nobody can tell if that changed"]
 
 
 def test_figures_say_on_which_data_they_were_measured(capsys, stopped, other, scenes, random_run, tmp_path):

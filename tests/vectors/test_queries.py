@@ -50,7 +50,7 @@ def runs(data, tmp_path_factory):
 
 def stored(run, split, query):
     """Returns what a store of a split holds, encoded in this process."""
-    process = _Process(lambda device: load_encoder(run, device), "cpu", 1)
+    process = _Process(lambda device: load_encoder(run, run.best_checkpoint(), device), "cpu", 1)
     requests = composed_requests(open_split(run.config.data.path, split), query, JobSettings(batch_size=4), 0)
     return [line for request in requests for line in _lines(process(request))]
 
