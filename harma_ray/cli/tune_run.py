@@ -17,6 +17,7 @@ from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.identity import data_identity, require_same_data, unknown_data
 from harma_ray.data.order import planned_order
 from harma_ray.errors import UserError
+from harma_ray.evaluation import FIGURES
 from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
 from harma_ray.on_ray.workers import read_paths
@@ -256,7 +257,8 @@ def _conclude(folder: Path, results: SearchResults) -> None:
     align = ["right", "left", *["right"] * (len(targets) + 1), "left"]
     print(tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
     for split, metrics in results.final.items():
-        print(f"\n{results.final_title} on {split}\n{results_table(results.metrics, metrics)}")
+        beside = (results.beside.get(key, {}).get(split) for key in FIGURES[1:])
+        print(f"\n{results.final_title} on {split}\n{results_table(results.metrics, metrics, *beside)}")
     metric, best = objective.metric, results.best_trial
     if metric in results.baseline:
         untrained = objective.show(results.baseline[metric])

@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harma_ray.config import EmptyMeant
+from harma_ray.evaluation import FIGURES
 from harma_ray.files import write_text
 from harma_ray.runs import make_folder, timed_name
 from harma_ray.settings import marked_settings
@@ -76,13 +77,15 @@ def read_search(folder: Path, definition: SearchDefinition, study: optuna.Study 
         if trial.state in _STATES and DUPLICATE not in trial.user_attrs
     )
     best = SearchResults(folder, definition, trials).best
+    report = {} if best is None else _read_json(trial_folder(folder, best) / REPORT_NAME)
     return SearchResults(
         folder,
         definition,
         trials,
         front=tuple(sorted(trial.number for trial in study.best_trials)) if len(definition.objectives) > 1 else (),
         baseline=_read_json(folder / BASELINE_NAME),
-        final={} if best is None else _read_json(trial_folder(folder, best) / REPORT_NAME).get("metrics", {}),
+        final=report.get("metrics", {}),
+        beside={key: report.get(key, {}) for key in FIGURES[1:]},
         confirmations=_read_confirmations(folder, best, definition.first_name),
         seconds=float(study.user_attrs.get(SECONDS, 0)),
     )

@@ -75,6 +75,8 @@ class SearchResults:
     """Metrics of the model before any training, on the split that the best epoch is picked on; empty before the end."""
     final: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """The best trial's metrics by split after the end: the split it was picked on, and test; empty before that."""
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What they are read beside, by the other names in `harma_ray.evaluation.FIGURES`, by split."""
     confirmations: tuple[Confirmation, ...] = ()
     """The best trial and the published setting with several fresh seeds; empty if not asked for."""
     seconds: float = 0

@@ -248,10 +248,11 @@ def test_best_is_set_against_the_default(tmp_path):
 
 
 def test_final_metrics_stand_beside_those_before_training(tmp_path):
-    results = make_results(make_trials(1), final={"val": {"r_mean": 32.0, "txt_r1": 9.0}}, baseline={"r_mean": 7.5})
-    page = write(tmp_path, results)
-    assert page.row("r_mean") == ["r_mean", "32.00", "7.50"]
-    assert page.row("txt_r1") == ["txt_r1", "9.00", "–"]
+    final, beside = {"val": {"r_mean": 32.0, "txt_r1": 9.0}}, {"interval_95": {"val": {"r_mean": [30.5, 33.25]}}}
+    page = write(tmp_path, make_results(make_trials(1), final=final, beside=beside, baseline={"r_mean": 7.5}))
+    assert page.row("metric") == ["metric", "val", "95 % CI", "before training"]
+    assert page.row("r_mean") == ["r_mean", "32.00", "30.50-33.25", "7.50"]
+    assert page.row("txt_r1") == ["txt_r1", "9.00", "–", "–"]
     assert "the model of the best setting as it was built, on val." in page.text
 
 

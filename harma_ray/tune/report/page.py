@@ -121,10 +121,13 @@ def _warn_of_ends(searched: Sequence[Parameter], best: TrialResult) -> list[str]
 def _final_table(results: SearchResults) -> str:
     groups = {**results.final, **({"before training": results.baseline} if results.baseline else {})}
     names = list(dict.fromkeys(name for metrics in results.final.values() for name in metrics))
-    kinds = results.metrics
+    kinds, intervals = results.metrics, results.beside.get("interval_95", {})
     columns = [("metric", names)]
     for title, found in groups.items():
         columns.append((title, [kinds.show(name, found[name]) if name in found else _NO_VALUE for name in names]))
+        if bounds := intervals.get(title):
+            shown = ("-".join(kinds.show(name, end) for end in bounds.get(name, ())) for name in names)
+            columns.append(("95 % CI", [text or _NO_VALUE for text in shown]))
     table = page.table(columns, num_text_columns=1)
     if not results.baseline:
         return table
