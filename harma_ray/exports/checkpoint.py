@@ -1,7 +1,9 @@
 """A run's best weights, written for other programs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from harma_ray.errors import UserError, first_few
 from harma_ray.exports.card import is_own_card
 from harma_ray.exports.clip_folder import CONFIG_NAME as CLIP_NAME
+from harma_ray.exports.clip_folder import WEIGHTS_NAME as CLIP_WEIGHTS
 from harma_ray.exports.clip_folder import write_clip_folder
 from harma_ray.exports.graphs import FACTS_NAME as GRAPHS_NAME
 from harma_ray.exports.graphs import require_packages, write_graphs
@@ -22,13 +25,27 @@ from harma_ray.models.foreign import OWN_FORMAT
 from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.tasks import FORMATS, clip_backbone
-from harma_ray.runs import Run
+from harma_ray.runs import CONFIG_NAME, Run
 from harma_ray.settings import to_dict
-from harma_ray.training.checkpoint import read_meta, trainable_tensors
+from harma_ray.training.checkpoint import META_NAME, WEIGHTS_NAME, read_meta, trainable_tensors
+from harma_ray.training.run_files import REPORT_NAME
 
 EXPORTS = ("released", "adapter", "open_clip", "onnx", "huggingface")
-_MADE = ((GRAPHS_NAME,), (CLIP_NAME,), ("config.json", "model.safetensors"))
-"""Files by which a folder is known to be an export."""
+_TOKENIZER = ("tokeniz*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*")
+_INTERNVL = ("config.json", "model.safetensors", *_TOKENIZER)
+_CHECKPOINT = "checkpoints/step_*"
+_TOWERS = ("image", "text", "combiner")
+_MADE = {
+    (CARD_NAME,): (
+        *(CARD_NAME, CONFIG_NAME, REPORT_NAME, BACKBONE_NAME),
+        *(f"{_CHECKPOINT}/{META_NAME}", f"{_CHECKPOINT}/{WEIGHTS_NAME}"),
+        *(f"*/{name}" for name in _INTERNVL),
+    ),
+    (GRAPHS_NAME,): (GRAPHS_NAME, *(f"{tower}.onnx{part}" for tower in _TOWERS for part in ("", ".data"))),
+    (CLIP_NAME,): (CLIP_NAME, CLIP_WEIGHTS),
+    ("config.json", "model.safetensors"): _INTERNVL,
+}
+"""Files by which a folder is known to be an export, and patterns of all that such an export writes."""
 _OTHER_WEIGHTS = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -93,28 +110,29 @@ def export_checkpoint(
         elif own:
             facts = {"recipe": run.config.recipe, "backbone": meta.backbone}
             notes = (write_graphs(own.towers(model, run), facts, partial),)
-        _require_no_others(path, partial)
     return Exported(path, notes)
 
 
 def _require_free(path: Path, *, overwrite: bool) -> None:
-    """Raises UserError if what is there may not be replaced; of folders those alone that an export made."""
+    """Raises UserError if what is there may not be replaced; of folders those alone that hold what an export made."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --out, or replace it with --overwrite")
-    is_export = any(all((path / name).is_file() for name in names) for names in _MADE) or is_own_card(path / CARD_NAME)
-    if path.is_dir() and any(path.iterdir()) and not is_export:
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    known = next((patterns for names, patterns in _MADE.items() if _is_marked(path, names)), None)
+    if known is None:
         raise UserError(f"{path} is a folder that no export made, which is not replaced; choose another --out")
-
-
-def _require_no_others(path: Path, made: Path) -> None:
-    """Raises UserError if a folder holds more than goes into it now: replacing it would lose that."""
-    ours = {BACKBONE_NAME} | ({file.name for file in made.iterdir()} if made.is_dir() else set())
-    others = sorted({file.name for file in path.iterdir()} - ours) if path.is_dir() else []
+    found = sorted(str(file.relative_to(path)) for file in path.rglob("*") if not file.is_dir())
+    others = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in known)]
     if others:
         raise UserError(
-            f"{path} holds what this export does not write ({first_few(others)}) and is not replaced; choose another "
-            "--out"
+            f"{path} holds what no such export writes ({first_few(others)}) and is not replaced; choose another --out"
         )
+
+
+def _is_marked(path: Path, names: Sequence[str]) -> bool:
+    """Tells whether a folder holds the files by which an export is known; a card must be of ours."""
+    return all((path / name).is_file() and (name != CARD_NAME or is_own_card(path / name)) for name in names)
 
 
 def _check(run: Run, format: str, own: ForeignFormat | None, path: Path, *, is_trained: bool) -> None:

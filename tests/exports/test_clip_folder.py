@@ -1,5 +1,7 @@
 """What plain open_clip makes of a folder: the run's own vectors."""
 
+import shutil
+
 import numpy as np
 import open_clip
 import pytest
@@ -12,10 +14,11 @@ from harma_ray.api import load_run
 from harma_ray.data.padding import padded_transform
 from harma_ray.errors import UserError
 from harma_ray.exports.checkpoint import export_checkpoint
-from harma_ray.exports.clip_folder import write_clip_folder
+from harma_ray.exports.clip_folder import CONFIG_NAME, write_clip_folder
 from harma_ray.models.architectures import configuration
 from harma_ray.models.towers import Preparation
 from harma_ray.recipes import recipe_config
+from harma_ray.runs import Run
 from harma_ray.settings import build_config
 
 TEXTS = ["a plane beside a runway", "two cars"]
@@ -86,7 +89,7 @@ def test_what_is_no_plain_clip_is_refused_with_what_else_there_is(random_run, tm
         export_checkpoint(zero_shot, "open_clip", tmp_path / "clip.pt")
 
 
-def test_only_what_an_export_made_is_replaced(random_run, tmp_path):
+def test_only_what_an_export_made_is_replaced(random_run, tmp_path, monkeypatch):
     run = make_random_run(tmp_path, "none", build_config(random_run.config, {"model.tuning": "none"}))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
@@ -94,9 +97,16 @@ def test_only_what_an_export_made_is_replaced(random_run, tmp_path):
         export_checkpoint(run, "open_clip", tmp_path / "mine", overwrite=True)
     made = export_checkpoint(run, "open_clip", tmp_path / "clip").path
     (made / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=r"does not write \(thesis\.tex\) and is not replaced"):
+    with pytest.raises(UserError, match=r"no such export writes \(thesis\.tex\) and is not replaced"):
         export_checkpoint(run, "open_clip", made, overwrite=True)
     (made / "thesis.tex").unlink()
+    (made / "notes").mkdir()
+    (made / "notes" / CONFIG_NAME).write_text("years")
+    monkeypatch.delattr(Run, "load_checkpoint")  # is not worked for in vain
+    with pytest.raises(UserError, match=rf"no such export writes \(notes/{CONFIG_NAME}\) and is not replaced"):
+        export_checkpoint(run, "open_clip", made, overwrite=True)
+    monkeypatch.undo()
+    shutil.rmtree(made / "notes")
     (made / "open_clip_model.safetensors").write_text("broken")
     export_checkpoint(run, "open_clip", made, overwrite=True)
     assert (made / "open_clip_model.safetensors").stat().st_size > 1e6
