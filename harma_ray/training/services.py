@@ -4,11 +4,13 @@ Each goes on with the run that it began, whose id lies in the run's folder. A se
 alone; the training goes on.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ class WeightsAndBiases(Sink):
 
     def __init__(self, run_dir: Path, config: RunConfig, label: Label):
         """Begins a run, or goes on with it; steps that it knows already are left out, as they are computed alike."""
-        import wandb
+        with _temporary_files_in(run_dir):
+            import wandb
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -101,6 +104,18 @@ class WeightsAndBiases(Sink):
 
         self._run.finish(exit_code=0 if done else 255)  # as after Ctrl-C
         wandb.teardown()  # else what its own process has yet to write is lost with a worker's
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """Lets what an import makes for temporary files lie in a run's folder: a worker that is killed leaves it behind."""
+    before, place = tempfile.tempdir, folder / "wandb"
+    place.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(place)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 class MLflow(Sink):

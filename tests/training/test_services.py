@@ -1,6 +1,7 @@
 """Figures in Weights & Biases, offline, and in MLflow, on a folder: read back by their own means."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -157,3 +158,20 @@ def test_nothing_is_imported_that_was_not_asked_for(tmp_path):
 def test_wandb_comes_with_no_other_import_and_can_be_imported_afterwards():
     code = "import sys, harma_ray.api; assert 'wandb' not in sys.modules; import wandb; assert wandb.init"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wandb_leaves_nothing_outside_the_folder_of_a_run_that_is_killed(tmp_path):
+    (tmp_path / "temporary").mkdir()
+    code = f"""
+import os
+from pathlib import Path
+from harma_ray.recipes import recipe_config
+from harma_ray.settings import build_config
+from harma_ray.training.services import WeightsAndBiases
+from harma_ray.training.sinks import Label
+run = Path({str(tmp_path / "mine")!r})
+WeightsAndBiases(run, build_config(recipe_config("harma-scenes"), {{}}), Label.of(run))
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TMPDIR": str(tmp_path / "temporary")})
+    assert not list((tmp_path / "temporary").glob("tmp*"))
