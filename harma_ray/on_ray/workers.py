@@ -31,6 +31,7 @@ from harma_ray.settings import marked_settings
 from harma_ray.training.interruption import TrainingStopped, ask_to_stop, withdraw_stop
 from harma_ray.training.loop import run_training
 from harma_ray.training.run_files import META_NAME
+from harma_ray.training.services import adopt_variables, service_variables
 from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.threads import use_threads
@@ -178,7 +179,7 @@ def _attempt(
     drop_notes(notes)
     trainer = TorchTrainer(
         # The controller unpickles a `train_loop_config` too, and would import all of torch for it.
-        partial(function, {**settings, "config": config, "notes": str(notes)}),
+        partial(function, {**settings, "config": config, "notes": str(notes), "variables": service_variables(config)}),
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
         ),
@@ -243,6 +244,7 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Worker]:
     from ray.train.torch import get_device
 
     config: RunConfig = settings["config"]
+    adopt_variables(settings["variables"])  # a cluster that was joined has those of its own start
     context = ray.train.get_context()
     leave_note(Path(settings["notes"]), context.get_world_rank())
     device = get_device()

@@ -33,6 +33,9 @@ _FEWER_WAITS = {
     "WANDB_ERROR_REPORTING": "false",
 }
 """Environment variables of the services, unless they are set."""
+_SECRETS = ("KEY", "PASSWORD", "TOKEN", "SECRET", "USERNAME")
+_OWN_SERVICE = "WANDB_SERVICE"
+"""Names a process of this machine."""
 
 
 def check_services(names: Sequence[str]) -> None:
@@ -48,6 +51,22 @@ def check_services(names: Sequence[str]) -> None:
             f"`train.log_to` names {' and '.join(missing)}, which {'are' if missing[1:] else 'is'} not installed; "
             f'pip install {packages} (or "harma-ray[tracking]"), or leave it out'
         )
+
+
+def service_variables(config: RunConfig) -> dict[str, str]:
+    """Returns what this process's environment says of the services that settings ask for, for workers elsewhere.
+
+    Keys and passwords are left out: they stay on their machines, and each that logs has its own.
+    """
+    prefixes = tuple(f"{name.upper()}_" for name in config.train.log_to)
+    found = {name: value for name, value in os.environ.items() if name.startswith(prefixes) and name != _OWN_SERVICE}
+    return {name: value for name, value in found.items() if "@" not in value and not any(s in name for s in _SECRETS)}
+
+
+def adopt_variables(variables: Mapping[str, str]) -> None:
+    """Sets what another machine's `service_variables` were, where this one's say nothing."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def open_services(run_dir: Path, config: RunConfig, label: Label, on_failure: Callable[[str], None]) -> list[Sink]:

@@ -31,6 +31,7 @@ from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.interruption import ask_to_stop, withdraw_stop
 from harma_ray.training.run_files import REPORT_NAME
+from harma_ray.training.services import service_variables
 from harma_ray.tune.folder import BASELINE_NAME, confirmation_folder, drop_checkpoints, read_search
 from harma_ray.tune.results import SearchResults
 from harma_ray.tune.scheduling import StudySearcher, make_scheduler
@@ -64,7 +65,8 @@ def prepare_trials(definition: SearchDefinition, plan: TrialPlan) -> TrialSettin
     task.backbone.fingerprint(module)  # noted on the module: no trial computes it again
     backbone = (task.backbone.name, ray.put(SharedModule.of(module)))
     shown = tuple(dict.fromkeys([*(p.name for p in definition.parameters), *changed_settings(definition.config)]))
-    return TrialSetting(definition.objectives, definition.unit, plan.workers, backbone, describe_environment(), shown)
+    made, variables = describe_environment(), service_variables(definition.config)
+    return TrialSetting(definition.objectives, definition.unit, plan.workers, backbone, made, shown, variables)
 
 
 def run_search(

@@ -10,7 +10,7 @@ import math
 import statistics
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,6 +31,7 @@ from harma_ray.task import Task
 from harma_ray.training.checkpoint import list_checkpoints, load_start, read_meta
 from harma_ray.training.interruption import TrainingStopped, withdraw_stop
 from harma_ray.training.loop import finish_training, run_training, run_trial
+from harma_ray.training.services import adopt_variables
 from harma_ray.training.sinks import Label
 from harma_ray.training.step import evaluate_split
 from harma_ray.training.threads import use_threads
@@ -63,6 +64,8 @@ class TrialSetting:
     """What ``environment.json`` of every trial holds."""
     shown: tuple[str, ...]
     """The settings that were searched, and those that were set by hand for all trials."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """See `harma_ray.training.services.service_variables`."""
 
 
 def run(assignment: Mapping[str, Any], setting: TrialSetting, report: Callable[[dict[str, Any]], None]) -> None:
@@ -213,6 +216,7 @@ def _run_on_workers(folder: Path, config: RunConfig, setting: TrialSetting, tall
     from ray.tune.integration.ray_train import TuneReportCallback
 
     set_variables()  # this process is not the one that started Ray
+    adopt_variables(setting.variables)
     settings = {"run": str(folder), "setting": setting, "tally": tally}
     tally = on_workers(
         _work, settings, config, setting.plan, folder, make_callbacks=lambda: [TuneReportCallback()],
@@ -277,6 +281,7 @@ def _alone(
     function: Callable[..., ResultT], folder: Path, config: RunConfig, setting: TrialSetting, **more: Any
 ) -> ResultT:
     """Calls one of the loop's functions for a run of one worker, which is this process."""
+    adopt_variables(setting.variables)
     worker = single_worker(config, setting.plan)
     with Run(folder, config).locked(wait_seconds=_LOCK_SECONDS):
         task, label = _task(config, setting), _label(folder, setting)

@@ -14,7 +14,7 @@ from harma_ray.evaluation import Metrics
 from harma_ray.preflight import prepare
 from harma_ray.recipes import recipe_config
 from harma_ray.settings import build_config, config_hash
-from harma_ray.training.services import STORE_NAME, check_services
+from harma_ray.training.services import STORE_NAME, check_services, service_variables
 from harma_ray.training.sinks import Label
 from harma_ray.training.tracking import Tracker, read_records
 
@@ -175,3 +175,14 @@ os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TMPDIR": str(tmp_path / "temporary")})
     assert not list((tmp_path / "temporary").glob("tmp*"))
+
+
+def test_workers_elsewhere_get_what_is_set_of_the_services_asked_for_but_no_secret(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    told = {"WANDB_PROJECT": "mine", "WANDB_ENTITY": "lab"}
+    kept = {"WANDB_API_KEY": "k", "MLFLOW_TRACKING_PASSWORD": "p", "MLFLOW_TRACKING_URI": "https://me:p@there"}
+    for name, value in {**told, **kept, "WANDB_SERVICE": "2-1-tcp"}.items():
+        monkeypatch.setenv(name, value)
+    assert service_variables(config("wandb", "mlflow")) == told
+    assert service_variables(config("mlflow")) == service_variables(config()) == {}
