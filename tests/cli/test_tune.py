@@ -193,7 +193,7 @@ def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
     assert result.stderr.strip() == ""
     folder = runs / name
     for part in ("trial 0", "at a time", "tensorboard --logdir", "optuna-dashboard ", "Ray's dashboard",
-                 "epochs trained", "with fresh seeds", "%    95 % CI", str(folder / "report.html")):  # fmt: skip
+                 "epochs trained", "with fresh seeds", " 95 % CI  chance", str(folder / "report.html")):  # fmt: skip
         assert part in result.stdout, part
     results = read_search(*open_search(folder))
     assert len(results.trials) == 3
