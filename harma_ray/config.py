@@ -14,6 +14,7 @@ from pydantic import Field
 
 if TYPE_CHECKING:
     from harma_ray.evaluation import Metrics
+    from harma_ray.task import StoredRun
 
 Count = Annotated[int, Field(ge=0)]
 """0, 1, 2, ..."""
@@ -218,6 +219,11 @@ class StartConfig:
         return Path(self.run, "checkpoints", self.checkpoint)
 
     @property
+    def title(self) -> str:
+        """What the model of step 0 is called."""
+        return f"the start from {Path(self.run).name}'s weights" if self.weights else "the untrained model"
+
+    @property
     def entry(self) -> dict[str, Any]:
         """What a report has of it: nothing, if there is none."""
         return {"started_from": asdict(self)} if self.weights else {}
@@ -297,6 +303,28 @@ class RunConfig:
     def metrics(self) -> "Metrics":
         """The figures on which choices rest, without labels; a recipe replaces it."""
         raise NotImplementedError(f"{type(self).__name__} must say its `metrics`, by which runs are compared")
+
+    @property
+    def trained_kinds(self) -> tuple[str, ...]:
+        """Kinds of rows that it may be trained on, as manifests name them."""
+        return ("images",)
+
+    @property
+    def next_stage(self) -> "RunConfig | None":
+        """The settings of the recipe that builds on runs of this one; None: none does."""
+        return None
+
+    def after(self, run: "StoredRun", metric: str | None = None) -> dict[str, Any]:
+        """Returns the settings by which the recipe builds on the best model of an earlier stage's run; none for others.
+
+        Args:
+            run: The run, finished.
+            metric: What the model is the best by; None = the run's objective.
+
+        Raises:
+            UserError: If the run has no such model.
+        """
+        return {}
 
     def require_named(self) -> None:
         """Raises UserError if nobody named weights that the recipe does not draw by itself; a recipe replaces it."""

@@ -46,6 +46,12 @@ def find_user_error(error: BaseException) -> UserError | None:
     return UserError(told[-1]) if told else None
 
 
+def count(number: int, what: str) -> str:
+    """Returns a number of things for a message, such as ``1 epoch`` and ``2,000 epochs``; `what` is one of them."""
+    plural = what if number == 1 else f"{what[:-1]}ies" if what.endswith("y") and what[-2] not in "aeou" else f"{what}s"
+    return f"{number:,} {plural}"
+
+
 def first_few(names: Sequence[str], limit: int = 5) -> str:
     """Returns names for a message, the first few if there are many."""
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -9,7 +9,7 @@ from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
 from harma_ray.data.samples import check_decoding
 from harma_ray.data.splits import open_used
-from harma_ray.errors import UserError, first_few
+from harma_ray.errors import UserError, count, first_few
 from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.recipes import make_task
 from harma_ray.resources import Cluster, WorkerPlan, plan_workers
@@ -69,7 +69,14 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     task.check(training, evaluated, metrics)
     for is_training in (True, False):
         check_decoding(task.transform(training=is_training), data)
-    return Prepared(config, task, planned_order(config), tuple(notices))
+    order, later = planned_order(config), config.next_stage
+    if later and order.num_samples < later.train.global_batch_size:
+        notices.append(
+            f"the next stage, {later.recipe}, has batches of {later.train.global_batch_size}, but {training.path} has "
+            f"{count(order.num_samples, training.kind.sample)} an epoch: give it --set "
+            f"train.global_batch_size={order.num_samples}"
+        )
+    return Prepared(config, task, order, tuple(notices))
 
 
 def starting_from(run: Run, config: RunConfig, metric: str | None, *, adopts: bool) -> dict[str, Any]:
@@ -84,11 +91,7 @@ def starting_from(run: Run, config: RunConfig, metric: str | None, *, adopts: bo
     Raises:
         UserError: If the other one is of another kind of recipe, is not finished, or has no such weights.
     """
-    if type(run.config) is not type(config):
-        raise UserError(
-            f"recipe {config.recipe} cannot start from {run.path}, which is a run of {run.config.recipe}: their models "
-            "have nothing in common"
-        )
+    run.require_related(config)
     best = run.best_start(metric)
     theirs, ours = _model_settings(run.config), _model_settings(config)
     adopts = adopts and run.config.recipe == config.recipe

@@ -101,7 +101,7 @@ class Run:
         done, planned, unit = (last.step, train.steps, "step") if train.steps else (last.epoch, train.epochs, "epoch")
         if self.report is not None or done >= planned or not (self.path / METRICS_NAME).is_file():
             return
-        untrained = "" if best.step else ", before any training"
+        untrained = "" if best.step else f", {self.config.started_from.title}"
         warn_once(
             _logger,
             f"run {self.path} is not finished ({unit} {done:.4g} of {planned}): used is its best checkpoint so far, "
@@ -125,8 +125,24 @@ class Run:
         Raises:
             UserError: As `best_finished`.
         """
-        is_import = not (self.path / METRICS_NAME).is_file()
-        return self.best_checkpoint(metric) if is_import else self.best_finished(metric)
+        if not (self.path / METRICS_NAME).is_file():
+            return self.best_checkpoint(metric)
+        best = self.best_finished(metric)
+        if not read_meta(best).step:
+            warn_once(
+                _logger,
+                f"the best checkpoint of {self.path} is that of step 0, {self.config.started_from.title}: its training "
+                "made nothing better, and the new run starts from there",
+            )
+        return best
+
+    def require_related(self, config: RunConfig) -> None:
+        """Raises UserError if runs of some settings are of another kind of recipe than this one."""
+        if type(self.config) is not type(config):
+            raise UserError(
+                f"recipe {config.recipe} cannot start from {self.path}, which is a run of {self.config.recipe}: their "
+                "models have nothing in common"
+            )
 
     def _require_kept(self, metric: str, kept: CheckpointMeta) -> None:
         """Raises UserError if a checkpoint that was better by a metric is not there any more."""

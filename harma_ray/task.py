@@ -183,21 +183,6 @@ class Task(ABC, Generic[ConfigT, ModelT]):
         if self.evaluated_kinds:
             split.require_kind(self.evaluated_kinds, f"evaluating recipe {self.config.recipe}")
 
-    def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
-        """Returns the settings by which the recipe builds on the best model of a run of an earlier stage.
-
-        Args:
-            run: The run, finished.
-            metric: What the model is the best by; None = the run's objective.
-
-        Returns:
-            Nothing if the run is not of an earlier stage.
-
-        Raises:
-            UserError: If the run has no such model.
-        """
-        return {}
-
     def encoder(self, model: ModelT, device: str) -> Encoder | None:
         """Returns what gives the vectors of a trained model, which is moved to a device, in the settings' precision.
 

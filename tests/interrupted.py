@@ -26,7 +26,7 @@ from harma_ray.cli import main
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.on_ray.deaths import read_notes
 from harma_ray.on_ray.workers import WORKERS_FOLDER
-from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes import recipe_config
 from harma_ray.runs import create_run, open_run
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import WEIGHTS_NAME, load_state
@@ -59,7 +59,7 @@ def train_undisturbed(recipe, data, run, settings, first=None):
         first: The run that it builds on.
     """
     base = recipe_config(recipe)
-    before = make_task(base).after(open_run(first)) if first else {}
+    before = base.after(open_run(first)) if first else {}
     config = build_config(base, {"data.path": str(data), "scaling.num_workers": 2, **before, **settings})
     run_on_ranks(_train_rank, 2, create_run(run.parent, run.name, config), run.parent / f"{run.name}.store")
 

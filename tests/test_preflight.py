@@ -10,7 +10,7 @@ from random_runs import make_random_run
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
-from harma_ray.preflight import require_start, starting_from
+from harma_ray.preflight import prepare, require_start, starting_from
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.runs import Run, create_run
 from harma_ray.settings import build_config, config_hash
@@ -146,9 +146,16 @@ def test_each_kind_of_run_is_what_its_own_recipe_starts_from(recipe, tmp_path):
     run = make_random_run(tmp_path, "run", build_config(recipe_config(recipe), changes))
     config = start(run, recipe, {"seed": 2})
     assert isinstance(config, RunConfig)
-    assert make_task(config).after(run) == {}
+    assert config.after(run) == {}
     require_start(config)
     (run.path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="is not finished; finish it first"):
         start(run, recipe)
     assert not list(read_records(run.path))
+
+
+def test_a_first_stage_tells_that_the_next_one_has_larger_batches_than_there_are_triplets(composed):
+    own = {"data.path": str(composed), "train.global_batch_size": 20}
+    (notice,) = prepare(build_config(recipe_config("scenes-cir-finetune"), own)).notices
+    assert "scenes-cir-combiner, has batches of 256" in notice
+    assert "has 40 triplets an epoch: give it --set train.global_batch_size=40" in notice

@@ -98,7 +98,7 @@ def test_of_a_run_that_is_not_finished_it_is_told_once_which_checkpoint_is_used(
     for _ in range(2):
         assert stopped.best_checkpoint().name == "step_00000000"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    told = "used is its best checkpoint so far, step 0 (epoch 0, before any training)"
+    told = "used is its best checkpoint so far, step 0 (epoch 0, the untrained model)"
     assert caplog.messages == [f"run {stopped.path} is not finished (epoch 2.5 of 20): {told}"]
 
 
@@ -116,4 +116,18 @@ def test_nothing_is_told_of_runs_that_will_not_go_on(stopped, caplog, kind):
     else:
         stopped = replace(stopped, config=build_config(stopped.config, {"train.steps": 25}))
     stopped.best_checkpoint()
+    assert not caplog.messages
+
+
+def test_a_start_from_a_run_that_its_training_made_no_better_is_told(stopped, caplog):
+    (stopped.path / REPORT_NAME).write_text("{}")
+    stopped.best_start()
+    assert [message.partition(": its")[0] for message in caplog.messages] == [
+        f"the best checkpoint of {stopped.path} is that of step 0, the untrained model"
+    ]
+
+
+def test_of_weights_that_were_imported_step_0_is_all_that_there_is(stopped, caplog):
+    (stopped.path / METRICS_NAME).unlink()
+    stopped.best_start()
     assert not caplog.messages

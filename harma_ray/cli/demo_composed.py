@@ -18,7 +18,7 @@ from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.on_ray.tasks import map_with_ray
 from harma_ray.preflight import prepare
-from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes import recipe_config
 from harma_ray.report.comparison import paired_differences
 from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.resources import Cluster
@@ -72,7 +72,7 @@ def run_demo_of_queries(out: Path, *, seed: int = 0, num_workers: int = 0) -> No
         demo.tell("stage 1: fine-tuning it so that the sum of image and text features finds the answer")
         first = demo.train("stage1", finetune, {**data, "model.pretrained": str(backbone)})
         demo.tell("stage 2: training a Combiner of the features of that CLIP")
-        second = demo.train("stage2", combiner, {**data, **make_task(recipe_config(combiner)).after(first)})
+        second = demo.train("stage2", combiner, {**data, **recipe_config(combiner).after(first)})
         demo.tell("for comparison: training the same Combiner on a random CLIP")
         other = demo.train("random", combiner, {**data, "model.pretrained": "random"})
     show({TRAINED: second, UNTRAINED: other})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
 from harma_ray.data.manifest import MANIFEST_NAME
-from harma_ray.data.splits import has_splits, open_split, open_used
+from harma_ray.data.splits import has_splits, open_split, open_used, require_batch
 from harma_ray.errors import UserError
 from harma_ray.files import (
     did_you_mean,
@@ -43,12 +43,16 @@ def check_new(runs: str, names: Sequence[str | None], kind: str) -> None:
 
 
 def check_training(config: RunConfig, address: str | None) -> None:
-    """Raises UserError if a training's splits or weights are not there, or it wants a GPU that is not."""
+    """Raises UserError if a training's splits or weights are not there, it wants a GPU that is not, or has no batch."""
     config = absolute_paths(config)
-    open_used(config)
+    training, evaluated, _ = open_used(config)
     require_gpu(config.scaling.use_gpu, address)
     config.require_named()
     require_parts(config)
+    most = training.kind.most_samples(training.manifest, one_caption=config.train.captions == "one")
+    fits = training.kind.name in config.trained_kinds and not any(split.kind.is_encoded for split in evaluated)
+    if most is not None and fits and config.train.captions != "grouped":  # else that it is the wrong data is told first
+        require_batch(training, most, config.train.global_batch_size)
 
 
 def require_parts(config: RunConfig) -> None:

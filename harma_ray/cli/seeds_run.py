@@ -63,9 +63,21 @@ def print_seeds(runs: Sequence[Run], file: Path) -> None:
     text = seeds_markdown(_summary(runs, reports))
     write_text(file, text)
     print(f"\n{text}\nthis table  {file}")
-    for run, report in zip(runs, reports, strict=True):
-        for entry in report.get("health", []):
-            print(f"WARNING    {run.path.name}: {Finding.of(entry).message}")
+    found = {
+        run.path.name: [Finding.of(entry) for entry in report.get("health", [])]
+        for run, report in zip(runs, reports, strict=True)
+    }
+    for name, findings in found.items():
+        for finding in findings:
+            print(f"WARNING    {name}: {finding.message}")
+    for line in advice_lines([finding for findings in found.values() for finding in findings]):
+        print(line)
+
+
+def advice_lines(findings: Sequence[Finding]) -> list[str]:
+    """Returns lines that tell what to try, each thing once."""
+    advice = dict.fromkeys(text for finding in findings for text in finding.advice)
+    return [f"{'' if number else 'try':10} {text}" for number, text in enumerate(advice)]
 
 
 def _summary(runs: Sequence[Run], reports: Sequence[dict]) -> SeedRuns:

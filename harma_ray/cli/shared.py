@@ -135,11 +135,13 @@ def source_changes(options: argparse.Namespace, base: RunConfig) -> dict[str, An
 
     run, adopts = open_run(options.source), not getattr(options, "config", None)
     run.best_start(options.metric)
+    earlier = base.after(run, options.metric)
+    if earlier:
+        return earlier
+    run.require_related(base)
     from harma_ray.preflight import starting_from  # torch
-    from harma_ray.recipes import make_task
 
-    earlier = make_task(base).after(run, options.metric)
-    return earlier or starting_from(run, base, options.metric, adopts=adopts)
+    return starting_from(run, base, options.metric, adopts=adopts)
 
 
 def changes_from(options: argparse.Namespace) -> dict[str, Any]:

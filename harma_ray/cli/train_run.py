@@ -10,7 +10,7 @@ from typing import Any
 
 from harma_ray.cli.early_checks import check_same_data
 from harma_ray.cli.header import header_lines, start_line
-from harma_ray.cli.seeds_run import begun_runs, print_seeds
+from harma_ray.cli.seeds_run import advice_lines, begun_runs, print_seeds
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import local_batches
 from harma_ray.errors import UserError, WorkerFailed
@@ -64,7 +64,7 @@ def train_seeds(
             for own, prepared in [(own, training.on(cluster)) for own, training in trainings.items()]:
                 run = done[own] = begun.get(own) or create_run(runs, own, prepared.config)
                 with _several_seeds(own_name if len(seeds) > 1 else ""):
-                    train_and_print(run, prepared, cluster, started)
+                    train_and_print(run, prepared, cluster, started, advise=len(seeds) == 1)
     if len(seeds) > 1:
         print_seeds([done[own] for own in configs], output_path(runs) / f"{own_name}-seeds.md")
 
@@ -96,14 +96,14 @@ def resume_and_train(path: str | Path, changes: Mapping[str, Any], *, address: s
         train_and_print(run, prepared.on(cluster), cluster, started)
 
 
-def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: float) -> None:
-    """Trains a run on a cluster that is there, with progress, and prints the results."""
+def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: float, *, advise: bool = True) -> None:
+    """Trains a run on a cluster that is there, with progress, and prints the results; `advise`: and what to try."""
     config = run.config
     print(f"\nrun        {run.path}")
     print("\n".join(header_lines(prepared)))
     if config.train.select_on != "val":
         print("WARNING    the best epoch is picked on TEST, as in the released code: the result flatters itself")
-    for line in _finding_lines(standing_findings(read_records(run.path))):  # of a run that goes on
+    for line in _finding_lines(standing_findings(read_records(run.path)), advise=advise):  # of a run that goes on
         print(line)
     print(f"watch      {command_line('tensorboard', '--logdir', run.path.parent)}", flush=True)
     try:
@@ -113,7 +113,8 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
             ready = with_features(config, run.path, cluster)
             if ready is not config:  # the training reads vectors in place of images
                 prepared = prepare(ready).on(cluster)
-            progress = Progress(prepared.total_steps, started, prepared.task.metrics)
+            start = config.started_from.title
+            progress = Progress(prepared.total_steps, started, prepared.task.metrics, start, advise=advise)
             num_workers = prepared.workers.num_workers if prepared.workers else 1
             progress.say(start_line(num_workers))
             train(run, prepared, cluster, on_record=progress)
@@ -121,7 +122,7 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
         if run.report is None:
             error.add_note(f"continue with: {_resume_command(run)}")
         else:  # it came while the best weights were evaluated
-            print_report(run)
+            print_report(run, advise=advise)
         raise
     except WorkerFailed as error:
         error.add_note(
@@ -129,7 +130,7 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
             f"{_resume_command(run)}"
         )
         raise
-    print_report(run)
+    print_report(run, advise=advise)
 
 
 def _further_command(run: Run) -> str:
@@ -144,8 +145,8 @@ def _resume_command(run: Run) -> str:
     return launch_command("train", "--resume", run.path)
 
 
-def print_report(run: Run) -> None:
-    """Prints the results of a finished run and where they are."""
+def print_report(run: Run, *, advise: bool = True) -> None:
+    """Prints the results of a finished run and where they are; `advise`: and what to try if they are bad."""
     report = run.report
     assert report is not None
     findings = [Finding.of(entry) for entry in report.get("health", [])]
@@ -160,14 +161,12 @@ def print_report(run: Run) -> None:
         print(f"\n{split}\n{results_table(run.task.metrics, *found)}")
     if findings:
         print("\nthe training is done, but its figures do not show that it worked:")
-        print("\n".join(_finding_lines(findings)))
+        print("\n".join(_finding_lines(findings, advise=advise)))
 
 
-def _finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """Returns lines that tell what is wrong with a training, then once what to try."""
-    lines = [f"WARNING    {finding.message}" for finding in findings]
-    advice = list(dict.fromkeys(text for finding in findings for text in finding.advice))
-    return lines + [f"{'' if number else 'try':10} {text}" for number, text in enumerate(advice)]
+def _finding_lines(findings: Sequence[Finding], *, advise: bool = True) -> list[str]:
+    """Returns lines that tell what is wrong with a training, then once, if wanted, what to try."""
+    return [f"WARNING    {finding.message}" for finding in findings] + (advice_lines(findings) if advise else [])
 
 
 def print_notices(notices: Sequence[str]) -> None:
@@ -198,8 +197,9 @@ def check_gradients(config: RunConfig) -> None:
 class Progress:
     """Prints the run's record as it grows."""
 
-    def __init__(self, total_steps: int, started: float, metrics: Metrics):
+    def __init__(self, total_steps: int, started: float, metrics: Metrics, start: str = "", *, advise: bool = True):
         self._total, self._started, self._first = total_steps, started, None
+        self._start, self._advise = start, advise
         self._metrics, self._shown = metrics, dict.fromkeys((metrics.objective, "r_mean", "r_mean_text"))
         self._printed, self._last = -math.inf, -1
 
@@ -221,11 +221,13 @@ class Progress:
             if record["step"] != self._last:  # else the lines above tell where it stands
                 self.say(f"step {record['step']}/{self._total}")
             finding = Finding.of(record)
-            lines = [f"better     {finding.message}"] if finding.over else _finding_lines([finding])
+            over = [f"better     {finding.message}"]
+            lines = over if finding.over else _finding_lines([finding], advise=self._advise)
             print("\n".join(lines), flush=True)
         elif record["kind"] == "evaluation":
             figures = "  ".join(f"{k} {self._metrics.show(k, record[k])}" for k in self._shown if k in record)
-            self.say(f"epoch {record['epoch']:.4g}  {record['split']}  {figures}")
+            start = f"  ({self._start})" if self._start and not record["step"] else ""
+            self.say(f"epoch {record['epoch']:.4g}  {record['split']}  {figures}{start}")
             self._last = record["step"]
 
     def _tell_step(self, record: dict[str, Any]) -> None:
@@ -238,7 +240,7 @@ class Progress:
             left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
             self.say(
                 f"step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
-                f"{record['pairs_per_second']:.0f} pairs/s  waiting for data {record['data_wait_fraction']:.0%}  "
+                f"{record['pairs_per_second']:.0f} samples/s  waiting for data {record['data_wait_fraction']:.0%}  "
                 f"about {left:.0f} s left"
             )
             self._printed, self._last = now, record["step"]

@@ -178,7 +178,7 @@ def _search(
         if best is None:
             raise UserError(f"no trial has ended within the limits; go on with: {results.resume_command}")
         try:
-            print(f"\nevaluating trial {best.number}, the best, and the model before any training", flush=True)
+            print(f"\nevaluating trial {best.number}, the best, and {config.started_from.title}", flush=True)
             finish_best(results, setting, ready.settings(best.params))
             if options.confirm:
                 first = definition.first_name
@@ -261,10 +261,10 @@ def _conclude(folder: Path, results: SearchResults) -> None:
         print(f"\n{results.final_title} on {split}\n{results_table(results.metrics, metrics, *beside)}")
     metric, best = objective.metric, results.best_trial
     if metric in results.baseline:
-        untrained = objective.show(results.baseline[metric])
-        print(f"\nbefore any training: {metric} {untrained} on the same split as the trials")
+        start, value = results.definition.config.started_from.title, objective.show(results.baseline[metric])
+        print(f"\n{start}: {metric} {value} on the same split as the trials")
         if best is not None and objective.merit(best.value - results.baseline[metric]) <= 0:
-            print("notice     no trial is better than the model before any training")
+            print(f"notice     no trial is better than {start}")
     _print_confirmations(results)
     print(f"\nreport     {page}")
     if best_file is not None:

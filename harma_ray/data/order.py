@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from harma_ray.config import RunConfig, TrainConfig
-from harma_ray.data.splits import RowIndex, Split, index_rows, open_shard, open_split
+from harma_ray.data.splits import RowIndex, Split, index_rows, open_shard, open_split, require_batch
 from harma_ray.errors import UserError
 
 MAX_CHUNK_SAMPLES = 4096
@@ -166,12 +166,7 @@ def training_order(
             f"`train.captions_per_image` must not exceed the captions that an image of {split.path} has, got "
             f"{captions_per_sample}; use {most} or less"
         )
-    if not order.steps_per_epoch:
-        pairs = order.num_samples * captions_per_sample
-        raise UserError(
-            f"`train.global_batch_size` must not exceed the {pairs} pairs of an epoch of "
-            f"{split.path}, got {global_batch_size}; use {pairs} or less"
-        )
+    require_batch(split, order.num_samples * captions_per_sample, global_batch_size)
     return order
 
 

@@ -17,7 +17,7 @@ from harma_ray.config import RunConfig
 from harma_ray.data.kinds import KINDS
 from harma_ray.data.kinds.base import RowKind
 from harma_ray.data.manifest import MANIFEST_NAME, SOURCE, Manifest
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.files import did_you_mean, near_folders
 from harma_ray.settings import nearest
 
@@ -175,6 +175,17 @@ def open_used(config: RunConfig) -> tuple[Split, list[Split], list[str]]:
     if data.test_split != evaluated[0].name:
         evaluated.append(open_split(data.path, data.test_split))
     return training, evaluated, []
+
+
+def require_batch(split: Split, num_samples: int, batch_size: int) -> None:
+    """Raises UserError if an epoch of a split has no samples, or fewer than a global batch."""
+    if not num_samples:
+        raise UserError(f"{split.path} has no captions to train on; convert it with captions or a caption template")
+    if num_samples < batch_size:
+        raise UserError(
+            f"`train.global_batch_size` must not exceed the {count(num_samples, split.kind.sample)} of an epoch of "
+            f"{split.path}, got {batch_size}; use {num_samples} or less"
+        )
 
 
 def list_splits(data: str | Path) -> list[str]:

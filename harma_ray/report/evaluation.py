@@ -8,6 +8,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import nn
 
+from harma_ray.config import StartConfig
 from harma_ray.evaluation import Metrics, Section
 from harma_ray.report import page
 from harma_ray.report.figures import draw_curves
@@ -176,10 +177,15 @@ def write_report(
         _results_section(results),
         *sections,
         _parameters_section(parameter_table(model)),
-        _curves_section(draw_curves(records, metrics), standing_findings(records)),
+        _curves_section(draw_curves(records, metrics, _start_title(settings)), standing_findings(records)),
         _settings_section(settings),
     ]
     return page.write_page(folder, PAGE_NAME, title, subtitle, sections)
+
+
+def _start_title(settings: Mapping[str, Any]) -> str:
+    """Returns what the model of step 0 is called, by the settings of a run; empty: they do not tell."""
+    return StartConfig(**settings["started_from"]).title if "started_from" in settings else ""
 
 
 def _results_section(results: FiguresTable) -> Section:

@@ -162,12 +162,13 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], across: str) -> byt
     return to_png(figure)
 
 
-def draw_curves(records: Sequence[Mapping[str, Any]], metrics: Metrics) -> bytes | None:
+def draw_curves(records: Sequence[Mapping[str, Any]], metrics: Metrics, start: str = "") -> bytes | None:
     """Draws loss, objective and learning rate over the epochs of a run.
 
     Args:
         records: Lines of the run's ``metrics.jsonl``.
         metrics: Their objective is drawn.
+        start: What the model of step 0 is called; empty: it is not told.
 
     Returns:
         A PNG file, or None if the records hold no steps.
@@ -196,6 +197,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], metrics: Metrics) -> bytes
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    if start and any(record.get("step") == 0 for record in evaluations):
+        found.set_xlabel(f"epoch (0: {start})", fontsize=9)
     return to_png(figure)
 
 

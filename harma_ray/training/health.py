@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+from harma_ray.config import StartConfig
+from harma_ray.errors import count
 from harma_ray.evaluation import Evaluation, Metrics
 from harma_ray.task import Task
 from harma_ray.training.optim import warmup_steps
@@ -24,9 +26,11 @@ BETTER_FRACTION = 0.01
 """By how much a term must be below its value at equal scores to count as better than chance."""
 EQUAL_STEPS, CHANCE_STEPS, LEAST_VALUES = 20, 50, 3
 """Steps after the warm-up, and recorded losses among them, that a finding rests on; half of a short training's."""
+ADVICE_STEPS = 20
+"""Planned steps after the warm-up from which on settings are advised; a shorter training is advised to be longer."""
 
 INTERVAL = "interval_95"
-"""Key of the 95 % interval of the objective in the untrained model's line of the record."""
+"""Key of the 95 % interval of the objective in the line of the record that tells the figures before any training."""
 
 Problem = Literal["equal scores", "no better than chance", "no better than untrained"]
 
@@ -65,7 +69,7 @@ class HealthWatch:
 
     def __init__(
         self, equal_scores: Mapping[str, float], *, metrics: Metrics, total_steps: int, warmup_steps: int,
-        patience: int = 0, advice: Sequence[str] = (),
+        patience: int = 0, advice: Sequence[str] = (), start: str = StartConfig().title,
     ):  # fmt: skip
         """Starts at the beginning of a record.
 
@@ -76,9 +80,13 @@ class HealthWatch:
             total_steps: Planned steps.
             warmup_steps: Steps in which the learning rate climbs; a loss that does not fall yet is no finding there.
             patience: Evaluations without a better one that end the training; 0: none do.
-            advice: What to try when nothing is learned.
+            advice: What to try when nothing is learned, if there are `ADVICE_STEPS`.
+            start: What the model of step 0 is called.
         """
-        self._advice = tuple(advice)
+        basis = total_steps - warmup_steps
+        longer = f"a longer training: {count(basis, 'step')} after the warm-up tell nothing of other settings"
+        self._advice = tuple(advice) if basis >= ADVICE_STEPS else (longer,)
+        self._start = start
         self._equal = {f"loss_{name}": value for name, value in equal_scores.items() if value > 0}
         self._metrics, self._total_steps, self._warmup_steps = metrics, total_steps, warmup_steps
         self._patience, self._without_improvement = patience, 0
@@ -174,15 +182,15 @@ class HealthWatch:
             return None
         standing, (best, epoch), baseline = self._standing.get("epochs"), self._best, self._baseline
         bound = max((baseline, *self._interval), key=lambda value: self._metrics.merit(objective, value))
-        shown, untrained, *ends = (self._metrics.show(objective, each) for each in (best, baseline, *self._interval))
-        untrained += f", 95 % CI {'-'.join(ends)}" if ends else ""
+        shown, before, *ends = (self._metrics.show(objective, each) for each in (best, baseline, *self._interval))
+        before += f", 95 % CI {'-'.join(ends)}" if ends else ""
         what = f"{record['split']} {objective}"
         if is_better(objective, best, bound):
-            message = f"epoch {epoch:g} is better than the untrained model ({what} {shown} against {untrained})"
+            message = f"epoch {epoch:g} is better than {self._start} ({what} {shown} against {before})"
             return standing and Finding(standing.problem, standing.since, message, over=True)
         beyond = " by more than chance may bring" if is_better(objective, best, baseline) else ""
         message = (
-            f"no epoch is better than the untrained model{beyond} ({what} {untrained}; the best since, in epoch "
+            f"no epoch is better than {self._start}{beyond} ({what} {before}; the best since, in epoch "
             f"{epoch:g}, {shown})"
         )
         is_last = record["step"] == self._total_steps or 0 < self._patience <= self._without_improvement
@@ -228,7 +236,7 @@ def _note(standing: dict[str, Finding], finding: Finding) -> None:
 
 
 def objective_interval(evaluation: Evaluation, metrics: Metrics) -> dict[str, list[float]]:
-    """Returns what the untrained model's line of the record holds beside its figures; nothing without an interval."""
+    """Returns what the line of the model before any training holds beside its figures; nothing without an interval."""
     bounds = evaluation.intervals().get(metrics.objective)
     return {INTERVAL: list(bounds)} if bounds else {}
 
@@ -242,4 +250,5 @@ def health_watch(task: Task, total_steps: int) -> HealthWatch:
         warmup_steps=warmup_steps(total_steps, task.config.optim),
         patience=task.config.train.early_stopping_patience,
         advice=task.advice(),
+        start=task.config.started_from.title,
     )

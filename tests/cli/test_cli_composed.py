@@ -489,7 +489,7 @@ def test_a_second_stage_builds_on_the_best_by_another_metric(capsys, composed, t
     )
     for metric in (None, "harmonic_mean"):
         base = recipe_config("scenes-cir-combiner")
-        config = build_config(base, make_task(base).after(run, metric))
+        config = build_config(base, base.after(run, metric))
         assert config.model.tuned == str(run.best_checkpoint(metric))
     assert run.best_checkpoint("harmonic_mean").name == "step_00000005" != run.best_checkpoint().name
     command = ("train", "--recipe", "scenes-cir-combiner", "--data", composed)

@@ -40,8 +40,9 @@ SPACES = {
 """Search spaces with a mistake, and what is told of each."""
 
 
-def mistakes(tmp_path, data, run, unfinished, training, search, space):
+def mistakes(tmp_path, data, composed, run, unfinished, training, search, space):
     train = ["train", "--recipe", "harma-scenes", "--data", data]
+    random = ["--set", "model.pretrained=random"]
     combiner = ["train", "--recipe", "scenes-cir-combiner", "--data", data]
     vitp = ["train", "--recipe", "scenes-vitp", "--data", data]
     return [
@@ -82,6 +83,9 @@ def mistakes(tmp_path, data, run, unfinished, training, search, space):
         ("gone.pt' for", ["checkpoint", "export", "--run", unfinished, "--format", "adapter", "--out", tmp_path / "x"]),
         ("cannot read gone.yaml", ["train", "--config", "gone.yaml", "--data", data]),
         ("is not the folder of a run (it", [*train, "--from", tmp_path]),
+        ("models have nothing in common", [*vitp, "--from", run]),
+        ("must not exceed the 200 pairs of", [*train, *random, "--set", "train.global_batch_size=201"]),
+        ("the 40 triplets of an epoch of", [*combiner[:4], composed, *random]),
         ("search space", ["tune", "gone.yaml", "--data", data]),
         (f"search {run} exists", ["tune", "quick", "--data", data, "--runs", run.parent, "--name", run.name]),
         ("data set folder", ["tune", "quick", "--data", tmp_path / "gone"]),
@@ -117,7 +121,7 @@ def mistakes(tmp_path, data, run, unfinished, training, search, space):
 
 
 @pytest.mark.timeout(120)
-def test_mistakes_are_told_without_torch_and_ray(scenes, random_run, tmp_path):
+def test_mistakes_are_told_without_torch_and_ray(scenes, composed, random_run, tmp_path):
     run, unfinished = random_run.path, shutil.copytree(random_run.path, tmp_path / "unfinished")
     training, search = shutil.copytree(unfinished, tmp_path / "training"), tmp_path / "search"
     (unfinished / "report.json").unlink(missing_ok=True)
@@ -130,7 +134,7 @@ def test_mistakes_are_told_without_torch_and_ray(scenes, random_run, tmp_path):
     (search / "search.yaml").write_text(SMALL_SPACE.replace("fixed: {", f"fixed: {{data.path: {scenes}, "))
     for name, (text, _) in SPACES.items():
         (tmp_path / f"{name}.yaml").write_text(text)
-    cases = mistakes(tmp_path, scenes, run, unfinished, training, search, space)
+    cases = mistakes(tmp_path, scenes, composed, run, unfinished, training, search, space)
     asked = json.dumps([list(map(str, arguments)) for _, arguments in cases])
     with lock_folder(training), lock_folder(search, "search"):
         command = [sys.executable, "-c", CODE, asked]

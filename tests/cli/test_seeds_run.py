@@ -12,6 +12,7 @@ from harma_ray.errors import UserError
 from harma_ray.recipes import recipe_config
 from harma_ray.runs import open_run
 from harma_ray.settings import build_config
+from harma_ray.training.health import Finding
 from harma_ray.training.run_files import META_NAME, list_checkpoints
 
 SETTINGS = {"model.pretrained": "random", "train.epochs": 1}
@@ -49,6 +50,20 @@ def test_finished_seeds_are_taken_as_they_are_and_their_table_is_kept(capsys, fi
     assert "11.50 ± 1.50" in kept
     assert "harma-scenes on scenes" in kept
     assert "Settings that are not the recipe's: train.epochs=1, model.pretrained=random." in kept
+
+
+def test_what_to_try_is_told_once_after_all_seeds(capsys, finished, scenes, monkeypatch):
+    monkeypatch.setattr("harma_ray.cli.train_run.ray_cluster", None)
+    finding = Finding("no better than untrained", 0, "no epoch is better", ("this", "that")).as_record()
+    for seed in VALUES:
+        path = finished / f"many-seed{seed}" / "report.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "health": [finding]}))
+    lines = done(capsys, *train(scenes, finished)).splitlines()
+    assert lines[-5:] == [
+        *(f"WARNING    many-seed{seed}: no epoch is better" for seed in VALUES),
+        "try        this",
+        "           that",
+    ]
 
 
 def test_a_seed_of_other_settings_is_refused(capsys, finished, scenes):

@@ -33,3 +33,14 @@ def test_a_step_is_told_once_whatever_follows_it(capsys):
         "first step", "step 20/80", "epoch 1", "WARNING", "try",
         "step 30/80", "WARNING", "try", "step 40/80", "better",
     ]  # fmt: skip
+
+
+def test_the_figures_of_step_0_say_whose_they_are_and_one_of_several_seeds_advises_nothing(capsys):
+    start = "the start from first's weights"
+    progress = Progress(80, time.perf_counter(), Metrics(("r_mean",), "r_mean"), start, advise=False)
+    for record in (evaluation(0), evaluation(20), health(20)):
+        progress(record)
+    told = capsys.readouterr().out
+    assert told.count(start) == 1
+    assert f"epoch 0  val  r_mean 3.00  ({start})\n" in told
+    assert "try  " not in told

@@ -17,7 +17,7 @@ from harma_ray.exports.checkpoint import export_checkpoint
 from harma_ray.exports.hub import HubOptions, _carry_clip
 from harma_ray.models.backbones import build_clip
 from harma_ray.models.weights import save_clip
-from harma_ray.recipes import make_task, recipe_config
+from harma_ray.recipes import recipe_config
 from harma_ray.runs import Run, open_run
 from harma_ray.settings import build_config
 from harma_ray.training.run_files import read_meta
@@ -129,7 +129,7 @@ def test_both_stages_of_composed_retrieval_are_read_back(tmp_path, second):
     if second:
         write_report(run, {"val": {"r_mean": 1.0}})
         config = build_config(recipe_config("scenes-cir-combiner"), SMALL)
-        config = build_config(config, make_task(config).after(run))
+        config = build_config(config, config.after(run))
         run = make_random_run(tmp_path / "here", "second", config)
     own = features(run)
     made = export_checkpoint(run, "huggingface", tmp_path / "here" / "hub")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from harma_ray.config import StartConfig
 from harma_ray.evaluation import Metrics
 from harma_ray.models.losses import contrastive_loss, equal_scores_triplet_loss, triplet_loss, weighted_triplet_loss
 from harma_ray.recipes import make_task, recipe_config
@@ -194,3 +195,25 @@ def test_every_recipe_advises_in_its_own_settings(recipe):
     advice = make_task(config).advice()
     assert f"optim.learning_rate, such as {config.optim.learning_rate / 4:.1g}" in advice[0]
     assert any("loss.triplet=none" in text for text in advice) == (recipe == "harma-scenes")
+
+
+@pytest.mark.parametrize(("total", "advice"), [(27, ADVICE), (26, ("a longer training: 19 steps after the warm-up tell "
+                                                                   "nothing of other settings",))])  # fmt: skip
+def test_settings_are_advised_where_20_steps_follow_the_warmup(total, advice):
+    reader = watch(total=total, warmup=7)
+    found = told(reader, [step(at, contrastive=4.852) for at in range(1, total + 1)])
+    found += told(reader, [evaluation(0, 2.0), evaluation(total, 1.0)])
+    assert [(finding.problem, finding.advice) for _, finding in found] == [
+        ("equal scores", advice),
+        ("no better than untrained", advice),
+    ]
+
+
+def test_a_run_that_began_at_another_ones_weights_is_held_against_its_start():
+    metrics, start = Metrics(("r_mean",), "r_mean"), StartConfig(run="/runs/first", weights="0" * 64).title
+    reader = HealthWatch({}, metrics=metrics, total_steps=400, warmup_steps=0, start=start)
+    found = told(reader, [evaluation(at, value) for at, value in ((0, 2.0), (200, 1.0), (400, 2.5))])
+    assert [finding.message.partition(" (")[0] for _, finding in found] == [
+        "no epoch is better than the start from first's weights",
+        "epoch 4 is better than the start from first's weights",
+    ]

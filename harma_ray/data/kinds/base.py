@@ -120,6 +120,8 @@ class RowKind:
     """What facts call a row."""
     text: ClassVar[str] = "caption"
     """What they call one of its texts."""
+    sample: ClassVar[str] = "pair"
+    """What messages call what a training step has a batch of."""
     group_column: ClassVar[str] = ""
     """Column by whose values rows are counted; empty: none."""
     cells_across: ClassVar[int] = 6
@@ -133,6 +135,10 @@ class RowKind:
     def count_samples(self, shard: pq.ParquetFile) -> np.ndarray:
         """Returns how many samples of an epoch each row of a shard gives: int[N]; one unless a kind says otherwise."""
         return np.ones(shard.metadata.num_rows, np.int64)
+
+    def most_samples(self, manifest: Manifest, *, one_caption: bool) -> int | None:
+        """Returns how many samples an epoch has at most, see `count_samples`; None: the manifest does not tell."""
+        return manifest.rows
 
     def describe(self, manifest: Manifest) -> str:
         """Returns what a split holds in a few words."""

@@ -76,6 +76,10 @@ class _Images(_Gallery):
         captions = shard.read(columns=["captions"]).column("captions").combine_chunks()
         return captions.value_lengths().to_numpy(zero_copy_only=False)
 
+    def most_samples(self, manifest: Manifest, *, one_caption: bool) -> int:
+        """Returns the number of captions, or of images if an epoch visits one of each."""
+        return min(manifest.rows, manifest.captions) if one_caption else manifest.captions
+
     def draw(self, row: Mapping[str, Any]) -> Image.Image:
         """Draws an image, its class or name, and its first caption, or its name if that is not told yet."""
         size = (THUMBNAIL + MARGIN, THUMBNAIL + (_CAPTION_LINES + 1) * LINE + 2 * MARGIN)

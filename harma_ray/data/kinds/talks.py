@@ -49,13 +49,16 @@ class _Talks(RowKind):
     name = "talks"
     schema = TALK_SCHEMA
     images: ClassVar[Mapping[str, str]] = {"images": "image_names"}
-    row, text = "talk", "turn"
+    row, text, sample = "talk", "turn", "talk"
     group_column = "dataset"
     cells_across = 3
 
     def count_samples(self, shard: pq.ParquetFile) -> np.ndarray:
         """Returns how often an epoch visits each talk: int[N]."""
         return shard.read(columns=["repeats"]).column("repeats").to_numpy()
+
+    def most_samples(self, manifest: Manifest, *, one_caption: bool) -> None:
+        """Returns None: talks may be visited several times."""
 
     def describe(self, manifest: Manifest) -> str:
         """Returns the numbers of talks and turns."""

@@ -37,6 +37,7 @@ class _Queries(RowKind):
     """Triplets or their vectors."""
 
     row = "query"
+    sample = "triplet"
     is_query = True
     weighs_texts = False  # as in data sets that are there
 

@@ -1,9 +1,9 @@
 """Settings of CLIP4Cir runs: what can be set, the published values, and those for drawn scenes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -22,6 +22,9 @@ from harma_ray.config import (
 from harma_ray.evaluation import Metrics
 from harma_ray.models.names import require_file, require_named
 from harma_ray.training.run_files import read_meta
+
+if TYPE_CHECKING:
+    from harma_ray.task import StoredRun
 
 _FROM = "--from RUN, or "
 """The other way to name weights."""
@@ -94,6 +97,11 @@ class Clip4CirConfig(RunConfig):
         """The figures on which choices rest, without labels."""
         return Metrics(get_args(Criterion), self.selection.criterion, self.selection.also_keep)
 
+    @property
+    def trained_kinds(self) -> tuple[str, ...]:
+        """Triplets, or what a frozen CLIP makes of them."""
+        return "triplets", "triplet vectors"
+
     def require_weights(self) -> None:
         """Raises UserError if CLIP's weights can be nothing but a file, and that is not there."""
         require_file(self.model.architecture, self.model.pretrained)
@@ -113,6 +121,11 @@ class FinetuneConfig(Clip4CirConfig):
 
     tuning: TuningConfig = field(default_factory=TuningConfig)
     """What is trained."""
+
+    @property
+    def next_stage(self) -> "CombinerConfig":
+        """The second stage."""
+        return scenes_cir_combiner() if self.recipe == "scenes-cir-finetune" else clip4cir_combiner()
 
     def require_named(self) -> None:
         """Raises UserError if an encoder stays frozen, and nobody named CLIP's weights."""
@@ -150,6 +163,20 @@ class CombinerConfig(Clip4CirConfig):
     """The Combiner."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     """The encoders' outputs."""
+
+    def after(self, run: "StoredRun", metric: str | None = None) -> dict[str, Any]:
+        """Returns the settings by which this stage builds on the first's CLIP."""
+        first = run.config
+        if not isinstance(first, FinetuneConfig):
+            return {}
+        return {
+            "model.architecture": first.model.architecture,
+            "model.pretrained": first.model.pretrained,
+            "model.activation": first.model.activation,
+            "model.tuned": str(run.best_finished(metric)),
+            "model.tuned_seed": first.seed,
+            **{f"preparation.{name}": value for name, value in asdict(first.preparation).items()},
+        }
 
     def require_named(self) -> None:
         """Raises UserError if nobody named CLIP's weights, or a run that tuned them."""

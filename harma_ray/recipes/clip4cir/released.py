@@ -132,7 +132,7 @@ class Clip4CirFile(ForeignFormat):
 def _paired(config: CombinerConfig, clip: StoredRun | str) -> tuple[CombinerConfig, str]:
     """Returns the settings with a CLIP, and what it is in words."""
     if not isinstance(clip, str):
-        return build_config(config, Clip4CirTask(config).after(clip), origin="--clip"), f"run {clip.path}"
+        return build_config(config, config.after(clip), origin="--clip"), f"run {clip.path}"
     file = Path(clip).expanduser()
     is_file = file.is_file()
     changes = {"model.pretrained": str(file.absolute()) if is_file else clip, "model.tuned": ""}

@@ -8,9 +8,9 @@ Shape letters: Q queries, G gallery, F features of CLIP.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from harma_ray.recipes.clip4cir.queries import BASELINE_METRICS, LABELS, compose
 from harma_ray.report.composed import ComposedEvaluation
 from harma_ray.retrieval.composed import ComposedResult, ComposedRetrieval
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity, clip_encoder, encode_texts
-from harma_ray.task import Features, StoredRun, Task
+from harma_ray.task import Features, Task
 from harma_ray.training.checkpoint import WEIGHTS_NAME, load_weights, read_meta
 
 
@@ -141,20 +141,6 @@ class Clip4CirTask(Task[Clip4CirConfig, ComposedRetriever]):
         model = self.new_model()
         model.combiner = None
         return model
-
-    def after(self, run: StoredRun, metric: str | None = None) -> dict[str, Any]:
-        """Returns the settings by which the second stage builds on the first's CLIP."""
-        first = run.config
-        if not isinstance(self.config, CombinerConfig) or not isinstance(first, FinetuneConfig):
-            return {}
-        return {
-            "model.architecture": first.model.architecture,
-            "model.pretrained": first.model.pretrained,
-            "model.activation": first.model.activation,
-            "model.tuned": str(run.best_finished(metric)),
-            "model.tuned_seed": first.seed,
-            **{f"preparation.{name}": value for name, value in asdict(first.preparation).items()},
-        }
 
     def queries(self, model: ComposedRetriever | None = None) -> Sequence[str]:
         """Returns the names among `QUERIES` that a model can make: all, or without a Combiner all others."""

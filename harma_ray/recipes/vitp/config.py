@@ -159,6 +159,11 @@ class VitpConfig(RunConfig):
         return super().data_sets | ({"features.data": (self.features.data, used)} if self.features.data else {})
 
     @property
+    def trained_kinds(self) -> tuple[str, ...]:
+        """Talks."""
+        return ("talks",)
+
+    @property
     def metrics(self) -> Metrics:
         """The figures on which choices rest, without labels."""
         return Metrics(

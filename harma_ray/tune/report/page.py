@@ -131,8 +131,9 @@ def _final_table(results: SearchResults) -> str:
     table = page.table(columns, num_text_columns=1)
     if not results.baseline:
         return table
-    split = next(iter(results.final))
-    return f"{table}\n{page.paragraph(f'Before training: the model of the best setting as it was built, on {split}.')}"
+    split, start = next(iter(results.final)), results.definition.config.started_from
+    model = start.title if start.weights else "the model of the best setting as it was built"
+    return f"{table}\n{page.paragraph(f'Before training: {model}, on {split}.')}"
 
 
 def _cost_section(results: SearchResults) -> str:
