@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["errors", "shell", "distributed", "config"],
-    ["files", "parallel", "settings"],
+    ["files", "parallel", "progress", "settings"],
     ["resources", "models", "data.scenes"],
     ["data"],
     ["data.convert", "evaluation", "retrieval"],

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from harma_ray.data.images import open_image
 from harma_ray.data.order import IndexedSplit, RowsChunk, iterate_slices
@@ -21,6 +20,7 @@ from harma_ray.data.splits import Split, index_rows, open_split
 from harma_ray.errors import UserError
 from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.on_ray.tasks import map_in_actors
+from harma_ray.progress import progress_bar
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.training.threads import use_threads
 
@@ -113,7 +113,7 @@ def encode(
     build = partial(_Process, load, "cuda" if use_gpu else "cpu", num_actors)
     results, bad = map_in_actors(build, requests, num_actors=num_actors, use_gpu=use_gpu), []
     with closing(results):
-        for found in tqdm(results, total=len(requests), unit=" batches", desc=progress, leave=False):
+        for found in progress_bar(iterable=results, total=len(requests), unit=" batches", desc=progress, leave=False):
             bad += found.bad
             if len(bad) > settings.max_bad:
                 raise UserError(f"{len(bad)} images cannot be read ({'; '.join(bad[:_LISTED])}); mend them{hint}")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.image_files import readable_name
 from harma_ray.files import atomic, cache_folder, settled_state
+from harma_ray.progress import progress_bar
 
 THREADS = 8
 """Files that are read at the same time: on a network drive each is waited for."""
@@ -66,8 +66,8 @@ def hash_seen(
         return hashes, failures
     with ThreadPoolExecutor(THREADS) as pool:
         shown = {"unit": " files", "disable": not progress, "desc": f"checking {len(to_read):,} files"}
-        for path, (content, reason) in tqdm(
-            zip(to_read, pool.map(_hash, to_read), strict=True), total=len(to_read), **shown
+        for path, (content, reason) in progress_bar(
+            iterable=zip(to_read, pool.map(_hash, to_read), strict=True), total=len(to_read), **shown
         ):
             if reason:
                 failures[path] = reason

@@ -5,8 +5,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from harma_ray.data.convert.mistakes import all_mistakes
 from harma_ray.data.convert.writer import WriteSettings
 from harma_ray.data.image_reading import picture_size
@@ -14,6 +12,7 @@ from harma_ray.data.images import BadImage
 from harma_ray.data.kinds.base import ImageSource, Record, RowCheck
 from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
+from harma_ray.progress import progress_bar
 
 _PART = 1000
 
@@ -46,7 +45,7 @@ def check_rows(records: Sequence[Record], settings: WriteSettings, where: str) -
     slices = iterate_slices(len(records), _PART)
     parts = [_Part(part.start, records[part], settings.check, settings.resize) for part in slices]
     found = {}
-    with tqdm(total=len(records), unit=" rows", desc="checking", disable=not settings.progress) as bar:
+    with progress_bar(total=len(records), unit=" rows", desc="checking", disable=not settings.progress) as bar:
         for place, told in settings.map_tasks(_check_part, parts):
             found[place] = told
             bar.update(min(_PART, len(records) - place))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from harma_ray import __version__
 from harma_ray.data.convert.contents import memory_of
@@ -53,6 +52,7 @@ from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 from harma_ray.files import atomic, output_path
+from harma_ray.progress import progress_bar
 
 MIN_SHARDS = 8
 """Splits are cut into this many shards even if they are small, so that several tasks write (and read) them."""
@@ -162,7 +162,7 @@ def write_split(
                 return _write(job)
             tolerance.check(done.bad)
             if settings.progress:
-                tqdm.write(f"{split} is done already, from the same inputs; nothing is written", file=sys.stderr)
+                print(f"{split} is done already, from the same inputs; nothing is written", file=sys.stderr)
             return done
     except OSError as error:
         raise disk_error(split, error) from error
@@ -285,7 +285,7 @@ def _map(job: _Job, function: Callable[[ShardPlan], Any], plans: list[ShardPlan]
     """Runs the tasks and shows how far they are."""
     counts = {plan.path.name: len(plan.records) for plan in plans}
     hidden, unit = not job.settings.progress, f" {job.wanted.kind}"
-    with tqdm(total=sum(counts.values()), unit=unit, disable=hidden, desc=verb) as bar:
+    with progress_bar(total=sum(counts.values()), unit=unit, disable=hidden, desc=verb) as bar:
         for result in job.settings.map_tasks(function, plans):
             yield result
             bar.update(counts[result.file])
