@@ -114,7 +114,8 @@ def train_and_print(run: Run, prepared: Prepared, cluster: Cluster, started: flo
             if ready is not config:  # the training reads vectors in place of images
                 prepared = prepare(ready).on(cluster)
             start = config.started_from.title
-            progress = Progress(prepared.total_steps, started, prepared.task.metrics, start, advise=advise)
+            metrics, counted = prepared.task.metrics, "pairs" if config.train.captions == "grouped" else "samples"
+            progress = Progress(prepared.total_steps, started, metrics, start, advise=advise, counted=counted)
             num_workers = prepared.workers.num_workers if prepared.workers else 1
             progress.say(start_line(num_workers))
             train(run, prepared, cluster, on_record=progress)
@@ -197,9 +198,18 @@ def check_gradients(config: RunConfig) -> None:
 class Progress:
     """Prints the run's record as it grows."""
 
-    def __init__(self, total_steps: int, started: float, metrics: Metrics, start: str = "", *, advise: bool = True):
+    def __init__(
+        self,
+        total_steps: int,
+        started: float,
+        metrics: Metrics,
+        start: str = "",
+        *,
+        advise: bool = True,
+        counted: str = "samples",
+    ):
         self._total, self._started, self._first = total_steps, started, None
-        self._start, self._advise = start, advise
+        self._start, self._advise, self._counted = start, advise, counted
         self._metrics, self._shown = metrics, dict.fromkeys((metrics.objective, "r_mean", "r_mean_text"))
         self._printed, self._last = -math.inf, -1
 
@@ -240,7 +250,7 @@ class Progress:
             left = (now - self._first[0]) / (record["step"] - self._first[1]) * (self._total - record["step"])
             self.say(
                 f"step {record['step']}/{self._total}  loss {record['loss']:.3f}  "
-                f"{record['pairs_per_second']:.0f} samples/s  waiting for data {record['data_wait_fraction']:.0%}  "
-                f"about {left:.0f} s left"
+                f"{record['pairs_per_second']:.0f} {self._counted}/s  waiting for data "
+                f"{record['data_wait_fraction']:.0%}  about {left:.0f} s left"
             )
             self._printed, self._last = now, record["step"]

@@ -35,6 +35,13 @@ def test_a_step_is_told_once_whatever_follows_it(capsys):
     ]  # fmt: skip
 
 
+def test_rates_count_pairs_where_a_sample_has_several(capsys):
+    progress = Progress(80, time.perf_counter(), Metrics(("r_mean",), "r_mean"), counted="pairs")
+    progress(step(1))
+    progress(step(20))
+    assert " pairs/s  waiting for data " in capsys.readouterr().out
+
+
 def test_the_figures_of_step_0_say_whose_they_are_and_one_of_several_seeds_advises_nothing(capsys):
     start = "the start from first's weights"
     progress = Progress(80, time.perf_counter(), Metrics(("r_mean",), "r_mean"), start, advise=False)
