@@ -23,7 +23,7 @@ from harma_ray.data.images import MAX_PIXELS, BadImage, is_wide, to_rgb
 from harma_ray.data.order import iterate_slices
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import open_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.retrieval.encoding import Encoder, VectorIdentity
 from harma_ray.runs import Run, open_run
@@ -116,12 +116,12 @@ class Retriever:
         parts = [self.encoder.encode_texts(cleaned[part]) for part in iterate_slices(len(cleaned), batch_size)]
         return torch.cat([torch.empty(0, self.encoder.width), *parts])
 
-    def _read_text(self, text: object) -> str:
+    def _read_text(self, text: object, what: str = "caption") -> str:
         if not isinstance(text, str):
-            raise UserError(f"a caption must be a text, got {text!r}")
+            raise UserError(f"a {what} must be a text, got {text!r}")
         cleaned = self.encoder.prepare_text(text)
         if not cleaned:
-            raise UserError(f"caption {text!r} holds no word")
+            raise UserError(f"{what} {text!r} holds no word")
         return cleaned
 
     def compose(
@@ -135,7 +135,7 @@ class Retriever:
 
         Args:
             images: Q reference images, as for `encode_images`.
-            captions: What changes each of them: a text, or two, as in FashionIQ.
+            captions: The relative caption of each, which tells what changes; or two, as in FashionIQ.
             query: How, such as ``sum``; None = the model's own way.
             batch_size: Queries at a time.
 
@@ -143,8 +143,8 @@ class Retriever:
             fp32[Q, E] on CPU, L2-normalised.
 
         Raises:
-            UserError: If the model composes no queries, or not in this way, there are not one or two captions for each
-                image, or one of them holds no word; naming an image that cannot be read.
+            UserError: If the model composes no queries, or not in this way, there are not one or two relative captions
+                for each image, or one of them holds no word; naming an image that cannot be read.
         """
         for name, items in (("images", images), ("captions", captions)):
             _check_list(name, items, batch_size)
@@ -155,12 +155,13 @@ class Retriever:
         if query not in ways:
             raise UserError(f"`query` must be one of {', '.join(ways)} for this model, got {query}")
         if len(images) != len(captions):
-            raise UserError(f"every image needs its captions, got {len(images)} images and {len(captions)} captions")
+            numbers = f"{count(len(images), 'image')} and {count(len(captions), 'relative caption')}"
+            raise UserError(f"every image needs its relative caption, or two, got {numbers}")
         told = [[*own] if isinstance(own, list | tuple) else [own] for own in captions]
         counts = {len(own) for own in told} - {1, 2}
         if counts:
-            raise UserError(f"a query has one or two captions, got {counts.pop()}")
-        told = [[self._read_text(text) for text in own] for own in told]
+            raise UserError(f"a query has one or two relative captions, got {counts.pop()}")
+        told = [[self._read_text(text, "relative caption") for text in own] for own in told]
         parts = [torch.empty(0, self.encoder.width)]
         for part in iterate_slices(len(images), batch_size):
             prepared = torch.stack([self._prepare(image) for image in images[part]])

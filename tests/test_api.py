@@ -182,10 +182,10 @@ def test_composed_queries_are_those_of_evaluation(composed, tmp_path):
     texts = [own[0] for own in queries.captions]
     torch.testing.assert_close(retriever.encode_texts(texts), found.others["text"].retrieval.query_embeddings)
     for captions, query, message in (
-        (texts[:1], None, "got 4 images and 1 captions"),
-        ([*texts[:3], " "], None, "' ' holds no word"),
-        ([*texts[:3], ["a", "b", "c"]], None, "one or two captions, got 3"),
-        ([*texts[:3], 3], None, "a caption must be a text, got 3"),
+        (texts[:1], None, "got 4 images and 1 relative caption$"),
+        ([*texts[:3], " "], None, "relative caption ' ' holds no word"),
+        ([*texts[:3], ["a", "b", "c"]], None, "one or two relative captions, got 3"),
+        ([*texts[:3], 3], None, "a relative caption must be a text, got 3"),
         (texts, "product", "must be one of combiner, sum, image, text for this model, got product"),
     ):
         with pytest.raises(UserError, match=message):

@@ -30,7 +30,7 @@ def training_texts(captions: Sequence[str]) -> tuple[str, ...]:
     if len(captions) == 1:
         return (captions[0],)
     if len(captions) != 2:
-        raise ValueError(f"a query has one or two captions, got {len(captions)}")
+        raise ValueError(f"a query has one or two relative captions, got {len(captions)}")
     first, second = (caption.strip(_STRIPPED) for caption in captions)
     capital_first, capital_second = first.capitalize(), second.capitalize()
     return f"{capital_first} and {second}", f"{capital_second} and {first}", capital_first, capital_second

@@ -21,7 +21,7 @@ from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.order import iterate_slices
 from harma_ray.data.rendering import Rendering
 from harma_ray.data.splits import Split, list_splits, open_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.files import making, new_path, write_text
 from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.recipes import QUERIES
@@ -237,10 +237,12 @@ def _tables(parts: Sequence[Part]) -> Iterator[pa.Table]:
 
 def _summarise(manifest: Mapping[str, Any], target: Path, rule: str) -> str:
     counts, bad = manifest["counts"], "".join(f"\n  left out: {entry}" for entry in manifest["bad"])
-    *first, last = (f"{count} {kind}" for kind, count in counts.items())
+    *first, last = (kind for kind in counts if counts[kind])
+    others = ", ".join(f"{counts[kind]:,} {kind}" for kind in first)
     shown = f"; images of more than 8 bits were rendered by {rule}" if rule else ""
     composed = f"; queries: {QUERIES[manifest[QUERY]]}" if QUERY in counts else ""
+    vectors = (f"{others} and " if others else "") + count(counts[last], f"{last} vector")
     return (
-        f"wrote {', '.join(first)} and {last} vectors of width {manifest['width']}, in "
+        f"wrote {vectors} of width {manifest['width']}, in "
         f"{manifest[ENCODER]['precision']}, to {target}{shown}{composed}{bad}"
     )

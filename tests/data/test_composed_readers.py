@@ -32,7 +32,7 @@ def test_odd_rows_are_kept_with_a_warning(fashioniq, tmp_path, caplog):
     edit_json(fashioniq / "captions" / "cap.dress.val.json", change)
     with caplog.at_level(logging.WARNING):
         fashioniq_split(fashioniq, "val", tmp_path, categories=["dress"])
-    assert "dress val: 2 of 11 captions are empty, the first in cap.dress.val.json row 2" in caplog.text
+    assert "dress val: 2 of 11 relative captions are empty, the first in cap.dress.val.json row 2" in caplog.text
     assert "dress val: 1 of 6 targets are the reference itself, the first in cap.dress.val.json row 4" in caplog.text
     captions = open_split(tmp_path, "val").queries().column("captions").to_pylist()
     assert captions[1:3] == [["", " . "], ["is Only one"]]

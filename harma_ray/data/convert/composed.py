@@ -285,7 +285,7 @@ def _warn(parts: list[ComposedPart]) -> None:
         empty = [source for text, source in texts if not text.strip(_EDGES)]
         if empty:
             _logger.warning(
-                "%s: %d of %d captions are empty, the first in %s", part.name, len(empty), len(texts), empty[0]
+                "%s: %d of %d relative captions are empty, the first in %s", part.name, len(empty), len(texts), empty[0]
             )
         same = [query.source for query in part.queries if query.reference == query.target]
         if same:
