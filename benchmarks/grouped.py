@@ -151,7 +151,7 @@ def measure_learning(folder: Path, options: argparse.Namespace) -> None:
     for name, results in found.items():
         means = [[metrics[key] for metrics, _, _ in results] for key in ("r_mean", "r_mean_text")]
         figures = [f"{statistics.mean(v):.2f} +- {statistics.stdev(v) if len(v) > 1 else 0:.2f}" for v in means]
-        epochs, seconds = ([result[place] for result in results] for place in (1, 2))
+        epochs, seconds = [taken for _, taken, _ in results], [taken for _, _, taken in results]
         rows.append([name, *spread(epochs, "g"), *spread(seconds, ".0f"), *figures])
     headers = ["captions", "epochs", "", "seconds of steps", "", "test r_mean", "test r_mean_text"]
     print(f"\n{base.recipe}, batches of {options.batch} pairs, {options.seeds} seeds: mean and standard deviation")
