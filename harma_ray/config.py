@@ -5,7 +5,6 @@ field and are checked where settings come in, by `harma_ray.settings.build_confi
 in ``__post_init__``.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -261,6 +260,8 @@ class RunConfig:
 
     groups_captions = False  # without a type: no setting
     """Whether the recipe's loss takes several captions of an image."""
+    built_on_clip = True
+    """Whether the recipe's backbone is a CLIP."""
 
     recipe: Annotated[str, SharedByTrials()]
     """Name of the recipe that this configuration started from."""
@@ -332,18 +333,5 @@ class RunConfig:
     def require_weights(self) -> None:
         """Raises UserError if named weights are not there, as far as shows without torch; a recipe replaces it."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class PublishedFigures:
-    """What a paper says that a recipe reaches: quoted, not measured here."""
-
-    data: str
-    """Name of the data set."""
-    split: str
-    """Split that they were measured on."""
-    num_texts: int
-    """Captions, or queries, of this split, by which it is recognised."""
-    figures: Mapping[str, float]
-    """By metric, in percent."""
-    source: str
-    """Where they stand."""
+    def check_export(self, format: str) -> None:
+        """Raises UserError if models of these settings cannot be written as ``adapter``, ...; a recipe replaces it."""

@@ -173,3 +173,19 @@ class Evaluation:
     def sections(self, split: Split) -> list[Section]:
         """Returns what a page shows beside the table of metrics."""
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedFigures:
+    """What a paper says that a recipe reaches: quoted, not measured here."""
+
+    data: str
+    """Name of the data set."""
+    split: str
+    """Split that they were measured on."""
+    num_texts: int
+    """Captions, or queries, of this split, by which it is recognised."""
+    figures: Mapping[str, float]
+    """By metric, in percent."""
+    source: str
+    """Where they stand."""

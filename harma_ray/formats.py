@@ -77,6 +77,12 @@ class Submission:
     """Writes them, see `harma_ray.recipes.clip4cir.submission.predict_cirr`; returns the files and a note on them."""
 
 
+def require_clip(config: RunConfig) -> None:
+    """Raises UserError if a recipe's backbone is no CLIP."""
+    if not config.built_on_clip:
+        raise UserError(f"recipe {config.recipe} is not built on a CLIP")
+
+
 def no_vision() -> UserError:
     """Returns what is told of a model that no vision transformer can be taken out of."""
     return UserError(
@@ -138,9 +144,6 @@ class ForeignFormat(ABC):
         Raises:
             UserError: As `load`, or if the CLIP is missing or another one.
         """
-
-    def check_export(self, run: StoredRun, format: str) -> None:  # noqa: B027
-        """Raises UserError if a run cannot be written as ``released``, ``adapter``, ``open_clip``, ..."""
 
     @abstractmethod
     def preparation(self, model: Any, run: StoredRun) -> Preparation:

@@ -78,13 +78,14 @@ def _export(options: argparse.Namespace) -> None:
     from harma_ray.cli import early_checks
 
     run = early_checks.open_usable(options.run)
-    from harma_ray.exports.checkpoint import export_checkpoint
-    from harma_ray.exports.hub import HubOptions
+    from harma_ray.exports.request import HubOptions, check_export
 
-    hub = HubOptions(options.backbone, tuple(options.figures))
-    made = export_checkpoint(
-        run, options.format, options.out, metric=options.metric, overwrite=options.overwrite, hub=hub
-    )
+    how = {"metric": options.metric, "overwrite": options.overwrite}
+    how["hub"] = HubOptions(options.backbone, tuple(options.figures))
+    check_export(run, options.format, options.out, **how)
+    from harma_ray.exports.checkpoint import export_checkpoint  # torch
+
+    made = export_checkpoint(run, options.format, options.out, **how)
     print(made.describe())
 
 
@@ -92,6 +93,8 @@ def _extract(options: argparse.Namespace) -> None:
     from harma_ray.cli import early_checks
 
     run = early_checks.open_usable(options.run)
+    early_checks.require_free(options.out)
+    run.best_checkpoint(options.metric)
     from harma_ray.extraction import extract_vision
 
     print(extract_vision(run, options.out, layout=options.layout, dtype=options.dtype, metric=options.metric))

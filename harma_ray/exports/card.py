@@ -2,23 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 import harma_ray
 from harma_ray.evaluation import Metrics
+from harma_ray.exports.request import LIBRARY
 from harma_ray.models.openclip import open_clip
 
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit"}
 """Of open_clip's weights, by how their tags begin."""
-_LIBRARY = "harma-ray"
-
-
-def is_own_card(path: Path) -> bool:
-    """Tells whether a file is a model card that was made here."""
-    return path.is_file() and f"library_name: {_LIBRARY}\n" in path.read_text(encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class Card:
         licence = _terms(self.pretrained[1])[0]
         known = {"eval_results": results, "model_name": self.name} if results else {}
         card = ModelCardData(
-            library_name=_LIBRARY,
+            library_name=LIBRARY,
             license=licence,
             license_name="see-the-backbone" if licence == "other" else None,
             base_model=_hub_name(*self.pretrained) or None,

@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from harma_ray.exports.request import CLIP_NAME, CLIP_WEIGHTS
 from harma_ray.models.architectures import configuration
 from harma_ray.models.towers import Preparation
 from harma_ray.models.weights import has_quick_gelu, save_clip
-
-WEIGHTS_NAME = "open_clip_model.safetensors"
-CONFIG_NAME = "open_clip_config.json"
 
 
 def write_clip_folder(clip: nn.Module, architecture: str, preparation: Preparation, folder: Path) -> None:
@@ -25,7 +23,7 @@ def write_clip_folder(clip: nn.Module, architecture: str, preparation: Preparati
         folder: Is made.
     """
     folder.mkdir()
-    save_clip(clip, folder / WEIGHTS_NAME)
+    save_clip(clip, folder / CLIP_WEIGHTS)
     settings: dict[str, Any] = configuration(architecture)
     if has_quick_gelu(clip):
         settings["quick_gelu"] = True
@@ -34,4 +32,4 @@ def write_clip_folder(clip: nn.Module, architecture: str, preparation: Preparati
     content = {"model_cfg": settings, "preprocess_cfg": {**prepared, "mode": "RGB"}}
     if before:
         content["not_done_by_open_clip"] = before
-    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=1))
+    (folder / CLIP_NAME).write_text(json.dumps(content, indent=1))

@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
+from harma_ray.exports.request import GRAPHS_NAME, require_packages
 from harma_ray.models.towers import Tower
 
-FACTS_NAME = "onnx.json"
 TOLERANCE = 1e-4
 """Largest difference to the model: of unit vectors, and of features in parts of their largest number."""
 _TRACED_ROWS = 2
-_TOLD = ("onnx", "onnxscript")
-"""Packages that torch's exporter needs."""
-
-
-def require_packages() -> None:
-    """Raises UserError if a package is missing that graphs are written with."""
-    missing = [name for name in _TOLD if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'ONNX graphs need {" and ".join(missing)}; run: pip install "harma-ray[onnx]"')
 
 
 def write_graphs(towers: Sequence[Tower], facts: Mapping[str, Any], folder: Path) -> str:
@@ -58,7 +49,7 @@ def write_graphs(towers: Sequence[Tower], facts: Mapping[str, Any], folder: Path
             **tower.facts,
         }
     told = {**facts, "opset": opset, "precision": "fp32", "largest_differences": differences, "tolerance": TOLERANCE}
-    (folder / FACTS_NAME).write_text(json.dumps({**told, "towers": written}, indent=1))
+    (folder / GRAPHS_NAME).write_text(json.dumps({**told, "towers": written}, indent=1))
     if not checked:
         return 'not checked against the model: onnxruntime is not installed (pip install "harma-ray[onnx]")'
     found = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())

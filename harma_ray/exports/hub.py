@@ -5,15 +5,16 @@ The folder is that of a run, without its records, with a model card. Paths in it
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError
 from harma_ray.exports.card import Card, CardFigures
+from harma_ray.exports.request import BACKBONE_NAME, CARD_NAME, BackboneChoice, HubOptions
 from harma_ray.files import write_text
 from harma_ray.formats import Carried, ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
@@ -24,20 +25,6 @@ from harma_ray.runs import CONFIG_NAME, Run
 from harma_ray.settings import build_config, config_hash, flat_settings, marked_settings, to_dict, to_yaml
 from harma_ray.training.checkpoint import STATE_NAME, CheckpointMeta, checkpoint_path, read_meta, save_checkpoint
 from harma_ray.training.run_files import REPORT_NAME
-
-CARD_NAME = "README.md"
-BACKBONE_NAME = "backbone.safetensors"
-BackboneChoice = Literal["include", "name"]
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """What may be chosen."""
-
-    backbone: BackboneChoice | None = None
-    """Whether the weights that a CLIP started from are in the folder; None: those of files are."""
-    figures: Sequence[str | Path] = ()
-    """Files of ``evaluate --json``, whose figures have intervals."""
 
 
 def write_hub_folder(

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harma_ray.config import Incidental, PublishedFigures, RunConfig
+from harma_ray.config import Incidental, RunConfig
 from harma_ray.errors import UserError
+from harma_ray.evaluation import PublishedFigures
 from harma_ray.formats import Submission
 from harma_ray.recipes.clip4cir import commands as clip4cir_commands
 from harma_ray.recipes.clip4cir import config as clip4cir_config

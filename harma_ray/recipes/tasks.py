@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harma_ray.config import RunConfig
-from harma_ray.errors import UserError
-from harma_ray.formats import ForeignFormat
+from harma_ray.formats import ForeignFormat, require_clip
 from harma_ray.models.backbones import ClipBackbone
 from harma_ray.recipes.clip4cir.config import CombinerConfig, FinetuneConfig
 from harma_ray.recipes.clip4cir.released import Clip4CirFile
@@ -36,7 +35,7 @@ def clip_backbone(config: RunConfig) -> ClipBackbone:
     Raises:
         UserError: If it is built on something else.
     """
+    require_clip(config)
     backbone = TASKS[type(config)](config).backbone
-    if not isinstance(backbone, ClipBackbone):
-        raise UserError(f"recipe {config.recipe} is not built on a CLIP")
+    assert isinstance(backbone, ClipBackbone)
     return backbone

@@ -7,8 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from harma_ray.config import PublishedFigures
-from harma_ray.evaluation import Metrics
+from harma_ray.evaluation import Metrics, PublishedFigures
 
 _TABLE_1 = {
     "txt_r1": "I2T R@1",

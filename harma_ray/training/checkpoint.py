@@ -28,9 +28,15 @@ from harma_ray.files import atomic
 from harma_ray.models.fingerprints import file_fingerprint
 from harma_ray.models.weights import check_fit
 from harma_ray.parallel import gather_tensors, spread_like
-from harma_ray.training.run_files import META_NAME, CheckpointMeta, checkpoint_path, list_checkpoints, read_meta
+from harma_ray.training.run_files import (
+    META_NAME,
+    WEIGHTS_NAME,
+    CheckpointMeta,
+    checkpoint_path,
+    list_checkpoints,
+    read_meta,
+)
 
-WEIGHTS_NAME = "trainable.safetensors"
 STATE_NAME = "state.pt"
 
 

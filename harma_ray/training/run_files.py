@@ -15,6 +15,7 @@ METRICS_NAME = "metrics.jsonl"
 REPORT_NAME = "report.json"
 FOLDER = "checkpoints"
 META_NAME = "checkpoint.json"
+WEIGHTS_NAME = "trainable.safetensors"
 
 
 @dataclass(frozen=True)

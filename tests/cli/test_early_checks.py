@@ -43,6 +43,7 @@ SPACES = {
 def mistakes(tmp_path, data, composed, run, unfinished, training, search, space):
     train = ["train", "--recipe", "harma-scenes", "--data", data]
     random = ["--set", "model.pretrained=random"]
+    export = ["checkpoint", "export", "--run", run, "--format"]
     combiner = ["train", "--recipe", "scenes-cir-combiner", "--data", data]
     vitp = ["train", "--recipe", "scenes-vitp", "--data", data]
     return [
@@ -113,6 +114,11 @@ def mistakes(tmp_path, data, composed, run, unfinished, training, search, space)
             ["checkpoint", "import", "gone", "--recipe", "harma-scenes", "--out", "x"],
         ),
         ("not the folder of a run (", ["checkpoint", "export", "--run", tmp_path, "--format", "adapter", "--out", "x"]),
+        ("a folder that no export made", [*export, "adapter", "--out", tmp_path, "--overwrite"]),
+        ("/space.yaml exists; choose", [*export, "adapter", "--out", space]),
+        ("whose GELU and attention no weight of", [*export, "open_clip", "--out", tmp_path / "x"]),
+        ("are for --format huggingface", [*export, "adapter", "--out", tmp_path / "x", "--backbone", "name"]),
+        ("exists; choose another --out", ["checkpoint", "extract-vit", "--run", run, "--out", tmp_path]),
         ("`--workers` must be at least 1, got 0", ["demo", "vitp", "--out", tmp_path / "demo", "--workers", "0"]),
         ("`seed` must be at least 0, got -1", ["demo", "cir", "--out", tmp_path / "demo", "--seed", "-1"]),
         ("is no folder; choose another --out", ["demo", "--out", space]),

@@ -14,7 +14,8 @@ from harma_ray.api import load_run
 from harma_ray.data.padding import padded_transform
 from harma_ray.errors import UserError
 from harma_ray.exports.checkpoint import export_checkpoint
-from harma_ray.exports.clip_folder import CONFIG_NAME, write_clip_folder
+from harma_ray.exports.clip_folder import write_clip_folder
+from harma_ray.exports.request import CLIP_NAME
 from harma_ray.models.architectures import configuration
 from harma_ray.models.towers import Preparation
 from harma_ray.recipes import recipe_config
@@ -101,9 +102,9 @@ def test_only_what_an_export_made_is_replaced(random_run, tmp_path, monkeypatch)
         export_checkpoint(run, "open_clip", made, overwrite=True)
     (made / "thesis.tex").unlink()
     (made / "notes").mkdir()
-    (made / "notes" / CONFIG_NAME).write_text("years")
+    (made / "notes" / CLIP_NAME).write_text("years")
     monkeypatch.delattr(Run, "load_checkpoint")  # is not worked for in vain
-    with pytest.raises(UserError, match=rf"no such export writes \(notes/{CONFIG_NAME}\) and is not replaced"):
+    with pytest.raises(UserError, match=rf"no such export writes \(notes/{CLIP_NAME}\) and is not replaced"):
         export_checkpoint(run, "open_clip", made, overwrite=True)
     monkeypatch.undo()
     shutil.rmtree(made / "notes")

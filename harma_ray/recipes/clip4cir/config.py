@@ -13,13 +13,13 @@ from harma_ray.config import (
     OnDisk,
     OptimConfig,
     PositiveCount,
-    PublishedFigures,
     RunConfig,
     SelectionConfig,
     SharedByTrials,
     TrainConfig,
 )
-from harma_ray.evaluation import Metrics
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Metrics, PublishedFigures
 from harma_ray.models.names import require_file, require_named
 from harma_ray.training.run_files import read_meta
 
@@ -105,6 +105,11 @@ class Clip4CirConfig(RunConfig):
     def require_weights(self) -> None:
         """Raises UserError if CLIP's weights can be nothing but a file, and that is not there."""
         require_file(self.model.architecture, self.model.pretrained)
+
+    def check_export(self, format: str) -> None:
+        """Raises UserError for adapters."""
+        if format == "adapter":
+            raise UserError(f"recipe {self.recipe} has no adapters; export it as `released` or `open_clip`")
 
 
 @dataclass(frozen=True, kw_only=True)

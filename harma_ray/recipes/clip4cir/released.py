@@ -83,11 +83,6 @@ class Clip4CirFile(ForeignFormat):
         text = f"{_sizes(weights)}\npaired with {source} (`{architecture}`, fingerprint {fingerprint[:12]}): {proof}"
         return Reading(model, config, fingerprint, text, is_kept, is_kept and _knows_activation(clip))
 
-    def check_export(self, run: StoredRun, format: str) -> None:
-        """Raises UserError for adapters."""
-        if format == "adapter":
-            raise UserError(f"run {run.path} has no adapters; export it as `released` or `open_clip`")
-
     def preparation(self, model: ComposedRetriever, run: StoredRun) -> Preparation:
         """Returns the gallery's: padded as configured, resized, its centre cut out."""
         assert isinstance(run.config, Clip4CirConfig)

@@ -15,14 +15,14 @@ from harma_ray.config import (
     OptimConfig,
     Positive,
     PositiveCount,
-    PublishedFigures,
     RunConfig,
     SelectionConfig,
     SharedByTrials,
     TrainConfig,
 )
 from harma_ray.data.augmentation import Augmentation
-from harma_ray.evaluation import Metrics
+from harma_ray.errors import UserError
+from harma_ray.evaluation import Metrics, PublishedFigures
 from harma_ray.models.names import require_file, require_named
 
 Criterion = Literal[
@@ -140,6 +140,14 @@ class HarmaConfig(RunConfig):
     def require_weights(self) -> None:
         """Raises UserError if the backbone's weights can be nothing but a file, and that is not there."""
         require_file(self.model.architecture, self.model.pretrained)
+
+    def check_export(self, format: str) -> None:
+        """Raises UserError for a plain CLIP of a model with adapters."""
+        if format == "open_clip" and self.model.tuning == "adapters":
+            raise UserError(
+                "this run has HarMA's adapters, whose GELU and attention no weight of a plain CLIP can stand for; "
+                "export it as `onnx`, `huggingface`, `released` or `adapter`"
+            )
 
 
 def harma_rsitmd_vit() -> HarmaConfig:

@@ -111,15 +111,6 @@ class HarmaFile(ForeignFormat):
             knows_activation=weights.quick_gelu is not None or bool(config.model.activation),
         )
 
-    def check_export(self, run: StoredRun, format: str) -> None:
-        """Raises UserError for a plain CLIP of a model with adapters."""
-        assert isinstance(run.config, HarmaConfig)
-        if format == "open_clip" and run.config.model.tuning == "adapters":
-            raise UserError(
-                f"run {run.path} has HarMA's adapters, whose GELU and attention no weight of a plain CLIP can stand "
-                "for; export it as `onnx`, `huggingface`, `released` or `adapter`"
-            )
-
     def preparation(self, model: DualEncoder, run: StoredRun) -> Preparation:
         """Returns the evaluation's: squashed to a square."""
         return Preparation(image_size(model), *pixel_statistics(model))

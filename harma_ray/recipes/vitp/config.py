@@ -139,6 +139,8 @@ class GroupsConfig:
 class VitpConfig(RunConfig):
     """Settings of a ViTP run."""
 
+    built_on_clip = False
+
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
     talk: TalkConfig = field(default_factory=TalkConfig)
