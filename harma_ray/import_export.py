@@ -15,7 +15,8 @@ from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import guess_architecture
 from harma_ray.models.backbones import load_clip
 from harma_ray.models.fingerprints import backbone_fingerprint, folder_fingerprint
-from harma_ray.models.foreign import CLIP_MARK, OWN_FORMAT, ForeignWeights, read_foreign, read_models
+from harma_ray.models.foreign import CLIP_MARK, ForeignWeights, read_foreign, read_models
+from harma_ray.models.names import OWN_FORMAT
 from harma_ray.models.weights import check_fit, save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.tasks import FORMATS, clip_backbone

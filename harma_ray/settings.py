@@ -23,6 +23,8 @@ from harma_ray.errors import UserError
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 MarkT = TypeVar("MarkT")
 
+_COUNTED = {"train.epochs": "train.steps", "train.eval_every_epochs": "train.eval_every_steps"}
+"""Settings of which the second counts unless it is 0."""
 _PLAIN_WORDS = {
     "Input should be greater than or equal to": "must be at least",
     "Input should be greater than": "must be above",
@@ -194,6 +196,23 @@ def build_config(base: ConfigT, changes: Mapping[str, Any], *, origin: str = "--
         return _adapter(type(base)).validate_python(raw)
     except ValidationError as error:
         raise UserError(f"{origin}: " + "; ".join(_explain(problem) for problem in error.errors())) from error
+
+
+def require_effect(config: RunConfig, given: Mapping[str, Any], *, origin: str = "--set") -> None:
+    """Raises UserError for a number of epochs that a user gives, nested or dotted, where one of steps counts instead.
+
+    Args:
+        config: The settings that it became part of.
+        given: What the user gave; with the number of steps beside it nothing is refused.
+        origin: Named in errors.
+    """
+    settings, named = flat_settings(to_dict(config)), flat_settings(given)
+    for epochs, steps in _COUNTED.items():
+        if epochs in named and steps not in named and settings[steps]:
+            raise UserError(
+                f"{origin}: `{epochs}` has no effect, because recipe {config.recipe} counts `{steps}` "
+                f"({settings[steps]}); set that, or {steps}=0 beside it"
+            )
 
 
 @functools.cache

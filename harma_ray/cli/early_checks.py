@@ -6,9 +6,12 @@ Where a check returns what it opened, the work goes on with that; else nothing r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import require_same_data
@@ -24,13 +27,14 @@ from harma_ray.files import (
     output_path,
     require_writable,
 )
+from harma_ray.models.names import OWN_FORMAT
 from harma_ray.on_ray.address import starts_own
 from harma_ray.recipes import recipe_config
 from harma_ray.resources import has_driver
-from harma_ray.runs import Run, absolute_paths, lock_folder, new_folder, open_run, timed_name
+from harma_ray.runs import CONFIG_NAME, Run, absolute_paths, lock_folder, new_folder, open_run, timed_name
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
-from harma_ray.training.run_files import list_checkpoints, read_meta
+from harma_ray.training.run_files import META_NAME, list_checkpoints, read_meta
 
 if TYPE_CHECKING:
     from harma_ray.tune.space.definition import SearchDefinition
@@ -140,10 +144,19 @@ def check_model(
         target = figures_path(place) if option == "--json" else output_path(place) if place else None
         if target:
             require_writable(target, option)
-    if not weights:  # those of others may hold the backbone
+    if not weights or _lacks_backbone(Path(weights).expanduser()):
         absolute_paths(config).require_weights()
     if not weights and not run:
         config.require_named()
+
+
+def _lacks_backbone(weights: Path) -> bool:
+    """Tells whether weights are what a run trained, alone; those of others may hold the backbone."""
+    if weights.is_dir():
+        return (weights / META_NAME).is_file() or (weights / CONFIG_NAME).is_file()
+    with suppress(SafetensorError), safe_open(weights, "numpy") as file:
+        return (file.metadata() or {}).get("format") == OWN_FORMAT
+    return False
 
 
 def check_embedded(run: str, data: str, split: str | None, out: str) -> Run:

@@ -112,12 +112,15 @@ def require_workers(workers: int | None) -> None:
 def config_from(options: argparse.Namespace) -> RunConfig:
     """Returns the configuration of ``--config`` or ``--recipe`` with the changes asked for."""
     from harma_ray.recipes import load_config, recipe_config
-    from harma_ray.settings import build_config
+    from harma_ray.settings import build_config, require_effect
 
     base = load_config(options.config) if options.config else recipe_config(options.recipe)
     if getattr(options, "source", None):
         base = build_config(base, source_changes(options, base), origin="--from")
-    return build_config(base, changes_from(options))
+    changes = changes_from(options)
+    config = build_config(base, changes)
+    require_effect(config, changes)
+    return config
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -102,12 +102,16 @@ def _tune(options: argparse.Namespace) -> None:
 def _read_search(file: Path, overrides: Mapping[str, Any], options: argparse.Namespace) -> SearchDefinition:
     """Reads a search space, with what ``--from`` gives its recipe."""
     from harma_ray.recipes import recipe_config
+    from harma_ray.settings import require_effect
     from harma_ray.tune.space.file import load_search, read_recipe
 
+    given = overrides
     recipe = read_recipe(file) if options.source else ""
     if recipe:  # else the search tells what is wrong with its file
         overrides = {**shared.source_changes(options, recipe_config(recipe)), **overrides}
-    return load_search(file, overrides=overrides)
+    definition = load_search(file, overrides=overrides)
+    require_effect(definition.config, given)
+    return definition
 
 
 def _start(definition: SearchDefinition, options: argparse.Namespace, how: SearchOptions) -> None:

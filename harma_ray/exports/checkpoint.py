@@ -16,7 +16,7 @@ from harma_ray.exports.request import HubOptions, check_export
 from harma_ray.files import making
 from harma_ray.formats import ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
-from harma_ray.models.foreign import OWN_FORMAT
+from harma_ray.models.names import OWN_FORMAT
 from harma_ray.models.weights import save_clip
 from harma_ray.recipes import make_task
 from harma_ray.recipes.tasks import FORMATS, clip_backbone

@@ -16,11 +16,10 @@ from torch import Tensor
 from harma_ray.errors import UserError, first_few
 from harma_ray.models.containers import Container, read_container
 from harma_ray.models.inert import Inert
+from harma_ray.models.names import OWN_FORMAT
 
 CLIP_MARK = "token_embedding.weight"
 """A tensor that every CLIP has, beside those under `visual.`."""
-OWN_FORMAT = "harma_ray adapter"
-"""What an adapter file of this program says of itself."""
 ACTIVATION = "activation"
 """Under which a safetensors file of this program says which activation its CLIP was trained with."""
 QUICK_GELU, GELU = "quick GELU", "GELU"

@@ -6,6 +6,8 @@ from harma_ray.errors import UserError
 from harma_ray.files import did_you_mean, near_paths
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
+OWN_FORMAT = "harma_ray adapter"
+"""What an adapter file of this program says of itself."""
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 

@@ -23,6 +23,7 @@ from harma_ray.settings import (
     flat_settings,
     load_yaml,
     marked_settings,
+    require_effect,
     to_dict,
 )
 
@@ -66,7 +67,9 @@ def load_config(path: str | Path) -> RunConfig:
     raw = load_yaml(path)
     if not isinstance(raw.get("recipe"), str):
         raise UserError(f"{path} must name its `recipe`; there are {', '.join(RECIPES)}")
-    return build_config(recipe_config(raw["recipe"]), raw, origin=str(path))
+    config = build_config(recipe_config(raw["recipe"]), raw, origin=str(path))
+    require_effect(config, raw, origin=str(path))
+    return config
 
 
 def changed_settings(config: RunConfig) -> tuple[str, ...]:

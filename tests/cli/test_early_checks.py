@@ -7,7 +7,9 @@ import sys
 
 import pytest
 from command_line import ROOT, SMALL_SPACE, alone, refused
+from safetensors.numpy import save_file
 
+from harma_ray.models.names import OWN_FORMAT
 from harma_ray.resources import has_driver
 from harma_ray.runs import lock_folder
 
@@ -43,6 +45,9 @@ SPACES = {
 def mistakes(tmp_path, data, composed, run, unfinished, training, search, space):
     train = ["train", "--recipe", "harma-scenes", "--data", data]
     random = ["--set", "model.pretrained=random"]
+    gone, adapter = ["--recipe", "harma-scenes", "--data", data, "--set", "model.pretrained=gone.pt"], tmp_path / "a"
+    save_file({}, adapter, metadata={"format": OWN_FORMAT})
+    (tmp_path / "epochs.yaml").write_text("recipe: scenes-vitp\ntrain: {epochs: 5}")
     export = ["checkpoint", "export", "--run", run, "--format"]
     combiner = ["train", "--recipe", "scenes-cir-combiner", "--data", data]
     vitp = ["train", "--recipe", "scenes-vitp", "--data", data]
@@ -114,6 +119,11 @@ def mistakes(tmp_path, data, composed, run, unfinished, training, search, space)
             ["checkpoint", "import", "gone", "--recipe", "harma-scenes", "--out", "x"],
         ),
         ("not the folder of a run (", ["checkpoint", "export", "--run", tmp_path, "--format", "adapter", "--out", "x"]),
+        ("`train.epochs` has no effect, because", [*vitp, "--set", "train.epochs=5"]),
+        ("`train.eval_every_epochs` has no effect", [*vitp, "--set", "train.eval_every_epochs=2"]),
+        ("/epochs.yaml: `train.epochs` has no", ["train", "--config", tmp_path / "epochs.yaml", "--data", data]),
+        ("gone.pt' for `scenes-tiny`", ["evaluate", *gone, "--checkpoint", adapter]),
+        ("gone.pt' for `scenes-tiny`", ["evaluate", *gone, "--checkpoint", next((run / "checkpoints").iterdir())]),
         ("a folder that no export made", [*export, "adapter", "--out", tmp_path, "--overwrite"]),
         ("/space.yaml exists; choose", [*export, "adapter", "--out", space]),
         ("whose GELU and attention no weight of", [*export, "open_clip", "--out", tmp_path / "x"]),
