@@ -10,14 +10,18 @@ import statistics
 from tabulate import tabulate
 
 from harma_ray.data.stream import local_batches
+from harma_ray.errors import UserError
 from harma_ray.runs import Run, open_run
-from harma_ray.training.run_files import list_checkpoints
+from harma_ray.training.run_files import list_checkpoints, read_meta, read_records
 from harma_ray.training.step import evaluate_split, local_worker
 
 
 def figures(run: Run, metric: str) -> list[dict[str, float]]:
     """Returns val's and test's figure of each checkpoint of a run."""
     task, config, worker = run.task, run.config, local_worker(run.config)
+    evaluated = [record["step"] for record in read_records(run.path) if record["kind"] == "evaluation"]
+    if [read_meta(path).step for path in list_checkpoints(run.path)] != evaluated:
+        raise UserError(f"{run.path} has not kept what it evaluated; train it with train.keep_checkpoints=1000")
     found = []
     for checkpoint in list_checkpoints(run.path):
         model = run.load_checkpoint(checkpoint)

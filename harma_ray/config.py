@@ -133,9 +133,9 @@ class TrainConfig:
     """What a pass visits: all captions of every image (HarMA's), one of them, drawn anew in every pass, or all in
     groups that share one encoding of their image (HarMA's recipes alone)."""
     captions_per_image: Annotated[PositiveCount, AddedLater(before=5)] = 5
-    """Captions of a group, with `captions` grouped; those of an image that fill its last group up are shown twice."""
+    """Captions of a group, with `captions` grouped; of an image with too few, some are shown again."""
     global_batch_size: Annotated[int, Field(ge=2)] = 428
-    """Pairs in a step, over all workers; also the number of candidates in the contrastive loss."""
+    """Pairs in a step, over all workers; also the candidates in the contrastive loss (grouped, each image is one)."""
     accumulation: PositiveCount = 1
     """Micro-batches a worker cuts its share into. Exact: contrastive losses cache features, so that no negatives are
     lost, which costs one more forward pass; losses that are means over samples or tokens are summed up."""

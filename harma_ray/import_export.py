@@ -34,6 +34,7 @@ from harma_ray.training.checkpoint import (
     save_checkpoint,
     trainable_tensors,
 )
+from harma_ray.training.run_files import FOLDER
 
 BACKBONE_NAME = "backbone.safetensors"
 """The file of a CLIP in the folder of what was imported."""
@@ -133,7 +134,7 @@ def load_model(file: str | Path | None, config: Any) -> nn.Module:
     path = Path(file).expanduser()
     if (path / CONFIG_NAME).is_file():
         path = open_run(path).best_checkpoint()
-    if (path / META_NAME).is_file():
+    if (path / META_NAME).is_file() or path.parent.name == FOLDER:
         run = path.absolute().parent.parent
         if (run / CONFIG_NAME).is_file():
             _check_settings(to_dict(open_run(run).config), config, path)

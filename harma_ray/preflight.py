@@ -74,7 +74,7 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
         notices.append(
             f"the next stage, {later.recipe}, has batches of {later.train.global_batch_size}, but {training.path} has "
             f"{count(order.num_samples, training.kind.sample)} an epoch: give it --set "
-            f"train.global_batch_size={order.num_samples}"
+            f"train.global_batch_size={order.num_samples} or less"
         )
     return Prepared(config, task, order, tuple(notices))
 

@@ -128,11 +128,12 @@ class Run:
         if not (self.path / METRICS_NAME).is_file():
             return self.best_checkpoint(metric)
         best = self.best_finished(metric)
-        if not read_meta(best).step:
+        if not read_meta(best).step and len(list_checkpoints(self.path)) > 1:
+            by = f" by {metric}" if metric else ""
             warn_once(
                 _logger,
-                f"the best checkpoint of {self.path} is that of step 0, {self.config.started_from.title}: its training "
-                "made nothing better, and the new run starts from there",
+                f"the best checkpoint of {self.path}{by} is that of step 0, {self.config.started_from.title}: its "
+                "training made nothing better, and the new run starts from there",
             )
         return best
 

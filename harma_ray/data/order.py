@@ -187,7 +187,8 @@ def captions_of_group(group: int, size: int, *, num_captions: int, epoch: int) -
     """Returns which captions of an image a group has: `size` numbers below `num_captions`.
 
     The captions stand in a circle that starts one further in every epoch, and the groups of an epoch follow each other
-    along it. So every epoch shows every caption, and those that fill its last group up are others in the next one.
+    along it. So the groups of an epoch hold every caption, and those that fill the last one up are others in the next
+    epoch.
 
     Args:
         group: The group, of ``ceil(num_captions / size)``.

@@ -8,7 +8,6 @@ from tabulate import tabulate
 
 import harma_ray
 from harma_ray.evaluation import Metrics
-from harma_ray.exports.request import LIBRARY
 from harma_ray.models.openclip import open_clip
 
 _LICENCES = {"openai": "mit", "laion": "mit", "datacomp": "mit"}
@@ -84,7 +83,7 @@ class Card:
         licence = _terms(self.pretrained[1])[0]
         known = {"eval_results": results, "model_name": self.name} if results else {}
         card = ModelCardData(
-            library_name=LIBRARY,
+            library_name="harma-ray",
             license=licence,
             license_name="see-the-backbone" if licence == "other" else None,
             base_model=_hub_name(*self.pretrained) or None,

@@ -12,8 +12,8 @@ from harma_ray.errors import UserError
 from harma_ray.exports.clip_folder import write_clip_folder
 from harma_ray.exports.graphs import write_graphs
 from harma_ray.exports.hub import write_hub_folder
-from harma_ray.exports.request import HubOptions, check_export
-from harma_ray.files import making
+from harma_ray.exports.request import LIST_NAME, HubOptions, check_export, list_files, require_free
+from harma_ray.files import making, write_text
 from harma_ray.formats import ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
 from harma_ray.models.names import OWN_FORMAT
@@ -82,6 +82,9 @@ def export_checkpoint(
         elif own:
             facts = {"recipe": run.config.recipe, "backbone": meta.backbone}
             notes = (write_graphs(own.towers(model, run), facts, partial),)
+        if partial.is_dir():
+            write_text(partial / LIST_NAME, json.dumps(list_files(partial), indent=1))
+        require_free(path, overwrite=overwrite)  # again: something may have come there meanwhile
     return Exported(path, notes)
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from harma_ray.exports.request import CLIP_NAME, CLIP_WEIGHTS
 from harma_ray.models.architectures import configuration
 from harma_ray.models.towers import Preparation
 from harma_ray.models.weights import has_quick_gelu, save_clip
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
 
 
 def write_clip_folder(clip: nn.Module, architecture: str, preparation: Preparation, folder: Path) -> None:
@@ -23,7 +25,7 @@ def write_clip_folder(clip: nn.Module, architecture: str, preparation: Preparati
         folder: Is made.
     """
     folder.mkdir()
-    save_clip(clip, folder / CLIP_WEIGHTS)
+    save_clip(clip, folder / WEIGHTS_NAME)
     settings: dict[str, Any] = configuration(architecture)
     if has_quick_gelu(clip):
         settings["quick_gelu"] = True
@@ -32,4 +34,4 @@ def write_clip_folder(clip: nn.Module, architecture: str, preparation: Preparati
     content = {"model_cfg": settings, "preprocess_cfg": {**prepared, "mode": "RGB"}}
     if before:
         content["not_done_by_open_clip"] = before
-    (folder / CLIP_NAME).write_text(json.dumps(content, indent=1))
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=1))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.exports.request import GRAPHS_NAME, require_packages
+from harma_ray.exports.request import require_packages
 from harma_ray.models.towers import Tower
 
+FACTS_NAME = "onnx.json"
 TOLERANCE = 1e-4
 """Largest difference to the model: of unit vectors, and of features in parts of their largest number."""
 _TRACED_ROWS = 2
@@ -49,7 +50,7 @@ def write_graphs(towers: Sequence[Tower], facts: Mapping[str, Any], folder: Path
             **tower.facts,
         }
     told = {**facts, "opset": opset, "precision": "fp32", "largest_differences": differences, "tolerance": TOLERANCE}
-    (folder / GRAPHS_NAME).write_text(json.dumps({**told, "towers": written}, indent=1))
+    (folder / FACTS_NAME).write_text(json.dumps({**told, "towers": written}, indent=1))
     if not checked:
         return 'not checked against the model: onnxruntime is not installed (pip install "harma-ray[onnx]")'
     found = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())

@@ -14,7 +14,7 @@ from torch import nn
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError
 from harma_ray.exports.card import Card, CardFigures
-from harma_ray.exports.request import BACKBONE_NAME, CARD_NAME, BackboneChoice, HubOptions
+from harma_ray.exports.request import BackboneChoice, HubOptions
 from harma_ray.files import write_text
 from harma_ray.formats import Carried, ForeignFormat
 from harma_ray.models.backbones import ClipBackbone
@@ -25,6 +25,9 @@ from harma_ray.runs import CONFIG_NAME, Run
 from harma_ray.settings import build_config, config_hash, flat_settings, marked_settings, to_dict, to_yaml
 from harma_ray.training.checkpoint import STATE_NAME, CheckpointMeta, checkpoint_path, read_meta, save_checkpoint
 from harma_ray.training.run_files import REPORT_NAME
+
+CARD_NAME = "README.md"
+BACKBONE_NAME = "backbone.safetensors"
 
 
 def write_hub_folder(

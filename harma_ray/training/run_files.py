@@ -56,10 +56,18 @@ def read_meta(path: Path) -> CheckpointMeta:
     """Reads what a checkpoint says of itself.
 
     Raises:
-        UserError: If the folder is no checkpoint.
+        UserError: If the folder is no checkpoint, or is gone.
     """
     try:
         return CheckpointMeta(**json.loads((path / META_NAME).read_text()))
+    except FileNotFoundError as error:
+        others = [other.name for other in list_checkpoints(path.parent.parent)] if path.parent.name == FOLDER else []
+        if not others:
+            raise UserError(f"{path} is not a checkpoint of a run") from error
+        raise UserError(
+            f"checkpoint {path} is not there; a training replaces its checkpoints by better ones, now by "
+            f"{', '.join(others)}: repeat the command"
+        ) from error
     except (OSError, json.JSONDecodeError, TypeError) as error:
         raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
 

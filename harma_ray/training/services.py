@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ _FEWER_WAITS = {
     "WANDB_ERROR_REPORTING": "false",
 }
 """Environment variables of the services, unless they are set."""
-_SECRETS = ("KEY", "PASSWORD", "TOKEN", "SECRET", "USERNAME")
-_OWN_SERVICE = "WANDB_SERVICE"
-"""Names a process of this machine."""
+_TOLD = {
+    "wandb": ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_TAGS", "WANDB_NOTES"),
+    "mlflow": ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"),
+}
+"""Environment variables that workers on other machines are told: none that holds a secret, a folder, or a run's id."""
 
 
 def check_services(names: Sequence[str]) -> None:
@@ -56,17 +59,22 @@ def check_services(names: Sequence[str]) -> None:
 def service_variables(config: RunConfig) -> dict[str, str]:
     """Returns what this process's environment says of the services that settings ask for, for workers elsewhere.
 
-    Keys and passwords are left out: they stay on their machines, and each that logs has its own.
+    Keys and passwords stay on their machines, and so do addresses that hold one or mean a place on this machine.
     """
-    prefixes = tuple(f"{name.upper()}_" for name in config.train.log_to)
-    found = {name: value for name, value in os.environ.items() if name.startswith(prefixes) and name != _OWN_SERVICE}
-    return {name: value for name, value in found.items() if "@" not in value and not any(s in name for s in _SECRETS)}
+    names = [name for service in config.train.log_to for name in _TOLD[service]]
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return {name: value for name, value in found.items() if not name.endswith(("_URI", "_URL")) or _is_open(value)}
+
+
+def _is_open(address: str) -> bool:
+    """Tells whether an address is a server's, and no more than that."""
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme in ("http", "https") and "@" not in parts.netloc and not parts.query
 
 
 def adopt_variables(variables: Mapping[str, str]) -> None:
-    """Sets what another machine's `service_variables` were, where this one's say nothing."""
-    for name, value in variables.items():
-        os.environ.setdefault(name, value)
+    """Sets what another process's `service_variables` were."""
+    os.environ.update(variables)
 
 
 def open_services(run_dir: Path, config: RunConfig, label: Label, on_failure: Callable[[str], None]) -> list[Sink]:

@@ -8,6 +8,8 @@ from command_line import done, refused
 from random_runs import make_random_run
 
 from harma_ray.data.splits import open_split
+from harma_ray.errors import UserError
+from harma_ray.import_export import load_model
 from harma_ray.recipes import recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
@@ -28,6 +30,13 @@ def facts_of(page):
     part = html[html.index('<h2 id="about">') : html.index('<h2 id="results">')]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in part.split("</tr>")]
     return {title: cells for title, *cells in filter(None, rows)}
+
+
+def test_a_checkpoint_that_was_replaced_meanwhile_is_told_as_such(random_run):
+    gone = random_run.path / "checkpoints" / "step_00000099"
+    for load in (random_run.load_checkpoint, lambda path: load_model(path, random_run.config)):
+        with pytest.raises(UserError, match=r"step_00000099 is not there; .* now by step_00000000: repeat the command"):
+            load(gone)
 
 
 def watch_asking(monkeypatch):

@@ -1,7 +1,5 @@
 """What plain open_clip makes of a folder: the run's own vectors."""
 
-import shutil
-
 import numpy as np
 import open_clip
 import pytest
@@ -14,8 +12,8 @@ from harma_ray.api import load_run
 from harma_ray.data.padding import padded_transform
 from harma_ray.errors import UserError
 from harma_ray.exports.checkpoint import export_checkpoint
-from harma_ray.exports.clip_folder import write_clip_folder
-from harma_ray.exports.request import CLIP_NAME
+from harma_ray.exports.clip_folder import CONFIG_NAME, write_clip_folder
+from harma_ray.exports.request import LIST_NAME
 from harma_ray.models.architectures import configuration
 from harma_ray.models.towers import Preparation
 from harma_ray.recipes import recipe_config
@@ -97,21 +95,33 @@ def test_only_what_an_export_made_is_replaced(random_run, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="no export made"):
         export_checkpoint(run, "open_clip", tmp_path / "mine", overwrite=True)
     made = export_checkpoint(run, "open_clip", tmp_path / "clip").path
-    (made / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=r"no such export writes \(thesis\.tex\) and is not replaced"):
-        export_checkpoint(run, "open_clip", made, overwrite=True)
-    (made / "thesis.tex").unlink()
-    (made / "notes").mkdir()
-    (made / "notes" / CLIP_NAME).write_text("years")
     monkeypatch.delattr(Run, "load_checkpoint")  # is not worked for in vain
-    with pytest.raises(UserError, match=rf"no such export writes \(notes/{CLIP_NAME}\) and is not replaced"):
-        export_checkpoint(run, "open_clip", made, overwrite=True)
+    for other in ("thesis.tex", f"notes/{CONFIG_NAME}", "open_clip_model.safetensors.d/x"):
+        (made / other).parent.mkdir(exist_ok=True)
+        (made / other).write_text("years")
+        with pytest.raises(UserError, match=rf"no export wrote there \({other}\) and is not replaced"):
+            export_checkpoint(run, "open_clip", made, overwrite=True)
+        (made / other).unlink()
     monkeypatch.undo()
-    shutil.rmtree(made / "notes")
     (made / "open_clip_model.safetensors").write_text("broken")
     export_checkpoint(run, "open_clip", made, overwrite=True)
     assert (made / "open_clip_model.safetensors").stat().st_size > 1e6
-    assert sorted(file.name for file in made.iterdir()) == ["open_clip_config.json", "open_clip_model.safetensors"]
+    assert sorted(file.name for file in made.iterdir()) == [LIST_NAME, CONFIG_NAME, "open_clip_model.safetensors"]
     (tmp_path / "file").write_text("")
     export_checkpoint(run, "open_clip", tmp_path / "file", overwrite=True)
     assert (tmp_path / "file" / "open_clip_config.json").is_file()
+
+
+def test_what_comes_to_the_place_of_an_export_while_it_is_made_stays(random_run, tmp_path, monkeypatch):
+    run = make_random_run(tmp_path, "none", build_config(random_run.config, {"model.tuning": "none"}))
+    load = Run.load_checkpoint
+
+    def meanwhile(self, checkpoint):
+        (tmp_path / "clip").mkdir()
+        (tmp_path / "clip" / "thesis.tex").write_text("years")
+        return load(self, checkpoint)
+
+    monkeypatch.setattr(Run, "load_checkpoint", meanwhile)
+    with pytest.raises(UserError, match="a folder that no export made"):
+        export_checkpoint(run, "open_clip", tmp_path / "clip", overwrite=True)
+    assert (tmp_path / "clip" / "thesis.tex").read_text() == "years"

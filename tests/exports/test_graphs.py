@@ -105,7 +105,7 @@ def test_the_graph_of_a_vision_transformer_gives_the_vectors_of_the_run(tmp_path
     assert (said["layer"], said["pooling"], said["interpolation"]) == (1, "cls", "bilinear")
     found = run_graph(folder, "image", pixels=pixels_of(pictures(4), said))[0]
     assert_near(found, load_run(run.path, "cpu").encode_images(pictures(4)))
-    assert sorted(file.name for file in folder.iterdir()) == ["image.onnx", "onnx.json"]
+    assert sorted(file.name for file in folder.iterdir()) == [".harma_ray-export.json", "image.onnx", "onnx.json"]
 
 
 def test_a_graph_that_is_not_the_model_is_refused(tmp_path):

@@ -180,9 +180,13 @@ os._exit(0)
 def test_workers_elsewhere_get_what_is_set_of_the_services_asked_for_but_no_secret(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
-    told = {"WANDB_PROJECT": "mine", "WANDB_ENTITY": "lab"}
-    kept = {"WANDB_API_KEY": "k", "MLFLOW_TRACKING_PASSWORD": "p", "MLFLOW_TRACKING_URI": "https://me:p@there"}
-    for name, value in {**told, **kept, "WANDB_SERVICE": "2-1-tcp"}.items():
+    told = {"WANDB_PROJECT": "mine", "WANDB_ENTITY": "lab", "MLFLOW_TRACKING_URI": "https://there:5000/a"}
+    kept = {"WANDB_API_KEY": "k", "MLFLOW_CRYPTO_KEK_PASSPHRASE": "p", "WANDB_RUN_ID": "1", "WANDB_DIR": "/here"}
+    for name, value in {**told, **kept}.items():
         monkeypatch.setenv(name, value)
     assert service_variables(config("wandb", "mlflow")) == told
+    for place in ("https://me:p@there", "postgresql://there/db?password=p", "sqlite:///here.db", "./mlruns"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+        assert service_variables(config("mlflow")) == {}
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert service_variables(config("mlflow")) == service_variables(config()) == {}

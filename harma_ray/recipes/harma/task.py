@@ -176,6 +176,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         """Returns what to try: a lower rate first, since that is what collapses adapters."""
         config = self.config
         model, rate, rows = config.model, config.optim.learning_rate, config.train.global_batch_size
+        others = rows - (1 if self._same_image_negatives else config.train.pairs_per_sample)
         advice = [f"a lower optim.learning_rate, such as {rate / 4:.1g} (now {rate:g})"]
         if config.optim.warmup_fraction < 0.3:
             advice.append(f"a longer warm-up, optim.warmup_fraction=0.3 (now {config.optim.warmup_fraction:g})")
@@ -183,7 +184,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
             advice.append("a pretrained backbone, model.pretrained=FILE: adapters in a random one have little to adapt")
         if config.loss.contrastive and config.loss.triplet in ("weighted", "plain"):
             advice.append(
-                f"loss.triplet=none: the triplet term is a sum over {rows} x {rows - 1} pairs and outweighs the "
+                f"loss.triplet=none: the triplet term is a sum over {rows} x {others} pairs and outweighs the "
                 "contrastive one, and while a model hardly ranks, equal scores lower it"
             )
         if model.temperature < 0.01 or model.temperature > 0.2:
