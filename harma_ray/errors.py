@@ -46,10 +46,12 @@ def find_user_error(error: BaseException) -> UserError | None:
     return UserError(told[-1]) if told else None
 
 
-def count(number: int, what: str) -> str:
+def count(number: float, what: str) -> str:
     """Returns a number of things for a message, such as ``1 epoch`` and ``2,000 epochs``; `what` is one of them."""
-    plural = what if number == 1 else f"{what[:-1]}ies" if what.endswith("y") and what[-2] not in "aeou" else f"{what}s"
-    return f"{number:,} {plural}"
+    if number != 1:
+        is_ies = what.endswith("y") and what[-2] not in "aeou"
+        what = f"{what[:-1]}ies" if is_ies else f"{what}{'es' if what.endswith('s') else 's'}"
+    return f"{number:,.12g} {what}"
 
 
 def first_few(names: Sequence[str], limit: int = 5) -> str:

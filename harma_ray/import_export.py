@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.files import making, new_path
 from harma_ray.formats import ForeignFormat, Reading
 from harma_ray.models.architectures import guess_architecture
@@ -91,8 +91,8 @@ def import_checkpoint(
         knows_activation = weights.quick_gelu is not None or bool(backbone.activation)
         save_clip(model, made / BACKBONE_NAME, says_activation=knows_activation)
     kept = folder / BACKBONE_NAME
-    count, fingerprint = len(model.state_dict()), backbone_fingerprint(model)[:12]
-    told = f"{count} tensors of `{backbone.architecture}`, fingerprint {fingerprint}"
+    size, fingerprint = count(len(model.state_dict()), "tensor"), backbone_fingerprint(model)[:12]
+    told = f"{size} of `{backbone.architecture}`, fingerprint {fingerprint}"
     way_on = f"use it with {command_line('--set', show_override('model.pretrained', str(kept)))}"
     return Imported(kept, "\n".join([*weights.notes, *notes, told, way_on]))
 
@@ -228,7 +228,7 @@ def _describe_weights(known: ForeignFormat | None, weights: ForeignWeights) -> s
         source = f" (it {weights.activation_source})" if weights.activation_source else ""
         lines.append(f"activation  {activation}{source}")
     broken = [name for name, tensor in state.items() if not tensor.is_meta and not torch.isfinite(tensor).all()]
-    lines += [f"BROKEN      NaN or infinity in {len(broken)} tensors, such as {broken[0]}"] if broken else []
+    lines += [f"BROKEN      NaN or infinity in {count(len(broken), 'tensor')}, such as {broken[0]}"] if broken else []
     return "\n".join([title, _describe_tensors(state), *lines])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harma_ray.config import RunConfig
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 
 TRIAL_MEMORY = 2
 """GiB that a trial's worker on CPUs is taken to need, when nobody says how many run at a time."""
@@ -54,7 +54,7 @@ class WorkerPlan:
         """Returns one line for the user."""
         share = "a GPU" if self.gpus_per_worker == 1 else f"{self.gpus_per_worker:g} of a GPU"
         device = share if self.use_gpu else "no GPU"
-        return f"{self.num_workers} worker(s), each {self.cpus_per_worker:g} CPU and {device}"
+        return f"{count(self.num_workers, 'worker')}, each {self.cpus_per_worker:g} CPU and {device}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
         while num_workers > 1 and config.train.samples_per_step % num_workers:
             num_workers -= 1
     if use_gpu and num_workers > cluster.gpus:
-        raise UserError(f"{num_workers} workers need a GPU each, but the cluster has {cluster.gpus:g}; use --workers")
+        raise UserError(
+            f"{count(num_workers, 'worker')} cannot have a GPU each: the cluster has {cluster.gpus:g}; use --workers"
+        )
     cpus = scaling.cpus_per_worker
     if not cpus:
         share = cluster.cpus / num_workers
@@ -96,8 +98,9 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
     need = num_workers * (cpus + task_cpus)
     if need > cluster.cpus + 1e-6:
         raise UserError(
-            f"{num_workers} workers of {cpus:g} CPU and their data tasks of {task_cpus:g} CPU need {need:g} CPUs, but "
-            f"the cluster has {cluster.cpus:g}; use fewer --workers, or lower scaling.cpus_per_worker or data.task_cpus"
+            f"{count(num_workers, 'worker')} of {cpus:g} CPU and their data tasks of {task_cpus:g} CPU need {need:g} "
+            f"CPUs, but the cluster has {cluster.cpus:g}; use fewer --workers, or lower scaling.cpus_per_worker or "
+            "data.task_cpus"
         )
     return WorkerPlan(num_workers, cpus, scaling.gpus_per_worker if use_gpu else 0)
 
@@ -134,9 +137,9 @@ def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> Tri
     needs = f"{cpus + data_cpus:g} CPUs" + (f" and {gpus:g} GPU" if gpus else "")
     if most < max(1, concurrent):
         raise UserError(
-            f"{max(1, concurrent)} trial(s) of {num_workers} worker(s) at a time, each worker with {needs}, need more "
-            f"than the cluster has ({held}: room for {most}); use fewer --workers or --concurrent, or lower "
-            "scaling.cpus_per_worker, scaling.gpus_per_worker or data.task_cpus"
+            f"{count(max(1, concurrent), 'trial')} of {count(num_workers, 'worker')} at a time, each worker with "
+            f"{needs}, need more than the cluster has ({held}: room for {most}); use fewer --workers or --concurrent, "
+            "or lower scaling.cpus_per_worker, scaling.gpus_per_worker or data.task_cpus"
         )
     reason = "as asked for" if concurrent else f"the {scarce} of the cluster ({held}) hold no more"
     return TrialPlan(WorkerPlan(num_workers, cpus, gpus), concurrent or most, reason)

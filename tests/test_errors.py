@@ -2,7 +2,7 @@
 
 import pytest
 
-from harma_ray.errors import UserError, find_user_error
+from harma_ray.errors import UserError, count, find_user_error
 
 
 def raised(function):
@@ -39,6 +39,21 @@ def test_a_users_error_is_found_in_a_trace():
 def test_other_errors_are_not_the_users():
     assert find_user_error(RuntimeError("harma_ray.errors.UserError is a class")) is None
     assert find_user_error(ValueError("no")) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "text"),
+    [
+        (1, "epoch", "1 epoch"),
+        (2000, "epoch", "2,000 epochs"),
+        (0, "query", "0 queries"),
+        (2, "key", "2 keys"),
+        (16, "class", "16 classes"),
+        (1.5, "hour", "1.5 hours"),
+    ],
+)
+def test_one_thing_is_told_in_the_singular(number, what, text):
+    assert count(number, what) == text
 
 
 @pytest.mark.ray

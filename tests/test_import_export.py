@@ -238,7 +238,7 @@ def test_show_names_broken_weights(tmp_path):
     state = build_clip("scenes-tiny", "random").state_dict()
     state["visual.proj"][0, 0] = float("inf")
     torch.save(state, tmp_path / "broken.pt")
-    assert "NaN or infinity in 1 tensors, such as visual.proj" in describe_file(tmp_path / "broken.pt")
+    assert "NaN or infinity in 1 tensor, such as visual.proj" in describe_file(tmp_path / "broken.pt")
 
 
 def test_show_knows_a_hugging_face_folder(tmp_path):

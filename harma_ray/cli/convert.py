@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harma_ray.cli import shared
+from harma_ray.errors import count
 
 if TYPE_CHECKING:
     from harma_ray.data.convert.composed import ComposedSource
@@ -243,13 +244,14 @@ def _summarise(manifest: Manifest) -> str:
     from harma_ray.data.convert.inspect import describe_rendered
     from harma_ray.data.kinds import KINDS
 
-    queries = manifest.queries
-    more = f"{queries.rows} queries" if queries else f"{manifest.captions} {KINDS[manifest.kind].text}s"
+    queries, kind = manifest.queries, KINDS[manifest.kind]
+    more = count(queries.rows, "query") if queries else count(manifest.captions, kind.text)
     left_out = f", {len(manifest.bad)} left out" if manifest.bad else ""
     shown = f"; {describe_rendered(manifest.rendered)}" if manifest.rendered else ""
     if shown and (manifest.options.get("rendering") or {}).get("limits"):
         shown += ", scaled by the statistics of split train"
-    return f"{manifest.rows} {manifest.kind}, {more}, {len(manifest.shards)} shards{left_out}{shown}"
+    rows, shards = count(manifest.rows, manifest.kind.removesuffix("s")), count(len(manifest.shards), "shard")
+    return f"{rows}, {more}, {shards}{left_out}{shown}"
 
 
 def _read_composed(options: argparse.Namespace) -> ComposedSource:

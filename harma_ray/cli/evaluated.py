@@ -12,7 +12,7 @@ from torch import nn
 from harma_ray.config import RunConfig, ScalingConfig
 from harma_ray.data.identity import split_identity
 from harma_ray.data.splits import Split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.evaluation import Evaluation, Section
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.report import page
@@ -137,7 +137,7 @@ def _describe_program(environment: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _show_data(identity: Mapping[str, Any] | None) -> str:
-    return f": {identity['rows']:,} rows{_show_fingerprint(identity)}" if identity else ""
+    return f": {count(identity['rows'], 'row')}{_show_fingerprint(identity)}" if identity else ""
 
 
 def _show_fingerprint(identity: Mapping[str, Any]) -> str:

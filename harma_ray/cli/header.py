@@ -3,6 +3,7 @@
 import torch
 
 from harma_ray.config import RunConfig, TrainConfig
+from harma_ray.errors import count
 from harma_ray.preflight import Prepared
 from harma_ray.task import Task
 from harma_ray.training.optim import warmup_steps
@@ -21,15 +22,15 @@ def header_lines(prepared: Prepared) -> list[str]:
     samples = "samples" if train.captions != "grouped" else f"images with {train.captions_per_image} captions each"
     share = f", {batch // plan.num_workers} a worker" if plan.num_workers > 1 else ""
     parts = f", each in {train.accumulation} parts" if train.accumulation > 1 else ""
-    length = f"{train.epochs} epochs x {order.steps_per_epoch} steps"
+    length = f"{count(train.epochs, 'epoch')} x {count(order.steps_per_epoch, 'step')}"
     if train.steps:
-        length = f"{train.steps} steps ({train.steps / order.steps_per_epoch:.3g} epochs)"
+        length = f"{count(train.steps, 'step')} ({train.steps / order.steps_per_epoch:.3g} epochs)"
     return [
         f"recipe     {config.recipe}, seed {config.seed}",
         f"backbone   {'; '.join((task.backbone.name, *task.backbone.notes()))}",
         *([f"from       {start.path}"] if start.weights else []),
         f"trains     {describe_count(task)}",
-        f"data       {config.data.path}: {order.split.describe()}, {order.num_samples:,} samples an epoch",
+        f"data       {config.data.path}: {order.split.describe()}, {count(order.num_samples, 'sample')} an epoch",
         f"steps      {length} of {batch} {samples}{share}{parts}",
         f"optimiser  {describe_rate(config, prepared.total_steps)}",
         f"precision  {describe_precision(train, use_gpu=plan.use_gpu)}; figures in {train.eval_precision}",
@@ -39,7 +40,7 @@ def header_lines(prepared: Prepared) -> list[str]:
 
 def start_line(num_workers: int) -> str:
     """Returns what is said while workers start, which takes seconds."""
-    return f"starting {num_workers} worker(s): each imports torch and builds the model"
+    return f"starting {count(num_workers, 'worker')}: each imports torch and builds the model"
 
 
 def describe_count(task: Task) -> str:
@@ -56,7 +57,7 @@ def describe_rate(config: RunConfig, total_steps: int) -> str:
     """Returns optimiser, peak learning rate and schedule."""
     optim = config.optim
     warmup = warmup_steps(total_steps, optim)
-    climb = f"reached after {warmup} steps of warm-up, " if warmup else ""
+    climb = f"reached after {count(warmup, 'step')} of warm-up, " if warmup else ""
     falls = {"linear": "falls along a line to 0", "cosine": "falls along a half cosine to 0", "constant": "stays"}
     return f"{optim.name}, learning rate {optim.learning_rate:g}, {climb}then {falls[optim.schedule]}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harma_ray.errors import first_few
+from harma_ray.errors import count, first_few
 from harma_ray.evaluation import Section, show_figure
 from harma_ray.files import figures_path, output_path, write_text
 from harma_ray.report.by_class import Pictured, retrieval_sections
@@ -95,10 +95,10 @@ def _measure_each(problem: Problem, methods: Sequence[Method], wanted: Wanted, *
 
 def _describe(problem: Problem, query: Store, gallery: Store) -> list[str]:
     same = "; each looks for the others" if query.path == gallery.path else ""
-    classes = len(set(problem.classes.gallery.tolist()))
+    classes = count(len(set(problem.classes.gallery.tolist())), "class")
     lines = [
-        f"queries    {query.path}: {len(problem.queries):,} images{same}",
-        f"gallery    {gallery.path}: {len(gallery):,} images of {classes} classes, width {gallery.vectors.shape[1]}",
+        f"queries    {query.path}: {count(len(problem.queries), 'image')}{same}",
+        f"gallery    {gallery.path}: {count(len(gallery), 'image')} of {classes}, width {gallery.vectors.shape[1]}",
     ]
     hidden = int((problem.excluded.sizes > 0).sum())
     unhashed = [store.path for store in (query, gallery) if not store.contents]
@@ -106,10 +106,10 @@ def _describe(problem: Problem, query: Store, gallery: Store) -> list[str]:
         lines.append(f"notice: {unhashed[0]} has no hashes of files: images of the same name are taken for the same")
     if hidden and not same:
         told = "the same name" if unhashed else "the same bytes"
-        lines.append(f"notice: {hidden:,} queries are in the gallery too ({told}) and do not find themselves")
+        lines.append(f"notice: in the gallery too ({told}), which never find themselves: {count(hidden, 'query')}")
     if problem.left_out:
-        count, named = len(problem.left_out), first_few(problem.left_out)
-        lines.append(f"notice: {count:,} images are no queries: the gallery has no other of their class ({named})")
+        left_out = f"{count(len(problem.left_out), 'image')} ({first_few(problem.left_out)})"
+        lines.append(f"notice: no query, as the gallery has no other of the class: {left_out}")
     return lines
 
 

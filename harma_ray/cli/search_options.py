@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 
 if TYPE_CHECKING:
     from harma_ray.tune.space.definition import SearchDefinition
@@ -44,6 +44,6 @@ def with_limits(definition: SearchDefinition, options: SearchOptions) -> SearchD
     limits = dataclasses.replace(definition.limits, **given)
     definition = dataclasses.replace(definition, limits=limits, concurrent=concurrent)
     if 0 < definition.budget < definition.trial_length:
-        least = f"{definition.trial_length} {units}"
+        least = count(definition.trial_length, definition.unit)
         raise UserError(f"`--{units}` must be enough for one trial, {least}, got {definition.budget}")
     return definition

@@ -13,7 +13,7 @@ from harma_ray.cli.header import header_lines, start_line
 from harma_ray.cli.seeds_run import advice_lines, begun_runs, print_seeds
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import local_batches
-from harma_ray.errors import UserError, WorkerFailed
+from harma_ray.errors import UserError, WorkerFailed, count
 from harma_ray.evaluation import FIGURES, Metrics
 from harma_ray.files import output_path, write_text
 from harma_ray.on_ray.cluster import ray_cluster
@@ -191,7 +191,7 @@ def check_gradients(config: RunConfig) -> None:
     print("\n".join(header_lines(dataclasses.replace(prepared, workers=alone))), flush=True)
     without = parameters_without_gradient(prepared.task, prepared.order, config, worker, local_batches)
     if without:
-        raise UserError(f"{len(without)} trainable parameters got no gradient: {', '.join(without)}")
+        raise UserError(f"{count(len(without), 'trainable parameter')} got no gradient: {', '.join(without)}")
     print("one step done: every trainable parameter got a gradient")
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from harma_ray.errors import count
 from harma_ray.tune.results import SearchResults, TrialResult
 from harma_ray.tune.study import Event, Report
 
@@ -101,7 +102,7 @@ class SearchProgress:
 
     def _summary(self) -> str:
         ended, running = self._split_events()
-        parts = [f"{len(ended)} trials ended, {len(running)} running{self._where(running)}"]
+        parts = [f"{count(len(ended), 'trial')} ended, {len(running)} running{self._where(running)}"]
         if self._best and self._best.report:
             value = self._objective.show(self._best.report.value)
             parts.append(f"best {self._objective.metric} {value} (trial {self._best.number})")

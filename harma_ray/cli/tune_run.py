@@ -16,7 +16,7 @@ from harma_ray.cli.tune_progress import SearchProgress, show_params
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.identity import data_identity, require_same_data, unknown_data
 from harma_ray.data.order import planned_order
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.evaluation import FIGURES
 from harma_ray.files import output_path
 from harma_ray.on_ray.cluster import ray_cluster, require_shared_folder, require_visible
@@ -73,7 +73,7 @@ def _cluster(options: SearchOptions) -> Iterator[Cluster]:
     address = options.address or os.environ.get("RAY_ADDRESS")
     say(f"joining the Ray cluster at {address}" if address else "starting Ray on this machine")
     with ray_cluster(options.address, dashboard=options.dashboard) as cluster:
-        say(f"Ray is there: {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs on {cluster.nodes} machine(s)")
+        say(f"Ray is there: {cluster.cpus:g} CPU, {cluster.gpus:g} GPU on {count(cluster.nodes, 'machine')}")
         yield cluster
 
 
@@ -182,7 +182,8 @@ def _search(
             finish_best(results, setting, ready.settings(best.params))
             if options.confirm:
                 first = definition.first_name
-                print(f"training the best and the {first} setting with {options.confirm} fresh seeds", flush=True)
+                seeds = count(options.confirm, "fresh seed")
+                print(f"training the best and the {first} setting with {seeds}", flush=True)
                 failures = confirm(results, plan, setting, cluster, options.confirm, _print_timed(options.started))
         finally:
             _conclude(folder, read_search(folder, definition))
@@ -190,7 +191,7 @@ def _search(
         error.add_note(f"continue with: {launch_command('tune', '--resume', folder)}")
         raise
     if failures:
-        raise UserError(f"{len(failures)} confirming run(s) failed: " + "; ".join(failures))
+        raise UserError(f"{count(len(failures), 'confirming run')} failed: " + "; ".join(failures))
 
 
 def _with_features(definition: SearchDefinition, folder: Path, cluster: Cluster) -> SearchDefinition:
@@ -208,18 +209,18 @@ def _print_timed(started: float) -> Callable[[str], None]:
 def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, trials: str) -> None:
     config, limits = definition.config, definition.limits
     order = planned_order(config)
-    size = f", {definition.size:,} different settings" if definition.size else ""
-    units = {"trials": limits.trials, "hours": limits.hours, f"{definition.unit}s in all": definition.budget}
-    ends = [f"{value:.9g} {unit}" for unit, value in units.items() if value]
+    size = f", {count(definition.size, 'different setting')}" if definition.size else ""
+    units = {"trial": limits.trials, "hour": limits.hours, definition.unit: definition.budget}
+    ends = [count(value, unit) for unit, value in units.items() if value]
     print(f"\nsearch     {folder}")
-    print(f"recipe     {config.recipe}, {order.split.describe()}, {order.num_samples:,} samples and "
-          f"{order.steps_per_epoch:,} steps an epoch")  # fmt: skip
+    print(f"recipe     {config.recipe}, {order.split.describe()}, {count(order.num_samples, 'sample')} and "
+          f"{count(order.steps_per_epoch, 'step')} an epoch")  # fmt: skip
     print(f"space      {', '.join(parameter.name for parameter in definition.parameters)}{size}")
     print(f"{definition.first_name:<11}{show_params(definition.published)} (trial 0)")
     seeds = f", {definition.seeds} seeds" if definition.seeds > 1 else ""
     print(f"sampler    {definition.sampler.name}; scheduler {definition.scheduler.name}")
     evaluated = f", evaluated every {config.train.eval_every_steps}" if definition.unit == "step" else ""
-    print(f"a trial    {definition.length} {definition.unit}s{evaluated}{seeds}")
+    print(f"a trial    {count(definition.length, definition.unit)}{evaluated}{seeds}")
     if config.train.select_on != "val":
         print("WARNING    trials are compared on TEST, as in the released code: the result flatters itself")
     print(f"ends       after {' or '.join(ends) or 'all settings of the grid'}")
@@ -236,11 +237,11 @@ def _conclude(folder: Path, results: SearchResults) -> None:
     """Writes the best setting and the report into a folder, and prints what was found."""
     best_file = write_best(folder, results)
     page = write_search_report(results, folder)
-    print(f"\n{len(results.trials)} trials: {results.counts}")
+    print(f"\n{count(len(results.trials), 'trial')}: {results.counts}")
     (trained, planned), units = results.ended_training, f"{results.definition.unit}s"
     if planned:
-        spent, saved = sum(trial.trained for trial in results.trials), 1 - trained / planned
-        print(f"{spent:.9g} {units} trained; stopping early saved {saved:.0%} of the ended trials' {units}")
+        spent = count(sum(trial.trained for trial in results.trials), results.definition.unit)
+        print(f"{spent} trained; stopping early saved {1 - trained / planned:.0%} of the ended trials' {units}")
     objective, targets = results.objective, results.definition.objectives
     rated = [trial for trial in results.trials if trial.values and trial.state != "failed"]
     rows = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harma_ray.data.kinds.talks import IMAGE_MARK, Turn
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.models.internvl.marks import (
     IGNORED,
     IMAGE_END,
@@ -104,7 +104,9 @@ class ChatTemplate:
             else:
                 add(f"{TURN_START}user\n{self._with_images(turn.value, rest)}{TURN_END}\n")
         if rest:
-            raise UserError(f"has {len(tiles)} images but only {len(tiles) - len(rest)} marks {IMAGE_MARK}")
+            raise UserError(
+                f"has {count(len(tiles), 'image')} but only {count(len(tiles) - len(rest), 'mark')} {IMAGE_MARK}"
+            )
         written = Tokens(np.array(ids, np.int64), np.array(labels, np.int64))
         return self._with_tokens(written, tiles) if tiles else written
 
@@ -158,4 +160,6 @@ def check_turns(turns: Sequence[Turn], num_images: int) -> None:
             raise UserError(f"turn {number} ({turn.speaker}) holds {IMAGE_MARK}, which only questions may")
     marks = sum(turn.value.count(IMAGE_MARK) for turn in turns)
     if marks != num_images:
-        raise UserError(f"has {num_images} images and {marks} marks {IMAGE_MARK}; write one mark for each image")
+        raise UserError(
+            f"has {count(num_images, 'image')} and {count(marks, 'mark')} {IMAGE_MARK}; write one mark for each image"
+        )

@@ -5,7 +5,7 @@ from typing import Any
 
 from harma_ray.config import RunConfig
 from harma_ray.data.splits import Split, list_splits, open_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 
 Identity = Mapping[str, Mapping[str, Any]]
 """``fingerprint`` and ``rows`` of splits, by name."""
@@ -79,4 +79,4 @@ def unknown_data(known: Identity, now: Identity, *, subject: str = "the checkpoi
 
 
 def _show(split: Mapping[str, Any] | None) -> str:
-    return f"{split['rows']:,} rows (fingerprint {split['fingerprint'][:12]})" if split else "nothing"
+    return f"{count(split['rows'], 'row')} (fingerprint {split['fingerprint'][:12]})" if split else "nothing"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.data.splits import Split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ComposedQueries:
         ]
         if unknown:
             raise UserError(
-                f"{len(unknown)} queries of {split.path} name images that its gallery has not, such as "
+                f"{split.path} has {count(len(unknown), 'query')} with images that its gallery has not, such as "
                 f"{', '.join(unknown[:5])}; convert the split again"
             )
         vectors = columns.get("text_vectors")

@@ -7,6 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 import harma_ray
+from harma_ray.errors import count
 from harma_ray.evaluation import Metrics
 from harma_ray.models.openclip import open_clip
 
@@ -113,7 +114,7 @@ class Card:
                 [name, metrics.label(name) or name, metrics.show(name, value), _interval(metrics, found, name)]
                 for name, value in found.metrics.items()
             ]
-            size = f", {found.rows:,} rows (fingerprint {found.fingerprint[:12]})" if found.fingerprint else ""
+            size = f", {count(found.rows, 'row')} (fingerprint {found.fingerprint[:12]})" if found.fingerprint else ""
             title = f"`{found.split}` of {found.data}{size}:"
             table = tabulate(rows, ["metric", "", "value", "95 % interval"], "github", disable_numparse=True)
             blocks.append(f"{title}\n\n{table}")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from harma_ray.config import RANDOM
-from harma_ray.errors import UserError, warn_once
+from harma_ray.errors import UserError, count, warn_once
 from harma_ray.models.architectures import (
     activation_twin,
     clean_name,
@@ -226,7 +226,7 @@ def check_pretrained(architecture: str, pretrained: str, activation: Activation 
     strange = [name for name in fitted(expected, weights.tensors)[0] if name not in expected]
     if strange:
         raise UserError(
-            f"{weights.path} does not fit `{architecture}`: {len(strange)} tensors are unexpected, such as "
+            f"{weights.path} does not fit `{architecture}`: {count(len(strange), 'unexpected tensor')}, such as "
             f"{strange[0]}; choose the model it was made for ({_SHOW} says what it holds)"
         )
 

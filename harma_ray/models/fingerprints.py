@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.files import atomic, cache_folder, settled_state
 from harma_ray.models.weights import QUICK_GELU, has_quick_gelu, own_tensors
 
@@ -110,7 +110,7 @@ def _hash_files(files: Sequence[Path], named: dict[str, str] | None) -> str:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         where = {name: file for file in opened for name in file.keys()}  # noqa: SIM118, they are no mappings
         if named and where.keys() != named.keys():
-            raise ValueError(f"{len(where.keys() ^ named.keys())} tensors differ")
+            raise ValueError(f"they differ in {count(len(where.keys() ^ named.keys()), 'tensor')}")
         for name, file in sorted(where.items(), key=lambda item: item[0]):
             tensor = file.get_tensor(name)
             digest.update(_head(name, tensor))

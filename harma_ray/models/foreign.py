@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harma_ray.errors import UserError, first_few
+from harma_ray.errors import UserError, count, first_few
 from harma_ray.models.containers import Container, read_container
 from harma_ray.models.inert import Inert
 from harma_ray.models.names import OWN_FORMAT
@@ -63,7 +63,7 @@ class ForeignWeights:
         """What was done to read it."""
         prefix = (f"prefix `{self.prefix}` taken off the names",) if self.prefix else ()
         names = list(self.beside)
-        left_out = (f"{len(names)} tensors without that prefix left out: {first_few(names)}",) if names else ()
+        left_out = (f"{count(len(names), 'tensor')} without that prefix left out: {first_few(names)}",) if names else ()
         return (*self.container_notes, *prefix, *left_out)
 
     @property

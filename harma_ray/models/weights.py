@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harma_ray.errors import UserError, first_few
+from harma_ray.errors import UserError, count, first_few
 from harma_ray.models.foreign import ACTIVATION, GELU, QUICK_GELU
 from harma_ray.models.openclip import QuickGELU
 
@@ -58,7 +58,7 @@ def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], sourc
     if quantised:
         kinds = sorted({str(given[name].dtype).removeprefix("torch.") for name in quantised})
         raise UserError(
-            f"{source} must hold floating-point weights, got {', '.join(kinds)} in {len(quantised)} tensors "
+            f"{source} must hold floating-point weights, got {', '.join(kinds)} in {count(len(quantised), 'tensor')} "
             f"({first_few(quantised)}); give the weights from before they were quantised"
         )
     broken = [n for n, tensor in expected.items() if not torch.isfinite(given[n].to(tensor.dtype)).all()]

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from harma_ray.errors import UserError, WorkerDied, WorkerFailed
+from harma_ray.errors import UserError, WorkerDied, WorkerFailed, count
 from harma_ray.files import write_text
 from harma_ray.on_ray.quirks import cause_of_death, is_hanging
 
@@ -120,7 +120,7 @@ def what_happened(failures: Mapping[int, BaseException], folder: Path) -> Worker
     else:
         fate = f"failed: {type(error).__name__}: {_first_line(error)}"
     others = len(dead or hanging or failures) - 1
-    more = f" (and {others} other(s))" if others else ""
+    more = f" (and {count(others, 'other')})" if others else ""
     kind = WorkerDied if rank in dead else WorkerFailed
     return kind(f"worker {rank}{place} {fate}{more}; {_logs(note, folder)}")
 

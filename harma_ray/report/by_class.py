@@ -14,6 +14,7 @@ from PIL import Image
 
 from harma_ray.data.splits import Split
 from harma_ray.data.transforms import eval_transform
+from harma_ray.errors import count
 from harma_ray.evaluation import Projection, Section, show_figure
 from harma_ray.report import page
 from harma_ray.report.figures import MAX_POINTS, draw_classes, draw_confusion
@@ -121,7 +122,7 @@ def neighbours_sheet(
     rows = retrieval.rows[list(queries)].tolist()
     own, found = pictured.queries(rows, thumb), pictured.gallery(items[items >= 0].tolist(), thumb)
     layout = make_layout(thumb, thumb + max(200, round(2.0 * thumb)), k * (thumb + GAP))
-    strips = [layout.heading("Image to images", f"the first {k} of {len(retrieval.gallery):,} images")]
+    strips = [layout.heading("Image to images", f"the first {k} of {count(len(retrieval.gallery), 'image')}")]
     for query, row, near, near_scores in zip(queries, rows, items.tolist(), scores.tolist(), strict=True):
         strips.append(_draw_query(layout, retrieval, query, own[row], near, near_scores, found))
     strips.append(layout.legend([(RIGHT, "of the query's class"), (WRONG, "of another class")]))

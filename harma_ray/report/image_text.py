@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harma_ray.data.splits import Split
 from harma_ray.data.transforms import eval_transform
+from harma_ray.errors import count
 from harma_ray.evaluation import Evaluation, Projection, Section, show_figure
 from harma_ray.report import page
 from harma_ray.report.figures import MAX_POINTS, draw_embeddings
@@ -178,18 +179,18 @@ def _failures_section(retrieval: ImageTextRetrieval, split: Split) -> Section:
             "right here, so that none is shown that found what it asked for. Green: right; blue: another image's, with "
             "an equal caption; red: wrong. The number is the cosine."
         ),
-        page.subsection(f"Text to image: {_count(failed_texts, shown_texts, retrieval.texts, 'captions')}"),
+        page.subsection(f"Text to image: {_count(failed_texts, shown_texts, retrieval.texts, 'caption')}"),
         _show_texts(retrieval, split, shown_texts),
-        page.subsection(f"Image to text: {_count(failed_images, shown_images, retrieval.image_embeddings, 'images')}"),
+        page.subsection(f"Image to text: {_count(failed_images, shown_images, retrieval.image_embeddings, 'image')}"),
         _show_images(retrieval, split, shown_images),
     ]
     return Section("failures", "Failures", "\n".join(parts))
 
 
 def _count(failed: Sequence[int], shown: Sequence[int], queries: Sized, kind: str) -> str:
-    each = "of each image, and of equal captions, the worst one" if kind == "captions" else "the worst"
+    each = "of each image, and of equal captions, the worst one" if kind == "caption" else "the worst"
     more = f"; {each}, {len(shown)} in all, {'is' if len(shown) == 1 else 'are'} shown" if shown != failed else ""
-    return f"{len(failed):,} of {len(queries):,} {kind}{more}"
+    return f"{len(failed):,} of {count(len(queries), kind)}{more}"
 
 
 def _embeddings_section(png: bytes | None) -> Section:

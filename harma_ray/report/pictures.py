@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from harma_ray.data.images import BadImage, decode_stored
 from harma_ray.data.order import IndexedSplit, read_samples
 from harma_ray.data.splits import Split, index_rows
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.retrieval.image_text import ImageTextRetrieval
 from harma_ray.retrieval.ranking import top_k
 
@@ -210,10 +210,10 @@ def retrieval_sheet(
     text_scores, text_items = top_k(retrieval.image_embeddings[rows], retrieval.text_embeddings, min(k, num_texts))
     thumbs = read_thumbs(split, [*rows, *image_items.flatten().tolist()], thumb)
     page = make_layout(thumb, max(240, round(2.2 * thumb)), image_items.shape[1] * (thumb + GAP))
-    strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {num_images:,} images")]
+    strips = [page.heading("Text to image", f"the first {image_items.shape[1]} of {count(num_images, 'image')}")]
     for text, scores, items in zip(texts, image_scores.tolist(), image_items.tolist(), strict=True):
         strips.append(_text_query(page, retrieval, text, items, scores, thumbs))
-    strips.append(page.heading("Image to text", f"the first {text_items.shape[1]} of {num_texts:,} captions"))
+    strips.append(page.heading("Image to text", f"the first {text_items.shape[1]} of {count(num_texts, 'caption')}"))
     for row, scores, items in zip(rows, text_scores.tolist(), text_items.tolist(), strict=True):
         strips.append(_image_query(page, retrieval, row, thumbs[row], items, scores))
     strips.append(page.legend([(RIGHT, "right"), (EQUAL, "equal caption, other image"), (WRONG, "wrong")]))

@@ -10,6 +10,7 @@ import torch
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import Worker
 from harma_ray.distributed import gather_rows
+from harma_ray.errors import count
 from harma_ray.parallel import gather_tensors, spread_like
 from harma_ray.task import ParameterGroup
 from harma_ray.training.optim import build_optimizer, build_schedule
@@ -113,8 +114,8 @@ class TrainState:
         notices = []
         if workers != len(state["rng"]):
             notices.append(
-                f"{workers} worker(s) go on with what {len(state['rng'])} began: the batches are the same, but sums "
-                "are rounded and dropout is drawn differently, so the figures agree within rounding only"
+                f"{count(workers, 'worker')} took over what {len(state['rng'])} began: the batches are the same, but "
+                "sums are rounded and dropout is drawn differently, so the figures agree within rounding only"
             )
         if on_gpu != (state["cuda_rng"] is not None):
             began, goes_on = ("a CPU", "a GPU") if on_gpu else ("a GPU", "a CPU")

@@ -18,7 +18,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from harma_ray.config import RunConfig
-from harma_ray.errors import UserError, WorkerFailed, find_user_error
+from harma_ray.errors import UserError, WorkerFailed, count, find_user_error
 from harma_ray.files import write_text
 from harma_ray.on_ray.interruption import GRACE_SECONDS
 from harma_ray.on_ray.quirks import Unpickled, is_out_of_memory, start_side_by_side
@@ -97,7 +97,7 @@ def run_search(
             out_of_memory = True
             if concurrent > 1:
                 concurrent -= 1
-                _logger.warning("the machine ran out of memory; going on with %d trial(s) at a time", concurrent)
+                _logger.warning("the machine ran out of memory; going on with %s at a time", count(concurrent, "trial"))
             else:
                 study.close_open("the machine ran out of memory with no other trial beside it")
         study.save_time()

@@ -17,7 +17,7 @@ from torch import Tensor
 from harma_ray.data.images import open_image
 from harma_ray.data.order import IndexedSplit, RowsChunk, iterate_slices
 from harma_ray.data.splits import Split, index_rows, open_split
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.on_ray.cluster import node_cpus
 from harma_ray.on_ray.tasks import map_in_actors
 from harma_ray.progress import progress_bar
@@ -116,7 +116,9 @@ def encode(
         for found in progress_bar(iterable=results, total=len(requests), unit=" batches", desc=progress, leave=False):
             bad += found.bad
             if len(bad) > settings.max_bad:
-                raise UserError(f"{len(bad)} images cannot be read ({'; '.join(bad[:_LISTED])}); mend them{hint}")
+                raise UserError(
+                    f"{count(len(bad), 'image')} cannot be read ({'; '.join(bad[:_LISTED])}); mend them{hint}"
+                )
             yield found
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from harma_ray.data.manifest import MANIFEST_NAME
 from harma_ray.data.order import iterate_slices
-from harma_ray.errors import UserError, first_few
+from harma_ray.errors import UserError, count, first_few
 from harma_ray.retrieval.encoding import VectorIdentity
 
 VECTORS_NAME = "vectors.parquet"
@@ -134,12 +134,13 @@ def _make_units(store: Store) -> None:
         lengths[part] = exact.norm(dim=1, keepdim=True)
         store.vectors[part] = exact / lengths[part]
     for wrong, told in (
-        (~lengths.isfinite(), "NaN or infinite numbers in {} vectors ({}); embed these images again"),
-        (lengths == 0, "{} vectors of zeros, which have no direction ({})"),
+        (~lengths.isfinite(), "NaN or infinite numbers in {} ({}); embed these images again"),
+        (lengths == 0, "zeros alone, which have no direction, in {} ({})"),
     ):
         rows = wrong[:, 0].nonzero()[:, 0].tolist()
         if rows:
-            raise UserError(f"{store.path} holds {told.format(len(rows), first_few([store.ids[row] for row in rows]))}")
+            where = told.format(count(len(rows), "vector"), first_few([store.ids[row] for row in rows]))
+            raise UserError(f"{store.path} holds {where}")
 
 
 def require_comparable(query: Store, gallery: Store) -> None:

@@ -79,8 +79,8 @@ def one_worker(scenes, tmp_path_factory):
 @pytest.mark.ray
 def test_train_says_what_it_does_and_leaves_no_noise(one_worker):
     run, result = one_worker
-    for part in ("40 images, 200 captions, 200 samples an epoch", "2 epochs x 10 steps of 20 samples", "1 worker(s)",
-                 "tensorboard --logdir", "starting 1 worker(s): each", "first step", "epoch 2", "best epoch",
+    for part in ("40 images, 200 captions, 200 samples an epoch", "2 epochs x 10 steps of 20 samples", "1 worker",
+                 "tensorboard --logdir", "starting 1 worker: each", "first step", "epoch 2", "best epoch",
                  "r_mean"):  # fmt: skip
         assert part in result.stdout, part
     assert result.stderr.strip() == ""

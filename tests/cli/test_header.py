@@ -71,7 +71,7 @@ def test_backbone_batch_and_device_are_told(scenes):
     told = dict(line.split(maxsplit=1) for line in lines)
     assert told["backbone"].startswith("scenes-tiny, random of seed 0")
     assert told["steps"] == "2 epochs x 10 steps of 20 samples, 10 a worker"
-    assert told["workers"] == "2 worker(s), each 0.5 CPU and no GPU"
+    assert told["workers"] == "2 workers, each 0.5 CPU and no GPU"
 
 
 def test_images_that_are_encoded_once_for_their_captions_are_told(scenes):

@@ -116,11 +116,11 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(harma, stopped,
         run_training(make_task(config), config, run, worker=Worker(), loader=five_batches)
     printed = done_here(resume(run, "--workers", 2), joined)
     assert open_run(run).config.scaling.num_workers == 2
-    assert "notice: 2 worker(s) go on with what 1 began" in printed
+    assert "notice: 2 workers took over what 1 began" in printed
     notices = [record["text"] for record in read_records(run) if record["kind"] == "notice"]
     assert [notice.partition(":")[0] for notice in notices] == [
-        "1 worker(s) go on with what 2 began",
-        "2 worker(s) go on with what 1 began",
+        "1 worker took over what 2 began",
+        "2 workers took over what 1 began",
     ]
     (records, report), (expected, expected_report) = told(run), told(harma)
     assert report["metrics"]["val"] == pytest.approx(expected_report["metrics"]["val"], abs=8)  # ranks may swap

@@ -76,7 +76,7 @@ def test_a_store_searched_by_itself_never_finds_the_query_or_its_copies(stores, 
         capsys, "retrieve", "--query", store, "--gallery", store, "--json", tmp_path / "f.json", "--top", 2, 1
     )
     assert "41 images; each looks for the others" in output
-    assert "notice: 1 images are no queries: the gallery has no other of their class (sea/1.png)" in output
+    assert "notice: no query, as the gallery has no other of the class: 1 image (sea/1.png)" in output
     kept = json.loads((tmp_path / "f.json").read_text())
     assert kept["left_out"] == ["sea/1.png"]
     assert list(kept["chance"]) == ["top_1", "top_2", "map"]
@@ -87,7 +87,7 @@ def test_queries_that_are_in_another_gallery_are_told(stores, tmp_path, capsys):
     rows, manifest = stored_rows(stores[1])
     other = write_store(tmp_path / "other", rows[:8], manifest)
     output = done(capsys, "retrieve", "--query", other, "--gallery", stores[1], "--json", tmp_path / "f.json")
-    assert "notice: 8 queries are in the gallery too (the same bytes) and do not find themselves" in output
+    assert "notice: in the gallery too (the same bytes), which never find themselves: 8 queries" in output
     found = json.loads((tmp_path / "f.json").read_text())["methods"]["plain"]["metrics"]
     assert found == pytest.approx(brute_force(other, stores[1], (1, 3, 5)))
 
@@ -195,7 +195,7 @@ def test_names_tell_images_apart_where_a_store_has_no_hashes_and_that_is_said(st
     few, every = tmp_path / "few.npz", tmp_path / "all.npz"
     output = done(capsys, "retrieve", "--query", few, "--gallery", every)
     assert f"notice: {few} has no hashes of files: images of the same name are taken for the same" in output
-    assert "notice: 8 queries are in the gallery too (the same name) and do not find themselves" in output
+    assert "notice: in the gallery too (the same name), which never find themselves: 8 queries" in output
     assert "no hashes" in done(capsys, "retrieve", "--query", few, "--gallery", stores[1])
     assert "no hashes" not in done(capsys, "retrieve", "--query", stores[0], "--gallery", stores[1])
 
@@ -210,7 +210,7 @@ def test_stores_that_do_not_fit_are_one_line(stores, tmp_path, capsys):
     for gallery, told in [
         (changed("one", rows[::4]), "at least two classes, but all 10 images are of class `farm`"),
         (changed("bare", [{**row, "label_name": None} for row in rows]), "gallery image needs a class, but 40 of 40"),
-        (changed("nan", nan), "NaN or infinite numbers in 1 vectors (farm/000.png)"),
+        (changed("nan", nan), "NaN or infinite numbers in 1 vector (farm/000.png)"),
         (changed("narrow", [{**row, "vector": row["vector"][:5]} for row in rows], width=5), "one width, but those of"),
         (changed("other", rows, encoder={**IDENTITY, "backbone": "xyz"}), "not made alike (backbone: abc and xyz)"),
         (changed("names", [{**row, "label_name": "x" + row["id"][:1]} for row in rows]), "image of its class in"),

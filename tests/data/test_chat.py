@@ -108,10 +108,10 @@ def test_image_tokens_come_from_images_alone():
         ([("system", "Be kind.")], 0, "no question and no answer"),
         ([("human", "Hi"), ("gpt", " \n")], 0, "turn 2 is an empty answer"),
         ([("human", "Hi"), ("gpt", "<image>")], 1, r"turn 2 \(gpt\) holds <image>"),
-        ([("human", "<image>"), ("gpt", "Ho")], 0, "has 0 images and 1 marks"),
+        ([("human", "<image>"), ("gpt", "Ho")], 0, "has 0 images and 1 mark "),
         ([("human", "what is <IMG_CONTEXT>?"), ("gpt", "Ho")], 0, "turn 1 holds <IMG_CONTEXT>, which the model"),
         ([("human", "Hi"), ("gpt", "Ho<|im_end|>")], 0, r"turn 2 holds <\|im_end\|>, which the model"),
-        ([("human", "<image>"), ("gpt", "Ho")], 2, "has 2 images and 1 marks"),
+        ([("human", "<image>"), ("gpt", "Ho")], 2, "has 2 images and 1 mark "),
     ],
 )
 def test_turns_that_are_no_talk_are_refused(said, images, message):

@@ -147,9 +147,9 @@ def test_mistakes_of_a_meta_file_are_told_by_their_data_set(source, change, mess
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (line("0.png", "<image>\n<image>", "x"), "towns.jsonl line 3: has 1 images and 2 marks"),
-        (line(["0.png", "1.png"], "<image>", "x"), "towns.jsonl line 3: has 2 images and 1 marks"),
-        (line(None, "<image>", "x"), "towns.jsonl line 3: has 0 images and 1 marks"),
+        (line("0.png", "<image>\n<image>", "x"), "towns.jsonl line 3: has 1 image and 2 marks"),
+        (line(["0.png", "1.png"], "<image>", "x"), "towns.jsonl line 3: has 2 images and 1 mark "),
+        (line(None, "<image>", "x"), "towns.jsonl line 3: has 0 images and 1 mark "),
         (line("0.png", "<image>", ""), "towns.jsonl line 3: turn 2 is an empty answer"),
         (line("0.png", "<image>", "x", "y"), "towns.jsonl line 3: turns must be human, gpt"),
         (line("../fields/0.png", "<image>", "x"), "towns.jsonl line 3: image paths must lie under"),

@@ -168,7 +168,7 @@ def test_weights_of_more_than_the_architecture_are_refused_before_they_are_loade
     torch.save({**MARKS, "attn_mask": causal, "logit_bias": torch.tensor(1.0)}, tmp_path / "fits.pt")
     check_pretrained("ViT-B-32", str(tmp_path / "fits.pt"), "gelu")
     torch.save({**MARKS, "transformer.resblocks.0.mmadapter.gate1": torch.zeros(1)}, tmp_path / "more.pt")
-    with pytest.raises(UserError, match=r"1 tensors are unexpected, such as \S+mmadapter.*checkpoint show says"):
+    with pytest.raises(UserError, match=r"1 unexpected tensor, such as \S+mmadapter.*checkpoint show says"):
         check_pretrained("ViT-B-32", str(tmp_path / "more.pt"), "gelu")
 
 

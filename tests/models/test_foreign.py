@@ -112,7 +112,7 @@ def test_tensors_beside_the_model_are_left_out_by_name(tmp_path):
     found = read_foreign(tmp_path / "probe.pt")
     assert equals_state(found.tensors)
     assert found.beside.keys() == {"head.weight"}
-    assert "1 tensors without that prefix left out: head.weight" in found.notes
+    assert "1 tensor without that prefix left out: head.weight" in found.notes
 
 
 class QuickGELU(nn.Module):
@@ -195,7 +195,7 @@ def test_what_is_no_weight_is_dropped_and_what_is_unused_is_filled_in():
             r"NaN or infinity in 1 of \d+ .*visual\.proj",
         ),
         ("visual.proj", STATE["visual.proj"].double() * 1e300, r"NaN or infinity in 1 of \d+ .*visual\.proj"),
-        ("visual.proj", STATE["visual.proj"].char(), r"floating-point weights, got int8 in 1 tensors \(visual\.proj\)"),
+        ("visual.proj", STATE["visual.proj"].char(), r"floating-point weights, got int8 in 1 tensor \(visual\.proj\)"),
     ],
 )
 def test_numbers_that_would_compute_something_else_are_refused(name, tensor, message):

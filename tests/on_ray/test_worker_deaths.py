@@ -79,7 +79,7 @@ def test_several_dead_workers_and_one_that_never_began_are_told(notes):
     (notes / "worker-0.json").unlink()
     error = what_happened({0: died(LOST), 1: died(LOST)}, notes)
     assert str(error).startswith("worker 0 died: killed")
-    assert str(error).endswith("(and 1 other(s)); it had not begun to work")
+    assert str(error).endswith("(and 1 other); it had not begun to work")
 
 
 def test_what_a_worker_raised_is_told_with_the_place_of_its_trace(tmp_path, monkeypatch):

@@ -364,7 +364,7 @@ def test_a_run_answers_questions_and_encodes_images(data, tmp_path):
     }
     assert len(answers) == 1
     assert isinstance(model.ask(images, "<image> and <image>?", 3), str)
-    with pytest.raises(UserError, match="has 2 images but only 1 marks"):
+    with pytest.raises(UserError, match="has 2 images but only 1 mark "):
         model.ask(images, "<image>?")
     with pytest.raises(UserError, match=r"`max_tokens` must be at least 1, got 0"):
         model.ask(images[0], "Where?", 0)

@@ -61,7 +61,7 @@ def test_with_other_workers_those_that_were_there_go_on_and_others_are_seeded_by
         assert not torch.equal(torch.rand(5), draws[rank])  # not what it drew at step 0
     for notices in told:
         assert len(notices) == 1
-        assert notices[0].startswith(f"{now} worker(s) go on with what {before} began")
+        assert notices[0].startswith(f"{now} worker{'s' * (now > 1)} took over what {before} began")
 
 
 def test_a_change_between_gpu_and_cpu_is_told():

@@ -107,7 +107,7 @@ def test_a_line_of_pixels_is_told_of_and_may_be_left_out(tmp_path, ray_cluster):
         path = tmp_path / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size).save(path)
-    with pytest.raises(UserError, match=r"^1 images cannot be read \(farm/2\.png: 1 x 4000 pixels; [^\n]*--max-bad$"):
+    with pytest.raises(UserError, match=r"^1 image cannot be read \(farm/2\.png: 1 x 4000 pixels; [^\n]*--max-bad$"):
         embed(run, tmp_path / "images", tmp_path / "out", JobSettings())
     assert not (tmp_path / "out").exists()
     embed(run, tmp_path / "images", tmp_path / "out", JobSettings(max_bad=1))

@@ -108,14 +108,14 @@ def test_vectors_become_units_in_any_scale(tmp_path, vectors):
     found = open_store(write(tmp_path / "store", 1e-20 * vectors)).vectors
     torch.testing.assert_close(found, torch.from_numpy(unit(vectors)))
     vectors[1] = 0
-    with pytest.raises(UserError, match=r"1 vectors of zeros, which have no direction \(test/1\)"):
+    with pytest.raises(UserError, match=r"zeros alone, which have no direction, in 1 vector \(test/1\)"):
         open_store(write(tmp_path / "zeros", vectors))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_numbers_that_are_not_finite_are_named(tmp_path, vectors, value):
     vectors[1, 2] = value
-    with pytest.raises(UserError, match=r"NaN or infinite numbers in 1 vectors \(test/1\)"):
+    with pytest.raises(UserError, match=r"NaN or infinite numbers in 1 vector \(test/1\)"):
         open_store(write(tmp_path / "store", vectors))
 
 

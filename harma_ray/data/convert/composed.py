@@ -17,7 +17,7 @@ from harma_ray.data.kinds.base import Record
 from harma_ray.data.kinds.images import SourceRecord
 from harma_ray.data.kinds.queries import QueryRecord
 from harma_ray.data.kinds.triplets import TripletRecord
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 
 CATEGORIES = ("dress", "toptee", "shirt")
 """FashionIQ's parts, in the order in which its training rows are joined."""
@@ -93,7 +93,10 @@ class ComposedSource:
             out: Folder of the data set, where a list of what is missing may be written; None: all are told here.
         """
         needed = NeededImages.of(self.records)
-        lines = [f"{p.name}: {len(p.queries):,} queries, {len(p.index):,} images in the index" for p in self.parts]
+        lines = [
+            f"{p.name}: {count(len(p.queries), 'query')}, {count(len(p.index), 'image')} in the index"
+            for p in self.parts
+        ]
         lines.append(f"{len(needed.seen):,} distinct images are needed in all")
         missing = {each.path: each for each in needed.missing}
         empty = [path for path, seen in needed.seen.items() if not seen.size and path not in missing]

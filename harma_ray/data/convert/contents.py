@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.image_files import readable_name
+from harma_ray.errors import count
 from harma_ray.files import atomic, cache_folder, settled_state
 from harma_ray.progress import progress_bar
 
@@ -65,7 +66,7 @@ def hash_seen(
     if not to_read:
         return hashes, failures
     with ThreadPoolExecutor(THREADS) as pool:
-        shown = {"unit": " files", "disable": not progress, "desc": f"checking {len(to_read):,} files"}
+        shown = {"unit": " files", "disable": not progress, "desc": f"checking {count(len(to_read), 'file')}"}
         for path, (content, reason) in progress_bar(
             iterable=zip(to_read, pool.map(_hash, to_read), strict=True), total=len(to_read), **shown
         ):

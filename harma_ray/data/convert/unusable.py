@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from harma_ray.data.convert.image_paths import find_alike, find_folder
 from harma_ray.data.image_files import readable_name
 from harma_ray.data.manifest import BadRow
-from harma_ray.errors import UserError
+from harma_ray.errors import UserError, count
 from harma_ray.files import write_text
 
 _LISTED = 5
@@ -73,9 +73,9 @@ class Tolerance:
         if len(images) > self.max_bad:
             lines = [f"{row.source}\t{row.reason}" for row in images]
             raise UserError(
-                f"{len(images):,} of {len(self.names):,} images cannot be used, at most {self.max_bad} may be left "
-                f"out (--max-bad): {list_bad(images)}{_write(lines, list_beside(self.split, 'unusable'))}; mend them "
-                "or raise the limit"
+                f"{len(images):,} of {count(len(self.names), 'image')} cannot be used, at most {self.max_bad} may be "
+                f"left out (--max-bad): {list_bad(images)}{_write(lines, list_beside(self.split, 'unusable'))}; mend "
+                "them or raise the limit"
             )
 
     def tell_left_out(self, bad: Sequence[BadRow]) -> str:
@@ -100,7 +100,7 @@ def tell_missing(missing: Sequence[Missing], total: int, file: Path | None) -> s
     verb = "is" if len(missing) == 1 else "are"
     some = ", ".join(each.tell() for each in missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
     listed = _write([each.name for each in missing], file) if file else ""
-    return f"{len(missing):,} of {total:,} images {verb} missing under {_root_of(missing)}: {some}{listed}"
+    return f"{len(missing):,} of {count(total, 'image')} {verb} missing under {_root_of(missing)}: {some}{listed}"
 
 
 def tell_wrong_folder(missing: Sequence[Missing]) -> str:

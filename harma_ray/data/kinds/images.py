@@ -12,6 +12,7 @@ from PIL import Image
 from harma_ray.data.kinds.base import ImageSource, Record, RowKind, StoredImage
 from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
 from harma_ray.data.manifest import BadRow, Manifest
+from harma_ray.errors import count
 
 IMAGE_SCHEMA = pa.schema(
     [
@@ -46,8 +47,8 @@ class _Gallery(RowKind):
 
     def describe(self, manifest: Manifest) -> str:
         queries = manifest.queries
-        more = f"{queries.rows:,} queries" if queries else f"{manifest.captions:,} captions"
-        return f"{manifest.rows:,} images, {more}"
+        more = count(queries.rows, "query") if queries else count(manifest.captions, "caption")
+        return f"{count(manifest.rows, 'image')}, {more}"
 
 
 class _ImageVectors(_Gallery):

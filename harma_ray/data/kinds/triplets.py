@@ -11,6 +11,7 @@ from harma_ray.data.kinds.base import ImageSource, Record, RowKind, StoredImage
 from harma_ray.data.kinds.drawing import LINE, MARGIN, THUMBNAIL, paste, write
 from harma_ray.data.kinds.queries import QUERY_SCHEMA, QUERY_VECTOR_SCHEMA, QueryRecord
 from harma_ray.data.manifest import BadRow, Manifest
+from harma_ray.errors import count
 
 TRIPLET_SCHEMA = pa.schema(
     [
@@ -42,7 +43,7 @@ class _Queries(RowKind):
     weighs_texts = False  # as in data sets that are there
 
     def describe(self, manifest: Manifest) -> str:
-        return f"{manifest.rows:,} triplets"
+        return count(manifest.rows, "triplet")
 
 
 class _TripletVectors(_Queries):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from harma_ray.errors import count
 from harma_ray.evaluation import Section
 from harma_ray.report import page
 from harma_ray.shell import launch_command
@@ -56,7 +57,7 @@ def _subtitle(results: SearchResults) -> str:
     metrics = " and ".join(f"{'highest' if o.maximize else 'lowest'} {label(o)}" for o in search.objectives)
     return (
         f"Recipe {search.config.recipe} on {search.config.data.path}, searched for the {metrics}; sampler "
-        f"{search.sampler.name}, scheduler {_show_scheduler(search)}. {len(results.trials)} trials: "
+        f"{search.sampler.name}, scheduler {_show_scheduler(search)}. {count(len(results.trials), 'trial')}: "
         f"{results.counts or 'none yet'}."
     )
 
@@ -217,13 +218,13 @@ def _trials_section(results: SearchResults) -> str:
     columns += [(shorts[p.name], [_show_parameter(p, trial) for trial in trials]) for p in searched]
     content = page.table(columns, num_text_columns=2)
     if len(trials) > _MAX_OPEN_ROWS:
-        content = page.folded(f"{len(trials)} trials", content)
+        content = page.folded(count(len(trials), "trial"), content)
     failed = [trial for trial in results.trials if trial.state == "failed"]
     if failed:
         reasons = [("trial", [str(t.number) for t in failed]), ("reason", [t.reason or "unknown" for t in failed])]
         table = page.table(reasons, num_text_columns=2)
         if len(failed) > _MAX_OPEN_ROWS:
-            table = page.folded(f"{len(failed)} trials", table)
+            table = page.folded(count(len(failed), "trial"), table)
         content += f"\n{page.subsection('Why trials failed')}\n{table}"
     return content
 
