@@ -21,6 +21,10 @@ TEMPORARY_PREFIX = ".tmp-"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of the system's errors that mean so."""
 
+CONFIG_NAME = "config.yaml"
+"""The settings of a run in its folder."""
+SEARCH_NAME = "search.yaml"
+"""The definition of a search in its folder."""
 RUNS = "runs"
 """Folder of all runs and searches, unless another is named."""
 SETTLED_SECONDS = 2.0

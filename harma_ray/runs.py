@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import harma_ray
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.errors import UserError, warn_once
-from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders, output_path, require_writable, write_text
+from harma_ray.files import (
+    CONFIG_NAME,
+    RUNS,
+    SEARCH_NAME,
+    did_you_mean,
+    kept_path,
+    near_folders,
+    output_path,
+    require_writable,
+    write_text,
+)
 from harma_ray.models.names import is_elsewhere
 from harma_ray.recipes import load_config, make_task
 from harma_ray.settings import build_config, marked_settings, to_yaml
@@ -42,7 +52,6 @@ if TYPE_CHECKING:
 
     from harma_ray.task import Task
 
-CONFIG_NAME = "config.yaml"
 ENVIRONMENT_NAME = "environment.json"
 LOCK_NAME = ".lock"
 _logger = logging.getLogger(__name__)
@@ -261,6 +270,9 @@ def open_run(path: str | Path) -> Run:
     """
     path = kept_path(path, "the run")
     if not (path / CONFIG_NAME).is_file():
+        if (path / SEARCH_NAME).is_file():
+            way_out = f"go on with it: {launch_command('tune', '--resume', path)}; the folders in it of trials are runs"
+            raise UserError(f"{path} is not the folder of a run, but of a search; {way_out}")
         near = did_you_mean(near_folders(path, lambda folder: (folder / CONFIG_NAME).is_file(), RUNS))
         raise UserError(f"{path} is not the folder of a run (it has no {CONFIG_NAME}){near}")
     return Run(path, _placed(load_config(path / CONFIG_NAME), path))

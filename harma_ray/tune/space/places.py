@@ -4,10 +4,9 @@ import sysconfig
 from pathlib import Path
 
 from harma_ray.errors import UserError
-from harma_ray.files import RUNS, did_you_mean, kept_path, near_folders, near_paths
+from harma_ray.files import CONFIG_NAME, RUNS, SEARCH_NAME, did_you_mean, kept_path, near_folders, near_paths
+from harma_ray.shell import launch_command
 
-SEARCH_NAME = "search.yaml"
-"""The definition of a search in its folder."""
 _FOLDER = "search_spaces"
 _ENDINGS = (".yaml", ".yml")
 
@@ -20,6 +19,9 @@ def search_folder(folder: str | Path) -> Path:
     """
     folder = kept_path(folder, "the search")
     if not (folder / SEARCH_NAME).is_file():
+        if (folder / CONFIG_NAME).is_file():
+            way_out = f"go on with it: {launch_command('train', '--resume', folder)}"
+            raise UserError(f"{folder} is not the folder of a search, but of a run; {way_out}")
         near = did_you_mean(near_folders(folder, lambda place: (place / SEARCH_NAME).is_file(), RUNS))
         raise UserError(f"{folder} is not the folder of a search (it has no {SEARCH_NAME}){near}")
     return folder
