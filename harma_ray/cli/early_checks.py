@@ -35,6 +35,7 @@ from harma_ray.runs import CONFIG_NAME, Run, absolute_paths, lock_folder, new_fo
 from harma_ray.settings import build_config
 from harma_ray.shell import launch_command
 from harma_ray.training.run_files import META_NAME, list_checkpoints, read_meta
+from harma_ray.tune.space.places import search_folder
 
 if TYPE_CHECKING:
     from harma_ray.tune.space.definition import SearchDefinition
@@ -113,6 +114,7 @@ def check_resumed_search(path: str, changes: Mapping[str, Any], address: str | N
     Raises:
         UserError: If it is none, its data or weights are gone, or another process goes on with it.
     """
+    search_folder(path)
     from harma_ray.tune.folder import open_search  # Optuna
 
     folder, definition = open_search(path)

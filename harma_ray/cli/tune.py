@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harma_ray.cli import shared
 from harma_ray.errors import UserError
 from harma_ray.files import RUNS
-from harma_ray.tune.space.places import find_space
+from harma_ray.tune.space.places import find_space, search_folder
 
 if TYPE_CHECKING:
     from harma_ray.cli.search_options import SearchOptions
@@ -83,7 +83,8 @@ def _tune(options: argparse.Namespace) -> None:
     elif is_report:
         if overrides or any(value is not None for value in limits.values()):
             raise UserError("`tune report` only reads; use --resume to go on")
-        from harma_ray.tune.folder import open_search
+        search_folder(options.what[1])
+        from harma_ray.tune.folder import open_search  # Optuna
 
         open_search(options.what[1])
         from harma_ray.cli.tune_run import report_search  # torch
