@@ -128,7 +128,8 @@ def test_what_cannot_be_taken_out_is_refused_in_a_line_and_leaves_nothing(run, r
     (tmp_path / "there").mkdir()
     assert "exists; choose another --out" in refused(capsys, *line, run.path, "--out", tmp_path / "there")
     (tmp_path / "full").write_text("a file")
-    assert "cannot write" in refused(capsys, *line, run.path, "--out", tmp_path / "full" / "vit")
+    told = refused(capsys, *line, run.path, "--out", tmp_path / "full" / "vit")
+    assert f"{tmp_path / 'full'} is no folder; choose another --out" in told
 
 
 def as_original(folder, source, core):
