@@ -159,9 +159,7 @@ def training_order(
     order = TrainingOrder(
         split, index, seed, global_batch_size, min(window_rows, len(index)), one_caption, captions_per_sample
     )
-    if not order.num_samples:
-        raise UserError(f"{split.path} has no captions to train on; convert it with captions or a caption template")
-    if captions_per_sample > (most := int(index.num_samples.max())):
+    if order.num_samples and captions_per_sample > (most := int(index.num_samples.max())):
         raise UserError(
             f"`train.captions_per_image` must not exceed the captions that an image of {split.path} has, got "
             f"{captions_per_sample}; use {most} or less"
