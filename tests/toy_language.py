@@ -61,7 +61,7 @@ class LettersBackbone(Backbone):
     pixel_statistics = (0.5,) * 3, (0.5,) * 3
 
     def tokenizer(self):
-        raise NotImplementedError
+        raise NotImplementedError("letters are told apart without a tokenizer")
 
     def build(self):
         return Letters()
