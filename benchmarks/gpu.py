@@ -114,6 +114,10 @@ class OwnStep:
         """Takes a step, its check of the loss and the gradients included."""
         _, loss = self.losses(batch)
         loss.backward()
+        self.update(loss)
+
+    def update(self, loss: Tensor) -> None:
+        """Moves the weights by their gradients."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained, float("inf"))
         if not torch.stack([loss.detach(), norm]).isfinite().all():
             sys.exit("a loss is not finite")

@@ -5,7 +5,7 @@ adapters by torch's own module, which computes its weights for the caller too, a
 optimiser that is not fused, and figures read from the device in every step.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harma_ray.models.clip import DualEncoder
+from harma_ray.models.kernels import Linear
 
 
 def _attention(like: Any, num_heads: int) -> nn.MultiheadAttention:
@@ -74,6 +75,9 @@ class ReleasedStep:
 
     def __init__(self, model: DualEncoder, learning_rate: float = 4e-4):
         """Takes over a model's weights, on its device; the model is not to be used beside it."""
+        layers: Any = [module for module in model.modules() if isinstance(module, Linear)]
+        for layer in layers:
+            layer.__class__ = nn.Linear  # as torch computes it
         self.clip: Any = model.clip
         visual, device = self.clip.visual, model.temperature.device
         self.towers = nn.ModuleList(
@@ -125,9 +129,12 @@ class ReleasedStep:
     def step(self, image: Tensor, text: Tensor, ids: Tensor) -> float:
         """Takes one step on a batch that lies on the CPU, images normalised; returns its loss."""
         device = self.temperature.device
-        contrastive, triplet = self.losses(*(x.to(device, non_blocking=True) for x in (image, text, ids)))
-        loss = contrastive + triplet
-        self.optimizer.zero_grad()
-        loss.backward()
+        terms = self.losses(*(x.to(device, non_blocking=True) for x in (image, text, ids)))
+        (terms[0] + terms[1]).backward()
+        return self.update(terms)
+
+    def update(self, terms: Sequence[Tensor]) -> float:
+        """Moves the weights by their gradients; returns the loss."""
         self.optimizer.step()
-        return sum(float(term.detach()) for term in (contrastive, triplet))  # read one by one, as meters do
+        self.optimizer.zero_grad()
+        return sum(float(term.detach()) for term in terms)  # read one by one, as meters do

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harma_ray.errors import UserError
+from harma_ray.models.kernels import Linear, attend, linear
 from harma_ray.models.openclip import open_clip
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class TokenAttention(nn.Module):
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -47,12 +48,9 @@ class TokenAttention(nn.Module):
         Returns:
             (B, L, A), without a residual.
         """
-        batch, length, width = x_BLA.shape
-        projected = F.linear(x_BLA, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = projected.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         visible = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-        return self.out_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        projected = linear(x_BLA, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attend(projected, self.num_heads, visible))
 
 
 class SharedAdapter(nn.Module):
@@ -67,8 +65,8 @@ class SharedAdapter(nn.Module):
 
     def __init__(self, width: int, shared_width: int, num_heads: int, gate_init: float):
         super().__init__()
-        self.l1 = nn.Linear(width, shared_width)
-        self.l2 = nn.Linear(shared_width, width)
+        self.l1 = Linear(width, shared_width)
+        self.l2 = Linear(shared_width, width)
         self.attention = TokenAttention(shared_width, num_heads)
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         nn.init.zeros_(self.l2.weight)
@@ -97,8 +95,8 @@ class Adapter(nn.Module):
 
     def __init__(self, model_width: int, width: int, num_heads: int, gate_init: float, shared: SharedAdapter | None):
         super().__init__()
-        self.down = nn.Linear(model_width, width)
-        self.up = nn.Linear(width, model_width)
+        self.down = Linear(model_width, width)
+        self.up = Linear(width, model_width)
         self.attention = TokenAttention(width, num_heads)
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.shared = shared

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harma_ray.errors import UserError
 from harma_ray.models.architectures import pixel_statistics
+from harma_ray.models.kernels import use_kernels
 from harma_ray.models.openclip import open_clip
 
 
@@ -50,6 +51,7 @@ class DualEncoder(nn.Module):
             )
         if text_tokens == "trim" and clip_model.attn_mask is None:
             raise UserError("`text_tokens: trim` needs a causal text tower, or padding would be seen; use `full`")
+        use_kernels(clip_model)
         self.clip = clip_model
         self.text_tokens = text_tokens
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))

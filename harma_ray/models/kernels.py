@@ -1,0 +1,122 @@
+"""Linear layers and self-attention with torch's own parameters, computed the quickest way that gives equal numbers.
+
+torch takes MKL for fp32 matrices on a CPU; oneDNN, which it has with it, is a fifth faster on AMD's (where both use
+AVX-512) at the shapes of a transformer. torch's `nn.MultiheadAttention` goes through tokens before samples, so that a
+batch-first input is projected in strided parts and copied back.
+
+Shape letters: B batch, L tokens, D features, H heads.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `F.linear`, by oneDNN where that is here and would compute the same."""
+    return _OneDnnLinear.apply(x, weight, bias) if _fits_onednn(x, weight) else F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return what `nn.Linear` does."""
+        return linear(input, self.weight, self.bias)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` that projects and attends batch-first where a block asks for self-attention alone."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, attn_mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what `nn.MultiheadAttention` does; (B, L, D) and no weights where none are needed."""
+        if args or options != {"need_weights": False} or not self._is_plain(query, key, value, attn_mask):
+            return super().forward(query, key, value, *args, attn_mask=attn_mask, **options)
+        projected = linear(query, self.in_proj_weight, self.in_proj_bias)
+        attended = attend(projected, self.num_heads, attn_mask)
+        return linear(attended, self.out_proj.weight, self.out_proj.bias), None
+
+    def _is_plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        """Whether this is self-attention of a batch without what only torch's own way knows."""
+        return (
+            query is key is value
+            and query.ndim == 3
+            and self.batch_first
+            and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
+            and self.in_proj_weight is not None
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not (self.dropout and self.training)
+        )
+
+
+def attend(projected: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
+    """Return the attention of each sample's tokens to each other, (B, L, D).
+
+    Args:
+        projected: queries, keys and values beside each other, (B, L, 3 D).
+        num_heads: H; must divide D.
+        mask: what `F.scaled_dot_product_attention` takes.
+    """
+    batch, length, _ = projected.shape
+    query, key, value = projected.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attended.transpose(1, 2).reshape(batch, length, -1)
+
+
+def use_kernels(model: nn.Module) -> None:
+    """Let a model's linear layers and attentions compute as those of this file; parameters and names stay.
+
+    Layers of other classes, torch's subclasses among them, are left alone.
+    """
+    own = {nn.Linear: Linear, nn.MultiheadAttention: SelfAttention}
+    for module in model.modules():
+        module.__class__ = own.get(type(module), type(module))
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """x W^T + b; gradients of what needs one alone, those of weights by MKL, which is faster at the adapters' sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad, rows = grad.contiguous(), grad.reshape(-1, grad.shape[-1])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "") if needs_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether torch is built with oneDNN and its linear layer, which `torch.compile` uses too."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN takes these: fp32 on a CPU, run as it stands, neither converted nor compiled."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch.backends.mkldnn.enabled
+        and _has_onednn()
+    )
