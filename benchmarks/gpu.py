@@ -48,10 +48,10 @@ def random_model(architecture: str) -> DualEncoder:
     return model.train()
 
 
-def new_model(architecture: str, device: str, text_tokens: str = "full") -> DualEncoder:
-    """Returns a copy of the random weights on a device."""
+def new_model(architecture: str, device: str, text: str = "full") -> DualEncoder:
+    """Returns a copy of the random weights on a device; captions are "full", padded to "trim", or "packed"."""
     model = copy.deepcopy(random_model(architecture)).to(device)
-    model.text_tokens = text_tokens
+    model.text_tokens, model.packs_text = "full" if text == "full" else "trim", text == "packed"
     return model
 
 
@@ -149,8 +149,8 @@ def check(architecture: str, device: str, compiled: bool) -> bool:
     """Prints how far the device is from the CPU's fp32; returns whether all is within bounds."""
     good = True
     print(f"{architecture}, batch 8: relative error against the CPU in fp32")
-    for tokens in ("full", "trim"):
-        plain = new_model(architecture, "cpu", tokens)
+    for tokens in ("full", "trim", "packed"):
+        plain = new_model(architecture, "cpu", "full" if tokens == "full" else "trim")
         batch = Pairs.draw(plain, 8, 0, pin=False)
         reference = OwnStep(plain, "fp32")
         found = []
@@ -207,7 +207,7 @@ class Row:
 
 def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> Row:
     """Times a way of taking steps, over batches in turn."""
-    tokens = "trim" if "trim" in way else "full"
+    tokens = next((name for name in ("trim", "packed") if name in way), "full")
     model = new_model(architecture, device, tokens)
     turn = cycle(batches)
     if way == "released":
@@ -280,7 +280,7 @@ def main() -> None:
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rates = {key: matrix_rate(options.device, dtype) for key, dtype in types.items()}
     print("matrix products, TFLOP/s: " + ", ".join(f"{key} {rate / 1e12:.1f}" for key, rate in rates.items()))
-    ways = ["released", "fp32", "fp32 trim", "bf16", "bf16 trim"]
+    ways = ["released", "fp32", "fp32 trim", "fp32 packed", "bf16", "bf16 trim", "bf16 packed"]
     ways += [] if options.no_compile else ["bf16 compiled", "bf16 trim compiled"]
     for architecture in options.architectures:
         table(architecture, options.batches, ways, options.device, rates)

@@ -7,7 +7,7 @@ other programs than seconds are, with one thread least.
 
 Needs torch, torchvision and open_clip alone.
 
-Run: python benchmarks/step.py [--architecture ViT-B-32] [--batches 16 32 64] [--threads 1] [--profile]
+Run: python benchmarks/step.py [--architecture ViT-B-32] [--batches 16 32 64] [--threads 1] [--profile | --text]
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from harma_ray.models.clip import DualEncoder
 from harma_ray.models.kernels import linear
 
 PARTS = ("forward", "backward", "optimiser")
@@ -59,7 +60,9 @@ class Ways:
     def __init__(self, architecture: str, device: str):
         """Takes random weights."""
         self.released = ReleasedStep(new_model(architecture, device))
-        self.own = {tokens: OwnStep(new_model(architecture, device, tokens), "fp32") for tokens in ("full", "trim")}
+        self.own = {
+            tokens: OwnStep(new_model(architecture, device, tokens), "fp32") for tokens in ("full", "trim", "packed")
+        }
         self.device = device
 
     def parts(self, way: str, batch: Pairs) -> tuple[Callable[[], None], ...]:
@@ -129,6 +132,30 @@ def shares(ways: Ways, way: str, batch: Pairs) -> Mapping[str, float]:
     return {kind: taken / found.total() for kind, taken in found.most_common()}
 
 
+def encode(model: DualEncoder, text: Tensor, groups: int) -> Tensor:
+    """Returns captions' vectors, encoded in groups of about equal lengths."""
+    order = text.argmax(dim=-1).argsort()
+    found = torch.cat([model.encode_text(text[rows]) for rows in order.chunk(groups)])
+    return found[order.argsort()]
+
+
+def text_table(architecture: str, sizes: Sequence[int], rounds: int) -> None:
+    """Prints what the text tower's passes, forward and backward, take by ways of leaving padding out."""
+    ways = {"trimmed": (False, 1), "two groups": (False, 2), "four groups": (False, 4), "packed": (True, 1)}
+    model = new_model(architecture, "cpu", "trim")
+    print("| captions | " + " | ".join(ways) + " |, times trimmed, CPU seconds\n" + "|---" * (len(ways) + 1) + "|")
+    for size in sizes:
+        text = Pairs.draw(model, size, 0, pin=False).text
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for number in range(rounds + 1):
+            for name, (model.packs_text, groups) in ways.items():
+                begin = time.process_time()
+                encode(model, text, groups).sum().backward()
+                taken[name] += [time.process_time() - begin] if number else []
+        ratios = ([one / own for one, own in zip(taken["trimmed"], taken[name], strict=True)] for name in ways)
+        print(f"| {size} | " + " | ".join(spread(ratio) for ratio in ratios) + " |", flush=True)
+
+
 def spread(values: Sequence[float]) -> str:
     """Returns the median, the smallest and the largest value."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
@@ -142,9 +169,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = as many as cores")
     parser.add_argument("--profile", action="store_true", help="say what a step's time goes to, by operators")
+    parser.add_argument("--text", action="store_true", help="the text tower alone, by ways of leaving padding out")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.text:
+        text_table(options.architecture, options.batches, options.rounds)
+        return
     ways = Ways(options.architecture, "cpu")
     print(
         f"{options.architecture}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians, least and most"

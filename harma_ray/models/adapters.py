@@ -14,9 +14,13 @@ from torch.nn import functional as F
 from harma_ray.errors import UserError
 from harma_ray.models.kernels import Linear, attend, linear
 from harma_ray.models.openclip import open_clip
+from harma_ray.models.packing import Packing
 
 if TYPE_CHECKING:
     from harma_ray.models.clip import DualEncoder
+
+Padding = Tensor | Packing | None
+"""What nobody may look at: bool (B, L), true where a position is padding; or how tokens are packed, without any."""
 
 
 class TokenAttention(nn.Module):
@@ -38,18 +42,20 @@ class TokenAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x_BLA: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLA: Tensor, padding: Padding = None) -> Tensor:
         """Attend.
 
         Args:
-            x_BLA: tokens.
-            key_padding_mask: bool (B, L), true where a position is padding that nobody may look at.
+            x_BLA: tokens; (T, A) if they are packed.
+            padding: see `Padding`.
 
         Returns:
-            (B, L, A), without a residual.
+            The same shape, without a residual.
         """
-        visible = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
         projected = linear(x_BLA, self.in_proj_weight, self.in_proj_bias)
+        if isinstance(padding, Packing):
+            return self.out_proj(attend(projected, self.num_heads, padding.visible, padding))
+        visible = None if padding is None else ~padding[:, None, None, :]
         return self.out_proj(attend(projected, self.num_heads, visible))
 
 
@@ -72,11 +78,11 @@ class SharedAdapter(nn.Module):
         nn.init.zeros_(self.l2.weight)
         nn.init.zeros_(self.l2.bias)
 
-    def forward(self, x_BLA: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Return S(x), (B, L, A); the mask is `TokenAttention`'s."""
+    def forward(self, x_BLA: Tensor, padding: Padding = None) -> Tensor:
+        """Return S(x), (B, L, A); see `Padding`."""
         y = self.l1(x_BLA)
         share = torch.sigmoid(self.gate)
-        return x_BLA + self.l2(share * self.attention(y, key_padding_mask) + (1 - share) * y)
+        return x_BLA + self.l2(share * self.attention(y, padding) + (1 - share) * y)
 
 
 class Adapter(nn.Module):
@@ -103,13 +109,13 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, m_BLD: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Return A(m) - m, (B, L, D): the caller adds m; the mask is `TokenAttention`'s."""
+    def forward(self, m_BLD: Tensor, padding: Padding = None) -> Tensor:
+        """Return A(m) - m, (B, L, D): the caller adds m; see `Padding`."""
         d = F.gelu(self.down(m_BLD))
-        a = self.attention(d, key_padding_mask)
+        a = self.attention(d, padding)
         if self.shared is not None:
-            a = self.shared(a, key_padding_mask)
-        a = self.attention(a, key_padding_mask)
+            a = self.shared(a, padding)
+        a = self.attention(a, padding)
         share = torch.sigmoid(self.gate)
         return self.up(share * d + (1 - share) * a)
 
@@ -124,7 +130,7 @@ class GatedAdapter(nn.Module):
         gate_init: g_block before training.
 
     Attributes:
-        key_padding_mask: bool (B, L) or None; set only while a text block runs, see `masking`.
+        padding: set only while a text block runs, see `masking`.
         is_added: says that this is no part of the backbone, see `harma_ray.models.weights.own_tensors`.
     """
 
@@ -134,24 +140,24 @@ class GatedAdapter(nn.Module):
         super().__init__()
         self.gate = nn.Parameter(torch.tensor(float(gate_init)))
         self.bottleneck = adapter
-        self.key_padding_mask: Tensor | None = None
+        self.padding: Padding = None
 
     @contextmanager
-    def masking(self, key_padding_mask: Tensor | None) -> Iterator[None]:
+    def masking(self, padding: Padding) -> Iterator[None]:
         """Hide padding from the adapter's attention while the block around it runs.
 
-        open_clip's blocks pass nothing but the hidden states to `mlp`, so the mask waits here. Entering this inside the
+        open_clip's blocks pass nothing but the hidden states to `mlp`, so it waits here. Entering this inside the
         function that activation checkpointing repeats makes the repetition see the mask of its own forward pass.
         """
-        self.key_padding_mask = key_padding_mask
+        self.padding = padding
         try:
             yield
         finally:
-            self.key_padding_mask = None
+            self.padding = None
 
     def forward(self, m_BLD: Tensor) -> Tensor:
         """Return the gated mixture, (B, L, D)."""
-        return m_BLD + torch.sigmoid(self.gate) * self.bottleneck(m_BLD, self.key_padding_mask)
+        return m_BLD + torch.sigmoid(self.gate) * self.bottleneck(m_BLD, self.padding)
 
 
 def insert_adapters(

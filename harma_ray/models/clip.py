@@ -3,6 +3,7 @@
 Shape letters: B batch, L tokens, D width of the text tower, E embedding.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from harma_ray.errors import UserError
+from harma_ray.models.adapters import Padding
 from harma_ray.models.architectures import pixel_statistics
-from harma_ray.models.kernels import use_kernels
+from harma_ray.models.kernels import SelfAttention, use_kernels
 from harma_ray.models.openclip import open_clip
+from harma_ray.models.packing import Packing
 
 
 class DualEncoder(nn.Module):
@@ -29,6 +32,8 @@ class DualEncoder(nn.Module):
 
     Attributes:
         clip: the open_clip model; its parameters lie under `clip.`.
+        packs_text: whether trimmed captions are encoded without any padding, with equal results; None: on a CPU, where
+            it spares work. A GPU whose host is busy with launching has to be asked first (``benchmarks/gpu.py``).
     """
 
     pixel_mean: Tensor
@@ -54,6 +59,7 @@ class DualEncoder(nn.Module):
         use_kernels(clip_model)
         self.clip = clip_model
         self.text_tokens = text_tokens
+        self.packs_text: bool | None = None
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
         self.affiliation_temperature = None
         if affiliation_temperature is not None:
@@ -125,26 +131,45 @@ class DualEncoder(nn.Module):
                 "use the architecture's own tokenizer"
             )
         longest = _longest(text) if self.text_tokens == "trim" else text.shape[1]
+        packing = self._packing(text)
         text = text.to(self.temperature.device, non_blocking=True)[:, :longest]
         ends = text.argmax(dim=-1)
-        padding = None
-        if self.text_tokens == "trim":
-            padding = torch.arange(text.shape[1], device=text.device) > ends[:, None]
         length, dtype = text.shape[1], clip.transformer.get_cast_dtype()
         causal = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
         x_BLD = clip.token_embedding(text).to(dtype) + clip.positional_embedding[:length].to(dtype)
-        for block in clip.transformer.resblocks:
-            if clip.transformer.grad_checkpointing and torch.is_grad_enabled():
-                x_BLD = checkpoint(_run_text_block, block, x_BLD, causal, padding, use_reentrant=False)
-            else:
-                x_BLD = _run_text_block(block, x_BLD, causal, padding)
-        end_BD = x_BLD[torch.arange(text.shape[0], device=text.device), ends]
+        if packing is not None:
+            end_BD = self._run_text_blocks(packing.pack(x_BLD), causal, packing)[packing.ends]
+        else:
+            is_trimmed = self.text_tokens == "trim"
+            hidden = torch.arange(length, device=text.device) > ends[:, None] if is_trimmed else None
+            x_BLD = self._run_text_blocks(x_BLD, causal, hidden)
+            end_BD = x_BLD[torch.arange(text.shape[0], device=text.device), ends]
         features = clip.ln_final(end_BD)
         if isinstance(clip.text_projection, nn.Linear):
             features = clip.text_projection(features)
         elif clip.text_projection is not None:
             features = features @ clip.text_projection
         return unit(features) if normalize else features
+
+    def _packing(self, text: Tensor) -> Packing | None:
+        """Return how captions (B, L) are packed; None: they are not, as there is nothing to gain."""
+        packs = self.temperature.device.type == "cpu" if self.packs_text is None else self.packs_text
+        blocks: Any = self.clip.transformer
+        fits = all(isinstance(block.attn, SelfAttention) for block in blocks.resblocks)
+        if not packs or not fits or self.text_tokens != "trim" or torch.compiler.is_compiling():
+            return None  # a compiled graph knows one shape of captions, not every number of tokens
+        lengths = text.argmax(dim=-1).cpu() + 1
+        packing = Packing(lengths, self.temperature.device)
+        return packing if packing.num_tokens < len(lengths) * int(lengths.max()) else None
+
+    def _run_text_blocks(self, x: Tensor, causal: Tensor | None, padding: Padding) -> Tensor:
+        transformer: Any = self.clip.transformer
+        for block in transformer.resblocks:
+            if transformer.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(_run_text_block, block, x, causal, padding, use_reentrant=False)
+            else:
+                x = _run_text_block(block, x, causal, padding)
+        return x
 
 
 def unit(features: Tensor) -> Tensor:
@@ -160,10 +185,13 @@ def _longest(text: Tensor) -> int:
     return text.shape[1] if torch.compiler.is_exporting() else int(text.argmax(dim=-1).max()) + 1
 
 
-def _run_text_block(block: nn.Module, x_BLD: Tensor, causal: Tensor | None, padding: Tensor | None) -> Tensor:
-    """Run one block with the padding mask at its adapter; repeatable, so fit for activation checkpointing."""
+def _run_text_block(block: nn.Module, x: Tensor, causal: Tensor | None, padding: Padding) -> Tensor:
+    """Run one block with the padding known to its parts; repeatable, so fit for activation checkpointing."""
     adapter = getattr(block.mlp, "adapter", None)
-    if adapter is None or padding is None:
-        return block(x_BLD, attn_mask=causal)
-    with adapter.masking(padding):
-        return block(x_BLD, attn_mask=causal)
+    with ExitStack() as stack:
+        if adapter is not None and padding is not None:
+            stack.enter_context(adapter.masking(padding))
+        if isinstance(padding, Packing):
+            attention: Any = block.attn
+            stack.enter_context(attention.packed(padding))
+        return block(x, attn_mask=causal)

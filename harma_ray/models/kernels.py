@@ -4,16 +4,20 @@ torch takes MKL for fp32 matrices on a CPU; oneDNN, which it has with it, is a f
 AVX-512) at the shapes of a transformer. torch's `nn.MultiheadAttention` goes through tokens before samples, so that a
 batch-first input is projected in strided parts and copied back.
 
-Shape letters: B batch, L tokens, D features, H heads.
+Shape letters: B batch, L tokens, T tokens of a packed batch, D features, H heads.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from harma_ray.models.packing import Packing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,23 +34,39 @@ class Linear(nn.Linear):
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that projects and attends batch-first where a block asks for self-attention alone."""
+    """`nn.MultiheadAttention` that projects and attends batch-first where a block asks for self-attention alone.
+
+    Attributes:
+        packing: of what comes in, (T, D); set only while a text block runs, see `packed`.
+    """
+
+    packing: Packing | None = None
+
+    @contextmanager
+    def packed(self, packing: Packing) -> Iterator[None]:
+        """Take packed tokens while the block around it runs, which passes nothing but tokens and their causal mask."""
+        self.packing = packing
+        try:
+            yield
+        finally:
+            self.packing = None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, attn_mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Return what `nn.MultiheadAttention` does; (B, L, D) and no weights where none are needed."""
         if args or options != {"need_weights": False} or not self._is_plain(query, key, value, attn_mask):
+            assert self.packing is None, "torch's own attention would take packed captions for one"
             return super().forward(query, key, value, *args, attn_mask=attn_mask, **options)
         projected = linear(query, self.in_proj_weight, self.in_proj_bias)
-        attended = attend(projected, self.num_heads, attn_mask)
+        attended = attend(projected, self.num_heads, attn_mask, self.packing)
         return linear(attended, self.out_proj.weight, self.out_proj.bias), None
 
     def _is_plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
         """Whether this is self-attention of a batch without what only torch's own way knows."""
         return (
             query is key is value
-            and query.ndim == 3
+            and query.ndim == (2 if self.packing else 3)
             and self.batch_first
             and (mask is None or (mask.ndim == 2 and mask.is_floating_point()))
             and self.in_proj_weight is not None
@@ -56,14 +76,17 @@ class SelfAttention(nn.MultiheadAttention):
         )
 
 
-def attend(projected: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-    """Return the attention of each sample's tokens to each other, (B, L, D).
+def attend(projected: Tensor, num_heads: int, mask: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    """Return the attention of each sample's tokens to each other, (B, L, D) or, packed, (T, D).
 
     Args:
-        projected: queries, keys and values beside each other, (B, L, 3 D).
+        projected: queries, keys and values beside each other, (B, L, 3 D) or (T, 3 D).
         num_heads: H; must divide D.
-        mask: what `F.scaled_dot_product_attention` takes.
+        mask: what `F.scaled_dot_product_attention` takes, of the padded batch.
+        packing: of packed tokens.
     """
+    if packing is not None:
+        return packing.pack(attend(packing.spread(projected), num_heads, mask))
     batch, length, _ = projected.shape
     query, key, value = projected.view(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from harma_ray.errors import UserError
 from harma_ray.models.adapters import GatedAdapter, insert_adapters, set_tuning
 from harma_ray.models.clip import DualEncoder
+from harma_ray.models.kernels import SelfAttention
 
 LENGTHS = (5, 12, 3, 8)
 
@@ -198,7 +199,10 @@ def test_mask_does_not_outlive_the_encoding():
     model, _ = adapted(text_tokens="trim")
     model.encode_text(captions(LENGTHS))
     stages = [module for module in model.modules() if isinstance(module, GatedAdapter)]
-    assert all(stage.key_padding_mask is None for stage in stages)
+    assert all(stage.padding is None for stage in stages)
+    attentions = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    assert attentions
+    assert all(attention.packing is None for attention in attentions)
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])
