@@ -31,6 +31,11 @@ class Cluster:
     shapes: tuple[tuple[float, float, float], ...] = ()
     """CPUs, GPUs and GiB of memory of every machine."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was started for this command alone, on this machine."""
+        return self.address == "local"
+
 
 @dataclass(frozen=True)
 class WorkerPlan:

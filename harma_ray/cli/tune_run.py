@@ -228,7 +228,7 @@ def _print_plan(folder: Path, definition: SearchDefinition, cluster: Cluster, tr
     print(f"watch      {command_line('tensorboard', '--logdir', folder)}")
     print(f"           {command_line('optuna-dashboard', show_url(storage_url(folder, definition)))}")
     if cluster.dashboard:
-        token = os.environ.get("RAY_AUTH_TOKEN") if cluster.address == "local" else None
+        token = os.environ.get("RAY_AUTH_TOKEN") if cluster.is_own else None
         print(f"           http://{cluster.dashboard} (Ray's dashboard{f'; access token {token}' if token else ''})")
     print(flush=True)
 

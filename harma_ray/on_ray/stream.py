@@ -34,11 +34,18 @@ CHUNKS_AHEAD = 4
 def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
     """Yields batches whose rows follow the chunks' order; one Ray Data execution for all of them.
 
+    A single chunk, such as the whole of a small split, is read in this process, sooner than tasks would start.
+
     Args:
         source: What the chunks read from; put into the object store once.
         chunks: One read task each.
         how: Batch size, decoding and device.
     """
+    if len(chunks) == 1:
+        from harma_ray.data.stream import prefetched_batches  # torch, which this process has
+
+        yield from prefetched_batches(source, chunks, how)
+        return
     quiet_data()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

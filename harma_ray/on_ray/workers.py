@@ -85,8 +85,9 @@ def train(
     try:
         settings = {"run": str(run.path), "prepared": prepared}
         report = on_workers(
-            _train_worker, settings, config, plan, run.path, on_restart=on_restart, on_interrupt=on_interrupt
-        )
+            _train_worker, settings, config, plan, run.path, on_restart=on_restart, on_interrupt=on_interrupt,
+            own_cluster=cluster.is_own,
+        )  # fmt: skip
         if report is None or interrupted.is_set():  # what follows, such as another seed, is not begun
             raise KeyboardInterrupt
         return report
@@ -122,7 +123,8 @@ def evaluate_on_workers(config: RunConfig, file: str | Path | None, split: str, 
     try:
         require_shared_folder(work, cluster)
         require_visible(read_paths(config), cluster)
-        return on_workers(_evaluation_worker, {"file": weights and str(weights), "split": split}, config, plan, work)
+        settings = {"file": weights and str(weights), "split": split}
+        return on_workers(_evaluation_worker, settings, config, plan, work, own_cluster=cluster.is_own)
     finally:
         shutil.rmtree(work / WORK_FOLDER, ignore_errors=True)
         drop_notes(work / WORKERS_FOLDER)
@@ -134,6 +136,7 @@ def on_workers(
     function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
     *, make_callbacks: Callable[[], list[Any]] = list, max_deaths: int = 0,
     on_restart: Callable[[str], None] = lambda text: None, on_interrupt: Callable[[], None] | None = None,
+    own_cluster: bool = False,
 ) -> Any:  # fmt: skip
     """Runs a function on every worker and returns what worker 0 returns; starts it anew after a failure.
 
@@ -149,6 +152,7 @@ def on_workers(
         max_deaths: Restarts after the death of a process, if that is more than ``scaling.max_failures``.
         on_restart: Hears a line about every restart.
         on_interrupt: See `harma_ray.on_ray.interruption.fit`.
+        own_cluster: See `harma_ray.on_ray.trainer`.
 
     Raises:
         UserError: If a worker raised one.
@@ -158,7 +162,7 @@ def on_workers(
     while True:
         restart += 1
         try:
-            return _attempt(function, settings, config, plan, folder, make_callbacks(), on_interrupt)
+            return _attempt(function, settings, config, plan, folder, make_callbacks(), on_interrupt, own_cluster)
         except WorkerFailed as error:
             limit = max(config.scaling.max_failures, max_deaths if isinstance(error, WorkerDied) else 0)
             if restart > limit:
@@ -168,16 +172,18 @@ def on_workers(
 
 def _attempt(
     function: Callable[[dict], Any], settings: Mapping[str, Any], config: RunConfig, plan: WorkerPlan, folder: Path,
-    callbacks: list[Any], on_interrupt: Callable[[], None] | None,
+    callbacks: list[Any], on_interrupt: Callable[[], None] | None, own_cluster: bool,
 ) -> Any:  # fmt: skip
     from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from harma_ray.on_ray.trainer import Trainer
 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
     notes = folder / WORKERS_FOLDER
     drop_notes(notes)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         # The controller unpickles a `train_loop_config` too, and would import all of torch for it.
         partial(function, {**settings, "config": config, "notes": str(notes), "variables": service_variables(config)}),
         scaling_config=ScalingConfig(
@@ -190,6 +196,7 @@ def _attempt(
             callbacks=callbacks,
             failure_config=FailureConfig(controller_failure_limit=3),
         ),
+        own_cluster=own_cluster,
     )
     try:
         return fit(trainer, on_interrupt)

@@ -102,6 +102,25 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_single_chunk_is_read_without_tasks_and_yields_the_same_batches(scenes, transform, monkeypatch):
+    import ray.data
+
+    from harma_ray.on_ray.stream import ray_batches
+
+    def no_tasks(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(ray.data, "read_datasource", no_tasks)
+    whole = replace(CONFIG, chunk_mb=32)
+    expected = list(stream(scenes, transform).steps(20, 2))
+    batches = list(stream(scenes, transform, loader=ray_batches, config=whole).steps(20, 2))
+    assert len(batches) == len(expected) == 30
+    for left, right in zip(expected, batches, strict=True):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    with pytest.raises(AssertionError):  # of two epochs there are two
+        list(stream(scenes, transform, loader=ray_batches, config=whole).steps(20, 3))
+
+
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("decode", ["worker", "tasks"])

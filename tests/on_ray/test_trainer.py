@@ -1,0 +1,73 @@
+"""What Ray Train 2.60 starts beside the workers, and a training here does without."""
+
+import os
+
+import pytest
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, ENV_VARS_TO_PROPAGATE
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+from harma_ray.on_ray.trainer import PREEMPTION_VARIABLE, Trainer
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    monkeypatch.setenv(PREEMPTION_VARIABLE, "")  # is put back at the end
+    monkeypatch.delenv(PREEMPTION_VARIABLE)
+    how = {"scaling_config": ScalingConfig(num_workers=2), "run_config": RunConfig(storage_path=str(tmp_path))}
+    return lambda kind, **more: kind(print, **how, **more)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("own_cluster", "unused"),
+    [(False, {DatasetsCallback}), (True, {DatasetsCallback, PlacementGroupCleanerCallback})],
+    ids=["joined", "own"],
+)
+def test_processes_that_ray_train_starts_for_every_training_are_left_out_where_they_have_nothing_to_do(
+    make, own_cluster, unused
+):
+    theirs = [type(callback) for callback in make(TorchTrainer)._create_default_callbacks()]
+    assert unused <= set(theirs)
+    ours = [type(callback) for callback in make(Trainer, own_cluster=own_cluster)._create_default_callbacks()]
+    assert ours == [kind for kind in theirs if kind not in unused]
+
+
+def given_policy(trainer, monkeypatch):
+    """Returns the scaling policy that the controller is given."""
+    given = {}
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **settings: given.update(settings))
+    trainer._initialize_and_run_controller(scaling_policy="Ray's")
+    return given["scaling_policy"]
+
+
+def test_on_a_cluster_of_its_own_the_workers_places_are_asked_of_nobody(make, monkeypatch):
+    policy = given_policy(make(Trainer, own_cluster=True), monkeypatch)
+    policy.after_controller_start(None)
+    theirs = FixedScalingPolicy(policy.scaling_config)
+    with pytest.raises(AssertionError):  # it has nobody to ask before the controller has started a process for that
+        theirs.make_decision_for_non_running_worker_group()
+    monkeypatch.setattr(theirs, "_maybe_send_resource_request", lambda: None)
+    expected = theirs.make_decision_for_non_running_worker_group()
+    assert policy.make_decision_for_non_running_worker_group() == expected
+    assert expected.num_workers == 2
+    assert os.environ[PREEMPTION_VARIABLE] == "0"
+
+
+def test_on_a_cluster_that_was_joined_all_is_as_ray_has_it(make, monkeypatch):
+    assert given_policy(make(Trainer, own_cluster=False), monkeypatch) == "Ray's"
+    assert PREEMPTION_VARIABLE not in os.environ
+
+
+def test_what_the_user_wants_of_the_watcher_stays(make, monkeypatch):
+    monkeypatch.setenv(PREEMPTION_VARIABLE, "1")
+    make(Trainer, own_cluster=True)
+    assert os.environ[PREEMPTION_VARIABLE] == "1"
+
+
+def test_the_controller_reads_the_variable():
+    assert PREEMPTION_VARIABLE == ENABLE_PREEMPTION_WATCHER_ENV_VAR
+    assert PREEMPTION_VARIABLE in ENV_VARS_TO_PROPAGATE
