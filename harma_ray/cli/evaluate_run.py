@@ -1,5 +1,6 @@
 """Evaluations, as they are printed."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -7,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harma_ray.cli.evaluated import Evaluated, Source, about_section, require_comparable
+from torch import nn
+
+from harma_ray.cli.evaluated import Evaluated, Source, about_section, kept_weights, require_comparable
 from harma_ray.cli.header import start_line
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import split_identity
@@ -84,24 +87,32 @@ def _measure_all(
     Arguments as of `evaluate_and_print`.
     """
     found, compared = [], {}
-    for source in sources:
-        config, started = source.config, time.perf_counter()
-        task, data = make_task(config), open_split(config.data.path, split)
-        model = load_model(source.file, config)
-        if query:
-            require_query(task, model, query if query != "all" else next(iter(task.queries(model)), query))
-        if num_workers > 1:
-            with ray_cluster(address) as cluster:
-                print(start_line(num_workers), flush=True)
-                evaluation = evaluate_on_workers(config, source.file, split, cluster)
-        else:
-            evaluation = evaluate_split(task, config, model, split, worker=local_worker(config), loader=local_batches)
-        seconds = f"{config.train.eval_precision}, {time.perf_counter() - started:.1f} s"
-        who = f"{source.name} on " if len(sources) > 1 else ""
-        print(f"{who}{data.path}: {data.describe()}, {seconds}", flush=True)
-        compared = compared or (evaluation.by_query if query == "all" else {})
-        found.append(Evaluated(source, model, evaluation.by_query.get(query or "", evaluation)))
+    with contextlib.ExitStack() as stack:
+        kept = [(source, stack.enter_context(kept_weights(source))) for source in sources]
+        for source, file in kept:
+            config, started = source.config, time.perf_counter()
+            model, evaluation = _measure(config, file, split, query, num_workers, address)
+            data = open_split(config.data.path, split)
+            seconds = f"{config.train.eval_precision}, {time.perf_counter() - started:.1f} s"
+            who = f"{source.name} on " if len(sources) > 1 else ""
+            print(f"{who}{data.path}: {data.describe()}, {seconds}", flush=True)
+            compared = compared or (evaluation.by_query if query == "all" else {})
+            found.append(Evaluated(source, model, evaluation.by_query.get(query or "", evaluation)))
     return found, compared
+
+
+def _measure(
+    config: RunConfig, file: str | None, split: str, query: str | None, num_workers: int, address: str | None
+) -> tuple[nn.Module, Evaluation]:
+    """Builds a model from a file and evaluates it. Arguments as of `evaluate_and_print`."""
+    task, model = make_task(config), load_model(file, config)
+    if query:
+        require_query(task, model, query if query != "all" else next(iter(task.queries(model)), query))
+    if num_workers == 1:
+        return model, evaluate_split(task, config, model, split, worker=local_worker(config), loader=local_batches)
+    with ray_cluster(address) as cluster:
+        print(start_line(num_workers), flush=True)
+        return model, evaluate_on_workers(config, file, split, cluster)
 
 
 def _named(evaluated: Sequence[Evaluated]) -> dict[str, Evaluated]:

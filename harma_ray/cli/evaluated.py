@@ -1,7 +1,10 @@
 """A model that was evaluated: where it comes from, how its settings differ from its recipe's, and what it found."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,6 +83,24 @@ class Source:
         changes = {**places, "train.eval_precision": self.config.train.eval_precision}
         config = build_config(replace(run.config, scaling=ScalingConfig()), changes)
         return self.find(absolute_paths(config), str(run.path), metric)
+
+
+@contextlib.contextmanager
+def kept_weights(source: Source) -> Iterator[str | None]:
+    """Gives the file with a model's weights, for the block: of a run that still trains a link, as it deletes its own.
+
+    Where no link can be made, as on a disk without them, the file is the run's own, and may be gone when it is read.
+    """
+    run, own = source.run, Path(source.file or "").expanduser().absolute()
+    with contextlib.ExitStack() as stack:
+        file = source.file
+        if run and run.report is None:
+            with contextlib.suppress(OSError):
+                links = stack.enter_context(tempfile.TemporaryDirectory(prefix=".evaluated-", dir=own.parent))
+                for part in own.iterdir():
+                    os.link(part, Path(links, part.name))
+                file = links
+        yield file
 
 
 @dataclass(frozen=True)

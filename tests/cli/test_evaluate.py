@@ -7,6 +7,7 @@ import pytest
 from command_line import done, refused
 from random_runs import make_random_run
 
+from harma_ray.cli.evaluated import Source, kept_weights
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
 from harma_ray.import_export import load_model
@@ -37,6 +38,48 @@ def test_a_checkpoint_that_was_replaced_meanwhile_is_told_as_such(random_run):
     for load in (random_run.load_checkpoint, lambda path: load_model(path, random_run.config)):
         with pytest.raises(UserError, match=r"step_00000099 is not there; .* now by step_00000000: repeat the command"):
             load(gone)
+
+
+def replace_checkpoint(run):
+    """Deletes a run's only checkpoint as its training does when a later one is better."""
+    [path] = list_checkpoints(run.path)
+    path.rename(path.with_name("step_00000099"))
+    return path
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_evaluated_is_kept_until_then(scenes, tmp_path):
+    config = build_config(recipe_config("harma-scenes"), {"data.path": str(scenes)})
+    run = make_random_run(tmp_path, "training", config)
+    source = Source.find(run.config, str(run.path), None)
+    expected = load_model(source.file, run.config).state_dict()
+    with kept_weights(source) as file:
+        gone = replace_checkpoint(run)
+        assert str(gone) == source.file
+        assert not gone.exists()
+        kept = load_model(file, run.config).state_dict()
+        assert all(kept[name].equal(tensor) for name, tensor in expected.items())
+        assert list_checkpoints(run.path) == [gone.with_name("step_00000099")]
+    assert [path.name for path in gone.parent.iterdir()] == ["step_00000099"]
+
+
+def test_a_finished_run_is_evaluated_as_it_lies(scenes, tmp_path):
+    run = make_random_run(tmp_path, "done", build_config(recipe_config("harma-scenes"), {"data.path": str(scenes)}))
+    (run.path / "report.json").write_text("{}")
+    source = Source.find(run.config, str(run.path), None)
+    with kept_weights(source) as file:
+        assert file == source.file
+        assert len(list(list_checkpoints(run.path)[0].parent.iterdir())) == 1
+
+
+def test_on_a_disk_without_links_a_running_run_is_evaluated_as_it_lies(scenes, tmp_path, monkeypatch):
+    def no_links(*paths):
+        raise PermissionError(1, "Operation not permitted")
+
+    run = make_random_run(tmp_path, "training", build_config(recipe_config("harma-scenes"), {"data.path": str(scenes)}))
+    source = Source.find(run.config, str(run.path), None)
+    monkeypatch.setattr("os.link", no_links)
+    with kept_weights(source) as file:
+        assert file == source.file
 
 
 def watch_asking(monkeypatch):
