@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what `nn.Linear` does."""
-        return linear(input, self.weight, self.bias)
+        return linear(input, held(self, "weight"), held(self, "bias"))
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -58,9 +58,9 @@ class SelfAttention(nn.MultiheadAttention):
         if args or options != {"need_weights": False} or not self._is_plain(query, key, value, attn_mask):
             assert self.packing is None, "torch's own attention would take packed captions for one"
             return super().forward(query, key, value, *args, attn_mask=attn_mask, **options)
-        projected = linear(query, self.in_proj_weight, self.in_proj_bias)
+        projected = linear(query, held(self, "in_proj_weight"), held(self, "in_proj_bias"))
         attended = attend(projected, self.num_heads, attn_mask, self.packing)
-        return linear(attended, self.out_proj.weight, self.out_proj.bias), None
+        return linear(attended, held(self.out_proj, "weight"), held(self.out_proj, "bias")), None
 
     def _is_plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
         """Whether this is self-attention of a batch without what only torch's own way knows."""
@@ -93,6 +93,21 @@ def attend(projected: Tensor, num_heads: int, mask: Tensor | None = None, packin
     return attended.transpose(1, 2).reshape(batch, length, -1)
 
 
+def held(module: nn.Module, name: str) -> Any:
+    """Return a module's parameter, or None; under bf16 autocast a frozen one in bf16, which is kept from call to call.
+
+    Autocast itself keeps what it has converted of parameters that need a gradient alone, and within one step.
+    """
+    parameter = getattr(module, name)
+    if parameter is None or parameter.requires_grad or parameter.dtype != torch.float32 or not _rounds(parameter):
+        return parameter
+    kept = module.__dict__.setdefault("_in_bf16", {})
+    state = (parameter.device, parameter.data_ptr(), parameter._version)  # of the numbers that were converted
+    if name not in kept or kept[name][0] != state:
+        kept[name] = state, parameter.detach().to(torch.bfloat16)
+    return kept[name][1]
+
+
 def use_kernels(model: nn.Module) -> None:
     """Let a model's linear layers and attentions compute as those of this file; parameters and names stay.
 
@@ -122,6 +137,18 @@ class _OneDnnLinear(torch.autograd.Function):
             rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
+
+
+def _rounds(parameter: Tensor) -> bool:
+    """Whether autocast turns matrices on this device into bf16; a compiled graph converts them by itself."""
+    place = parameter.device.type
+    return (
+        place != "meta"
+        and not torch.compiler.is_compiling()
+        and not parameter.is_inference()
+        and torch.is_autocast_enabled(place)
+        and torch.get_autocast_dtype(place) == torch.bfloat16
+    )
 
 
 @functools.cache

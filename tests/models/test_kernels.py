@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from harma_ray.models.kernels import Linear, SelfAttention, linear, use_kernels
 
 
 class Called(TorchDispatchMode):
-    """Notes the operators that run."""
+    """Counts the operators that run."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func._schema.name)
+        self.names[func._schema.name] += 1
         return func(*args, **kwargs or {})
 
 
@@ -116,6 +117,58 @@ def test_both_towers_run_by_onednn_where_it_is_allowed(monkeypatch):
         with Called() as called:
             found = model(images(2), captions((4, 9)))
         names.append(called.names)
-    assert "mkldnn::_linear_pointwise" in names[0] - names[1]
-    assert not {"aten::addmm", "aten::bmm"} & names[0]
+    assert "mkldnn::_linear_pointwise" in set(names[0]) - set(names[1])
+    assert not {"aten::addmm", "aten::bmm"} & set(names[0])
     assert found["image"].shape == (2, 16)
+
+
+def in_bf16(function, inputs):
+    with torch.autocast("cpu", torch.bfloat16):
+        return results(function, inputs)
+
+
+def frozen_pair(module):
+    """Returns a frozen module as torch computes it, and one of this package."""
+    module.requires_grad_(False)
+    own = copy.deepcopy(nn.Sequential(module))
+    use_kernels(own)
+    return module, own[0]
+
+
+def test_frozen_weights_kept_in_bf16_are_autocasts_own_to_the_bit():
+    torchs, own = frozen_pair(nn.Linear(24, 9))
+    for _ in range(2):
+        found, expected = (in_bf16(module, [drawn(4, 6, 24)]) for module in (own, torchs))
+        assert found[0].dtype == torch.bfloat16
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_frozen_weights_are_converted_to_bf16_once():
+    own = frozen_pair(nn.MultiheadAttention(24, 3, batch_first=True))[1]
+    x = drawn(4, 6, 24, grad=False).bfloat16()
+    copies = []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16), Called() as called:
+            own(x, x, x, need_weights=False)
+        copies.append(called.names["aten::_to_copy"])
+    assert copies == [4, 0, 0]
+
+
+def test_frozen_weights_in_bf16_follow_what_is_loaded_copied_or_trained():
+    torchs, own = frozen_pair(nn.Linear(24, 9))
+    x = drawn(6, 24)
+    in_bf16(own, [x])
+    names = list(own.state_dict())
+    loaded = {name: value + 1 for name, value in torchs.state_dict().items()}
+    for module in (torchs, own):
+        module.load_state_dict(loaded)
+    changed = copy.deepcopy(own)
+    with torch.no_grad():
+        changed.weight *= 2
+    expected = in_bf16(torchs, [x])
+    assert torch.equal(in_bf16(own, [x])[0], expected[0])
+    assert not torch.equal(in_bf16(changed, [x])[0], expected[0])
+    assert list(own.state_dict()) == names
+    own.requires_grad_(True)
+    assert all(gradient.any() for gradient in in_bf16(lambda x, *_: own(x), [x, *own.parameters()]))
+    assert own(x).dtype == torch.float32
