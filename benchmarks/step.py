@@ -27,6 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from harma_ray.models.clip import DualEncoder
 from harma_ray.models.kernels import linear
 
+WAYS = ("released", "full", "trim", "packed")
+"""The released step, and this package's with captions of 77 positions, cut to the longest, and without padding."""
 PARTS = ("forward", "backward", "optimiser")
 GROUPS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise", "convolution"),
@@ -57,12 +59,11 @@ class Products(TorchDispatchMode):
 class Ways:
     """The ways of taking a step that are compared, each in three parts."""
 
-    def __init__(self, architecture: str, device: str):
-        """Takes random weights."""
+    def __init__(self, architecture: str, device: str, names: Sequence[str]):
+        """Takes random weights, anew for each way."""
         self.released = ReleasedStep(new_model(architecture, device))
-        self.own = {
-            tokens: OwnStep(new_model(architecture, device, tokens), "fp32") for tokens in ("full", "trim", "packed")
-        }
+        own = [name for name in names if name != "released"]
+        self.own = {name: OwnStep(new_model(architecture, device, name), "fp32") for name in own}
         self.device = device
 
     def parts(self, way: str, batch: Pairs) -> tuple[Callable[[], None], ...]:
@@ -166,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="ViT-B-32")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = as many as cores")
     parser.add_argument("--profile", action="store_true", help="say what a step's time goes to, by operators")
@@ -176,7 +178,7 @@ def main() -> None:
     if options.text:
         text_table(options.architecture, options.batches, options.rounds)
         return
-    ways = Ways(options.architecture, "cpu")
+    ways = Ways(options.architecture, "cpu", options.ways)
     print(
         f"{options.architecture}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians, least and most"
     )
@@ -184,7 +186,7 @@ def main() -> None:
     print("|" + "---|" * (len(PARTS) + 5))
     for size in options.batches:
         batch = Pairs.draw(random_model(options.architecture), size, 0, pin=False)
-        names = ("released", *ways.own)
+        names = dict.fromkeys(("released", *options.ways))
         taken: dict[str, list[tuple[list[float], float]]] = {name: [] for name in names}
         for number in range(options.rounds + 1):  # in turns: the machine may be slower at one time than at another
             for name in names:

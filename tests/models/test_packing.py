@@ -72,3 +72,27 @@ def test_packed_captions_are_rounded_as_padded_ones_in_bf16():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             vectors.append(model.encode_text(captions(LENGTHS)))
     torch.testing.assert_close(vectors[1], vectors[0], atol=2e-2, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("is_rough", "tolerance"), [(False, 1e-4), (True, 1e-1)])
+def test_packed_captions_on_a_gpu_give_the_cpus_vectors_and_gradients_and_nobody_waits(is_rough, tolerance):
+    found = []
+    for device, packs in (("cpu", False), ("cuda", False), ("cuda", True)):
+        model, _ = adapted(text_tokens="trim")
+        model.packs_text = packs
+        model.to(device)
+        for _ in range(2):  # the second time frozen weights lie there in bf16
+            model.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=is_rough and device == "cuda"):
+                if device == "cuda":
+                    torch.cuda.set_sync_debug_mode("error")
+                vectors = model.encode_text(captions(LENGTHS))
+                torch.cuda.set_sync_debug_mode("default")
+            weights = torch.linspace(-1, 1, vectors.numel(), device=device).view(vectors.shape)
+            (vectors * weights).sum().backward()
+        gradients = [p.grad.flatten() for p in model.clip.transformer.parameters() if p.requires_grad]
+        found.append(torch.cat([vectors.detach().flatten(), *gradients]).cpu())
+    for own in found[1:]:
+        assert (own - found[0]).norm() <= tolerance * found[0].norm()
