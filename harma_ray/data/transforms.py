@@ -32,8 +32,8 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "sharpness": lambda image, strength, signed: F.adjust_sharpness(image, 1.8 * strength + 0.1),
     "shear_x": lambda image, strength, signed: _affine(image, shear=(0.3 * signed, 0.0)),
     "shear_y": lambda image, strength, signed: _affine(image, shear=(0.0, 0.3 * signed)),
-    "translate_x": lambda image, strength, signed: _affine(image, translate=(_SHIFT * signed * image.width, 0.0)),
-    "translate_y": lambda image, strength, signed: _affine(image, translate=(0.0, _SHIFT * signed * image.height)),
+    "translate_x": lambda image, strength, signed: _shift(image, _SHIFT * signed * image.width, 0.0),
+    "translate_y": lambda image, strength, signed: _shift(image, 0.0, _SHIFT * signed * image.height),
     "rotate": lambda image, strength, signed: F.rotate(image, 30 * signed, InterpolationMode.BILINEAR, fill=_FILL),
 }
 OPERATIONS = tuple(_OPERATIONS)
@@ -94,6 +94,16 @@ def apply_operation(image: Image.Image, name: str, level: float, *, negative: bo
         raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
     strength = level / MAX_LEVEL
     return _OPERATIONS[name](image, strength, -strength if negative else strength)
+
+
+def _shift(image: Image.Image, right: float, down: float) -> Image.Image:
+    """Shifts, in pixels; uncovered pixels become grey."""
+    if not (right.is_integer() and down.is_integer()):
+        return _affine(image, translate=(right, down))
+    # Nothing lies between pixels then (224 pixels at the published level: 7), and to paste is 15 times as fast.
+    shifted = Image.new("RGB", image.size, tuple(map(int, _FILL)))
+    shifted.paste(image, (int(right), int(down)))
+    return shifted
 
 
 def _affine(

@@ -169,6 +169,31 @@ def test_shift_is_seven_pixels_of_224_with_grey_fill(size, negative):
         np.testing.assert_array_equal(result[:, shift:], source[:, :-shift])
 
 
+@pytest.mark.parametrize("shape", [(32, 24), (1, 5), (224, 224)])
+@pytest.mark.parametrize("shift", [0, 1, -1, 7, -23, 32, -300])
+def test_a_shift_by_whole_pixels_is_that_of_torchvision(shape, shift):
+    noise = np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    for offset in ((shift, 0), (0, shift)):
+        expected = F.affine(
+            image, 0, list(offset), 1, [0, 0], F.InterpolationMode.BILINEAR, fill=[128] * 3, center=[0, 0]
+        )
+        np.testing.assert_array_equal(np.asarray(transforms._shift(image, *map(float, offset))), np.asarray(expected))
+
+
+@pytest.mark.parametrize("size", [30, 112, 224, 336])
+@pytest.mark.parametrize("level", [0, 3, 7, 10])
+def test_shifts_of_the_augmentation_are_those_of_torchvision(size, level):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    for negative in (False, True):
+        shift = 10 / 224 * (-level if negative else level) / 10 * size
+        expected = F.affine(
+            image, 0, [shift, 0], 1, [0, 0], F.InterpolationMode.BILINEAR, fill=[128] * 3, center=[0, 0]
+        )
+        result = apply_operation(image, "translate_x", level, negative=negative)
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(expected))
+
+
 @pytest.mark.parametrize(("name", "axis"), [("shear_x", 0), ("shear_y", 1)])
 def test_shear_is_21_percent(name, axis):
     size = 200
