@@ -7,6 +7,7 @@ state: all functions may be called from many threads. Division by 255 and normal
 # torchvision's functions take and return PIL images too, but their annotations speak of tensors alone.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "autocontrast": lambda image, strength, signed: F.autocontrast(image),
     "equalize": lambda image, strength, signed: F.equalize(image),
     "brightness": lambda image, strength, signed: F.adjust_brightness(image, 1.8 * strength + 0.1),
-    "sharpness": lambda image, strength, signed: F.adjust_sharpness(image, 1.8 * strength + 0.1),
+    "sharpness": lambda image, strength, signed: _sharpen(image, 1.8 * strength + 0.1),
     "shear_x": lambda image, strength, signed: _affine(image, shear=(0.3 * signed, 0.0)),
     "shear_y": lambda image, strength, signed: _affine(image, shear=(0.0, 0.3 * signed)),
     "translate_x": lambda image, strength, signed: _shift(image, _SHIFT * signed * image.width, 0.0),
@@ -94,6 +95,39 @@ def apply_operation(image: Image.Image, name: str, level: float, *, negative: bo
         raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
     strength = level / MAX_LEVEL
     return _OPERATIONS[name](image, strength, -strength if negative else strength)
+
+
+def _sharpen(image: Image.Image, factor: float) -> Image.Image:
+    """Blends an image with its smoothed self as ``PIL.ImageEnhance.Sharpness`` does, in two fifths of the time.
+
+    The smoothed pixel is (sum of its 8 neighbours + 5 x itself) / 13, which no sum leaves half-way between two numbers:
+    integers give what Pillow's floats give. Pixels at the border stay as they are.
+    """
+    pixels = np.array(image)
+    height, width, _ = pixels.shape
+    values = pixels.reshape(height, 3 * width)
+    wide = values.astype(np.uint16)
+    rows = wide[:, :-6] + wide[:, 3:-3]
+    rows += wide[:, 6:]
+    sums = rows[:-2] + rows[1:-1]
+    sums += rows[2:]
+    inner = wide[1:-1, 3:-3]
+    sums += 4 * inner
+    places = _SMOOTHED.take(sums)
+    places += inner
+    values[1:-1, 3:-3] = _blends(factor).take(places)
+    return Image.fromarray(pixels)
+
+
+_SMOOTHED = ((2 * np.arange(13 * 255 + 1) + 13) // 26 * 256).astype(np.uint16)
+"""Of each sum, 256 times the smoothed value."""
+
+
+@functools.lru_cache(maxsize=16)
+def _blends(factor: float) -> np.ndarray:
+    """Returns what Pillow blends of a smoothed value and its own: uint8[256 * 256]."""
+    smoothed, own = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
+    return np.array(Image.blend(Image.fromarray(smoothed), Image.fromarray(own), factor)).ravel()
 
 
 def _shift(image: Image.Image, right: float, down: float) -> Image.Image:

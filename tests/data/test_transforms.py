@@ -169,6 +169,30 @@ def test_shift_is_seven_pixels_of_224_with_grey_fill(size, negative):
         np.testing.assert_array_equal(result[:, shift:], source[:, :-shift])
 
 
+@pytest.mark.parametrize("shape", [(224, 224), (64, 48), (1, 1), (1, 5), (2, 9), (9, 2), (3, 3)])
+@pytest.mark.parametrize("level", [0, 2.5, 5, 7, 10])
+def test_sharpness_is_that_of_pillow_to_the_bit(shape, level):
+    rng = np.random.default_rng(0)
+    for high in (2, 256):  # of few values, sums come near to half-way
+        image = Image.fromarray((rng.integers(0, high, (*shape[::-1], 3)) * (255 // (high - 1))).astype(np.uint8))
+        expected = ImageEnhance.Sharpness(image).enhance(1.8 * level / 10 + 0.1)
+        np.testing.assert_array_equal(np.asarray(apply_operation(image, "sharpness", level)), np.asarray(expected))
+
+
+def test_every_sum_of_neighbours_smooths_as_pillow_does():
+    """Nine pixels that add up to each possible number, and the one in the middle."""
+    for middle in range(0, 256, 15):
+        around = np.arange(8 * 255 + 1)
+        patches = np.full((len(around), 3, 3), middle)
+        others = np.array([(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)])
+        for place, (row, column) in enumerate(others):
+            patches[:, row, column] = around // 8 + (place < around % 8)
+        strip = np.repeat(np.concatenate(list(patches), axis=1)[..., None], 3, axis=2).astype(np.uint8)
+        picture = Image.fromarray(strip)
+        smoothed = np.asarray(ImageEnhance.Sharpness(picture).enhance(0))
+        np.testing.assert_array_equal(np.asarray(transforms._sharpen(picture, 0)), smoothed)
+
+
 @pytest.mark.parametrize("shape", [(32, 24), (1, 5), (224, 224)])
 @pytest.mark.parametrize("shift", [0, 1, -1, 7, -23, 32, -300])
 def test_a_shift_by_whole_pixels_is_that_of_torchvision(shape, shift):
