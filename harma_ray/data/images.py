@@ -94,7 +94,8 @@ def open_image(data: bytes, *, max_pixels: int = 0) -> Image.Image:
         if _is_cut_to_eight_bits(image):
             _warn_of_wide_images()
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies an image that stands upright
+        return image
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
