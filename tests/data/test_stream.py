@@ -1,15 +1,22 @@
+import io
+import math
 import re
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import functional as F
 
 from harma_ray.config import DataConfig
 from harma_ray.data.order import training_order
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
+from harma_ray.data.transforms import OPERATIONS, PUBLISHED, _draw_crop
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.recipes import make_task, recipe_config
 
@@ -41,6 +48,50 @@ def test_batches_and_augmentation_do_not_depend_on_the_number_of_workers(scenes,
         together |= collect(stream(scenes, transform, world_size=2, rank=rank).steps(0, 2))
     assert alone.keys() == together.keys()
     assert all(torch.equal(alone[key], together[key]) for key in alone)
+
+
+def plain_image(data, size, seeds):
+    """The published augmentation as it is usually written: Pillow and torchvision's functions alone."""
+    rng, image = np.random.default_rng(seeds), Image.open(io.BytesIO(data)).convert("RGB")
+    box = _draw_crop(image.height, image.width, rng, PUBLISHED)
+    image = F.resized_crop(image, *box, [size, size], F.InterpolationMode.BICUBIC)
+    image = F.hflip(image) if rng.random() < 0.5 else image
+    for position in rng.integers(len(OPERATIONS), size=2):
+        applied, negative = rng.random(2) < 0.5
+        if applied:
+            image = plain_operation(image, OPERATIONS[position], -1 if negative else 1)
+    return F.pil_to_tensor(image)
+
+
+def plain_operation(image, name, sign):
+    shear, shift = math.degrees(math.atan(sign * 0.21)), 0.7 * (sign * 10 / 224 * image.width)
+    affine = partial(
+        F.affine, image, 0, scale=1, interpolation=F.InterpolationMode.BILINEAR, fill=[128] * 3, center=[0, 0]
+    )
+    return {
+        "identity": lambda: image,
+        "autocontrast": lambda: F.autocontrast(image),
+        "equalize": lambda: F.equalize(image),
+        "brightness": lambda: F.adjust_brightness(image, 1.8 * 0.7 + 0.1),
+        "sharpness": lambda: F.adjust_sharpness(image, 1.8 * 0.7 + 0.1),
+        "shear_x": lambda: affine(translate=[0, 0], shear=[shear, 0]),
+        "shear_y": lambda: affine(translate=[0, 0], shear=[0, shear]),
+        "translate_x": lambda: affine(translate=[shift, 0], shear=[0, 0]),
+        "translate_y": lambda: affine(translate=[0, shift], shear=[0, 0]),
+        "rotate": lambda: F.rotate(image, sign * 21, F.InterpolationMode.BILINEAR, fill=[128] * 3),
+    }[name]()
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_batches_are_those_of_plain_pillow_torchvision_and_tokenizer(scenes, transform, size):
+    published = replace(transform, architecture="ViT-B-32", size=size, augmentation=PUBLISHED)
+    rows = open_split(scenes, "train").read(["image", "captions"]).to_pylist()
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    for step, batch in enumerate(stream(scenes, published).steps(0, 2)):
+        for number, (row, caption) in enumerate(zip(batch["row"].tolist(), batch["caption"].tolist(), strict=True)):
+            image = plain_image(rows[row]["image"], size, [3, step // 25, row, caption])
+            assert torch.equal(batch["image"][number], image)
+            assert torch.equal(batch["text"][number], tokenizer([rows[row]["captions"][caption]])[0])
 
 
 def test_augmentation_changes_from_epoch_to_epoch(scenes, transform):

@@ -3,6 +3,7 @@
 Shape letters: B batch, N images, M texts, E embedding.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -250,11 +251,17 @@ class PairTransform(RowTransform):
         }
 
     def _tokens(self, row: Mapping[str, Any]) -> Tensor:
-        tokenizer, captions, number = tokenizer_of(self.architecture), row["captions"], row["caption"]
+        captions, number = row["captions"], row["caption"]
         if self.captions_per_image is None:
-            return tokenizer([captions[number]])[0]
+            return _tokens(self.architecture, captions[number])
         chosen = captions_of_group(number, self.captions_per_image, num_captions=len(captions), epoch=row["epoch"])
-        return tokenizer([captions[place] for place in chosen])
+        return torch.stack([_tokens(self.architecture, captions[place]) for place in chosen])
+
+
+@functools.lru_cache(maxsize=2**15)
+def _tokens(architecture: str, caption: str) -> Tensor:
+    """Returns a caption as int64[L], kept for later epochs (40 MB at most) and not to be changed."""
+    return tokenizer_of(architecture)([caption])[0]
 
 
 @dataclass(frozen=True)
