@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode
@@ -64,7 +65,7 @@ def train_transform(
     else:
         image = _resize(image, size)
     if rng.random() < augmentation.flip_probability:
-        image = F.hflip(image)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for position in rng.integers(len(OPERATIONS), size=augmentation.num_operations):
         # Both numbers are drawn even if unused, so that another probability or level moves no later draw.
         applied, negative = rng.random(2) < (augmentation.operation_probability, 0.5)
@@ -177,11 +178,27 @@ def _draw_crop(
 
 
 def _resize(image: Image.Image, size: int) -> Image.Image:
-    return F.resize(image, [size, size], InterpolationMode.BICUBIC)
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """Copies the pixels of an RGB image, uint8[3, height, width]."""
     # With numpy: torch would copy with a team of OpenMP threads for every thread that decodes, and a process with more
     # such threads than cores makes all of them sleep at each other's barriers; training then slows by a seventh.
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.array(image), 2, 0)))
+    pixels = _pixels(image)
+    planes = np.empty((3, image.height, image.width), np.uint8)
+    for band, plane in enumerate(planes):
+        plane[:] = pixels[..., band]
+    return torch.from_numpy(planes)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    """Returns the pixels of an RGB image, uint8[height, width, 3 or 4], of which the fourth number means nothing.
+
+    What Pillow holds is looked at, where numpy would have it copied twice while other threads wait for Python.
+    """
+    try:
+        values = pa.array(image).values
+    except ValueError:  # so large that it does not lie in one piece
+        return np.asarray(image)
+    return values.to_numpy().reshape(image.height, image.width, 4)

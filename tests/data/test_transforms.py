@@ -37,6 +37,16 @@ def test_published_parameters():
     }
 
 
+@pytest.mark.parametrize("shape", [(224, 224), (1, 1), (7, 300), (3000, 2000)])
+def test_a_tensor_has_the_pixels_of_an_image_however_it_lies_in_memory(shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8))
+    tensor = transforms.to_tensor(image)
+    assert (tensor.dtype, tensor.is_contiguous()) == (torch.uint8, True)
+    assert torch.equal(tensor, _pixels(image))
+    image.paste((1, 2, 3), (0, 0, *shape))
+    assert not torch.equal(tensor, _pixels(image))  # it is a copy
+
+
 def test_evaluation_resizes_as_pil_does_without_keeping_the_aspect(image):
     result = eval_transform(image, 224)
     assert (result.dtype, result.shape, result.is_contiguous()) == (torch.uint8, (3, 224, 224), True)
