@@ -1,86 +1,190 @@
-"""Rows per second of the Ray Data training stream against a torch DataLoader: same files, transform and cores.
+"""Rows per second of the Ray Data training stream against other loaders: same JPEG bytes, transform and cores.
 
-Run: python benchmarks/stream.py [--images 2000] [--size 256] [--cores 2]
+Run: python benchmarks/stream.py [--images 400] [--size 256] [--cores 2] [--rounds 5] [--only ray loader ...]
+
+All take turns, each alone on the machine: Ray is started for its own turn only. Of each the middle of an epoch is
+timed, while there is more to read. WebDataset (the extra ``benchmarks``) and MosaicML Streaming take part if they are
+installed. The latter allows only older versions of what this package needs, so it takes ``pip install --no-deps
+mosaicml-streaming catalogue Brotli python-snappy cramjam xxhash zstd`` beside the extra ``vitp``.
 """
 
 import argparse
+import importlib.util
+import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from stream_rivals import MosaicPairs, Shards, Sources, jpeg_files, tar_files, write_sources
+from torch.utils.data import DataLoader
 
 from harma_ray.config import DataConfig
-from harma_ray.data.convert.commands import convert_scenes
-from harma_ray.data.order import chunk_samples, iterate_slices, read_samples, training_order
+from harma_ray.data.order import TrainingOrder, read_samples, training_order
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import DecodeRows, TrainingStream, Worker
 from harma_ray.data.transforms import PUBLISHED
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes.harma.task import PairTransform
 
+BATCH = 50
+LEFT_OUT = 4
+"""First batches that are not timed: what the loaders have prepared by then is prepared at the end again."""
 
-class Pairs(IterableDataset):
-    """The same batches, read in pieces of the same size and decoded in DataLoader workers."""
 
-    def __init__(self, order, transform):
-        self.order, self.decode = order, DecodeRows(transform, order.seed)
-        samples = order.worker_samples(0, 0, 1)
-        steps = max(1, chunk_samples(order.index, DataConfig().chunk_mb) // order.global_batch_size)
-        self.pieces = [samples[part] for part in iterate_slices(len(samples), steps)]
+@dataclass(frozen=True)
+class Rates:
+    """What one turn has measured."""
 
-    def __iter__(self):
-        worker = get_worker_info()
-        assert worker is not None  # it is read by DataLoader's processes alone
-        for piece in self.pieces[worker.id :: worker.num_workers]:
-            table = read_samples(self.order, piece.reshape(-1, 2), 0)
-            for part in iterate_slices(len(table), self.order.global_batch_size):
-                arrays = self.decode(table.slice(part.start, self.order.global_batch_size))
-                yield {name: torch.as_tensor(array) for name, array in arrays.items()}
+    rows: float
+    """Rows per second."""
+    next_epoch: float = 0.0
+    """Seconds until the next epoch's first batch."""
+
+
+def timed(batches: Iterator[Any], count: int) -> float:
+    """Returns the rows per second of batches after the first, while at least as many are left."""
+    for _ in range(LEFT_OUT):
+        next(batches)
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return BATCH * count / (time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The same rows for everybody."""
+
+    order: TrainingOrder
+    transform: PairTransform
+    sources: Sources
+    cores: int
+
+    @property
+    def count(self) -> int:
+        """Batches that are timed."""
+        return self.order.steps_per_epoch - 3 * LEFT_OUT
+
+    def ray(self) -> Rates:
+        """The training stream as a worker has it."""
+        from harma_ray.on_ray.stream import ray_batches
+
+        with ray_cluster(num_cpus=self.cores):
+            worker = Worker(decode_threads=self.cores)
+            stream = TrainingStream(self.order, self.transform, DataConfig(), worker, ray_batches).steps(0, 3)
+            for _ in range(self.order.steps_per_epoch):  # Ray's own processes are still importing meanwhile
+                next(stream)
+            begin = time.perf_counter()
+            next(stream)
+            started = time.perf_counter() - begin
+            rate = timed(stream, self.count)
+            stream.close()
+        return Rates(rate, started)
+
+    def loader(self) -> Rates:
+        """A DataLoader over the same shards, which are read and decoded by the same functions in the same order."""
+        return self._rates(
+            DataLoader(Shards(self.order, self.transform, self.cores), batch_size=None, num_workers=self.cores)
+        )
+
+    def files(self) -> Rates:
+        """A DataLoader over JPEG files with Pillow and torchvision, as HarMA's code has it."""
+        data = jpeg_files(self.sources, self.transform.architecture)
+        return self._rates(DataLoader(data, BATCH, shuffle=True, num_workers=self.cores))
+
+    def mosaic(self) -> Rates:
+        """MosaicML Streaming with this package's transform, shuffled its own way."""
+        data = MosaicPairs(self.sources, self.transform, BATCH).dataset()
+        return self._rates(DataLoader(data, BATCH, num_workers=self.cores))
+
+    def webdataset(self) -> Rates:
+        """WebDataset with this package's transform, shuffled its own way."""
+        data = tar_files(self.sources, self.transform, BATCH)
+        return self._rates(DataLoader(data, batch_size=None, num_workers=self.cores))
+
+    def decoding(self) -> Rates:
+        """Rows that lie in memory, decoded by as many processes as there are cores, and thrown away."""
+        table = read_samples(self.order, self.order.worker_samples(0, 0, 1)[: 4 * self.cores].reshape(-1, 2), 0)
+        context, ready = multiprocessing.get_context("fork"), multiprocessing.Barrier(self.cores + 1)
+        parts = [table.slice(4 * BATCH * part, 4 * BATCH) for part in range(self.cores)]
+        processes = [context.Process(target=_decode, args=(self.transform, part, ready)) for part in parts]
+        for process in processes:
+            process.start()
+        ready.wait()
+        begin = time.perf_counter()
+        for process in processes:
+            process.join()
+        return Rates(len(table) / (time.perf_counter() - begin))
+
+    def _rates(self, loader: DataLoader) -> Rates:
+        return Rates(timed(iter(loader), self.count))
+
+
+def _decode(transform: PairTransform, table: Any, ready: Any) -> None:
+    decode = DecodeRows(transform, 0)
+    decode(table.slice(0, 2))
+    ready.wait()
+    for start in range(0, len(table), BATCH):
+        decode(table.slice(start, BATCH))
+
+
+LABELS: dict[str, str] = {
+    "ray": "Ray Data stream",
+    "loader": "torch DataLoader, shards",
+    "files": "torch DataLoader, JPEG files",
+    "mosaic": "MosaicML Streaming",
+    "webdataset": "WebDataset",
+    "decoding": "decoding alone",
+}
+_MODULES = {"mosaic": "streaming", "webdataset": "webdataset"}
 
 
 def main() -> None:
-    """Measures both in turn, three times, and prints medians and the ratio."""
+    """Measures all in turn, and prints medians, spread and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=LABELS, default=list(LABELS))
     options = parser.parse_args()
+    if options.images * 5 < BATCH * 4 * LEFT_OUT:
+        parser.error(f"--images must be at least {BATCH * 4 * LEFT_OUT // 5}, got {options.images}")
     torch.set_num_threads(1)
     transform = PairTransform("ViT-B-32", 224, 10**8, PUBLISHED)
-    with tempfile.TemporaryDirectory() as folder, ray_cluster(num_cpus=options.cores):
-        from harma_ray.on_ray.stream import ray_batches
+    names = [name for name in options.only if name not in _MODULES or importlib.util.find_spec(_MODULES[name])]
+    with tempfile.TemporaryDirectory() as folder:
+        sources = write_sources(Path(folder), options.images, options.size, names)
+        split = open_split(sources.shards, "train")
+        order = training_order(split, seed=0, global_batch_size=BATCH, shuffle_window_mb=256)
+        bench = Bench(order, transform, sources, options.cores)
+        rates: dict[str, list[Rates]] = {name: [] for name in names}
+        for number in range(options.rounds):
+            print(f"round {number + 1}:", end="", flush=True)
+            for name in names:
+                turn: Callable[[], Rates] = getattr(bench, name)
+                rates[name].append(turn())
+                print(f" {name} {rates[name][-1].rows:.0f}", end="", flush=True)
+            print(" rows/s")
+    _print(rates)
 
-        convert_scenes(Path(folder), {"train": options.images}, style="summer", size=options.size)
-        split = open_split(folder, "train")
-        order = training_order(split, seed=0, global_batch_size=100, shuffle_window_mb=256)
-        rates: dict[str, list[float]] = {"ray": [], "loader": []}
-        starts = []
-        worker = Worker(decode_threads=options.cores)
-        for _ in range(3):
-            stream = TrainingStream(order, transform, DataConfig(), worker, ray_batches).steps(0, 2)
-            next(stream)
-            begin = time.perf_counter()
-            for step in range(1, order.steps_per_epoch):
-                next(stream)
-                if step == order.steps_per_epoch - 1:
-                    boundary = time.perf_counter()
-            rates["ray"].append(100 * (order.steps_per_epoch - 1) / (boundary - begin))
-            next(stream)
-            starts.append(time.perf_counter() - boundary)
-            stream.close()
-            loader = iter(DataLoader(Pairs(order, transform), batch_size=None, num_workers=options.cores))
-            next(loader)
-            begin = time.perf_counter()
-            count = sum(len(batch["row"]) for batch in loader)
-            rates["loader"].append(count / (time.perf_counter() - begin))
-    ray_rate, loader_rate = float(np.median(rates["ray"])), float(np.median(rates["loader"]))
-    print(f"Ray Data stream     {ray_rate:7.0f} rows/s")
-    print(f"torch DataLoader    {loader_rate:7.0f} rows/s ({options.cores} workers)")
-    print(f"ratio               {ray_rate / loader_rate:7.2f}")
-    print(f"first batch of the second epoch after {float(np.median(starts)):.2f} s")
+
+def _print(rates: dict[str, list[Rates]]) -> None:
+    first = rates.get("ray", [])
+    for name, found in rates.items():
+        rows = [rate.rows for rate in found]
+        line = f"{LABELS[name]:30}{np.median(rows):6.0f} rows/s ({min(rows):.0f}-{max(rows):.0f})"
+        if first and name != "ray":
+            ratios = [own.rows / rate.rows for own, rate in zip(first, found, strict=True)]
+            line += f"   ray / this {np.median(ratios):5.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(line)
+    if first:
+        print(f"first batch of the second epoch after {np.median([rate.next_epoch for rate in first]):.2f} s")
 
 
 if __name__ == "__main__":
