@@ -3,7 +3,7 @@
 Every setting of a grid trains the adapters of ``harma-scenes`` on drawn winter scenes, in a tiny CLIP that was trained
 on summer scenes, for nine epochs with an evaluation after each. The seeds of training are outermost, so that a run that
 is cut short has whole grids. A training leaves a small file in the folder and is not repeated: the command can be
-stopped and started again, and several can share a folder (`--processes`).
+stopped and started again. Within a seed every second learning rate comes first: a coarser whole grid.
 
 Nothing here changes a curve, but the batches of a seed are decoded and augmented once for all settings, which see the
 same ones in any case, and records go to memory.
@@ -114,13 +114,23 @@ def train(config: RunConfig, loader: RememberedBatches) -> dict[str, list[float]
     return curve
 
 
+def training_order(grid: Sequence[dict[str, Any]], seeds: int) -> list[tuple[int, int]]:
+    """Returns seeds and numbers of settings: a seed is done before the next, every second rate before the others."""
+    rates = sorted({point[NAMES[0]] for point in grid})
+    coarse = [number for number, point in enumerate(grid) if rates.index(point[NAMES[0]]) % 2 == 0]
+    fine = [number for number in range(len(grid)) if number not in coarse]
+    order = []
+    for seed in range(seeds):
+        for part in (coarse, fine):
+            order += [(seed, number) for number in random.Random(seed).sample(part, len(part))]
+    return order
+
+
 def train_all(folder: Path, seeds: int, offset: int, processes: int) -> None:
     """Trains every `processes`-th of what is missing, and prints how far it is."""
     torch.set_num_threads(1)
     shared, loader, grid = prepare(folder), RememberedBatches(), settings()
-    order = []
-    for seed in range(seeds):
-        order += [(seed, number) for number in random.Random(seed).sample(range(len(grid)), len(grid))]
+    order = training_order(grid, seeds)
     for place, (seed, number) in enumerate(order):
         path = folder / f"curve-{seed}-{number:03d}.json"
         if path.exists() or place % processes != offset:

@@ -49,7 +49,7 @@ def test_every_import_is_of_a_declared_package(folder, declared):
         f"{module} ({file})"
         for module, file in imported(folder).items()
         if module not in sys.stdlib_module_names | own
-        and not {name.lower().replace("_", "-") for name in distributions.get(module, [])} & declared
+        and not {name.lower().replace("_", "-") for name in distributions.get(module, [module])} & declared
     }
     assert not strangers
 

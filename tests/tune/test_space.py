@@ -125,7 +125,7 @@ def test_recipe_and_space_are_enough(load):
     assert definition.parameters == (Range(name="loss.gamma", kind="float", low=0.0, high=4.0),)
     assert definition.config == recipe_config("harma-scenes")
     assert definition.sampler == Sampler(name="tpe-multivariate", seed=0, startup_trials=10)
-    assert definition.scheduler == Scheduler(name="asha", grace_epochs=1, reduction_factor=3, brackets=3)
+    assert definition.scheduler == Scheduler(name="asha", grace_epochs=1, reduction_factor=2, brackets=3)
     assert definition.objectives == (Target(metric="r_mean", direction="maximize"),)
     assert definition.limits == Limits(trials=20)
     assert (definition.enqueued, definition.seeds, definition.concurrent, definition.storage) == ((), 1, 0, None)
@@ -161,7 +161,7 @@ def test_a_search_counts_steps_where_trainings_do(load):
 
 def test_an_epoch_search_is_written_as_before(load):
     written = yaml.safe_load(to_yaml(load(ONE)))
-    assert written["scheduler"] == {"name": "asha", "grace_epochs": 1, "reduction_factor": 3, "brackets": 3}
+    assert written["scheduler"] == {"name": "asha", "grace_epochs": 1, "reduction_factor": 2, "brackets": 3}
 
 
 @pytest.mark.parametrize(

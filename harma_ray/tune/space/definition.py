@@ -58,7 +58,7 @@ class Scheduler:
     """Epochs that every trial is granted, where epochs are counted (see `SearchDefinition.unit`)."""
     grace_steps: Annotated[int, Field(strict=True, ge=0)] = 0
     """Steps that every trial is granted, where steps are counted; 0 = up to the first evaluation."""
-    reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 3
+    reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 2
     """One trial in this many goes on at each decision."""
     brackets: Annotated[int, Field(strict=True, ge=1)] = 3
     """Halvings of hyperband, each granting `reduction_factor` times the grace of the one before."""
