@@ -224,7 +224,8 @@ def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> R
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     flops = float("nan")
     if "compiled" not in way:
-        with FlopCounterMode(display=False) as counter:
+        # torch's own operators are counted, oneDNN's are not
+        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
             one(batches[0])
         flops = counter.get_total_flops()
     return Row(seconds, peak, flops)

@@ -5,11 +5,13 @@ Run: python benchmarks/start.py [--against FOLDER] [--rounds 3] [--workers 2]
 
 import argparse
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -27,13 +29,20 @@ _LINE = re.compile(r"\[ *([0-9.]+) s\] (.*)")
 
 
 def start(checkout: Path, data: Path, runs: Path, workers: int) -> list[float]:
-    """Trains one step with a checkout's command; returns when each phase was reached, in seconds."""
+    """Trains with a checkout's command up to the first step; returns when each phase was reached, in seconds."""
     command = [
         sys.executable, "launch.py", "train", "--recipe", "scenes-pretrain", "--data", str(data), "--runs", str(runs),
-        "--workers", str(workers), "--set", "train.steps=1",
+        "--workers", str(workers), "--set", "train.epochs=1000",
     ]  # fmt: skip
-    ended = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
-    told = [found.groups() for found in map(_LINE.match, ended.stdout.splitlines()) if found]
+    told: list[tuple[str | Any, ...]] = []
+    with subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            told += [found.groups() for found in [_LINE.match(line)] if found]
+            if told and told[-1][1].startswith("first step"):
+                run.send_signal(signal.SIGINT)
+                break
+        run.stdout.read()
     return [next(float(at) for at, text in told if text.startswith(begin)) for begin in PHASES.values()]
 
 

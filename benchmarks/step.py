@@ -95,10 +95,9 @@ class Ways:
 
     def floor(self, way: str, batch: Pairs) -> float:
         """Returns the CPU seconds that a step's multiply-adds take."""
-        torch.backends.mkldnn.enabled = False  # for torch's own operators, which are counted
-        with FlopCounterMode(display=False) as flops, Products() as products:
+        own = torch.backends.mkldnn.flags(enabled=False)  # torch's own operators are counted, oneDNN's are not
+        with own, FlopCounterMode(display=False) as flops, Products() as products:
             self.take(way, batch)
-        torch.backends.mkldnn.enabled = True
         done = sum(2 * rows * inner * columns * n for (rows, inner, columns), n in products.shapes.items())
         took = sum(product_seconds(*shape, device=self.device) * n for shape, n in products.shapes.items())
         return flops.get_total_flops() * took / done
@@ -185,23 +184,24 @@ def main() -> None:
     print("| batch | step | " + " | ".join(PARTS) + " | times released, seconds | CPU seconds | of the floor's rate |")
     print("|" + "---|" * (len(PARTS) + 5))
     for size in options.batches:
-        batch = Pairs.draw(random_model(options.architecture), size, 0, pin=False)
+        model = random_model(options.architecture)
+        batches = [Pairs.draw(model, size, seed, pin=False) for seed in range(options.rounds + 1)]
         names = dict.fromkeys(("released", *options.ways))
         taken: dict[str, list[tuple[list[float], float]]] = {name: [] for name in names}
         for number in range(options.rounds + 1):  # in turns: the machine may be slower at one time than at another
             for name in names:
-                took = ways.take(name, batch)
+                took = ways.take(name, batches[number])  # each of its own number of tokens, as in a training
                 taken[name] += [took] if number else []  # the first step fills caches
         for name in names:
             parts = [statistics.median(seconds[part] for seconds, _ in taken[name]) for part in range(len(PARTS))]
             pairs = list(zip(taken["released"], taken[name], strict=True))
             wall = spread([sum(other[0]) / sum(own[0]) for other, own in pairs])
             cpu = spread([other[1] / own[1] for other, own in pairs])
-            share = ways.floor(name, batch) / statistics.median(cpu for _, cpu in taken[name])
+            share = ways.floor(name, batches[0]) / statistics.median(cpu for _, cpu in taken[name])
             shown = " | ".join(f"{part:.2f} s" for part in parts)
             print(f"| {size} | {name} | {shown} | {wall} | {cpu} | {100 * share:.0f} % |", flush=True)
             if options.profile:
-                found = shares(ways, name, batch)
+                found = shares(ways, name, batches[0])
                 print(f"{name}: " + ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found.items()))
 
 

@@ -1,6 +1,7 @@
 """Tuners on simulated trainings (see benchmarks/curve_table.py), each called as those who wrote it show it.
 
-All of them search the same space, begin with the published setting, and are told the best value up to each epoch, which
+All of them search the same ranges, as orders, steps or choices as each takes them, begin with the setting nearest the
+published one, and are told the best value up to each epoch, which
 is what a kept checkpoint is worth. One trial runs at a time.
 """
 
@@ -95,8 +96,8 @@ def _run_study(definition: SearchDefinition, folder: Path, trainings: Trainings)
         study.close(assignment.number, report)
 
 
-def random_asha(search: Search) -> None:
-    """Random settings and Ray Tune's ASHA."""
+def random_asha(search: Search, factor: int = 3) -> None:
+    """Random settings and Ray Tune's ASHA, which lets one trial in `factor` go on."""
     rng, (low, high) = np.random.default_rng(search.seed), search.table.rates
 
     def propose(number: int) -> dict[str, Any]:
@@ -105,11 +106,11 @@ def random_asha(search: Search) -> None:
         others = {name: rng.choice(search.table.grid[name]) for name in (MARGIN, GAMMA, WIDTH)}
         return {RATE: low * (high / low) ** rng.random(), **others}
 
-    _with_ray_asha(search, propose)
+    _with_ray_asha(search, propose, factor=factor)
 
 
-def ray_optuna_asha(search: Search) -> None:
-    """Ray Tune's OptunaSearch and ASHA, as its examples put them together."""
+def ray_optuna_asha(search: Search, factor: int = 3) -> None:
+    """Ray Tune's OptunaSearch and ASHA."""
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
@@ -124,14 +125,16 @@ def ray_optuna_asha(search: Search) -> None:
         assert found is not None
         return found
 
-    _with_ray_asha(search, propose, searcher)
+    _with_ray_asha(search, propose, searcher, factor)
 
 
-def _with_ray_asha(search: Search, propose: Callable[[int], Mapping[str, Any]], searcher: Any = None) -> None:
+def _with_ray_asha(
+    search: Search, propose: Callable[[int], Mapping[str, Any]], searcher: Any = None, factor: int = 3
+) -> None:
     from ray.tune.schedulers import ASHAScheduler
 
     asha: Any = ASHAScheduler(
-        _TIME, metric=_METRIC, mode="max", max_t=search.epochs, grace_period=1, reduction_factor=3
+        _TIME, metric=_METRIC, mode="max", max_t=search.epochs, grace_period=1, reduction_factor=factor
     )
     number = 0
     while True:
@@ -242,11 +245,13 @@ METHODS: dict[str, Callable[[Search], None]] = {
     "ours": ours,
     "ours, a third goes on": lambda search: ours(search, scheduler=Scheduler(reduction_factor=3)),
     "random + ASHA": random_asha,
+    "random + ASHA, a half goes on": lambda search: random_asha(search, 2),
     "Optuna TPE + hyperband": lambda search: optuna_tpe(
         search, optuna.pruners.HyperbandPruner(min_resource=1, max_resource=search.epochs, reduction_factor=3)
     ),
     "Optuna TPE + median": lambda search: optuna_tpe(search, optuna.pruners.MedianPruner()),
     "Ray OptunaSearch + ASHA": ray_optuna_asha,
+    "Ray OptunaSearch + ASHA, a half goes on": lambda search: ray_optuna_asha(search, 2),
     "SMAC3 multi-fidelity": smac_multi_fidelity,
     "Syne Tune BOHB": lambda search: syne_tune(search, "BOHB"),
     "Syne Tune CQR + ASHA": lambda search: syne_tune(search, "ASHACQR"),

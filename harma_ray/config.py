@@ -83,7 +83,7 @@ class DataConfig:
     """Encoded images that are shuffled together, in MiB; row groups are dealt anew into windows every epoch."""
     chunk_mb: Annotated[float, Field(ge=0.01, allow_inf_nan=False), Incidental()] = 32
     """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task, and four times this what a
-    worker has waiting in Ray's object store."""
+    worker has waiting in Ray's object store. What fits one is read and decoded in the worker, without tasks."""
     decode: Annotated[Literal["worker", "tasks"], Incidental()] = "worker"
     """Where images are decoded and augmented: in the training worker's threads, or in Ray Data tasks (spare CPUs)."""
     decode_threads: Annotated[Count, Incidental()] = 0

@@ -87,9 +87,10 @@ class Source:
 
 @contextlib.contextmanager
 def kept_weights(source: Source) -> Iterator[str | None]:
-    """Gives the file with a model's weights, for the block: of a run that still trains a link, as it deletes its own.
+    """Gives the file with a model's weights for the block; of a run that still trains, links that it does not delete.
 
     Where no link can be made, as on a disk without them, the file is the run's own, and may be gone when it is read.
+    The links' folder is hidden beside the checkpoints; one that a killed process has left may be deleted.
     """
     run, own = source.run, Path(source.file or "").expanduser().absolute()
     with contextlib.ExitStack() as stack:

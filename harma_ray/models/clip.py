@@ -30,6 +30,8 @@ class DualEncoder(nn.Module):
             "trim": cut to the longest caption of the batch, padding hidden from the adapters' attention, so that
             a caption's embedding depends on that caption alone, at a third of the work.
 
+    Captions of unequal lengths are not to be encoded by two threads at once: their padding waits at the model's parts.
+
     Attributes:
         clip: the open_clip model; its parameters lie under `clip.`.
         packs_text: whether trimmed captions are encoded without any padding, with equal results; None: on a CPU, where

@@ -1,8 +1,8 @@
-"""Linear layers and self-attention with torch's own parameters, computed the quickest way that gives equal numbers.
+"""Linear layers and self-attention with torch's own parameters, computed a quicker way; numbers differ by rounding.
 
 torch takes MKL for fp32 matrices on a CPU; oneDNN, which it has with it, is a fifth faster on AMD's (where both use
-AVX-512) at the shapes of a transformer. torch's `nn.MultiheadAttention` goes through tokens before samples, so that a
-batch-first input is projected in strided parts and copied back.
+AVX-512) at the shapes of a transformer; others were not measured. torch's `nn.MultiheadAttention` goes through tokens
+before samples, so that a batch-first input is projected in strided parts and copied back.
 
 Shape letters: B batch, L tokens, T tokens of a packed batch, D features, H heads.
 """
@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -93,15 +94,20 @@ def attend(projected: Tensor, num_heads: int, mask: Tensor | None = None, packin
     return attended.transpose(1, 2).reshape(batch, length, -1)
 
 
+_IN_BF16: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Tensor]]] = WeakKeyDictionary()
+"""Of modules, frozen parameters in bf16, each with what tells its numbers; not in the modules, which are copied."""
+
+
 def held(module: nn.Module, name: str) -> Any:
     """Return a module's parameter, or None; under bf16 autocast a frozen one in bf16, which is kept from call to call.
 
-    Autocast itself keeps what it has converted of parameters that need a gradient alone, and within one step.
+    Autocast itself keeps what it has converted of parameters that need a gradient alone, and within one step. Numbers
+    that are written through ``.data``, which torch does not count, are not noticed.
     """
     parameter = getattr(module, name)
     if parameter is None or parameter.requires_grad or parameter.dtype != torch.float32 or not _rounds(parameter):
         return parameter
-    kept = module.__dict__.setdefault("_in_bf16", {})
+    kept = _IN_BF16.setdefault(module, {})
     state = (parameter.device, parameter.data_ptr(), parameter._version)  # of the numbers that were converted
     if name not in kept or kept[name][0] != state:
         kept[name] = state, parameter.detach().to(torch.bfloat16)
@@ -146,6 +152,7 @@ def _rounds(parameter: Tensor) -> bool:
         place != "meta"
         and not torch.compiler.is_compiling()
         and not parameter.is_inference()
+        and not torch.is_inference_mode_enabled()  # what is made in it cannot be kept for a training
         and torch.is_autocast_enabled(place)
         and torch.get_autocast_dtype(place) == torch.bfloat16
     )

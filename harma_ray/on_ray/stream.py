@@ -41,6 +41,7 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         chunks: One read task each.
         how: Batch size, decoding and device.
     """
+    check_decoding(how.decode.transform, how.config)
     if len(chunks) == 1:
         from harma_ray.data.stream import prefetched_batches  # torch, which this process has
 
@@ -52,7 +53,6 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
     config = how.config
-    check_decoding(how.decode.transform, config)
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
     )

@@ -3,7 +3,9 @@
 Each is a process of its own that imports Ray Train: some two seconds of a CPU, in a start that is bound by the CPUs.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from ray.train.torch import TorchTrainer
@@ -18,7 +20,8 @@ class Trainer(TorchTrainer):
     """Hands out no data sets: workers read their own, see `harma_ray.on_ray.stream`.
 
     On a cluster that ends with the training no autoscaler is asked for the workers' places, nobody watches for nodes
-    that are reclaimed, and nobody waits to free the places of a controller that has died.
+    that are reclaimed, and nobody waits to free the places of a controller that has died. Ray Data, which would be told
+    of these places, may then submit more tasks at a time than run; the others wait their turn.
     """
 
     def __init__(self, *arguments: Any, own_cluster: bool, **options: Any):
@@ -31,17 +34,29 @@ class Trainer(TorchTrainer):
         """
         super().__init__(*arguments, **options)
         self._own_cluster = own_cluster
-        if own_cluster:
-            os.environ.setdefault(PREEMPTION_VARIABLE, "0")
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback) if self._own_cluster else (DatasetsCallback,)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        if self._own_cluster:
-            settings["scaling_policy"] = _Workers(self.scaling_config)
-        return super()._initialize_and_run_controller(**settings)
+        if not self._own_cluster:
+            return super()._initialize_and_run_controller(**settings)
+        settings["scaling_policy"] = _Workers(self.scaling_config)
+        with _unless_set(PREEMPTION_VARIABLE, "0"):
+            return super()._initialize_and_run_controller(**settings)
+
+
+@contextlib.contextmanager
+def _unless_set(name: str, value: str) -> Iterator[None]:
+    """Sets a variable of the environment for the block, unless the user has."""
+    is_ours = name not in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if is_ours:
+            os.environ.pop(name, None)
 
 
 class _Workers(FixedScalingPolicy):

@@ -7,6 +7,7 @@ import pytest
 from command_line import done, refused
 from random_runs import make_random_run
 
+from harma_ray.cli import evaluate_run
 from harma_ray.cli.evaluated import Source, kept_weights
 from harma_ray.data.splits import open_split
 from harma_ray.errors import UserError
@@ -80,6 +81,18 @@ def test_on_a_disk_without_links_a_running_run_is_evaluated_as_it_lies(scenes, t
     monkeypatch.setattr("os.link", no_links)
     with kept_weights(source) as file:
         assert file == source.file
+
+
+def test_what_is_replaced_before_a_model_is_built_is_evaluated_all_the_same(capsys, scenes, tmp_path, monkeypatch):
+    run = make_random_run(tmp_path, "training", build_config(recipe_config("harma-scenes"), {"data.path": str(scenes)}))
+
+    def load_late(file, config):
+        replace_checkpoint(run)
+        return load_model(file, config)
+
+    monkeypatch.setattr(evaluate_run, "load_model", load_late)
+    assert "r_mean" in done(capsys, "evaluate", "--run", run.path)
+    assert [path.name for path in list_checkpoints(run.path)] == ["step_00000099"]
 
 
 def watch_asking(monkeypatch):

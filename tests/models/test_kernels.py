@@ -1,4 +1,5 @@
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -172,3 +173,18 @@ def test_frozen_weights_in_bf16_follow_what_is_loaded_copied_or_trained():
     own.requires_grad_(True)
     assert all(gradient.any() for gradient in in_bf16(lambda x, *_: own(x), [x, *own.parameters()]))
     assert own(x).dtype == torch.float32
+
+
+def test_what_was_only_looked_at_without_gradients_can_be_trained_in_bf16():
+    torchs, own = frozen_pair(nn.Linear(24, 9))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        own(drawn(6, 24, grad=False))
+    found, expected = (in_bf16(module, [drawn(6, 24)]) for module in (own, torchs))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_copies_of_a_module_carry_no_weights_in_bf16():
+    own = frozen_pair(nn.Linear(24, 9))[1]
+    plain = len(pickle.dumps(own))
+    in_bf16(own, [drawn(6, 24)])
+    assert len(pickle.dumps(own)) == plain

@@ -74,6 +74,15 @@ def test_packed_captions_are_rounded_as_padded_ones_in_bf16():
     torch.testing.assert_close(vectors[1], vectors[0], atol=2e-2, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch about itself, while it traces
+def test_a_compiled_model_gives_the_same_vectors_of_trimmed_captions():
+    model, _ = adapted(text_tokens="trim")
+    compiled = torch.compile(model, backend="eager")
+    found, expected = (run(images(4), captions(LENGTHS)) for run in (compiled, model))
+    for name in ("image", "text"):
+        torch.testing.assert_close(found[name], expected[name])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("is_rough", "tolerance"), [(False, 1e-4), (True, 1e-1)])

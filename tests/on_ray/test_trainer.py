@@ -37,15 +37,21 @@ def test_processes_that_ray_train_starts_for_every_training_are_left_out_where_t
 
 
 def given_policy(trainer, monkeypatch):
-    """Returns the scaling policy that the controller is given."""
+    """Returns the scaling policy that the controller is given, and what it reads of watching for reclaimed nodes."""
     given = {}
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", lambda self, **settings: given.update(settings))
+
+    def run(self, **settings):
+        given.update(settings, watches=os.environ.get(PREEMPTION_VARIABLE))
+
+    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", run)
     trainer._initialize_and_run_controller(scaling_policy="Ray's")
-    return given["scaling_policy"]
+    return given["scaling_policy"], given["watches"]
 
 
 def test_on_a_cluster_of_its_own_the_workers_places_are_asked_of_nobody(make, monkeypatch):
-    policy = given_policy(make(Trainer, own_cluster=True), monkeypatch)
+    policy, watches = given_policy(make(Trainer, own_cluster=True), monkeypatch)
+    assert watches == "0"
+    assert PREEMPTION_VARIABLE not in os.environ  # a cluster that is joined later is Ray's as it is
     policy.after_controller_start(None)
     theirs = FixedScalingPolicy(policy.scaling_config)
     with pytest.raises(AssertionError):  # it has nobody to ask before the controller has started a process for that
@@ -53,18 +59,15 @@ def test_on_a_cluster_of_its_own_the_workers_places_are_asked_of_nobody(make, mo
     monkeypatch.setattr(theirs, "_maybe_send_resource_request", lambda: None)
     expected = theirs.make_decision_for_non_running_worker_group()
     assert policy.make_decision_for_non_running_worker_group() == expected
-    assert expected.num_workers == 2
-    assert os.environ[PREEMPTION_VARIABLE] == "0"
 
 
 def test_on_a_cluster_that_was_joined_all_is_as_ray_has_it(make, monkeypatch):
-    assert given_policy(make(Trainer, own_cluster=False), monkeypatch) == "Ray's"
-    assert PREEMPTION_VARIABLE not in os.environ
+    assert given_policy(make(Trainer, own_cluster=False), monkeypatch) == ("Ray's", None)
 
 
 def test_what_the_user_wants_of_the_watcher_stays(make, monkeypatch):
     monkeypatch.setenv(PREEMPTION_VARIABLE, "1")
-    make(Trainer, own_cluster=True)
+    assert given_policy(make(Trainer, own_cluster=True), monkeypatch)[1] == "1"
     assert os.environ[PREEMPTION_VARIABLE] == "1"
 
 

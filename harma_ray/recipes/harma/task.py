@@ -253,14 +253,14 @@ class PairTransform(RowTransform):
     def _tokens(self, row: Mapping[str, Any]) -> Tensor:
         captions, number = row["captions"], row["caption"]
         if self.captions_per_image is None:
-            return _tokens(self.architecture, captions[number])
+            return _tokens_of(self.architecture, captions[number])
         chosen = captions_of_group(number, self.captions_per_image, num_captions=len(captions), epoch=row["epoch"])
-        return torch.stack([_tokens(self.architecture, captions[place]) for place in chosen])
+        return torch.stack([_tokens_of(self.architecture, captions[place]) for place in chosen])
 
 
 @functools.lru_cache(maxsize=2**15)
-def _tokens(architecture: str, caption: str) -> Tensor:
-    """Returns a caption as int64[L], kept for later epochs (40 MB at most) and not to be changed."""
+def _tokens_of(architecture: str, caption: str) -> Tensor:
+    """Returns a caption as int64[L], not to be changed; of the last 32,768 it is kept (40 MB in each process)."""
     return tokenizer_of(architecture)([caption])[0]
 
 
