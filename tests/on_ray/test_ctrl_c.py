@@ -10,6 +10,7 @@ import pytest
 
 from harma_ray.on_ray import interruption, workers
 from harma_ray.on_ray.interruption import fit
+from harma_ray.resources import Cluster
 
 
 def interrupt_soon(seconds=0.1):
@@ -90,6 +91,6 @@ def test_a_training_that_ends_although_it_was_asked_to_stop_begins_nothing_after
         monkeypatch.setattr(workers, name, lambda *arguments: None)
     run, prepared, told = SimpleNamespace(path=tmp_path), SimpleNamespace(config=None, workers=1), []
     with pytest.raises(KeyboardInterrupt) if is_asked else contextlib.nullcontext():
-        assert workers.train(run, prepared, None, on_record=told.append) == {"steps": 3}
+        assert workers.train(run, prepared, Cluster(2, 0, 1, "local", ""), on_record=told.append) == {"steps": 3}
     assert [record["kind"] for record in told] == ["notice"] * is_asked
     assert not any(tmp_path.iterdir())
