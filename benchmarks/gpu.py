@@ -2,13 +2,15 @@
 
 Needs torch, torchvision and open_clip alone. Ends with status 1 if a figure on the GPU is wrong.
 
-Run: python benchmarks/gpu.py [--architectures ViT-B-32 ViT-L-14] [--batches 32 128 428] [--no-compile] [--device cuda]
+Run: python benchmarks/gpu.py [--architectures ViT-B-32 ViT-L-14] [--batches 32 128 428] [--no-compile]
+     [--no-check] [--ways released "bf16 trim compiled"] [--device cuda]
 """
 
 import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 import statistics
 import sys
@@ -27,6 +29,8 @@ from harma_ray.models.clip import DualEncoder
 from harma_ray.models.losses import contrastive_loss, weighted_triplet_loss
 from harma_ray.models.openclip import open_clip
 from harma_ray.models.precision import attend_at_any_length
+from harma_ray.models.recording import RecordedEncoder
+from harma_ray.training.divergence import GuardedOptimizer
 
 BOUNDS = {"fp32": 1e-4, "bf16": 4e-2}
 """Largest relative error of outputs, loss and gradients that passes."""
@@ -86,14 +90,24 @@ class Pairs:
 class OwnStep:
     """The package's step, as its training loop takes it."""
 
-    def __init__(self, model: DualEncoder, precision: str, compiled: bool = False):
-        """Takes the model as it is."""
-        self.model, self.device = model, model.temperature.device
-        self.forward = torch.compile(model) if compiled else model
+    def __init__(self, model: DualEncoder, precision: str, quick: str = "", captions: int = 1):
+        """Takes the model.
+
+        Args:
+            model: As it is; it may be compiled in place.
+            precision: "fp32" or "bf16".
+            quick: "recorded" passes, also with blocks that are "compiled"; "": neither.
+            captions: Of each image; more than one are encoded with it once.
+        """
+        self.model, self.device, self.captions = model, model.temperature.device, captions
+        if quick == "compiled":
+            model.compile_blocks()
+        self.forward = RecordedEncoder(model) if quick and self.device.type == "cuda" else model
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=4e-4, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.04, fused=True
         )
+        self.guarded, self.number = GuardedOptimizer(self.optimizer, 0), 0
         self.precision = precision
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -103,11 +117,17 @@ class OwnStep:
 
     def losses(self, batch: Pairs) -> tuple[dict[str, Tensor], Tensor]:
         """Returns the model's outputs and the sum of both terms."""
+        images = len(batch.image) // self.captions
+        pairs = images * self.captions
+        image, text = batch.image[:images].to(self.device, non_blocking=True), batch.text[:pairs]
         with self.autocast():
-            found = self.forward(batch.image.to(self.device, non_blocking=True), batch.text)
-            image, text = found["image"], found["text"]
-            ids = batch.ids.to(self.device, non_blocking=True)
-            loss = contrastive_loss(image, text, found["temperature"], ids) + weighted_triplet_loss(image, text)
+            found = self.forward(image, text.view(images, self.captions, -1) if self.captions > 1 else text)
+            image, text = found["image"].repeat_interleave(self.captions, dim=0), found["text"].flatten(0, -2)
+            same = torch.arange(images).repeat_interleave(self.captions) if self.captions > 1 else batch.ids
+            ids = same.to(self.device, non_blocking=True)
+            ranked = {"image_ids": ids, "same_image_negatives": False} if self.captions > 1 else {}
+            loss = contrastive_loss(image, text, found["temperature"], ids)
+            loss = loss + weighted_triplet_loss(image, text, **ranked)
         return found, loss
 
     def step(self, batch: Pairs) -> None:
@@ -119,9 +139,8 @@ class OwnStep:
     def update(self, loss: Tensor) -> None:
         """Moves the weights by their gradients."""
         norm = torch.nn.utils.clip_grad_norm_(self.trained, float("inf"))
-        if not torch.stack([loss.detach(), norm]).isfinite().all():
-            sys.exit("a loss is not finite")
-        self.optimizer.step()
+        self.number += 1
+        self.guarded.step(self.number, {"loss": loss.detach()}, norm)
         self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -153,16 +172,14 @@ def check(architecture: str, device: str, compiled: bool) -> bool:
         plain = new_model(architecture, "cpu", "full" if tokens == "full" else "trim")
         batch = Pairs.draw(plain, 8, 0, pin=False)
         reference = OwnStep(plain, "fp32")
-        found = []
-        for precision in ("fp32", "bf16"):
-            for made in (False, True) if compiled else (False,):
-                own = OwnStep(new_model(architecture, device, tokens), precision, made)
-                found.append((f"{precision}{' compiled' if made else ''}", precision, errors(own, reference, batch)))
-        for name, precision, error in found:
+        quick = ("",) if tokens == "packed" else ("", "recorded", "compiled") if compiled else ("", "recorded")
+        for precision, way in itertools.product(("fp32", "bf16"), quick):
+            own = OwnStep(new_model(architecture, device, tokens), precision, way)
+            error = errors(own, reference, batch)
             fits = all(value <= BOUNDS[precision] for value in error.values())
             good &= fits
             shown = "  ".join(f"{part} {value:.1e}" for part, value in error.items())
-            print(f"  {tokens} {name:14} {shown}{'' if fits else '   WRONG'}", flush=True)
+            print(f"  {tokens} {precision} {way:10} {shown}{'' if fits else '   WRONG'}", flush=True)
     own = OwnStep(new_model(architecture, "cpu"), "fp32")
     _, loss = own.losses(batch)
     released = ReleasedStep(new_model(architecture, "cpu"))
@@ -178,15 +195,16 @@ def matrix_rate(device: str, dtype: torch.dtype, size: int = 8192) -> float:
     return 2 * size**3 / statistics.median(timed(lambda: left @ right, device))
 
 
-def timed(run: Callable[[], object], device: str) -> list[float]:
-    """Returns the seconds of each of some runs, each waited for: three at least, more where they are short."""
+def timed(run: Callable[[], object], device: str, row: int = 1) -> list[float]:
+    """Returns the seconds of a run in rows, each waited for at its end: three rows at least."""
     seconds = []
-    while len(seconds) < 3 or (sum(seconds) < 1.5 and len(seconds) < 30):
+    while len(seconds) < 3 or (sum(seconds) * row < 1.5 and len(seconds) < 30):
         wait(device)
         begin = time.perf_counter()
-        run()
+        for _ in range(row):
+            run()
         wait(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append((time.perf_counter() - begin) / row)
     return seconds
 
 
@@ -201,34 +219,48 @@ class Row:
     """What one way of taking a step took."""
 
     seconds: list[float]
+    pairs: int
+    warm_up: float
+    """Seconds of the first steps, compiling and recording included."""
     peak_gib: float
     flops: float
 
 
+CAPTIONS = 5
+"""Of an image, where they are grouped."""
+
+
 def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> Row:
     """Times a way of taking steps, over batches in turn."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     tokens = next((name for name in ("trim", "packed") if name in way), "full")
-    model = new_model(architecture, device, tokens)
-    turn = cycle(batches)
+    captions, size = CAPTIONS if "grouped" in way else 1, len(batches[0].ids)
+    model, turn = new_model(architecture, device, tokens), cycle(batches)
     if way == "released":
         released = ReleasedStep(model)
         one = lambda batch: released.step(batch.normalised, batch.text, batch.ids)  # noqa: E731
+        flops = flops_of(one, batches[0])
     else:
-        one = OwnStep(model, "bf16" if "bf16" in way else "fp32", "compiled" in way).step
-    for _ in range(len(batches) if "compiled" in way else 2):
+        precision = "bf16" if "bf16" in way else "fp32"
+        flops = flops_of(OwnStep(model, precision, captions=captions).step, batches[0])
+        quick = next((name for name in ("recorded", "compiled") if name in way), "")
+        one = OwnStep(model, precision, quick, captions).step
+    begin = time.perf_counter()
+    for _ in batches:
         one(next(turn))
     wait(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = timed(lambda: one(next(turn)), device)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
-    flops = float("nan")
-    if "compiled" not in way:
-        # torch's own operators are counted, oneDNN's are not
-        with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-            one(batches[0])
-        flops = counter.get_total_flops()
-    return Row(seconds, peak, flops)
+    warm_up = time.perf_counter() - begin
+    seconds = timed(lambda: one(next(turn)), device, row=len(batches))
+    peak = torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else float("nan")
+    return Row(seconds, size - size % captions, warm_up, peak, flops)
+
+
+def flops_of(step: Callable[[Pairs], object], batch: Pairs) -> float:
+    """Returns the floating-point operations of a step; torch's own operators are counted, oneDNN's are not."""
+    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        step(batch)
+    return counter.get_total_flops()
 
 
 def cycle(batches: list[Pairs]) -> Iterator[Pairs]:
@@ -239,8 +271,10 @@ def cycle(batches: list[Pairs]) -> Iterator[Pairs]:
 
 def table(architecture: str, sizes: list[int], ways: list[str], device: str, rates: dict[str, float]) -> None:
     """Prints what each way took at each batch size, against the released step."""
-    print("| model | batch | step | pairs/s (slowest-fastest) | times released | peak GiB | of the matrix rate |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| model | batch | step | pairs/s (slowest-fastest) | times released | GiB | of the matrix rate | first steps |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         batches = [Pairs.draw(random_model(architecture), size, seed, pin=device == "cuda") for seed in range(4)]
         released = None
@@ -248,20 +282,28 @@ def table(architecture: str, sizes: list[int], ways: list[str], device: str, rat
             try:
                 row = measure(way, architecture, batches, device)
             except torch.cuda.OutOfMemoryError:
-                print(f"| {architecture} | {size} | {way} | out of memory | | | |", flush=True)
+                print(f"| {architecture} | {size} | {way} | out of memory | | | | |", flush=True)
                 continue
             finally:
                 if device == "cuda":
                     torch.cuda.empty_cache()
-            rate = size / statistics.median(row.seconds)
+            median = statistics.median(row.seconds)
+            rate = row.pairs / median
             released = released or (rate if way == "released" else None)
             ratio = f"{rate / released:.2f}" if released else ""
-            share = row.flops / statistics.median(row.seconds) / rates["bf16" if "bf16" in way else "fp32"]
+            share = row.flops / median / rates["bf16" if "bf16" in way else "fp32"]
             print(
-                f"| {architecture} | {size} | {way} | {rate:,.0f} ({size / max(row.seconds):,.0f}-"
-                f"{size / min(row.seconds):,.0f}) | {ratio} | {row.peak_gib:.1f} | {100 * share:.0f} % |",
+                f"| {architecture} | {size} | {way} | {rate:,.0f} ({row.pairs / max(row.seconds):,.0f}-"
+                f"{row.pairs / min(row.seconds):,.0f}) | {ratio} | {row.peak_gib:.1f} | {100 * share:.0f} % | "
+                f"{row.warm_up:.1f} s |",
                 flush=True,
             )
+
+
+WAYS = ("released", "fp32", "fp32 trim", "fp32 trim recorded", "bf16", "bf16 trim", "bf16 packed", "bf16 recorded")
+WAYS += ("bf16 trim recorded", "bf16 trim grouped recorded", "bf16 compiled", "bf16 trim compiled")
+WAYS += ("bf16 trim grouped compiled",)
+"""Of taking a step. Recorded: passes as CUDA graphs (``train.cuda_graphs``); compiled: block by block, and recorded."""
 
 
 def main() -> None:
@@ -270,6 +312,8 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", default=["ViT-B-32", "ViT-L-14"])
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 428])
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -277,12 +321,11 @@ def main() -> None:
     attend_at_any_length(torch.device(options.device))
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
-    good = check(options.architectures[0], options.device, not options.no_compile)
+    good = options.no_check or check(options.architectures[0], options.device, not options.no_compile)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rates = {key: matrix_rate(options.device, dtype) for key, dtype in types.items()}
     print("matrix products, TFLOP/s: " + ", ".join(f"{key} {rate / 1e12:.1f}" for key, rate in rates.items()))
-    ways = ["released", "fp32", "fp32 trim", "fp32 packed", "bf16", "bf16 trim", "bf16 packed"]
-    ways += [] if options.no_compile else ["bf16 compiled", "bf16 trim compiled"]
+    ways = [way for way in options.ways if not (options.no_compile and "compiled" in way)]
     for architecture in options.architectures:
         table(architecture, options.batches, ways, options.device, rates)
     sys.exit(not good)

@@ -146,7 +146,10 @@ class TrainConfig:
     """Precision in which models are evaluated, while training and after: fp32 on any device, as the published figures
     were measured (without TF32 too), or bf16 autocast, which moves ranks."""
     compile: bool = False
-    """`torch.compile` the model; the first steps take minutes, changing shapes (text_tokens=trim) compile again."""
+    """`torch.compile` the model, HarMA's block by block: the first step takes half a minute or more."""
+    cuda_graphs: Annotated[bool, Incidental()] = True
+    """Record the passes of HarMA's towers on a GPU, which its host then need not launch kernel by kernel; not with
+    `accumulation` above 1 or activation checkpointing. Takes a second or two at each new length of captions."""
     eval_every_epochs: PositiveCount = 1
     """Epochs between evaluations on the val split."""
     eval_every_steps: Annotated[Count, AddedLater(before=0)] = 0

@@ -17,12 +17,16 @@ from harma_ray.data.order import planned_order
 from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.import_export import load_model
 from harma_ray.models.precision import evaluating
+from harma_ray.models.recording import RecordedEncoder
 from harma_ray.parallel import replicate, shard, whole
 from harma_ray.recipes import make_task, recipe_config
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints
+from harma_ray.training.divergence import TrainingDiverged
 from harma_ray.training.loop import run_training
-from harma_ray.training.step import autocast_of, evaluate_split, num_batches, train_step
+from harma_ray.training.optim import checked_groups
+from harma_ray.training.state import TrainState
+from harma_ray.training.step import autocast_of, evaluate_split, num_batches, train_step, update_weights
 from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -100,21 +104,63 @@ def steps_of(config, prepare=lambda model: model):
     return model, lambda: [next(batches) for _ in range(parts)], passes
 
 
+def mover_of(config, model):
+    """Returns what moves the weights of a training."""
+    state = TrainState(checked_groups(make_task(config), model), config, 10, Worker(device="cuda"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return lambda losses: update_weights(state, trained, losses, config.optim)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_step_waits_for_the_gpu(configs, recipe):
-    _, read, passes = steps_of(configs[recipe])
-    for step in range(2):
-        passes(read(), step)
+    task, prepare = make_task(configs[recipe]), lambda model: task.quicken(model, torch.device("cuda"))
+    model, read, passes = steps_of(configs[recipe], prepare)
+    move = mover_of(configs[recipe], model)
     batch = read()
+    for step in range(2):
+        move(passes(batch, step))
+    torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            passes(batch, 2)
+            move(passes(batch, 2))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in found if "called a synchronizing" in str(warning.message)]
     assert [f"{warning.filename}:{warning.lineno}" for warning in waits] == []
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_is_told_by_the_next(configs):
+    config = configs["harma-scenes"]
+    model, read, passes = steps_of(config)
+    move = mover_of(config, model)
+    move(passes(read()))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = passes(read())
+    next(p for p in model.parameters() if p.requires_grad and p.grad is not None).grad.fill_(torch.inf)
+    move(losses)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(TrainingDiverged, match=r"not finite at step 2 on worker 0 \(contrastive=.*grad_norm=(inf|nan)"):
+        move(passes(read()))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("text_tokens", ["full", "trim"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("captions", ["all", "grouped"])
+def test_recorded_passes_train_as_those_that_are_launched(config, tmp_path, text_tokens, precision, captions):
+    exact = build_config(
+        config,
+        {"model.text_tokens": text_tokens, "train.precision": precision, "train.captions": captions, "train.epochs": 1},
+    )
+    plain = replace(exact, train=replace(exact.train, cuda_graphs=False))
+    found = {}
+    for name, settings in (("recorded", exact), ("plain", plain)):
+        train(settings, tmp_path / name, "cuda")
+        found[name] = losses(tmp_path / name)
+    assert len(set(found["plain"])) > 3
+    assert found["recorded"] == pytest.approx(found["plain"], rel=1e-3 if precision == "fp32" else 5e-2)
 
 
 @pytest.fixture
@@ -143,6 +189,24 @@ def test_one_rank_of_nccl_gives_the_gradients_of_a_plain_model(configs, one_rank
     for name, parameter in plain.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(whole(there[name].grad), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_recorded_passes_give_their_gradients_to_several_workers(config, one_rank):
+    """As `replicate` wraps them, less what needs torch 2.14."""
+    exact = replace(config, train=replace(config.train, precision="fp32"))
+    workers = torch.nn.parallel.DistributedDataParallel
+    plain, read, passes = steps_of(exact)
+    other, read_too, passes_too = steps_of(
+        exact, lambda model: workers(RecordedEncoder(model), gradient_as_bucket_view=True)
+    )
+    for _ in range(3):
+        plain.zero_grad(), other.zero_grad()
+        expected, found = passes(read()), passes_too(read_too())
+        for name, loss in expected.items():
+            torch.testing.assert_close(found[name], loss, rtol=1e-4, atol=1e-6)
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(other.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

@@ -80,6 +80,20 @@ class DualEncoder(nn.Module):
         """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
         self.clip.set_grad_checkpointing(enable)
 
+    def compile_blocks(self) -> None:
+        """Let `torch.compile` fuse what each block of the towers does, in place, on the first call.
+
+        Blocks of a tower are alike, so that one is compiled for all; captions of a second length make it one for any.
+        What this process compiled before is forgotten, since dynamo compiles a function for a few models alone.
+        Captions are not packed: that would be compiled for every number of tokens.
+        """
+        torch.compiler.reset()
+        self.packs_text = False
+        for tower in (self.clip.visual, self.clip):
+            transformer: Any = getattr(tower, "transformer", None)
+            for part in (tower,) if transformer is None else transformer.resblocks:
+                part.compile()
+
     def forward(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Encode pairs.
 
@@ -92,10 +106,14 @@ class DualEncoder(nn.Module):
             `affiliation_temperature`, scalars.
         """
         captions = self.encode_text(text.flatten(0, -2)).unflatten(0, text.shape[:-1])
-        outputs = {"text": captions, "image": self.encode_image(image), "temperature": self.temperature}
+        return self.outputs(self.encode_image(image), captions)
+
+    def outputs(self, image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """Return what `forward` does, of vectors that are there."""
+        found = {"text": text, "image": image, "temperature": self.temperature}
         if self.affiliation_temperature is not None:
-            outputs["affiliation_temperature"] = self.affiliation_temperature
-        return outputs
+            found["affiliation_temperature"] = self.affiliation_temperature
+        return found
 
     def encode_image(self, image: Tensor, *, normalize: bool = True) -> Tensor:
         """Encode images.
@@ -126,18 +144,38 @@ class DualEncoder(nn.Module):
         Returns:
             (B, E), at least fp32 if normalised.
         """
+        features = self.encode_tokens(self.cut(text), self._packing(text))
+        return unit(features) if normalize else features
+
+    def cut(self, text: Tensor, multiple: int = 1) -> Tensor:
+        """Return captions as the text tower runs them: on the model's device, cut with `text_tokens: trim`.
+
+        Args:
+            text: see `encode_text`.
+            multiple: lengths that are cut to are rounded up to a multiple of this, where the context is that long.
+        """
         clip: Any = self.clip
-        if text.shape[1] > len(clip.positional_embedding):
+        context = len(clip.positional_embedding)
+        if text.shape[1] > context:
             raise UserError(
-                f"captions must have at most {len(clip.positional_embedding)} tokens, got {text.shape[1]}; "
+                f"captions must have at most {context} tokens, got {text.shape[1]}; "
                 "use the architecture's own tokenizer"
             )
         longest = _longest(text) if self.text_tokens == "trim" else text.shape[1]
-        packing = self._packing(text)
-        text = text.to(self.temperature.device, non_blocking=True)[:, :longest]
+        return text.to(self.temperature.device, non_blocking=True)[:, : -(-longest // multiple) * multiple]
+
+    def encode_tokens(self, text: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return the features (B, E) of captions that are cut, on the model's device; nothing waits for it.
+
+        Args:
+            text: what `cut` returns.
+            packing: how they are packed; None: they are not.
+        """
+        clip: Any = self.clip
         ends = text.argmax(dim=-1)
         length, dtype = text.shape[1], clip.transformer.get_cast_dtype()
-        causal = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
+        # contiguous, so that what is compiled for one length fits any
+        causal = None if clip.attn_mask is None else clip.attn_mask[:length, :length].contiguous()
         x_BLD = clip.token_embedding(text).to(dtype) + clip.positional_embedding[:length].to(dtype)
         if packing is not None:
             end_BD = self._run_text_blocks(packing.pack(x_BLD), causal, packing)[packing.ends]
@@ -148,10 +186,8 @@ class DualEncoder(nn.Module):
             end_BD = x_BLD[torch.arange(text.shape[0], device=text.device), ends]
         features = clip.ln_final(end_BD)
         if isinstance(clip.text_projection, nn.Linear):
-            features = clip.text_projection(features)
-        elif clip.text_projection is not None:
-            features = features @ clip.text_projection
-        return unit(features) if normalize else features
+            return clip.text_projection(features)
+        return features if clip.text_projection is None else features @ clip.text_projection
 
     def _packing(self, text: Tensor) -> Packing | None:
         """Return how captions (B, L) are packed; None: they are not, as there is nothing to gain."""

@@ -156,7 +156,8 @@ class PartialForward:
 
     def _slope(self, output: Tensor) -> Slope:
         """Returns a scalar's gradient by every trained parameter; quick for a function of few parameters."""
-        if any(hasattr(module, "_orig_mod") for module in self._model.modules()):
+        parts = self._model.modules()
+        if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
             return []  # a compiled graph frees its buffers as it goes back and cannot be gone through twice
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         if not output.requires_grad:

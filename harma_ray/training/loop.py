@@ -1,7 +1,6 @@
-"""The training loop. It does not know who runs it.
+"""The training loop. It does not know who runs it, and is given a worker's number, a loader of batches and a callback.
 
-It is given which worker it is, a loader of batches, and a callback for every evaluation: that of Ray Train, of a Ray
-Tune trial, or none. What it finds in the run's folder decides where it starts.
+What it finds in the run's folder decides where it starts.
 """
 
 import contextlib
@@ -149,13 +148,13 @@ class _Training:
         self._task, self._config, self._run_dir = task, config, run_dir
         self._worker, self._loader, self._callback, self._draw = worker, loader, callback, draw
         self._order, self._total_steps = order, order.total_steps(config.train)
-        data = config.data
-        self._selection = EvaluationStream(open_split(data.path, config.selecting_split), data, worker, loader)
+        selecting = open_split(config.data.path, config.selecting_split)
+        self._selection = EvaluationStream(selecting, config.data, worker, loader)
         self._device = torch.device(worker.device)
         self._model = task.new_model()
         self._backbone = task.backbone.fingerprint(self._model)
         self._model.to(self._device)
-        self._forward = wrap_model(task, self._model, config.train, worker)
+        self._forward = wrap_model(task, self._model, worker)
         self._trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._state = TrainState(checked_groups(task, self._model), config, self._total_steps, worker)
         self._autocast = autocast_of(config.train, self._device)
@@ -238,8 +237,8 @@ class _Training:
 
     def evaluate_and_save(self) -> None:
         """Evaluates on the split that selects the best epoch, writes a checkpoint, and reports."""
-        progress, selection = self._progress, self._selection
-        started = time.perf_counter()
+        self._state.guarded.settle()
+        progress, selection, started = self._progress, self._selection, time.perf_counter()
         evaluation = self._evaluate(selection)
         metrics = self._task.metrics
         value = evaluation.metrics[metrics.objective]
@@ -248,9 +247,8 @@ class _Training:
         else:
             progress.without_improvement += 1
         if self._tracker is not None:
-            more: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3)}
-            more |= {} if progress.step else objective_interval(evaluation, metrics)
-            split = selection.split.name
+            split, more = selection.split.name, {} if progress.step else objective_interval(evaluation, metrics)
+            more |= {"seconds": round(time.perf_counter() - started, 3)}
             curves = evaluation_curves(split, evaluation.metrics, metrics, progress.best)
             self._tracker.log(
                 "evaluation", progress.step, evaluation.metrics, curves, epoch=self._epoch, split=split, **more
@@ -291,6 +289,7 @@ class _Training:
         return evaluate_stream(self._task, self._config, self._model, stream, self._worker)
 
     def _log_step(self, losses: dict[str, Tensor], grad_norm: Tensor, rates: dict[str, float], meter: Meter) -> None:
+        self._state.guarded.settle()
         with whole_model(self._model), torch.no_grad():
             watched = self._task.monitor(self._model)
         measured = meter.read(self._device)
@@ -304,6 +303,7 @@ class _Training:
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
+        self._state.guarded.settle()
         config, step = self._config, self._progress.step
         meta = CheckpointMeta(
             step, self._epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe,

@@ -13,6 +13,7 @@ from harma_ray.distributed import gather_rows
 from harma_ray.errors import count
 from harma_ray.parallel import gather_tensors, spread_like
 from harma_ray.task import ParameterGroup
+from harma_ray.training.divergence import GuardedOptimizer
 from harma_ray.training.optim import build_optimizer, build_schedule
 
 
@@ -48,6 +49,7 @@ class TrainState:
         self._names = [group.get("name") for group in groups]
         unnamed = [{key: value for key, value in group.items() if key != "name"} for group in groups]
         self.optimizer = build_optimizer(unnamed, config.optim, self.device)
+        self.guarded = GuardedOptimizer(self.optimizer, worker.rank)
         self.schedule = build_schedule(self.optimizer, config.optim, total_steps)
         self.progress = Progress()
         _seed_worker(config.seed, worker.rank)

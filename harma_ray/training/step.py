@@ -66,10 +66,6 @@ def num_batches(task: Task) -> int:
     return task.config.train.accumulation if task.accumulation == "summed" else 1
 
 
-class TrainingDiverged(UserError):
-    """The loss is not a finite number any more."""
-
-
 def update_weights(
     state: TrainState, trainable: Sequence[nn.Parameter], losses: dict[str, Tensor], optim: OptimConfig
 ) -> tuple[Tensor, dict[str, float]]:
@@ -82,18 +78,12 @@ def update_weights(
         optim: Settings.
 
     Raises:
-        TrainingDiverged: If a term of the loss or the norm is not finite; the weights are as they were.
+        TrainingDiverged: If a term of the loss or the norm was not finite, see `GuardedOptimizer`; the weights are as
+            they were.
     """
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(trainable, optim.clip_grad_norm or math.inf))
-    if not torch.stack([*losses.values(), grad_norm.to(state.device)]).isfinite().all():
-        terms = ", ".join(f"{name}={float(term)}" for name, term in losses.items())
-        raise TrainingDiverged(
-            f"the loss or its gradient is not finite at step {state.progress.step + 1} on worker {state.worker.rank} "
-            f"({terms}, grad_norm={float(grad_norm)}); start a new run with a lower optim.learning_rate, with "
-            "optim.clip_grad_norm, or with train.precision=fp32"
-        )
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(trainable, optim.clip_grad_norm or math.inf)).to(state.device)
     learning_rates = state.learning_rates
-    state.optimizer.step()
+    state.guarded.step(state.progress.step + 1, losses, grad_norm)
     state.schedule.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.progress.step += 1
@@ -131,9 +121,9 @@ def train_step(
     return {name: term.detach() for name, term in terms.items()}
 
 
-def wrap_model(task: Task, model: nn.Module, train: TrainConfig, worker: Worker) -> nn.Module:
-    """Returns what a step calls: the model, compiled if asked for, its gradients averaged over the workers."""
-    forward: Any = torch.compile(model) if train.compile else model
+def wrap_model(task: Task, model: nn.Module, worker: Worker) -> nn.Module:
+    """Returns what a step calls: the model, quickened, its gradients averaged over the workers."""
+    forward = task.quicken(model, torch.device(worker.device))
     return task.parallelise(forward, worker) if worker.world_size > 1 else forward
 
 
@@ -190,7 +180,8 @@ def evaluate_stream(
 ) -> Evaluation:
     """Evaluates a model on the worker's device, which may be spread over the workers; all get worker 0's metrics."""
     model.eval()
-    with whole_model(model), evaluating(config.train.eval_precision, torch.device(worker.device)):
+    plainly = torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
+    with plainly, whole_model(model), evaluating(config.train.eval_precision, torch.device(worker.device)):
         found = task.evaluate(model, stream)
     metrics = broadcast_object(found.metrics)
     return found if worker.rank == 0 else Evaluation(metrics)

@@ -4,7 +4,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_clip import ADAPTERS, END_OF_TEXT, captions, images, small_clip
+from small_clip import ADAPTERS, END_OF_TEXT, adapted, captions, images, small_clip
 from torch.nn import functional as F
 
 from harma_ray.errors import UserError
@@ -273,3 +273,44 @@ def test_unsuitable_models_and_modes_are_refused():
     model.attn_mask = None
     with pytest.raises(UserError, match="causal"):
         DualEncoder(model, text_tokens="trim")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled: graphs of torch's operators, run as they stand."""
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def keep(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=keep))
+    yield compiled
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+@pytest.mark.parametrize("text_tokens", ["full", "trim"])
+def test_compiled_blocks_give_the_vectors_and_gradients_of_the_model(graphs, text_tokens):
+    found = []
+    for compiles in (False, True):
+        model, names = adapted(text_tokens=text_tokens, layers=(4, 4))
+        if compiles:
+            model.compile_blocks()
+        outputs = [model(images(4), captions(lengths)) for lengths in ((5, 8, 3, 2), (7, 12, 3, 8), (3, 6, 3, 4))]
+        sum((out["image"] @ out["text"].T).diag().sum() for out in outputs).backward()
+        found.append(
+            [*outputs, *(p.grad for name, p in model.named_parameters() if name in names and p.grad is not None)]
+        )
+    torch.testing.assert_close(found[1], found[0])
+    # Of each tower the first block, whose input needs no gradient, and the others; of captions again for any length.
+    assert len(graphs) == (4 if text_tokens == "full" else 6)
+
+
+def test_compiled_blocks_run_as_they_are_where_compilers_are_off(graphs):
+    model, _ = adapted()
+    expected = model(images(4), captions((5, 8, 3, 2)))
+    model.compile_blocks()
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(model(images(4), captions((5, 8, 3, 2))), expected)
+    assert not graphs

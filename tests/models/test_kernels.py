@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harma_ray.models.clip import DualEncoder
-from harma_ray.models.kernels import Linear, SelfAttention, linear, use_kernels
+from harma_ray.models.kernels import Linear, PatchEmbedding, SelfAttention, linear, use_kernels
 
 
 class Called(TorchDispatchMode):
@@ -95,6 +95,37 @@ def test_other_calls_of_attention_are_torchs_to_the_bit():
     ]
     for inputs, options in calls:
         torch.testing.assert_close(own(*inputs, **options), torchs(*inputs, **options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("size", "bias"), [((4, 4), True), ((2, 5), False)])
+def test_patches_by_a_matrix_product_equal_the_convolution(size, bias):
+    layer = PatchEmbedding(3, 6, size, stride=size, bias=bias)
+    pictures = torch.randn(2, 3, 3 * size[0], 4 * size[1], requires_grad=True)
+    assert layer._has_patches(pictures)
+    found, expected = layer.product(pictures), layer(pictures)
+    assert found.shape == (2, 6, 3, 4)
+    weights = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((values * weights).sum(), [pictures, *layer.parameters()]) for values in (found, expected)
+    ]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 4, 8, 9), {"kernel_size": 4, "stride": 4}),
+        ((1, 4, 8, 8), {"kernel_size": 4, "stride": 2}),
+        ((1, 4, 8, 8), {"kernel_size": 4, "stride": 4, "padding": 4}),
+        ((1, 4, 8, 8), {"kernel_size": 2, "stride": 2, "dilation": 2}),
+        ((1, 4, 8, 8), {"kernel_size": 4, "stride": 4, "groups": 2}),
+        ((1, 4, 8, 8), {"kernel_size": 1, "stride": 1}),
+        ((4, 8, 8), {"kernel_size": 4, "stride": 4}),
+    ],
+)
+def test_other_convolutions_are_torchs_own(shape, options):
+    assert not PatchEmbedding(4, 4, **options)._has_patches(torch.zeros(shape))
 
 
 def test_a_model_keeps_its_parameters_and_layers_of_other_classes():

@@ -25,10 +25,11 @@ from harma_ray.recipes import changed_settings, make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, load_state, load_weights, read_meta
+from harma_ray.training.divergence import TrainingDiverged
 from harma_ray.training.loop import _Training, run_training
 from harma_ray.training.optim import build_optimizer, build_schedule, learning_rate_factor
 from harma_ray.training.sinks import Label
-from harma_ray.training.step import TrainingDiverged, evaluate_split, parameters_without_gradient
+from harma_ray.training.step import evaluate_split, parameters_without_gradient
 from harma_ray.training.tracking import read_records
 
 SMALL = {

@@ -66,7 +66,7 @@ def losses_and_gradients(config, worker):
     stream = TrainingStream(planned_order(config), task.transform(training=True), config.data, worker, local_batches)
     batches = stream.steps(3, 5)
     model = moved_model(task)
-    forward = wrap_model(task, model, config.train, worker)
+    forward = wrap_model(task, model, worker)
     terms = train_step(task, forward, [next(batches)], config.train, autocast_of(config.train, torch.device("cpu")))
     batches.close()
     return terms, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -36,6 +36,7 @@ from harma_ray.models.losses import (
     triplet_loss,
     weighted_triplet_loss,
 )
+from harma_ray.models.recording import RecordedEncoder
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.report.image_text import ImageTextEvaluation
 from harma_ray.retrieval.encoding import Encoder, clip_encoder, encode_texts
@@ -95,6 +96,14 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         if settings.activation_checkpointing:
             model.set_grad_checkpointing()
         return model
+
+    def quicken(self, model: DualEncoder, device: torch.device) -> nn.Module:
+        """Returns the model, its blocks compiled if asked for, its passes recorded on a GPU where they can be."""
+        train = self.config.train
+        if train.compile:
+            model.compile_blocks()
+        recordable = train.accumulation == 1 and not self.config.model.activation_checkpointing
+        return RecordedEncoder(model) if train.cuda_graphs and recordable and device.type == "cuda" else model
 
     def encoder(self, model: DualEncoder, device: str) -> Encoder:
         """Returns what encodes as `evaluate` does; unit vectors."""
