@@ -155,8 +155,9 @@ def test_nothing_is_imported_that_was_not_asked_for(tmp_path):
     assert not {"wandb", "mlflow"} & (set(sys.modules) - before)
 
 
-def test_wandb_comes_with_no_other_import_and_can_be_imported_afterwards():
-    code = "import sys, harma_ray.api; assert 'wandb' not in sys.modules; import wandb; assert wandb.init"
+@pytest.mark.parametrize(("name", "member"), [("wandb", "init"), ("transformers", "AutoModel")])
+def test_what_open_clip_takes_along_comes_with_no_other_import_and_can_be_imported_afterwards(name, member):
+    code = f"import sys, harma_ray.api; assert '{name}' not in sys.modules; import {name}; assert {name}.{member}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
