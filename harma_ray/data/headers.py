@@ -87,6 +87,19 @@ def opened(file: bytes | Path) -> AbstractContextManager[BinaryIO]:
         raise BadImage(f"cannot be read ({error.strerror})") from error
 
 
+def is_jpeg(file: Path) -> bool:
+    """Tells by its first bytes whether a file is JPEG, which is read with 8 bits or not at all.
+
+    Raises:
+        BadImage: If the file cannot be read.
+    """
+    with opened(file) as stream:
+        try:
+            return stream.read(3) == b"\xff\xd8\xff"
+        except OSError as error:
+            raise BadImage(f"cannot be read ({error.strerror})") from error
+
+
 def read_header(file: bytes | Path) -> Header:
     """Reads the header of an image file.
 

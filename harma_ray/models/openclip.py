@@ -1,7 +1,7 @@
 """open_clip, imported without what nothing here needs of its imports: a fifth of what a process takes to import.
 
-That is transformers, for text towers that a `DualEncoder` refuses, and Weights & Biases, which timm takes along where it
-is installed. Whoever needs open_clip takes it from here.
+That is transformers, for text towers that a `DualEncoder` refuses, and Weights & Biases, which timm takes along where
+it is installed. Whoever needs open_clip takes it from here.
 """
 
 import contextlib

@@ -8,10 +8,11 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +23,12 @@ from harma_ray.errors import count
 from harma_ray.files import atomic, cache_folder, settled_state
 from harma_ray.progress import progress_bar
 
-THREADS = 8
+ResultT = TypeVar("ResultT")
+
+_THREADS = 8
 """Files that are read at the same time: on a network drive each is waited for."""
+_TURN = 32
+"""Most files that a thread takes at once: handing it each by itself takes longer than reading a small one."""
 
 _COLUMNS = ("file", "state", "sha256")
 
@@ -42,10 +47,18 @@ class Seen:
     """Why it cannot be read; empty if it may be readable."""
 
 
+def in_threads(function: Callable[[Path], ResultT], files: Sequence[Path]) -> Iterator[ResultT]:
+    """Yields what a function returns of each file, in their order; several are read at the same time."""
+    turn = max(1, min(_TURN, len(files) // (4 * _THREADS)))
+    turns = [files[start : start + turn] for start in range(0, len(files), turn)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for results in pool.map(lambda some: [function(file) for file in some], turns):
+            yield from results
+
+
 def look_at(files: Sequence[Path]) -> dict[Path, Seen]:
     """Returns what the system tells of files; none is read."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(files, pool.map(_look_at, files), strict=True))
+    return dict(zip(files, in_threads(_look_at, files), strict=True))
 
 
 def hash_seen(
@@ -65,16 +78,15 @@ def hash_seen(
     failures: dict[Path, str] = {}
     if not to_read:
         return hashes, failures
-    with ThreadPoolExecutor(THREADS) as pool:
-        shown = {"unit": " files", "disable": not progress, "desc": f"checking {count(len(to_read), 'file')}"}
-        for path, (content, reason) in progress_bar(
-            iterable=zip(to_read, pool.map(_hash, to_read), strict=True), total=len(to_read), **shown
-        ):
-            if reason:
-                failures[path] = reason
-                del hashes[path]
-            else:
-                hashes[path] = content
+    shown = {"unit": " files", "disable": not progress, "desc": f"checking {count(len(to_read), 'file')}"}
+    for path, (content, reason) in progress_bar(
+        iterable=zip(to_read, in_threads(_hash, to_read), strict=True), total=len(to_read), **shown
+    ):
+        if reason:
+            failures[path] = reason
+            del hashes[path]
+        else:
+            hashes[path] = content
     _remember(memory, ((readable_name(path), there[path].state, content) for path, content in hashes.items()))
     return hashes, failures
 

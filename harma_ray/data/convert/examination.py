@@ -3,13 +3,12 @@
 import functools
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from harma_ray.data.convert.contents import THREADS, Seen, hash_seen, look_at
+from harma_ray.data.convert.contents import Seen, hash_seen, in_threads, look_at
 from harma_ray.data.convert.unusable import Missing
-from harma_ray.data.headers import read_header
+from harma_ray.data.headers import is_jpeg, read_header
 from harma_ray.data.image_reading import needs_rule
 from harma_ray.data.images import BadImage
 from harma_ray.data.kinds.base import ImageSource, Record
@@ -95,8 +94,7 @@ class Examination:
 
     def check_ruled(self, rendering: Rendering | None, max_bad: int) -> None:
         """Raises UserError if there are more images than may be left out that no rule says how to show."""
-        with ThreadPoolExecutor(THREADS) as pool:
-            lacking = list(pool.map(functools.partial(_lacks_rule, rendering=rendering), self.files.values()))
+        lacking = in_threads(functools.partial(_lacks_rule, rendering=rendering), [*self.files.values()])
         unruled = [name for name, lacks in zip(self.files, lacking, strict=True) if lacks]
         if len(unruled) > max_bad:
             name = unruled[0]
@@ -122,7 +120,7 @@ class Examination:
 
 def _lacks_rule(path: Path, *, rendering: Rendering | None) -> bool:
     try:
-        return needs_rule(read_header(path), rendering)
+        return not is_jpeg(path) and needs_rule(read_header(path), rendering)
     except BadImage:
         return False  # told when it is to be written
 
