@@ -36,8 +36,9 @@ class GuardedOptimizer:
         """Takes a fused optimiser, and this worker's number, for messages."""
         self._optimizer, self._rank = optimizer, rank
         self._unsettled: _Step | None = None
-        trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._is_spread = any(isinstance(parameter, DTensor) for parameter in trained)
+        self._defers = trained[0].is_cuda and not self._is_spread
 
     def step(self, number: int, losses: Mapping[str, Tensor], grad_norm: Tensor) -> None:
         """Takes a step if all is finite.
@@ -54,9 +55,8 @@ class GuardedOptimizer:
         self.settle()
         values = {**losses, "grad_norm": grad_norm}
         is_finite = torch.stack([*values.values()]).isfinite().all()
-        on_gpu, arrived = is_finite.device.type == "cuda", None
-        known = is_finite.to("cpu", non_blocking=True)
-        if on_gpu:
+        known, arrived = is_finite.to("cpu", non_blocking=True), None
+        if is_finite.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
         self._unsettled = _Step(number, values, known, arrived)
@@ -70,7 +70,7 @@ class GuardedOptimizer:
             self._optimizer.step()
         finally:
             del guarded["found_inf"]
-        if not on_gpu:
+        if not self._defers:
             self.settle()
 
     def settle(self) -> None:

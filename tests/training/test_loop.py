@@ -25,7 +25,7 @@ from harma_ray.recipes import changed_settings, make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
 from harma_ray.training.checkpoint import list_checkpoints, load_state, load_weights, read_meta
-from harma_ray.training.divergence import TrainingDiverged
+from harma_ray.training.divergence import GuardedOptimizer, TrainingDiverged
 from harma_ray.training.loop import _Training, run_training
 from harma_ray.training.optim import build_optimizer, build_schedule, learning_rate_factor
 from harma_ray.training.sinks import Label
@@ -275,7 +275,15 @@ def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=float(1e-4 * scale))
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(scenes, tmp_path):
+@pytest.mark.parametrize("defers", [False, True], ids=["told at once", "told a step later, as on a GPU"])
+def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(scenes, tmp_path, defers, monkeypatch):
+    begin = GuardedOptimizer.__init__
+
+    def begin_deferring(guarded, *arguments):
+        begin(guarded, *arguments)
+        guarded._defers = defers
+
+    monkeypatch.setattr(GuardedOptimizer, "__init__", begin_deferring)
     config = settings(scenes, optim__learning_rate=1e30, optim__warmup_fraction=0)
     with pytest.raises(TrainingDiverged, match=r"step \d+ on worker 0 \(contrastive=.*triplet="):
         run(config, tmp_path)
