@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import logging
 import statistics
@@ -232,8 +233,6 @@ CAPTIONS = 5
 
 def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> Row:
     """Times a way of taking steps, over batches in turn."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     tokens = next((name for name in ("trim", "packed") if name in way), "full")
     captions, size = CAPTIONS if "grouped" in way else 1, len(batches[0].ids)
     model, turn = new_model(architecture, device, tokens), cycle(batches)
@@ -246,6 +245,8 @@ def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> R
         flops = flops_of(OwnStep(model, precision, captions=captions).step, batches[0])
         quick = next((name for name in ("recorded", "compiled") if name in way), "")
         one = OwnStep(model, precision, quick, captions).step
+    if device == "cuda":
+        free_memory()
     begin = time.perf_counter()
     for _ in batches:
         one(next(turn))
@@ -254,6 +255,13 @@ def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> R
     seconds = timed(lambda: one(next(turn)), device, row=len(batches))
     peak = torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else float("nan")
     return Row(seconds, size - size % captions, warm_up, peak, flops)
+
+
+def free_memory() -> None:
+    """Gives back what is not needed, earlier graphs among it, and counts the peak of memory from here on."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def flops_of(step: Callable[[Pairs], object], batch: Pairs) -> float:
@@ -286,7 +294,7 @@ def table(architecture: str, sizes: list[int], ways: list[str], device: str, rat
                 continue
             finally:
                 if device == "cuda":
-                    torch.cuda.empty_cache()
+                    free_memory()
             median = statistics.median(row.seconds)
             rate = row.pairs / median
             released = released or (rate if way == "released" else None)

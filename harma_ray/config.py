@@ -148,8 +148,9 @@ class TrainConfig:
     compile: bool = False
     """`torch.compile` the model, HarMA's block by block: the first step takes half a minute or more."""
     cuda_graphs: Annotated[bool, Incidental()] = True
-    """Record the passes of HarMA's towers on a GPU, which its host then need not launch kernel by kernel; not with
-    `accumulation` above 1 or activation checkpointing. Takes a second or two at each new length of captions."""
+    """Record the passes of HarMA's vision and text transformers on a GPU, which its host then need not launch kernel by
+    kernel; not with `accumulation` above 1 or activation checkpointing. Takes a second and memory at each new length
+    of captions."""
     eval_every_epochs: PositiveCount = 1
     """Epochs between evaluations on the val split."""
     eval_every_steps: Annotated[Count, AddedLater(before=0)] = 0

@@ -13,8 +13,28 @@ from safetensors.torch import save_file
 
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Section
-from harma_ray.files import TEMPORARY_PREFIX, atomic, did_you_mean, making, near_folders, near_paths, write_text
+from harma_ray.files import (
+    TEMPORARY_PREFIX,
+    atomic,
+    did_you_mean,
+    in_threads,
+    making,
+    near_folders,
+    near_paths,
+    write_text,
+)
 from harma_ray.report.page import write_page
+
+
+@pytest.mark.parametrize("number", [0, 1, 31, 64, 1000])
+def test_threads_give_results_in_the_order_of_the_files(number):
+    files = [Path(str(index)) for index in range(number)]
+    assert list(in_threads(lambda path: int(path.name) ** 2, files)) == [index**2 for index in range(number)]
+
+
+def test_an_error_of_a_thread_comes_out():
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda path: 1 // int(path.name), [Path("1")] * 200 + [Path("0")]))
 
 
 def write_folder(path):

@@ -87,15 +87,28 @@ def opened(file: bytes | Path) -> AbstractContextManager[BinaryIO]:
         raise BadImage(f"cannot be read ({error.strerror})") from error
 
 
+_JPEG = b"\xff\xd8\xff"
+
+
 def is_jpeg(file: Path) -> bool:
     """Tells by its first bytes whether a file is JPEG, which is read with 8 bits or not at all.
 
     Raises:
         BadImage: If the file cannot be read.
     """
+    return read_jpeg(file, 0) is not None
+
+
+def read_jpeg(file: Path, most: int) -> bytes | None:
+    """Returns up to so many bytes of a file, at least the first three; None: it is not JPEG.
+
+    Raises:
+        BadImage: If the file cannot be read.
+    """
     with opened(file) as stream:
         try:
-            return stream.read(3) == b"\xff\xd8\xff"
+            head = stream.read(len(_JPEG))
+            return head + stream.read(max(0, most - len(head))) if head == _JPEG else None
         except OSError as error:
             raise BadImage(f"cannot be read ({error.strerror})") from error
 

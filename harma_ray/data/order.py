@@ -72,6 +72,15 @@ class TrainingOrder(IndexedSplit):
         """Returns the steps of a whole training."""
         return train.steps or self.steps_per_epoch * train.epochs
 
+    def is_evaluated_at(self, step: int, train: TrainConfig) -> bool:
+        """Returns whether a step is followed by an evaluation; the last one is."""
+        every = train.eval_every_steps or train.eval_every_epochs * self.steps_per_epoch
+        return step == self.total_steps(train) or step % every == 0
+
+    def epoch_at(self, step: int) -> float:
+        """Returns the epochs done after some steps; an integer at their ends."""
+        return step / self.steps_per_epoch if step % self.steps_per_epoch else step // self.steps_per_epoch
+
     def epoch(self, epoch: int) -> np.ndarray:
         """Returns the samples of an epoch: int64[steps_per_epoch * samples_per_step, 2] of (row, caption)."""
         rng = np.random.default_rng([self.seed, epoch])

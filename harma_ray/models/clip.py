@@ -62,6 +62,7 @@ class DualEncoder(nn.Module):
         self.clip = clip_model
         self.text_tokens = text_tokens
         self.packs_text: bool | None = None
+        self._is_compiled = False
         self.temperature = nn.Parameter(torch.tensor(float(temperature)))
         self.affiliation_temperature = None
         if affiliation_temperature is not None:
@@ -85,10 +86,10 @@ class DualEncoder(nn.Module):
 
         Blocks of a tower are alike, so that one is compiled for all; captions of a second length make it one for any.
         What this process compiled before is forgotten, since dynamo compiles a function for a few models alone.
-        Captions are not packed: that would be compiled for every number of tokens.
+        Captions are not packed in training then: that would be compiled for every number of tokens.
         """
         torch.compiler.reset()
-        self.packs_text = False
+        self._is_compiled = True
         for tower in (self.clip.visual, self.clip):
             transformer: Any = getattr(tower, "transformer", None)
             for part in (tower,) if transformer is None else transformer.resblocks:
@@ -194,8 +195,9 @@ class DualEncoder(nn.Module):
         packs = self.temperature.device.type == "cpu" if self.packs_text is None else self.packs_text
         blocks: Any = self.clip.transformer
         fits = all(isinstance(block.attn, SelfAttention) for block in blocks.resblocks)
-        if not packs or not fits or self.text_tokens != "trim" or torch.compiler.is_compiling():
-            return None  # a compiled graph knows one shape of captions, not every number of tokens
+        is_compiled = torch.compiler.is_compiling() or (self._is_compiled and torch.is_grad_enabled())
+        if not packs or not fits or self.text_tokens != "trim" or is_compiled:
+            return None  # a compiled graph knows few shapes of captions, not every number of tokens
         lengths = text.argmax(dim=-1).cpu() + 1
         packing = Packing(lengths, self.temperature.device)
         return packing if packing.num_tokens < len(lengths) * int(lengths.max()) else None

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["QuickGELU", "open_clip"]
+__all__ = ["QuickGELU", "Transformer", "VisionTransformer", "open_clip"]
 
 
 @contextlib.contextmanager
@@ -28,4 +28,4 @@ def _without(name: str) -> Iterator[None]:
 
 with _without("wandb"), _without("transformers"):
     import open_clip
-    from open_clip.transformer import QuickGELU
+    from open_clip.transformer import QuickGELU, Transformer, VisionTransformer

@@ -5,6 +5,7 @@ longer than running them takes a fast GPU (``benchmarks/RESULTS.md``).
 """
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from harma_ray.errors import UserError
 from harma_ray.models.clip import DualEncoder, unit
+from harma_ray.models.openclip import Transformer, VisionTransformer
 
-LENGTH_MULTIPLE = 8
-"""Trimmed captions are padded to a multiple of this many tokens, so that few lengths are recorded."""
+LENGTH_MULTIPLE = 16
+"""Trimmed captions are padded to a multiple of this many tokens: each length that is recorded holds memory."""
+
+_logger = logging.getLogger(__name__)
 
 Pass = Callable[..., Tensor]
 """Takes a batch and the parameters that are trained by it; returns vectors with a gradient."""
@@ -28,9 +31,6 @@ def record(encode: Pass, samples: tuple[Tensor, ...], pool: Any) -> Pass:
 
     Other threads may allocate memory meanwhile, as the one that reads batches does. Autocast must not keep what it
     converts from one pass to the next, where it would be computed in one graph and used in another.
-
-    Raises:
-        UserError: the GPU's memory does not hold it.
     """
     make: Any = torch.cuda.make_graphed_callables
     options = {"pool": pool, "allow_unused_input": True, "capture_error_mode": "thread_local"}
@@ -40,13 +40,22 @@ def record(encode: Pass, samples: tuple[Tensor, ...], pool: Any) -> Pass:
     with torch.autocast(kind, torch.get_autocast_dtype(kind), **converted), warnings.catch_warnings():
         # torch before 2.14 does not record on the stream that it warmed up on, and warns of that
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-        try:
-            return make(encode, samples, **{name: value for name, value in options.items() if name in known})
-        except torch.cuda.OutOfMemoryError:
-            raise UserError(
-                f"the GPU has too little memory to record passes of {tuple(samples[0].shape)}; use "
-                "train.cuda_graphs=false, which needs less, a smaller train.global_batch_size, or train.accumulation=2"
-            ) from None
+        return make(encode, samples, **{name: value for name, value in options.items() if name in known})
+
+
+def is_recordable(model: DualEncoder) -> bool:
+    """Whether passes of a model compute the same however often: open_clip's own towers, without random parts.
+
+    A pass runs a few times before it is recorded, which would move the statistics of batch normalisation. Activation
+    checkpointing reads the state of random numbers on the host, which cannot be recorded.
+    """
+    visual, text = model.clip.visual, model.clip.transformer
+    return (
+        isinstance(visual, VisionTransformer)
+        and isinstance(visual.patch_dropout, nn.Identity)
+        and isinstance(text, Transformer)
+        and not (visual.transformer.grad_checkpointing or text.grad_checkpointing)
+    )
 
 
 class RecordedEncoder(nn.Module):
@@ -55,11 +64,10 @@ class RecordedEncoder(nn.Module):
     The kernels are those of the model, and so are the numbers, but that trimmed captions have other lengths. A pass
     must be gone back through before the same tower runs again: its outputs lie where the next one's will, and the
     gradients, where they are not copied or added to others, where the next ones will. Without gradients the model
-    runs as it is.
+    runs as it is, and so it does, with one warning, at shapes that could not be recorded, for lack of memory above all.
 
     Args:
-        model: on a GPU, with the parameters that it will have; without activation checkpointing, which reads the state
-            of random numbers on the host.
+        model: on a GPU, with the parameters that it will have; see `is_recordable`.
         record: what records.
     """
 
@@ -69,6 +77,7 @@ class RecordedEncoder(nn.Module):
         self._record = record
         self._weights = [*model.clip.parameters()]
         self._state: list[tuple] = []
+        self._warned = False
         text = _Tower(model, lambda tokens: unit(model.encode_tokens(tokens)))
         self._towers = text, _Tower(model, model.encode_image)  # in a tuple, for the parameters are the model's
 
@@ -95,6 +104,7 @@ class RecordedEncoder(nn.Module):
         for tower in self._towers:
             tower.passes.clear()
             tower.trained.clear()
+            tower.pool = None
         for name, weight in self.model.clip.named_parameters(prefix="model.clip", remove_duplicate=False):
             if weight.requires_grad:  # a shared one is trained by both
                 tower = images if name.startswith("model.clip.visual.") else captions
@@ -110,7 +120,16 @@ class RecordedEncoder(nn.Module):
             # on, and DDP has them on another.
             alike = [nn.Parameter(weight.detach()) for weight in tower.trained.values()]
             encode = lambda x, *given: functional_call(tower, dict(zip(names, given, strict=True)), (x,))  # noqa: E731
-            tower.passes[key] = self._record(encode, (batch.clone(), *alike), tower.pool)
+            try:
+                tower.passes[key] = self._record(encode, (batch.clone(), *alike), tower.pool)
+            except RuntimeError as error:  # of too little memory, too; a mistake of the model's own comes again
+                tower.passes[key] = lambda x, *_: tower(x)
+                if not self._warned:
+                    _logger.warning(
+                        "passes of %s could not be recorded and are launched as they come, as with "
+                        "train.cuda_graphs=false: %s", tuple(batch.shape), error,
+                    )  # fmt: skip
+                self._warned = True
         return tower.passes[key](batch, *tower.trained.values())
 
 

@@ -148,8 +148,8 @@ class _Training:
         self._task, self._config, self._run_dir = task, config, run_dir
         self._worker, self._loader, self._callback, self._draw = worker, loader, callback, draw
         self._order, self._total_steps = order, order.total_steps(config.train)
-        selecting = open_split(config.data.path, config.selecting_split)
-        self._selection = EvaluationStream(selecting, config.data, worker, loader)
+        data = config.data
+        self._selection = EvaluationStream(open_split(data.path, config.selecting_split), data, worker, loader)
         self._device = torch.device(worker.device)
         self._model = task.new_model()
         self._backbone = task.backbone.fingerprint(self._model)
@@ -210,35 +210,27 @@ class _Training:
                 if progress.step % train.log_every_steps == 0 or progress.step == 1:
                     self._log_step(losses, grad_norm, rates, meter)
                 is_stopped = stop.is_given(progress.step)
-                if self._is_evaluated:
-                    progress.seconds += meter.lap()
+                if self._order.is_evaluated_at(progress.step, train):
+                    self._end_lap(meter)
                     self.evaluate_and_save()
                     if not self.can_train:
                         return
                     meter.reset()
                 elif is_stopped or (train.checkpoint_every_steps and progress.step % train.checkpoint_every_steps == 0):
-                    progress.seconds += meter.lap()
+                    self._end_lap(meter)
                     self._save({})
                 if is_stopped:
                     raise TrainingStopped
 
-    @property
-    def _is_evaluated(self) -> bool:
-        """Whether the step that was taken last is followed by an evaluation."""
-        train, step = self._config.train, self._progress.step
-        every = train.eval_every_steps or train.eval_every_epochs * self._order.steps_per_epoch
-        return step == self._total_steps or step % every == 0
-
-    @property
-    def _epoch(self) -> float:
-        """Epochs done; an integer at their ends."""
-        step, per_epoch = self._progress.step, self._order.steps_per_epoch
-        return step / per_epoch if step % per_epoch else step // per_epoch
+    def _end_lap(self, meter: Meter) -> None:
+        """Waits until all steps are done and known to be finite, and counts their time."""
+        self._state.guarded.settle()
+        self._progress.seconds += meter.lap()
 
     def evaluate_and_save(self) -> None:
         """Evaluates on the split that selects the best epoch, writes a checkpoint, and reports."""
-        self._state.guarded.settle()
-        progress, selection, started = self._progress, self._selection, time.perf_counter()
+        progress, selection = self._progress, self._selection
+        started = time.perf_counter()
         evaluation = self._evaluate(selection)
         metrics = self._task.metrics
         value = evaluation.metrics[metrics.objective]
@@ -247,16 +239,23 @@ class _Training:
         else:
             progress.without_improvement += 1
         if self._tracker is not None:
-            split, more = selection.split.name, {} if progress.step else objective_interval(evaluation, metrics)
-            more |= {"seconds": round(time.perf_counter() - started, 3)}
+            more: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 3)}
+            more |= {} if progress.step else objective_interval(evaluation, metrics)
+            split = selection.split.name
             curves = evaluation_curves(split, evaluation.metrics, metrics, progress.best)
             self._tracker.log(
-                "evaluation", progress.step, evaluation.metrics, curves, epoch=self._epoch, split=split, **more
+                "evaluation",
+                progress.step,
+                evaluation.metrics,
+                curves,
+                epoch=self._order.epoch_at(progress.step),
+                split=split,
+                **more,
             )
             if self._draw and (picture := evaluation.picture(selection.split)) is not None:
                 self._tracker.log_image("retrievals", progress.step, picture)
         self._save(evaluation.metrics)
-        self._callback({"epoch": self._epoch, "step": progress.step, **evaluation.metrics})
+        self._callback({"epoch": self._order.epoch_at(progress.step), "step": progress.step, **evaluation.metrics})
 
     def finish(self) -> dict[str, Any]:
         """Loads the best weights, evaluates test once, and writes the final report; see `finish_training`."""
@@ -303,10 +302,9 @@ class _Training:
 
     def _save(self, metrics: dict[str, float]) -> None:
         """Writes a checkpoint with every worker's state, and deletes those that are not kept."""
-        self._state.guarded.settle()
         config, step = self._config, self._progress.step
         meta = CheckpointMeta(
-            step, self._epoch, metrics, self._state.progress_dict(), config_hash(config), config.recipe,
+            step, self._order.epoch_at(step), metrics, self._state.progress_dict(), config_hash(config), config.recipe,
             self._backbone, data=self._identity,
         )  # fmt: skip
         save_checkpoint(self._run_dir, meta, self._model, self._state.state_dict())

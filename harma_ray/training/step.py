@@ -236,7 +236,8 @@ class Meter:
         for name, amounts in self._amounts.items():  # of this worker, of whose peers the shares are as large on average
             values[f"{name}_per_second"] = float(torch.stack(amounts).sum()) * self._num_workers / elapsed
         if device.type == "cuda":
-            values["gpu_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+            # what it takes from other programs; recorded passes hold memory that is not "allocated"
+            values["gpu_memory_mb"] = torch.cuda.max_memory_reserved(device) / 2**20
         self._forget()
         return values
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from harma_ray import files
-from harma_ray.data.convert import contents, examination, shards, staging
+from harma_ray.data.convert import contents, examination, rows, shards, staging
 from harma_ray.data.convert.commands import convert_folder, convert_harma, convert_karpathy, convert_scenes
 from harma_ray.data.convert.duplicates import HASHES_NAME
 from harma_ray.data.convert.shards import pack_shards, write_shard
@@ -588,3 +588,17 @@ def test_ray_writes_the_same_bytes_and_raises_the_users_error(raw, tmp_path):
     _spoil(raw)
     with pytest.raises(UserError, match="5 of 30 images cannot be used"):
         _convert(raw, tmp_path / "bad", max_bad=4, map_tasks=map_with_ray)
+
+
+def test_jpeg_files_too_large_to_be_read_at_once_are_stored_as_they_are(tmp_path, monkeypatch):
+    place = tmp_path / "images" / "field"
+    place.mkdir(parents=True)
+    for number in range(70):  # more than a thread takes at once
+        Image.fromarray(np.full((4 + number % 3, 6, 3), number, np.uint8)).save(place / f"{number}.jpg")
+    found = []
+    for most in (2**25, 100):
+        monkeypatch.setattr(rows, "_READ_WHOLE", most)
+        convert_folder(tmp_path / "images", tmp_path / str(most), fractions=(1, 0, 0))
+        table = pq.read_table([*(tmp_path / str(most) / "train").glob("part-*.parquet")])
+        found.append(dict(zip(table["source"].to_pylist(), table["image"].to_pylist(), strict=True)))
+    assert found[0] == found[1] == {f"field/{file.name}": file.read_bytes() for file in place.iterdir()}

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from raster_files import bare_tiff, save, write_raster
 
 from harma_ray.data import rasters
-from harma_ray.data.headers import read_header
+from harma_ray.data.headers import is_jpeg, read_header, read_jpeg
 from harma_ray.data.image_reading import picture_size, read_picture
 from harma_ray.data.images import BadImage, decode_image
 from harma_ray.data.rendering import Rendering
@@ -417,3 +417,17 @@ def test_usual_files_are_read_without_gdal(tmp_path):
         "assert 'rasterio' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_jpeg_is_told_by_its_first_bytes_and_read_as_far_as_wanted(tmp_path):
+    jpeg, png, empty = tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "c.jpg"
+    Image.fromarray(SCENE).save(jpeg, "JPEG")
+    Image.fromarray(SCENE).save(png, "PNG")
+    empty.touch()
+    assert [is_jpeg(file) for file in (jpeg, png, empty)] == [True, False, False]
+    data = jpeg.read_bytes()
+    assert read_jpeg(jpeg, len(data)) == data
+    assert read_jpeg(jpeg, 100) == data[:100]
+    assert read_jpeg(png, 100) is None
+    with pytest.raises(BadImage, match="cannot be read"):
+        read_jpeg(tmp_path / "none.jpg", 100)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from small_clip import adapted, captions, images
+from small_clip import adapted, captions, images, small_clip
 from torch.nn import functional as F
 
-from harma_ray.models.recording import LENGTH_MULTIPLE, RecordedEncoder
+from harma_ray.models.clip import DualEncoder
+from harma_ray.models.recording import RecordedEncoder, is_recordable
 
 LENGTHS = (5, 6, 3, 4)
 
@@ -45,13 +46,13 @@ def test_recorded_passes_give_the_vectors_and_gradients_of_the_model(text_tokens
     torch.testing.assert_close(found[1], found[0])
 
 
-def test_a_shape_is_recorded_once_and_trimmed_captions_have_few():
+def test_a_shape_is_recorded_once_and_trimmed_captions_have_few(monkeypatch):
+    monkeypatch.setattr("harma_ray.models.recording.LENGTH_MULTIPLE", 8)  # of 12 positions
     recorder = Recorder()
     model, _ = adapted(text_tokens="trim")
     forward = RecordedEncoder(model, recorder)
     for lengths in ((5, 6, 3, 4), (2, 7, 3, 8), (9, 2, 2, 2), (12, 3, 3, 3)):
         losses(forward, captions(lengths)).backward()
-    assert LENGTH_MULTIPLE == 8
     assert recorder.shapes == [(4, 8), (4, 3, 16, 16), (4, 12)]
     assert recorder.calls == 8
 
@@ -116,3 +117,34 @@ def test_the_parameters_are_those_of_the_model():
     model, _ = adapted()
     forward = RecordedEncoder(model)
     assert list(forward.state_dict()) == [f"model.{name}" for name in model.state_dict()]
+
+
+def test_a_shape_that_cannot_be_recorded_is_launched_with_one_warning(caplog):
+    def record(encode, samples, pool):
+        if samples[0].ndim == 2:
+            raise torch.cuda.OutOfMemoryError("none left")
+        return encode
+
+    found = []
+    for recorded in (False, True):
+        model, names = adapted(text_tokens="trim")
+        forward = RecordedEncoder(model, record) if recorded else model
+        for lengths in (LENGTHS, LENGTHS):
+            loss = losses(forward, captions(lengths))
+        loss.backward()
+        found.append([loss, *(model.get_parameter(name).grad for name in names)])
+    torch.testing.assert_close(found[1], found[0])
+    (told,) = caplog.messages
+    assert told.startswith("passes of (4, 12) could not be recorded")
+    assert told.endswith("as with train.cuda_graphs=false: none left")
+
+
+def test_what_is_random_or_moves_when_it_is_repeated_is_not_recorded():
+    model, _ = adapted()
+    assert is_recordable(model)
+    model.set_grad_checkpointing()
+    assert not is_recordable(model)
+    dropping = DualEncoder(small_clip(patch_dropout=0.5))
+    assert not is_recordable(dropping)
+    normalised = DualEncoder(small_clip(layers=((1, 1, 1, 1), 2), width=16, image_size=32))  # a ResNet
+    assert not is_recordable(normalised)

@@ -21,6 +21,7 @@ from harma_ray.data.stream import Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.import_export import load_model
 from harma_ray.models.fingerprints import backbone_fingerprint
+from harma_ray.models.recording import RecordedEncoder
 from harma_ray.recipes import changed_settings, make_task, recipe_config
 from harma_ray.runs import Run
 from harma_ray.settings import build_config
@@ -275,8 +276,20 @@ def test_exact_accumulation_gives_the_gradients_of_the_whole_batch(scenes):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=float(1e-4 * scale))
 
 
-@pytest.mark.parametrize("defers", [False, True], ids=["told at once", "told a step later, as on a GPU"])
-def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(scenes, tmp_path, defers, monkeypatch):
+@pytest.mark.parametrize("defers", [False, True], ids=["told at once", "told later, as on a GPU"])
+@pytest.mark.parametrize(
+    ("changes", "last"),
+    [
+        ({}, 0),
+        ({"train__log_every_steps": 1000}, 0),
+        ({"train__log_every_steps": 1000, "train__checkpoint_every_steps": 1}, 1),
+    ],
+    ids=["logged", "between", "saved"],
+)
+def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(
+    scenes, tmp_path, defers, changes, last, monkeypatch
+):
+    """The second step's: the first has moved the weights too far."""
     begin = GuardedOptimizer.__init__
 
     def begin_deferring(guarded, *arguments):
@@ -284,10 +297,49 @@ def test_a_loss_that_is_not_finite_stops_with_step_worker_and_terms(scenes, tmp_
         guarded._defers = defers
 
     monkeypatch.setattr(GuardedOptimizer, "__init__", begin_deferring)
-    config = settings(scenes, optim__learning_rate=1e30, optim__warmup_fraction=0)
-    with pytest.raises(TrainingDiverged, match=r"step \d+ on worker 0 \(contrastive=.*triplet="):
+    config = settings(scenes, optim__learning_rate=1e30, optim__warmup_fraction=0, **changes)
+    with pytest.raises(TrainingDiverged, match=r"step 2 on worker 0 \(contrastive=.*triplet="):
         run(config, tmp_path)
-    assert read_meta(list_checkpoints(tmp_path)[-1]).step == 0
+    assert read_meta(list_checkpoints(tmp_path)[-1]).step == last
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_train_as_they_do_otherwise_and_evaluate_uncompiled(scenes, tmp_path, monkeypatch):
+    """Compiled into graphs that run as they stand, which count their calls."""
+    calls, compile_module = {True: 0, False: 0}, torch.nn.Module.compile
+
+    def keep(graph, inputs):
+        def call(*arguments):
+            calls[torch.is_grad_enabled()] += 1
+            return graph.forward(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=keep))
+    curves = []
+    for compiles in (False, True):
+        path = tmp_path / str(compiles)
+        run(settings(scenes, train__compile=compiles, train__epochs=1), path)
+        curves.append([(record["step"], record.get("loss"), record.get("r_mean")) for record in read_records(path)])
+    torch.compiler.reset()
+    assert calls[True] > 0
+    assert calls[False] == 0
+    assert [row[0] for row in curves[1]] == [row[0] for row in curves[0]]
+    numbers = [[value for row in curve for value in row[1:] if value is not None] for curve in curves]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)
+
+
+def test_what_can_be_recorded_on_a_gpu_is_unless_it_is_not_wanted(scenes):
+    cases = [
+        ({}, "cuda", True), ({}, "cpu", False), ({"train__cuda_graphs": False}, "cuda", False),
+        ({"train__accumulation": 2}, "cuda", False), ({"model__activation_checkpointing": True}, "cuda", False),
+    ]  # fmt: skip
+    for changes, device, expected in cases:
+        task = make_task(settings(scenes, **changes))
+        model = task.new_model()
+        found = task.quicken(model, torch.device(device))
+        assert isinstance(found, RecordedEncoder) == expected, changes
+        assert expected or found is model
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(scenes, tmp_path):

@@ -8,11 +8,9 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,15 +18,8 @@ import pyarrow.parquet as pq
 from harma_ray.data.convert.annotations import hash_file
 from harma_ray.data.image_files import readable_name
 from harma_ray.errors import count
-from harma_ray.files import atomic, cache_folder, settled_state
+from harma_ray.files import atomic, cache_folder, in_threads, settled_state
 from harma_ray.progress import progress_bar
-
-ResultT = TypeVar("ResultT")
-
-_THREADS = 8
-"""Files that are read at the same time: on a network drive each is waited for."""
-_TURN = 32
-"""Most files that a thread takes at once: handing it each by itself takes longer than reading a small one."""
 
 _COLUMNS = ("file", "state", "sha256")
 
@@ -45,15 +36,6 @@ class Seen:
     """Whether there is no such file."""
     reason: str = ""
     """Why it cannot be read; empty if it may be readable."""
-
-
-def in_threads(function: Callable[[Path], ResultT], files: Sequence[Path]) -> Iterator[ResultT]:
-    """Yields what a function returns of each file, in their order; several are read at the same time."""
-    turn = max(1, min(_TURN, len(files) // (4 * _THREADS)))
-    turns = [files[start : start + turn] for start in range(0, len(files), turn)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for results in pool.map(lambda some: [function(file) for file in some], turns):
-            yield from results
 
 
 def look_at(files: Sequence[Path]) -> dict[Path, Seen]:

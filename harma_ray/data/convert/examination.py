@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harma_ray.data.convert.contents import Seen, hash_seen, in_threads, look_at
+from harma_ray.data.convert.contents import Seen, hash_seen, look_at
 from harma_ray.data.convert.unusable import Missing
 from harma_ray.data.headers import is_jpeg, read_header
 from harma_ray.data.image_reading import needs_rule
@@ -16,6 +16,7 @@ from harma_ray.data.manifest import BadRow
 from harma_ray.data.rasters import describe_raster
 from harma_ray.data.rendering import OPTIONS, Rendering
 from harma_ray.errors import UserError
+from harma_ray.files import in_threads
 
 _SEARCHED = 100
 """Images, of those that are not there, of which it is found out whether another is meant: folders are listed for it."""

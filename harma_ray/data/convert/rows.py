@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from harma_ray.data.convert.looks import Looks
-from harma_ray.data.headers import is_jpeg
+from harma_ray.data.headers import read_jpeg
 from harma_ray.data.image_reading import Picture, read_picture, shrink
 from harma_ray.data.images import MAX_PIXELS, BadImage
 from harma_ray.data.kinds.base import ImageSource, Record, StoredImage
@@ -103,14 +103,18 @@ def _load(source: ImageSource, settings: ImageSettings, found: Found) -> StoredI
         drawn = source.draw()
         image = shrink(drawn.image, settings.resize)
         return StoredImage(_encode(image, "PNG"), image, drawn)
+    # Once, where the file is as small as what is kept of it; a raster of gigabytes is read in parts.
+    file = read_jpeg(source, _READ_WHOLE + 1)
+    if file is None or len(file) > _READ_WHOLE:
+        file = source
+    picture = read_picture(file, settings.rendering, resize=settings.resize, max_pixels=settings.max_pixels)
+    found.add(picture)
+    if not picture.unchanged:
+        return StoredImage(_encode(picture.image, "JPEG" if picture.is_jpeg else "PNG"), picture.image)
+    if isinstance(file, bytes):
+        return StoredImage(file, picture.image)
     try:
-        # Once, where the file is as small as what is kept of it; a raster of gigabytes is read in parts.
-        file = source.read_bytes() if is_jpeg(source) and source.stat().st_size <= _READ_WHOLE else source
-        picture = read_picture(file, settings.rendering, resize=settings.resize, max_pixels=settings.max_pixels)
-        found.add(picture)
-        if not picture.unchanged:
-            return StoredImage(_encode(picture.image, "JPEG" if picture.is_jpeg else "PNG"), picture.image)
-        return StoredImage(source.read_bytes() if isinstance(file, Path) else file, picture.image)
+        return StoredImage(source.read_bytes(), picture.image)
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from error
 

@@ -36,7 +36,7 @@ from harma_ray.models.losses import (
     triplet_loss,
     weighted_triplet_loss,
 )
-from harma_ray.models.recording import RecordedEncoder
+from harma_ray.models.recording import RecordedEncoder, is_recordable
 from harma_ray.recipes.harma.config import HarmaConfig
 from harma_ray.report.image_text import ImageTextEvaluation
 from harma_ray.retrieval.encoding import Encoder, clip_encoder, encode_texts
@@ -102,8 +102,8 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         train = self.config.train
         if train.compile:
             model.compile_blocks()
-        recordable = train.accumulation == 1 and not self.config.model.activation_checkpointing
-        return RecordedEncoder(model) if train.cuda_graphs and recordable and device.type == "cuda" else model
+        records = train.cuda_graphs and train.accumulation == 1 and device.type == "cuda" and is_recordable(model)
+        return RecordedEncoder(model) if records else model
 
     def encoder(self, model: DualEncoder, device: str) -> Encoder:
         """Returns what encodes as `evaluate` does; unit vectors."""
