@@ -96,7 +96,7 @@ def done(arguments, environment):
     with started(arguments, environment) as process:
         result = ended(process)
     assert result.status == 0, result.error[-3000:]
-    assert result.error == ""
+    assert result.error == "", result.error[-3000:]
     return result
 
 
