@@ -14,6 +14,7 @@ from typing import Any
 from harma_ray.errors import UserError
 from harma_ray.on_ray.address import find_address, needs_token
 from harma_ray.on_ray.folder import choose_folder
+from harma_ray.on_ray.own_cluster import few_processes
 from harma_ray.on_ray.quirks import (
     announced_dashboard,
     end_failed_start,
@@ -112,8 +113,10 @@ def _initialise(options: Mapping[str, Any], address: str) -> Any:
     import ray.exceptions
 
     for tries_left in (1, 0):
+        lean = few_processes() if address == "local" else contextlib.nullcontext()
         try:
-            return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+            with lean:
+                return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except ray.exceptions.AuthenticationError as error:
             raise needs_token(address) from error
         except ValueError as error:

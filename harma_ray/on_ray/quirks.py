@@ -1,9 +1,9 @@
 """What works around Ray 2.60, each workaround beside what Ray does without it.
 
-Each has a test in ``tests/on_ray`` that fails when Ray behaves otherwise: then it can go. Five are a file each:
-`harma_ray.on_ray.address`, `harma_ray.on_ray.folder`, `harma_ray.on_ray.interruption`, `harma_ray.on_ray.trainer` and,
-for the words in which Ray says why a process has ended, `harma_ray.on_ray.deaths`. `harma_ray.tune.scheduling` stands
-for Ray's own searcher.
+Each has a test in ``tests/on_ray`` that fails when Ray behaves otherwise: then it can go. Seven are a file each:
+`harma_ray.on_ray.address`, `harma_ray.on_ray.folder`, `harma_ray.on_ray.interruption`, `harma_ray.on_ray.own_cluster`,
+`harma_ray.on_ray.trainer`, `harma_ray.on_ray.process_group` and, for the words in which Ray says why a process has
+ended, `harma_ray.on_ray.deaths`. `harma_ray.tune.scheduling` stands for Ray's own searcher.
 """
 
 from __future__ import annotations

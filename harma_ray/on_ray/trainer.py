@@ -8,15 +8,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 PREEMPTION_VARIABLE = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
-class Trainer(TorchTrainer):
+class Trainer(DataParallelTrainer):
     """Hands out no data sets: workers read their own, see `harma_ray.on_ray.stream`.
 
     On a cluster that ends with the training no autoscaler is asked for the workers' places, nobody watches for nodes

@@ -176,8 +176,8 @@ def _attempt(
 ) -> Any:  # fmt: skip
     from ray.train import ControllerError, FailureConfig, ScalingConfig, WorkerGroupError
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig
 
+    from harma_ray.on_ray.process_group import ProcessGroup
     from harma_ray.on_ray.trainer import Trainer
 
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_seconds)
@@ -189,7 +189,7 @@ def _attempt(
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers, use_gpu=plan.use_gpu, resources_per_worker=plan.resources
         ),
-        torch_config=TorchConfig(backend="nccl" if plan.use_gpu else "gloo", timeout_s=600),
+        backend_config=ProcessGroup("nccl" if plan.use_gpu else "gloo", timeout_s=600),
         run_config=RayRunConfig(
             name=WORK_FOLDER,
             storage_path=str(folder),

@@ -9,6 +9,7 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR, ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from harma_ray.on_ray.trainer import PREEMPTION_VARIABLE, Trainer
 
@@ -43,7 +44,7 @@ def given_policy(trainer, monkeypatch):
     def run(self, **settings):
         given.update(settings, watches=os.environ.get(PREEMPTION_VARIABLE))
 
-    monkeypatch.setattr(TorchTrainer, "_initialize_and_run_controller", run)
+    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", run)
     trainer._initialize_and_run_controller(scaling_policy="Ray's")
     return given["scaling_policy"], given["watches"]
 

@@ -1,0 +1,74 @@
+"""A cluster of this machine alone has the processes that something here uses, and no others (Ray 2.60)."""
+
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from interrupted import children
+from ray._private.node import Node
+
+from harma_ray.on_ray.own_cluster import AUTOSCALER, LOGS, few_processes
+
+CODE = """
+import contextlib
+import ray
+from harma_ray.on_ray import cluster
+if {plainly}:
+    cluster.few_processes = contextlib.nullcontext
+with cluster.ray_cluster(num_cpus=1):
+    assert ray.get(ray.remote(lambda: 4).remote()) == 4
+    print(ray._private.worker._global_node.get_logs_dir_path(), flush=True)
+    input()
+"""
+STARTED = {LOGS: "log_monitor.py", AUTOSCALER: "monitor.py--logs-dir"}
+"""How the process that a method of Ray's starts is told from others."""
+
+
+def command_lines(pids):
+    lines = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended since
+            lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", ""))
+    return lines
+
+
+def errors(logs):
+    agents = list(logs.glob("*agent*.log"))
+    assert agents
+    return [line for path in agents for line in path.read_text().splitlines() if "ERROR" in line]
+
+
+def come_to_rest(logs):
+    """Waits until the machine's agents find nothing wrong for seconds; what they miss they look for every second."""
+    deadline, before = time.monotonic() + 60, None
+    while (now := errors(logs)) != before:
+        assert time.monotonic() < deadline, now[-1]
+        before = now
+        time.sleep(3)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("plainly", [False, True])
+def test_what_nobody_uses_is_not_started_and_nobody_looks_for_it(plainly):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE.format(plainly=plainly)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    logs = Path(process.stdout.readline().strip())
+    come_to_rest(logs)
+    lines = command_lines(children(process.pid))
+    _, error = process.communicate("\n", timeout=100)
+    assert error == ""
+    assert process.returncode == 0
+    there = {name for name, part in STARTED.items() if any(part in line for line in lines)}
+    assert there == (set(STARTED) if plainly else set())
+
+
+def test_ray_has_its_ways_back():
+    before = [getattr(Node, name) for name in STARTED]
+    with pytest.raises(KeyboardInterrupt), few_processes():
+        raise KeyboardInterrupt
+    assert [getattr(Node, name) for name in STARTED] == before
