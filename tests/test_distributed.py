@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray import distributed
+from harma_ray.errors import UserError
 from harma_ray.models.losses import affiliation_loss, class_means, contrastive_loss, weighted_triplet_loss
+from harma_ray.retrieval.ranking import Groups, rank_first_relevant, rank_together
 
 BATCH = 4
 
@@ -89,7 +91,7 @@ def affiliation_step_of_one_worker(model, batch, num_workers):
 def error_of(function, *args):
     try:
         function(*args)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         return str(error)
     return None
 
@@ -105,6 +107,14 @@ def gradient_of_unequal_losses(rank, dtype):
     weight = torch.arange(gathered.numel(), dtype=dtype).view_as(gathered)
     ((rank + 1) * weight * gathered).sum().backward()
     return gathered.detach(), x.grad
+
+
+def ranking_of(num_queries):
+    """Queries, a gallery with ties, and two notions of relevance."""
+    generator = torch.Generator().manual_seed(num_queries)
+    queries, gallery = (torch.randn(size, 5, generator=generator).round() for size in (num_queries, 30))
+    lists = [torch.randint(30, (num_queries, 2), generator=generator).tolist() for _ in range(2)]
+    return queries, gallery, [Groups.from_lists(items) for items in lists]
 
 
 def work(rank, num_workers, folder):
@@ -135,6 +145,11 @@ def work(rank, num_workers, folder):
     result["strided"] = distributed.gather_rows(torch.arange(6.0).view(3, 2).T + rank)
     result["graph"] = distributed.gather_rows(torch.ones(1, requires_grad=True) * 2).requires_grad
     result["no rows"] = distributed.gather_rows(torch.zeros(0, 3))
+
+    result["ranks"] = {num: rank_together(*ranking_of(num)) for num in (0, 1, 20)}
+    queries, gallery, _ = ranking_of(20)
+    lacking = [Groups.from_lists([[] if query == 19 else [0] for query in range(20)])]
+    result["unranked"] = error_of(rank_together, queries, gallery, lacking)
 
     result["object"] = distributed.broadcast_object({"sent by": rank} if rank == 0 else None)
 
@@ -223,6 +238,16 @@ def test_gather_rows_keeps_layout_shape_and_no_graph(results):
         assert torch.equal(result["strided"], torch.cat([block + rank for rank in range(len(results))]))
         assert result["graph"] is False
         assert result["no rows"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("num_queries", [0, 1, 20])
+def test_queries_ranked_in_shares_have_the_ranks_of_one_worker(results, num_queries):
+    expected = rank_first_relevant(*ranking_of(num_queries))
+    assert num_queries < 20 or len(set(expected[0].tolist())) > 5
+    for result in results:
+        for ranks, wanted in zip(result["ranks"][num_queries], expected, strict=True):
+            assert torch.equal(ranks, wanted)
+        assert "queries 19 have none" in result["unranked"]  # on every worker
 
 
 def test_objects_are_the_same_on_every_rank_which_stay_in_step(results):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, hashable_keys, rank_first_relevant
+from harma_ray.retrieval.ranking import Groups, hashable_keys, rank_together
 
 RECALL_KS = (1, 5, 10)
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
@@ -162,6 +162,8 @@ def image_text_recalls(
 ) -> RetrievalResult:
     """Ranks the texts for every image and the images for every text; `.metrics` of the result holds the recalls.
 
+    A collective: all workers share the work, each calls this with the same arguments, and gets the same result.
+
     Args:
         image_embeddings: [N, E], L2-normalised.
         text_embeddings: [M, E], L2-normalised.
@@ -175,8 +177,8 @@ def image_text_recalls(
         raise UserError(f"every text needs one image, but got {len(text_embeddings)} and {len(image_index_of_text)}")
     image_index_of_text = image_index_of_text.cpu()
     own_texts, own_image, equal_texts, equal_images = _relevance(image_index_of_text, text_keys, len(image_embeddings))
-    to_text = rank_first_relevant(image_embeddings, text_embeddings, [own_texts, equal_texts])
-    to_image = rank_first_relevant(text_embeddings, image_embeddings, [own_image, equal_images])
+    to_text = rank_together(image_embeddings, text_embeddings, [own_texts, equal_texts])
+    to_image = rank_together(text_embeddings, image_embeddings, [own_image, equal_images])
     return RetrievalResult(to_text[0], to_image[0], to_text[1], to_image[1], image_index_of_text)
 
 
@@ -286,9 +288,17 @@ class ImageTextRetrieval:
     """Ranks, from which metrics and intervals follow."""
 
     @classmethod
-    def of(cls, image_embeddings: Tensor, text_embeddings: Tensor, texts: list[str], image_of_text: Tensor) -> Self:
-        """Ranks embeddings; takes what the fields say."""
-        result = image_text_recalls(image_embeddings, text_embeddings, image_of_text, texts)
+    def of(
+        cls,
+        image_embeddings: Tensor,
+        text_embeddings: Tensor,
+        texts: list[str],
+        image_of_text: Tensor,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Ranks embeddings; takes what the fields say, and where to rank. A collective, as `image_text_recalls` is."""
+        images, captions = image_embeddings.to(device), text_embeddings.to(device)
+        result = image_text_recalls(images, captions, image_of_text, texts)
         return cls(image_embeddings, text_embeddings, texts, image_of_text, result)
 
     def intervals(self) -> dict[str, tuple[float, float]]:

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from harma_ray.data.order import iterate_slices
+from harma_ray.data.order import iterate_slices, worker_rows
+from harma_ray.distributed import gather_rows, rank, world_size
 from harma_ray.errors import UserError
 
 _SCORES_PER_CHUNK = 2**22  # of the part of the score matrix that is worked on: at up to 40 bytes a score
@@ -142,8 +143,12 @@ def score_chunks(
     excluded: Groups | None,
     candidates: Groups | None,
     relevants: Sequence[Groups] = (),
+    rows: range | None = None,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields (start, stop, scores float32 [C, G]); minus infinity where an item is excluded or no candidate."""
+    """Yields (start, stop, scores float32 [C, G]) of all queries, or those at `rows`, in their order.
+
+    Scores are minus infinity where an item is excluded or no candidate.
+    """
     if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
         shapes = f"{list(queries.shape)} and {list(gallery.shape)}"
         raise UserError(f"`queries` [Q, E] and `gallery` [G, E] must have the same width, but have shapes {shapes}")
@@ -152,7 +157,7 @@ def score_chunks(
         if groups is not None:
             _check_fit(groups, num_queries, num_items)
     chunk_size = max(1, _SCORES_PER_CHUNK // max(1, num_items))
-    for first, found in _exact_scores(queries, gallery, chunk_size):
+    for first, found in _exact_scores(queries, gallery, range(num_queries) if rows is None else rows, chunk_size):
         for part in iterate_slices(len(found), chunk_size):
             start, stop, scores = first + part.start, first + part.stop, found[part]
             if candidates is not None:
@@ -164,12 +169,13 @@ def score_chunks(
             yield start, stop, scores
 
 
-def _exact_scores(queries: Tensor, gallery: Tensor, num_queries: int) -> Iterator[tuple[int, Tensor]]:
+def _exact_scores(queries: Tensor, gallery: Tensor, rows: range, num_queries: int) -> Iterator[tuple[int, Tensor]]:
     """Yields the first of some queries, and their scores, float32 [some, G]; of a large gallery for more at a time.
 
     Args:
         queries: [Q, E].
         gallery: [G, E], of which no more than a block is in memory in fixed point, unless it is small.
+        rows: Which of the queries.
         num_queries: How many come at a time if it is.
     """
     num_items, width = gallery.shape
@@ -178,12 +184,13 @@ def _exact_scores(queries: Tensor, gallery: Tensor, num_queries: int) -> Iterato
     if whole is None:
         num_queries = max(num_queries, _SCORES_PER_PASS // num_items)
     block = num_items if whole is not None else max(1, _NUMBERS_PER_BLOCK // width)
-    for some in iterate_slices(len(queries), num_queries):
-        rows = _fixed_point(queries[some].to(device), "queries", some.start)
-        scores = torch.empty(len(rows), num_items, device=device)
+    for part_of_rows in iterate_slices(len(rows), num_queries):
+        some = rows[part_of_rows]
+        lines = _fixed_point(queries[some.start : some.stop].to(device), "queries", some.start)
+        scores = torch.empty(len(lines), num_items, device=device)
         for part in iterate_slices(num_items, max(1, block)):
             columns = whole if whole is not None else _fixed_point(gallery[part].to(device), "gallery", part.start)
-            scores[:, part] = rows @ columns.T
+            scores[:, part] = lines @ columns.T
         yield some.start, scores
 
 
@@ -225,6 +232,7 @@ def rank_first_relevant(
     *,
     excluded: Groups | None = None,
     candidates: Groups | None = None,
+    rows: range | None = None,
 ) -> list[Tensor]:
     """Ranks the gallery for each query by inner product and finds the best-placed relevant item.
 
@@ -239,29 +247,56 @@ def rank_first_relevant(
             least one must be neither excluded nor outside the candidates.
         excluded: items taken out of a query's ranking, such as the query's own image; they may be relevant ones.
         candidates: if given, a query is ranked among these items alone.
+        rows: if given, these queries alone are ranked, consecutive ones.
 
     Returns:
-        For each notion of relevance 0-based ranks, int64 [Q], on the CPU.
+        For each notion of relevance 0-based ranks, int64 [Q], or one for each of `rows`, on the CPU.
 
     Raises:
         UserError: a query without a usable relevant item, embeddings that are not finite, shapes that do not fit.
     """
-    ranks = [torch.empty(len(queries), dtype=torch.int64) for _ in relevants]
-    for start, stop, scores in score_chunks(queries, gallery, excluded, candidates, relevants):
-        for relevant, output in zip(relevants, ranks, strict=True):
+    rows = range(len(queries)) if rows is None else rows
+    ranks = _ranks(queries, gallery, relevants, rows, excluded, candidates)
+    return _require_ranked(ranks, rows.start)
+
+
+def rank_together(queries: Tensor, gallery: Tensor, relevants: Sequence[Groups]) -> list[Tensor]:
+    """Does as `rank_first_relevant`, each worker for its share of the queries. A collective; all give the same."""
+    own = worker_rows(len(queries), rank(), world_size())
+    rows = range(int(own[0]), int(own[-1]) + 1) if len(own) else range(0)
+    return _require_ranked(gather_rows(_ranks(queries, gallery, relevants, rows)), 0)
+
+
+def _ranks(
+    queries: Tensor,
+    gallery: Tensor,
+    relevants: Sequence[Groups],
+    rows: range,
+    excluded: Groups | None = None,
+    candidates: Groups | None = None,
+) -> Tensor:
+    """Returns int64 [rows, notions of relevance], on the CPU; -1 where a query has no usable relevant item."""
+    ranks = torch.empty(len(rows), len(relevants), dtype=torch.int64)
+    for start, stop, scores in score_chunks(queries, gallery, excluded, candidates, relevants, rows):
+        for notion, relevant in enumerate(relevants):
             pairs = _on_device(scores.device, relevant.pairs(start, stop))
             relevant_scores = scores[pairs]
             best = scores.new_full((stop - start,), -torch.inf).scatter_reduce_(0, pairs[0], relevant_scores, "amax")
             relevant_ahead = pairs[0][relevant_scores >= best[pairs[0]]]
             counts = torch.count_nonzero(scores >= best[:, None], dim=1)
             counts -= torch.bincount(relevant_ahead, minlength=stop - start)
-            output[start:stop] = counts.masked_fill(best == -torch.inf, -1).cpu()
-    for output in ranks:
-        without = (output < 0).nonzero()[:, 0]
+            ranks[start - rows.start : stop - rows.start, notion] = counts.masked_fill(best == -torch.inf, -1).cpu()
+    return ranks
+
+
+def _require_ranked(ranks: Tensor, first: int) -> list[Tensor]:
+    """Returns the ranks of each notion of relevance; `first` is the number of the first query."""
+    for column in ranks.unbind(1):
+        without = first + (column < 0).nonzero()[:, 0]
         if len(without):
             rule = "every query needs a relevant gallery item that is not excluded and, if candidates are given, is one"
             raise UserError(f"{rule}, but queries {_listing(without)} have none; leave them out or correct the groups")
-    return ranks
+    return [column.contiguous() for column in ranks.unbind(1)]
 
 
 class Search(Protocol):

@@ -112,6 +112,26 @@ def test_equal_gallery_rows_tie_wherever_they_stand_and_whatever_the_chunk_size(
         assert torch.equal(reference, rank_first_relevant(queries, distinct[original], relevant, chunk_size=chunk_size))
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, None])
+def test_some_of_the_queries_have_the_ranks_they_have_among_all_and_are_named_alike(chunk_size):
+    generator = torch.Generator().manual_seed(4)
+    queries, gallery = torch.randn(20, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    lists = torch.randint(30, (20, 2), generator=generator).tolist()
+    every = rank_first_relevant(queries, gallery, Groups.from_lists(lists), chunk_size)
+    for rows in (range(7), range(7, 20), range(12, 12)):
+        found = rank_first_relevant(queries, gallery, Groups.from_lists(lists), chunk_size, rows=rows)
+        assert torch.equal(found, every[rows.start : rows.stop])
+    lists[13] = []
+    assert torch.equal(
+        rank_first_relevant(queries, gallery, Groups.from_lists(lists), chunk_size, rows=range(13)), every[:13]
+    )
+    with pytest.raises(UserError, match="queries 13 have none"):
+        rank_first_relevant(queries, gallery, Groups.from_lists(lists), chunk_size, rows=range(11, 20))
+    queries[15] = torch.nan
+    with pytest.raises(UserError, match="rows 15 are not"):
+        rank_first_relevant(queries, gallery, Groups.from_lists(lists), chunk_size, rows=range(14, 20))
+
+
 def test_scores_are_equal_to_the_bit_in_any_chunk_and_order_of_the_gallery():
     generator = torch.Generator().manual_seed(1)
     queries, gallery = torch.randn(19, 511, generator=generator), torch.randn(131, 511, generator=generator)

@@ -21,7 +21,7 @@ from harma_ray.data.samples import Array, Batch, RowTransform
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import eval_transform, train_transform
-from harma_ray.distributed import gather_rows, gather_with_gradient, rank
+from harma_ray.distributed import gather_rows, gather_with_gradient
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
 from harma_ray.models.adapters import GatedAdapter, set_tuning
@@ -216,13 +216,10 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
         image_embeddings = gather_rows(own_images.to(device)).cpu()
         texts = [text for row in captions for text in row]
         text_embeddings = encode_texts(model, self.backbone.tokenizer(), texts, batch_size)
-        found = None
-        if rank() == 0:
-            counts = torch.tensor([len(row) for row in captions])
-            image_of_text = torch.repeat_interleave(torch.arange(len(captions)), counts)
-            retrieval = ImageTextRetrieval.of(image_embeddings, text_embeddings, texts, image_of_text)
-            found = ImageTextEvaluation(retrieval.result.metrics, retrieval=retrieval)
-        return found or Evaluation({})
+        counts = torch.tensor([len(row) for row in captions])
+        image_of_text = torch.repeat_interleave(torch.arange(len(captions)), counts)
+        retrieval = ImageTextRetrieval.of(image_embeddings, text_embeddings, texts, image_of_text, device)
+        return ImageTextEvaluation(retrieval.result.metrics, retrieval=retrieval)
 
     def monitor(self, model: DualEncoder) -> dict[str, float]:
         """Returns the temperature and, for every adapter, the shares (sigmoid of the gates) it lets through."""
