@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python launch.py demo
 
 test: $(READY) check
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

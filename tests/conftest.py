@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("ray"):  # which does not wait for the processes that it has ended
             item.add_marker(pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"))
-    longest = ("test_interrupted_runs.py", "test_interrupted_stages.py", "test_interruptions.py")
+    longest = ("test_workers_in_trials.py", "test_interrupted_runs.py", "test_interrupted_stages.py")
     items.sort(key=lambda item: (item.path not in ray, item.path.name not in longest))
 
 
@@ -99,6 +99,14 @@ def scenes(tmp_path_factory) -> Path:
     """A data set of drawn scenes: 40 train, 13 val, 11 test images of 64 px with 5 captions each."""
     out = tmp_path_factory.mktemp("scenes")
     convert_scenes(out, {"train": 40, "val": 13, "test": 11}, style="summer", size=64)
+    return out
+
+
+@pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory) -> Path:
+    """A smaller one, for searches, whose every trial trains: 16 train, 8 val, 6 test images; 80 pairs an epoch."""
+    out = tmp_path_factory.mktemp("few_scenes")
+    convert_scenes(out, {"train": 16, "val": 8, "test": 6}, style="summer", size=64)
     return out
 
 

@@ -33,8 +33,19 @@ from harma_ray.training.checkpoint import WEIGHTS_NAME, load_state
 from harma_ray.training.interruption import STOP_NAME
 from harma_ray.training.loop import run_training
 from harma_ray.training.run_files import list_checkpoints, read_meta, read_records
+from harma_ray.training.tracking import METRICS_NAME
 
 OFTEN = {"train.epochs": 3, "train.checkpoint_every_steps": 2, "train.log_every_steps": 1, "train.threads": 1}
+HARMA = {
+    **OFTEN,
+    "train.epochs": 4,
+    "model.pretrained": "random",
+    "train.global_batch_size": 16,
+    "adapter.width": 16,
+    "adapter.shared_width": 8,
+    "adapter.num_heads": 4,
+}
+"""A training of a dozen steps an epoch."""
 TIMES = ("seconds", "pairs_per_second", "data_wait_fraction", "memory_mb", "training_seconds", "checkpoint_bytes")
 
 
@@ -114,13 +125,18 @@ def wait_until(process, reached):
     while not reached():
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"it never came to that: {ended(process)}")
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def at_step(run, step, starts=1):
-    """Whether a run has come to a step in its n-th start."""
+    """Whether a run has come to a step in its n-th start; its record is read only when it has grown."""
+    record, size = run / METRICS_NAME, -1
 
     def reached():
+        nonlocal size
+        before, size = size, record.stat().st_size if record.exists() else -1
+        if size == before:
+            return False
         records = list(read_records(run))
         own = [number for number, record in enumerate(records) if record["kind"] == "start"]
         return len(own) >= starts and any(r["kind"] == "step" and r["step"] >= step for r in records[own[-1] :])

@@ -14,6 +14,7 @@ SMALL = {"train.steps": 2, "train.eval_every_steps": 2, "selection.answers": 12}
 
 @pytest.mark.ray
 @ray_warns
+@pytest.mark.usefixtures("joined_here")
 def test_a_demo_that_learns_nothing_prints_its_tables_and_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_talks, "SCENES_TOLD", {"train": 60, "val": 6, "test": 12})
     monkeypatch.setattr(demo_talks, "SCENES_BY_CLASS", {"summer": {"train": 60}, "winter": {"val": 20, "test": 30}})

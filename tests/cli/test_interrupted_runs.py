@@ -1,31 +1,24 @@
-"""Runs of two workers that are interrupted and killed, as a user types them: they end as if nothing had happened."""
+"""Runs of two workers that are interrupted, or whose driver dies: they end as if nothing had happened."""
 
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import pytest
 from command_line import alone, ray_warns
 from interrupted import (
-    OFTEN,
+    HARMA,
     assert_equal_to_the_bit,
-    assert_saved,
     at_step,
     children,
-    done,
     done_here,
-    ended,
     interrupt,
-    kill_worker,
     resume,
     started,
     told,
     train,
     train_undisturbed,
     wait_until,
-    without_times,
 )
 
 from harma_ray.data.stream import Worker, local_batches
@@ -34,20 +27,11 @@ from harma_ray.on_ray.workers import WORKERS_FOLDER
 from harma_ray.recipes import make_task
 from harma_ray.runs import CONFIG_NAME, open_run
 from harma_ray.settings import build_config, to_yaml
-from harma_ray.training.checkpoint import WEIGHTS_NAME, list_checkpoints, read_meta
+from harma_ray.training.checkpoint import list_checkpoints, read_meta
 from harma_ray.training.loop import run_training
 from harma_ray.training.tracking import read_records
-from harma_ray.tune.study import trial_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
-HARMA = {
-    **OFTEN,
-    "model.pretrained": "random",
-    "train.global_batch_size": 8,
-    "adapter.width": 16,
-    "adapter.shared_width": 8,
-    "adapter.num_heads": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +48,19 @@ def harma(scenes, runs):
 
 @pytest.fixture(scope="module")
 def stopped(joined, scenes, runs):
-    """A run one of whose workers was killed, whereupon they were started again, and which was then interrupted."""
+    """A run that was interrupted."""
     run = runs / "disturbed"
-    with started(train("harma-scenes", scenes, run, HARMA, "--set", "scaling.max_failures=1"), joined) as process:
-        wait_until(process, at_step(run, 5))
-        note = kill_worker(run, 0)
-        wait_until(process, at_step(run, 20, starts=2))
-        assert Path(note.log).is_file()
+    with started(train("harma-scenes", scenes, run, HARMA), joined) as process:
+        wait_until(process, at_step(run, 8))
         interrupt(process, run)
     return run
 
 
-def test_a_run_goes_on_after_the_death_of_a_worker_ctrl_c_and_the_death_of_its_driver_and_cluster(
-    harma, stopped, joined, tmp_path
-):
+def test_a_run_goes_on_after_ctrl_c_and_the_death_of_its_driver_and_cluster(harma, stopped, joined, tmp_path):
     run = Path(shutil.copytree(stopped, tmp_path / "disturbed"))
     last = read_meta(list_checkpoints(run)[-1]).step
     with started(resume(run), alone()) as process:
-        wait_until(process, at_step(run, last + 5, starts=3))
+        wait_until(process, at_step(run, last + 4, starts=2))
         below = children(process.pid)
         process.kill()
         process.communicate(timeout=100)
@@ -93,7 +72,7 @@ def test_a_run_goes_on_after_the_death_of_a_worker_ctrl_c_and_the_death_of_its_d
     done_here(resume(run), joined)
     assert_equal_to_the_bit(run, harma)
     steps = [record["step"] for record in read_records(run) if record["kind"] == "step"]
-    assert steps == list(range(1, 76))
+    assert steps == list(range(1, 49))
 
 
 class Stop(Exception):
@@ -128,32 +107,3 @@ def test_another_number_of_workers_goes_on_with_the_same_batches(harma, stopped,
         assert record["kind"] == quiet["kind"]
         if record["kind"] == "step":
             assert record["loss"] == pytest.approx(quiet["loss"], rel=1e-3)
-
-
-def test_a_trial_of_two_workers_ends_as_the_run_of_its_setting(harma, scenes, runs):
-    """Its worker is killed, then its search interrupted and resumed."""
-    fixed = ", ".join(f"{name}: {value}" for name, value in HARMA.items())
-    (runs / "space.yaml").write_text(
-        f"recipe: harma-scenes\nfixed: {{{fixed}}}\nspace:\n  optim.learning_rate: {{choices: [0.004]}}\n"
-        "sampler: grid\nscheduler: none\nlimits: {trials: 1}\n"
-    )
-    folder = runs / "search"
-    trial = trial_folder(folder, 0)
-    options = ["--data", scenes, "--runs", runs, "--name", "search", "--workers", 2]
-    with started(["tune", runs / "space.yaml", *options], alone()) as process:
-        wait_until(process, at_step(trial, 5))
-        kill_worker(trial, 1)
-        wait_until(process, at_step(trial, 30, starts=2))
-        os.killpg(process.pid, signal.SIGINT)
-        result = ended(process)
-    assert (result.status, len(result.error.splitlines())) == (2, 1), result.error
-    assert_saved(trial)
-    done(["tune", "--resume", folder], alone())
-    left, right = list_checkpoints(trial)[-1], list_checkpoints(harma)[-1]
-    assert (left / WEIGHTS_NAME).read_bytes() == (right / WEIGHTS_NAME).read_bytes()
-    kinds = ("step", "monitor", "evaluation")
-    records = [
-        [without_times(record) for record in read_records(path) if record["kind"] in kinds and record["step"]]
-        for path in (trial, harma)
-    ]
-    assert records[0] == records[1]

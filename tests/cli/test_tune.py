@@ -185,10 +185,10 @@ def test_what_a_cluster_cannot_do_is_refused(space, scenes, cluster, options, me
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_a_search_says_what_it_does_and_where_all_is(space, scenes, tmp_path):
+def test_a_search_says_what_it_does_and_where_all_is(space, few_scenes, tmp_path):
     """In a folder of an odd name, whose commands can be pasted."""
     runs, name = tmp_path / "a b?c#d%20{e} it's $HOME é", "one?1"
-    result = launch(space, "--data", scenes, "--runs", runs, "--name", name, "--confirm", 1)
+    result = launch(space, "--data", few_scenes, "--runs", runs, "--name", name, "--confirm", 1)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stderr.strip() == ""
     folder = runs / name

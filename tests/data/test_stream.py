@@ -145,9 +145,9 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
     from harma_ray.on_ray.stream import ray_batches
 
     config = replace(CONFIG, decode=decode)
-    expected = list(stream(scenes, transform).steps(20, 3))
-    batches = list(stream(scenes, transform, loader=ray_batches, config=config).steps(20, 3))
-    assert len(batches) == len(expected) == 55
+    expected = list(stream(scenes, transform).steps(45, 3))
+    batches = list(stream(scenes, transform, loader=ray_batches, config=config).steps(45, 3))
+    assert len(batches) == len(expected) == 30
     for left, right in zip(expected, batches, strict=True):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)

@@ -38,10 +38,10 @@ RATE = Range(name="optim.learning_rate", kind="float", low=1e-3, high=1e-2, log=
 WIDTH = Range(name="adapter.width", kind="int", low=16, high=128, step=16)
 
 
-def definition(scenes, *parameters, **changes):
+def definition(few_scenes, *parameters, **changes):
     config = build_config(recipe_config("harma-scenes"), {
         "model.pretrained": "random",
-        "data.path": str(scenes), "train.epochs": 2, "train.global_batch_size": 20, "adapter.shared_width": 8,
+        "data.path": str(few_scenes), "train.epochs": 2, "train.global_batch_size": 20, "adapter.shared_width": 8,
     })  # fmt: skip
     found = SearchDefinition(config=config, parameters=parameters or (RATE, WIDTH))
     found = replace(found, sampler=Sampler(name="random"), scheduler=Scheduler(name="none"))
@@ -84,9 +84,9 @@ def noting_its_process(assignment, setting, report):
 
 
 @pytest.fixture(scope="module")
-def real(scenes, ray_cluster, tmp_path_factory):
+def real(few_scenes, ray_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("searches") / "real"
-    space = definition(scenes)
+    space = definition(few_scenes)
     return space, *search(folder, space, ray_cluster, trial=noting_its_process)
 
 
@@ -131,7 +131,7 @@ def test_tensorboard_has_every_trial_and_its_hparams(real):
         assert "_hparams_/session_end_info" in events.summary_metadata
 
 
-def test_a_trial_gives_the_same_alone_and_after_others(real, scenes, ray_cluster, tmp_path):
+def test_a_trial_gives_the_same_alone_and_after_others(real, few_scenes, ray_cluster, tmp_path):
     """The last trial ran in a process that others had used; here it runs in one of its own, the first time."""
     import ray
 
@@ -140,7 +140,7 @@ def test_a_trial_gives_the_same_alone_and_after_others(real, scenes, ray_cluster
     _, results, setting = real
     assert len({(trial.folder / "process").read_text() for trial in results.trials}) < 3  # one was used again
     trial = results.trials[-1]
-    config = to_dict(definition(scenes).settings(dict(trial.params)))
+    config = to_dict(definition(few_scenes).settings(dict(trial.params)))
     runs = [{"folder": str(tmp_path / "alone"), "config": config}]
     ray.get(ray.remote(num_cpus=1, max_calls=1)(lambda: run({"runs": runs}, setting, lambda result: None)).remote())
     told = [
@@ -152,7 +152,7 @@ def test_a_trial_gives_the_same_alone_and_after_others(real, scenes, ray_cluster
         for path in (trial.folder, tmp_path / "alone")
     ]
     assert told[0] == told[1]
-    assert len(told[0]) > 3
+    assert len(told[0]) == 3  # a step and two epochs
 
 
 _MEASURED = {"pairs_per_second", "data_wait_fraction", "memory_mb", "seconds"}
@@ -199,9 +199,9 @@ def test_confirmation_uses_fresh_seeds_for_the_best_and_the_published_setting(re
         assert first != other  # another seed, another order
 
 
-def test_a_diverging_trial_is_a_failure_with_its_reason_and_the_search_goes_on(scenes, ray_cluster, tmp_path):
+def test_a_diverging_trial_is_a_failure_with_its_reason_and_the_search_goes_on(few_scenes, ray_cluster, tmp_path):
     rate = replace(RATE, high=1e30)
-    space = definition(scenes, rate, enqueued=({"optim.learning_rate": 1e30},))
+    space = definition(few_scenes, rate, enqueued=({"optim.learning_rate": 1e30},), concurrent=1)
     results, _ = search(tmp_path / "diverging", space, ray_cluster)
     assert [trial.state for trial in results.trials[:2]] == ["complete", "failed"]
     assert "not finite at step" in results.trials[1].reason
@@ -209,17 +209,17 @@ def test_a_diverging_trial_is_a_failure_with_its_reason_and_the_search_goes_on(s
     assert len(results.trials) == 3
 
 
-def test_a_search_in_which_nothing_works_ends_soon_and_says_why(scenes, ray_cluster, tmp_path):
-    space = definition(scenes, RATE, limits=Limits(trials=30), concurrent=1)
+def test_a_search_in_which_nothing_works_ends_soon_and_says_why(few_scenes, ray_cluster, tmp_path):
+    space = definition(few_scenes, RATE, limits=Limits(trials=30), concurrent=1)
     space = replace(space, config=build_config(space.config, {"data.max_pixels": 10}))
     with pytest.raises(UserError, match=r"one trial after another failed, .*: row \d+ .*pixels"):
         search(tmp_path / "hopeless", space, ray_cluster)
     assert len(read_search(tmp_path / "hopeless", space).trials) <= 5
 
 
-def test_asha_stops_weak_trials_but_never_the_published_setting(scenes, ray_cluster, tmp_path):
+def test_asha_stops_weak_trials_but_never_the_published_setting(few_scenes, ray_cluster, tmp_path):
     space = definition(
-        scenes,
+        few_scenes,
         WIDTH,
         scheduler=Scheduler(name="asha", reduction_factor=2),
         sampler=Sampler(name="grid"),
@@ -255,20 +255,20 @@ def dies(assignment, setting, report):
 
 
 def test_a_killed_trial_goes_on_from_its_checkpoint_and_is_a_failure_if_it_dies_again_and_again(
-    real, scenes, ray_cluster, tmp_path
+    real, few_scenes, ray_cluster, tmp_path
 ):
     _, undisturbed, _ = real
-    results, _ = search(tmp_path / "killed", definition(scenes), ray_cluster, trial=dies)
+    results, _ = search(tmp_path / "killed", definition(few_scenes), ray_cluster, trial=dies)
     assert (results.folder / "trials" / "died-00001").exists()
     assert [trial.state for trial in results.trials] == ["complete", "complete", "failed"]
     assert results.trials[1].curve == undisturbed.trials[1].curve
     starts = [record for record in read_records(results.trials[1].folder) if record["kind"] == "start"]
-    assert [record["step"] for record in starts] == [0, 10]
+    assert [record["step"] for record in starts] == [0, 4]
     assert "its process died" in results.trials[2].reason
 
 
-def test_several_seeds_are_averaged_and_share_one_decision(scenes, ray_cluster, tmp_path):
-    space = definition(scenes, seeds=2, limits=Limits(trials=1))
+def test_several_seeds_are_averaged_and_share_one_decision(few_scenes, ray_cluster, tmp_path):
+    space = definition(few_scenes, seeds=2, limits=Limits(trials=1))
     results, _ = search(tmp_path / "seeds", space, ray_cluster)
     best = []
     for seed in (0, 1):
@@ -291,10 +291,10 @@ def of_the_toy(assignment, setting, report):
         run(assignment, setting, report)
 
 
-def test_a_search_for_the_lowest_loss_that_counts_steps(scenes, ray_cluster, tmp_path, monkeypatch):
+def test_a_search_for_the_lowest_loss_that_counts_steps(few_scenes, ray_cluster, tmp_path, monkeypatch):
     """The second trial, which learns nothing, is stopped; the best is that of the lowest loss, at its lowest."""
     toy_language.register(monkeypatch)
-    changes = {"data.path": str(scenes), "train.steps": 9, "train.eval_every_steps": 3}
+    changes = {"data.path": str(few_scenes), "train.steps": 9, "train.eval_every_steps": 3}
     space = SearchDefinition(
         config=build_config(toy_language.toy_config(), changes), parameters=(replace(RATE, low=1e-9, high=0.1),),
         enqueued=({"optim.learning_rate": 1e-9}, {"optim.learning_rate": 0.1}), limits=Limits(trials=3), concurrent=1,
@@ -321,8 +321,8 @@ def takes_all_memory(assignment, setting, report):
     learning_curve(assignment, setting, report)
 
 
-@pytest.mark.timeout(200)
-def test_a_trial_that_takes_all_memory_is_a_failure_and_the_search_goes_on(scenes, tmp_path):
+@pytest.mark.timeout(400)
+def test_a_trial_that_takes_all_memory_is_a_failure_and_the_search_goes_on(few_scenes, tmp_path):
     """In a cluster of its own, in a process of its own, whose memory Ray guards closely."""
     code = f"""
 import os, sys
@@ -334,12 +334,12 @@ sys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}
 import test_search as made
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.tune.space.definition import Limits
-space = made.definition({str(scenes)!r}, made.WIDTH, limits=Limits(trials=3), concurrent=1)
+space = made.definition({str(few_scenes)!r}, made.WIDTH, limits=Limits(trials=3), concurrent=1)
 with ray_cluster(num_cpus=2) as cluster:
     results, _ = made.search(Path({str(tmp_path / "full")!r}), space, cluster, trial=made.takes_all_memory)
 print([trial.state for trial in results.trials], results.trials[1].reason)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=360)
     assert result.stdout.strip().startswith("['complete', 'failed', 'complete'] the machine ran out of memory"), (
         result.stdout + result.stderr[-3000:]
     )
