@@ -12,7 +12,8 @@ import torch
 
 from harma_ray.data.order import worker_rows
 from harma_ray.retrieval import image_text
-from harma_ray.retrieval.ranking import Groups, rank_first_relevant
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import rank_first_relevant
 
 
 def _peak_gib() -> float:

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from harma_ray import distributed
 from harma_ray.errors import UserError
 from harma_ray.models.losses import affiliation_loss, class_means, contrastive_loss, weighted_triplet_loss
-from harma_ray.retrieval.ranking import Groups, rank_first_relevant, rank_together
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import rank_first_relevant, rank_together
 
 BATCH = 4
 

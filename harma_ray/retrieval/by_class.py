@@ -15,8 +15,9 @@ from torch import Tensor
 
 from harma_ray.errors import UserError, first_few
 from harma_ray.retrieval.classes import Classes
+from harma_ray.retrieval.groups import Groups
 from harma_ray.retrieval.image_text import chance_recall_at, percentile_intervals, recall_at, resampled_sums
-from harma_ray.retrieval.ranking import Groups, Search, score_chunks, top_k
+from harma_ray.retrieval.ranking import Search, score_chunks, top_k
 
 TOP_KS = (1, 3, 5)
 

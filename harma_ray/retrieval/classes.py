@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError, first_few
-from harma_ray.retrieval.ranking import Groups
+from harma_ray.retrieval.groups import Groups
 
 
 @dataclass(frozen=True)

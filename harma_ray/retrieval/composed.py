@@ -20,13 +20,14 @@ from torch import Tensor
 
 from harma_ray.data.queries import ComposedQueries
 from harma_ray.errors import UserError
+from harma_ray.retrieval.groups import Groups
 from harma_ray.retrieval.image_text import (
     chance_recall_at,
     percentile_intervals,
     recall_at,
     resampled_sums,
 )
-from harma_ray.retrieval.ranking import Groups, rank_first_relevant
+from harma_ray.retrieval.ranking import rank_first_relevant
 
 CATEGORY_KS: tuple[int, ...] = (10, 50)
 GALLERY_KS: tuple[int, ...] = (1, 5, 10, 50)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, hashable_keys, rank_together
+from harma_ray.retrieval.groups import Groups, hashable_keys
+from harma_ray.retrieval.ranking import rank_together
 
 RECALL_KS = (1, 5, 10)
 _TAILS = ((1 - 0.95) / 2, (1 + 0.95) / 2)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, Search, top_k
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import Search, top_k
 
 _ROWS_AT_ONCE = 4096
 EPSILON = 1e-6

@@ -16,7 +16,8 @@ from torch import Tensor
 from harma_ray.errors import UserError
 from harma_ray.retrieval.by_class import ByClassResult, ByClassRetrieval, judge_neighbours, rank_by_class
 from harma_ray.retrieval.classes import Classes, same_images
-from harma_ray.retrieval.ranking import Groups, Search, top_k
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import Search, top_k
 from harma_ray.retrieval.spaces import Space, expand_queries, fit_pca, fit_standardisation, fit_whitening
 from harma_ray.vectors.index import Index, IndexKind, build_index, recall_against
 from harma_ray.vectors.store import QUERY, Store, image_keys, require_comparable

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from harma_ray.data.order import iterate_slices
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups, score_pairs, top_k
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import score_pairs, top_k
 
 IndexKind = Literal["flat", "hnsw", "ivfpq"]
 INDEX_KINDS: tuple[IndexKind, ...] = get_args(IndexKind)

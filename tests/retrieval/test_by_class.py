@@ -14,7 +14,8 @@ from harma_ray.retrieval.by_class import (
     rank_by_class,
 )
 from harma_ray.retrieval.classes import Classes, same_images
-from harma_ray.retrieval.ranking import Groups, top_k
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import top_k
 
 
 def small_integers(generator, *shape):

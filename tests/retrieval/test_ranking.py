@@ -6,7 +6,8 @@ from chunks import scores_at_a_time
 
 from harma_ray.errors import UserError
 from harma_ray.retrieval import ranking
-from harma_ray.retrieval.ranking import Groups, _fixed_point
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import _fixed_point
 
 CHUNK_SIZES = (1, 2, 3, 7, 64, None)
 
@@ -130,6 +131,24 @@ def test_some_of_the_queries_have_the_ranks_they_have_among_all_and_are_named_al
     queries[15] = torch.nan
     with pytest.raises(UserError, match="rows 15 are not"):
         rank_first_relevant(queries, gallery, Groups.from_lists(lists), chunk_size, rows=range(14, 20))
+
+
+def test_a_gpu_without_room_leaves_the_ranking_to_the_cpu(monkeypatch):
+    queries, gallery, relevant = torch.eye(3), torch.eye(3), [Groups.one_each(torch.tensor([0, 2, 1]))]
+    work, devices = ranking._ranks, []
+
+    def full(queries, gallery, *others):
+        devices.append((queries.device.type, gallery.device.type))
+        if len(devices) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(torch.eye(3), torch.eye(3), *others)
+
+    monkeypatch.setattr(ranking, "_ranks", full)
+    on_device = queries.to("meta"), gallery.to("meta")
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: torch.eye(3) if tensor.is_meta else tensor)
+    (ranks,) = ranking.rank_together(*on_device, relevant)
+    assert ranks.tolist() == [0, 2, 2]
+    assert devices == [("meta", "meta"), ("cpu", "cpu")]
 
 
 def test_scores_are_equal_to_the_bit_in_any_chunk_and_order_of_the_gallery():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from harma_ray.errors import UserError
-from harma_ray.retrieval.ranking import Groups
+from harma_ray.retrieval.groups import Groups
 from harma_ray.retrieval.spaces import expand_queries, fit_pca, fit_standardisation, fit_whitening
 
 

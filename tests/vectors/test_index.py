@@ -9,7 +9,8 @@ import torch
 
 from harma_ray.errors import UserError
 from harma_ray.retrieval.classes import same_images
-from harma_ray.retrieval.ranking import Groups, top_k
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import top_k
 from harma_ray.vectors.index import INDEX_KINDS, build_index, import_faiss, recall_against
 
 pytest.importorskip("faiss")

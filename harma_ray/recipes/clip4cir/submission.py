@@ -18,7 +18,8 @@ from harma_ray.models.precision import evaluating
 from harma_ray.recipes.clip4cir.commands import QUERIES
 from harma_ray.recipes.clip4cir.queries import compose
 from harma_ray.recipes.clip4cir.task import Clip4CirTask
-from harma_ray.retrieval.ranking import Groups, top_k
+from harma_ray.retrieval.groups import Groups
+from harma_ray.retrieval.ranking import top_k
 from harma_ray.task import Task, require_query
 from harma_ray.training.step import local_worker
 
