@@ -24,12 +24,8 @@ from harma_ray.vectors.features import FOLDER
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
 FINETUNE = {**OFTEN, "train.global_batch_size": 4}
-COMBINER = {
-    **FINETUNE,
-    "train.epochs": 6,
-    "combiner.projection_dim": 32,
-    "combiner.hidden_dim": 16,
-}  # drops half of the activations
+COMBINER = {**FINETUNE, "train.epochs": 6, "combiner.projection_dim": 32, "combiner.hidden_dim": 16}
+"""It drops half of the activations."""
 
 
 def test_both_stages_of_composed_retrieval_survive_dead_workers_and_a_dead_driver(composed, joined, tmp_path):
