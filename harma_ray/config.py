@@ -84,10 +84,11 @@ class DataConfig:
     chunk_mb: Annotated[float, Field(ge=0.01, allow_inf_nan=False), Incidental()] = 32
     """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task, and four times this what a
     worker has waiting in Ray's object store. What fits one is read and decoded in the worker, without tasks."""
-    decode: Annotated[Literal["worker", "tasks"], Incidental()] = "worker"
-    """Where images are decoded and augmented: in the training worker's threads, or in Ray Data tasks (spare CPUs)."""
+    decode: Annotated[Literal["auto", "worker", "tasks"], Incidental()] = "auto"
+    """Where images are decoded and augmented: in threads of the worker, or in Ray tasks on CPUs that no worker has.
+    auto: in tasks for a worker on a GPU, which threads in its process would keep from its GPU."""
     decode_threads: Annotated[Count, Incidental()] = 0
-    """Threads that decode in a training worker; 0 = the CPUs of the worker's share of its node."""
+    """Threads that decode in a worker; 0 = the CPUs of the worker's share of its node, and no more than 4."""
     prefetch_batches: Annotated[PositiveCount, Incidental()] = 2
     """Batches prepared ahead."""
     task_cpus: Annotated[Positive, Incidental()] = 0.5
@@ -95,6 +96,10 @@ class DataConfig:
     max_pixels: Annotated[Count, Incidental()] = 0
     """Images of more pixels are refused before they are decoded; 0 = all that conversion let into the data set are
     read, and of files beside it (``embed``) up to 100 million pixels."""
+
+    def decodes_in_tasks(self, *, on_gpu: bool) -> bool:
+        """Returns whether tasks decode for a worker."""
+        return self.decode == "tasks" or (self.decode == "auto" and on_gpu)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.order import TrainingOrder, planned_order
-from harma_ray.data.samples import check_decoding
 from harma_ray.data.splits import open_used
 from harma_ray.errors import UserError, count, first_few
 from harma_ray.models.fingerprints import file_fingerprint
@@ -62,13 +61,10 @@ def prepare(config: RunConfig, metrics: Sequence[str] = ()) -> Prepared:
     Raises:
         UserError: If they are not, or the splits have other metrics.
     """
-    data = config.data
     check_services(config.train.log_to)
     training, evaluated, notices = open_used(config)
     task = make_task(config)
     task.check(training, evaluated, metrics)
-    for is_training in (True, False):
-        check_decoding(task.transform(training=is_training), data)
     order, later = planned_order(config), config.next_stage
     if later and order.num_samples < later.train.global_batch_size:
         notices.append(

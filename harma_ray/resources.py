@@ -10,6 +10,8 @@ from harma_ray.errors import UserError, count
 
 TRIAL_MEMORY = 2
 """GiB that a trial's worker on CPUs is taken to need, when nobody says how many run at a time."""
+GPU_WORKER_CPUS = 4.0
+"""CPUs of a worker on a GPU at most; the others are for the tasks that decode for it."""
 DRIVER_CPUS = 0.01
 """CPUs that Ray reserves for a trial with workers of its own, beside these."""
 
@@ -99,7 +101,7 @@ def plan_workers(config: RunConfig, cluster: Cluster) -> WorkerPlan:
     cpus = scaling.cpus_per_worker
     if not cpus:
         share = cluster.cpus / num_workers
-        cpus = min(4.0, share / 2) if use_gpu else max(0.5, share - max(task_cpus, share / 2))
+        cpus = min(GPU_WORKER_CPUS, share / 2) if use_gpu else max(0.5, share - max(task_cpus, share / 2))
     need = num_workers * (cpus + task_cpus)
     if need > cluster.cpus + 1e-6:
         raise UserError(
@@ -124,7 +126,8 @@ def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> Tri
     scaling = config.scaling
     gpus = scaling.gpus_per_worker if uses_gpu(config, cluster) else 0
     num_workers = scaling.num_workers or 1
-    data_cpus = config.data.task_cpus if num_workers > 1 or config.data.decode == "tasks" else 0
+    in_tasks = config.data.decodes_in_tasks(on_gpu=gpus > 0)
+    data_cpus = config.data.task_cpus if num_workers > 1 or in_tasks else 0
     shapes = cluster.shapes or ((cluster.cpus, cluster.gpus, 0),)
     cpus = scaling.cpus_per_worker or _trial_cpus(shapes, num_workers, gpus, data_cpus, concurrent)
     slots, scarce = 0, "CPUs"
@@ -153,11 +156,12 @@ def plan_trials(config: RunConfig, cluster: Cluster, concurrent: int = 0) -> Tri
 def _trial_cpus(
     shapes: Sequence[tuple[float, float, float]], num_workers: int, gpus: float, data_cpus: float, concurrent: int
 ) -> float:
-    """Returns the CPUs of a trial's worker: with GPUs an equal share beside the data tasks, else one if it is there."""
+    """Returns the CPUs of a trial's worker: with GPUs a share that leaves some to data tasks, else one if there is."""
     reserve = DRIVER_CPUS if num_workers > 1 else 0
     if gpus:
         shares = [(cpus - reserve) / (int(held) * int(1 / gpus + 1e-6)) for cpus, held, _ in shapes if held]
-        share = min(shares, default=0) - data_cpus
+        share = min(shares, default=0)
+        share = min(GPU_WORKER_CPUS, share / 2, share - data_cpus) if data_cpus else share
     else:
         share = (sum(cpus for cpus, _, _ in shapes) - reserve) / (num_workers * max(1, concurrent)) - data_cpus
         share = share if concurrent and len(shapes) == 1 else min(1, share)

@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from harma_ray.config import DataConfig
-from harma_ray.errors import UserError
-
 if TYPE_CHECKING:  # read tasks and converters hand samples on without torch: a third of the memory and of the start
     from torch import Tensor
 
@@ -43,13 +40,8 @@ class RowTransform(ABC):
     def collate(self, samples: Sequence[dict[str, Array]]) -> dict[str, Array]:
         """Returns a batch of samples, to which the stream adds ``row`` and ``caption``.
 
-        By default their arrays are stacked. One for samples that differ in length may pad them or put them end to end;
-        ``data.decode=tasks`` cannot take one.
+        By default their arrays are stacked. One for samples that differ in length may pad them or put them end to end.
+        Samples are not to be written to, and tensors among them may have become arrays: other processes may have made
+        them.
         """
         return {name: np.stack([np.asarray(sample[name]) for sample in samples]) for name in samples[0]}
-
-
-def check_decoding(transform: RowTransform, config: DataConfig) -> None:
-    """Raises UserError for a transform whose samples cannot be decoded where the settings say."""
-    if config.decode == "tasks" and type(transform).collate is not RowTransform.collate:
-        raise UserError("`data.decode=tasks` takes samples of equal shapes only; use data.decode=worker")

@@ -9,7 +9,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -64,14 +64,16 @@ class DecodeRows:
         Raises:
             UserError: Naming the first row that cannot be used.
         """
+        batch = self.transform.collate(self.samples(table))
+        return {**batch, **{name: np.array(table[name].to_numpy()) for name in ("row", "caption")}}
+
+    def samples(self, table: pa.Table) -> list[dict[str, Any]]:
+        """Returns what the transform makes of each row; errors as above."""
         rows = table.to_pylist()
-        if self.num_threads > 1 and len(rows) > 1:
-            with ThreadPoolExecutor(self.num_threads) as pool:
-                samples = list(pool.map(self._sample, rows))
-        else:
-            samples = [self._sample(row) for row in rows]
-        batch = self.transform.collate(samples)
-        return {**batch, **{name: np.array([row[name] for row in rows]) for name in ("row", "caption")}}
+        if self.num_threads == 1 or len(rows) < 2:
+            return [self._sample(row) for row in rows]
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            return list(pool.map(self._sample, rows))
 
     def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, row["epoch"], row["row"], row["caption"]])
@@ -89,10 +91,6 @@ class Batches:
     decode: DecodeRows
     device: str
     config: DataConfig
-
-    def with_threads(self, num_threads: int) -> Self:
-        """Returns the same with another number of threads that decode a batch."""
-        return replace(self, decode=DecodeRows(self.decode.transform, self.decode.seed, num_threads))
 
     def collate(self, table: pa.Table) -> Batch:
         """Decodes rows into tensors on CPU, in memory from which they can be sent."""

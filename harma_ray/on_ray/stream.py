@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -17,7 +18,6 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
 from harma_ray.data.order import Chunk, IndexedSplit
-from harma_ray.data.samples import check_decoding
 from harma_ray.on_ray.quirks import Pause, closing_batches, quiet_data
 
 if TYPE_CHECKING:
@@ -28,25 +28,28 @@ BATCHES_AT_ONCE = 4
 inside a batch on top of these would only wait for each other."""
 
 CHUNKS_AHEAD = 4
-"""Chunks of one worker that may lie in Ray's object store, decoded batches of data tasks included."""
+"""Chunks of one worker that may lie in Ray's object store; what tasks decode for it lies there beside them."""
 
 
 def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
     """Yields batches whose rows follow the chunks' order; one Ray Data execution for all of them.
 
-    A single chunk, such as the whole of a small split, is read in this process, sooner than tasks would start.
+    A single chunk, such as the whole of a small split, is read and decoded in this process, sooner than tasks would
+    start.
 
     Args:
         source: What the chunks read from; put into the object store once.
         chunks: One read task each.
         how: Batch size, decoding and device.
     """
-    check_decoding(how.decode.transform, how.config)
     if len(chunks) == 1:
         from harma_ray.data.stream import prefetched_batches  # torch, which this process has
 
         yield from prefetched_batches(source, chunks, how)
         return
+    from harma_ray.data.stream import DecodeRows
+    from harma_ray.on_ray.decoding import DecodeInTasks
+
     quiet_data()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -59,18 +62,19 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
     dataset = ray.data.read_datasource(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
     )
-    options: dict[str, Any] = {
-        "batch_size": how.batch_size, "prefetch_batches": config.prefetch_batches, "device": "cpu"
-    }  # fmt: skip
-    if config.decode == "tasks":
-        dataset = dataset.map_batches(
-            how.decode, batch_size=how.batch_size, batch_format="pyarrow", num_cpus=config.task_cpus
-        )
+    if config.decodes_in_tasks(on_gpu=how.device != "cpu"):
+        decode: DecodeRows = DecodeInTasks(how.decode, config.task_cpus)
     else:
         at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
-        options["collate_fn"] = _Collate(how.with_threads(-(-how.decode.num_threads // at_once)))
-    with closing_batches(dataset.iter_torch_batches(**options)) as batches:
-        for batch in batches:
+        decode = DecodeRows(how.decode.transform, how.decode.seed, -(-how.decode.num_threads // at_once))
+    batches = dataset.iter_torch_batches(
+        batch_size=how.batch_size,
+        prefetch_batches=config.prefetch_batches,
+        device="cpu",
+        collate_fn=_Collate(replace(how, decode=decode)),
+    )
+    with closing_batches(batches) as ready:
+        for batch in ready:
             yield how.send(batch)
 
 

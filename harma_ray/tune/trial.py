@@ -127,7 +127,7 @@ def evaluate_baseline(config: RunConfig, setting: TrialSetting) -> dict[str, flo
     if config.started_from.weights:
         model = task.new_model()
         load_start(config.started_from, model, backbone=task.backbone.fingerprint(model))
-    return evaluate_split(task, config, model, split, worker=worker, loader=_loader(config)).metrics
+    return evaluate_split(task, config, model, split, worker=worker, loader=_loader(config, worker)).metrics
 
 
 def train_alone(folder: Path, config: RunConfig, setting: TrialSetting) -> dict[str, Any]:
@@ -269,8 +269,8 @@ def _label(folder: Path, setting: TrialSetting) -> Label:
     return Label(f"{within}/{folder.name}", search.parent, search.name, repeats, setting.shown)
 
 
-def _loader(config: RunConfig) -> Loader:
-    if config.data.decode == "worker":
+def _loader(config: RunConfig, worker: Worker) -> Loader:
+    if not config.data.decodes_in_tasks(on_gpu=worker.device != "cpu"):
         return prefetched_batches
     from harma_ray.on_ray.stream import ray_batches
 
@@ -285,4 +285,4 @@ def _alone(
     worker = single_worker(config, setting.plan)
     with Run(folder, config).locked(wait_seconds=_LOCK_SECONDS):
         task, label = _task(config, setting), _label(folder, setting)
-        return function(task, config, folder, worker=worker, loader=_loader(config), label=label, **more)
+        return function(task, config, folder, worker=worker, loader=_loader(config, worker), label=label, **more)

@@ -204,7 +204,7 @@ def test_a_trial_that_no_cluster_of_this_size_holds_is_refused(workers, shapes, 
         plan_trials(config(scaling__num_workers=workers, data__decode=decode), several(*shapes))
 
 
-@pytest.mark.parametrize("decode", ["worker", "tasks"])
+@pytest.mark.parametrize("decode", ["auto", "worker", "tasks"])
 @pytest.mark.parametrize(
     ("workers", "fraction", "shapes"),
     [(*trial, shapes) for trial in TRIALS for shapes in SHAPES if (trial[0], shapes) not in TOO_SMALL],
@@ -212,7 +212,8 @@ def test_a_trial_that_no_cluster_of_this_size_holds_is_refused(workers, shapes, 
 def test_trials_fill_the_cluster_and_always_fit(workers, fraction, decode, shapes):
     settings = config(scaling__num_workers=workers, scaling__gpus_per_worker=fraction, data__decode=decode)
     plan = plan_trials(settings, several(*shapes))
-    data_cpus = settings.data.task_cpus if workers > 1 or decode == "tasks" else 0
+    in_tasks = settings.data.decodes_in_tasks(on_gpu=plan.workers.use_gpu)
+    data_cpus = settings.data.task_cpus if workers > 1 or in_tasks else 0
     assert plan.concurrent >= 1
     assert plan.workers.num_workers == max(1, workers)
     assert fits(plan, shapes, data_cpus)
@@ -229,7 +230,9 @@ def test_a_trial_takes_one_core_of_a_cluster_without_gpus():
 
 def test_gpus_are_shared_by_as_many_trials_as_the_fraction_says():
     plan = plan_trials(config(scaling__gpus_per_worker=0.25), several((16, 2, 64)))
-    assert (plan.concurrent, plan.workers.gpus_per_worker, plan.workers.cpus_per_worker) == (8, 0.25, 2)
+    assert (plan.concurrent, plan.workers.gpus_per_worker, plan.workers.cpus_per_worker) == (8, 0.25, 1)
+    alone = plan_trials(config(scaling__gpus_per_worker=0.25, data__decode="worker"), several((16, 2, 64)))
+    assert alone.workers.cpus_per_worker == 2  # nobody decodes for it
     assert "0.25 of a GPU" in plan.describe()
 
 

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_language import PackedTask, SpreadTask, ToyTask, register, toy_config
+from toy_language import PackedTask, SpreadTask, ToyTask, toy_config
 
 from harma_ray.data.order import planned_order
 from harma_ray.data.stream import TrainingStream, Worker, local_batches
 from harma_ray.errors import UserError
 from harma_ray.evaluation import Evaluation
-from harma_ray.preflight import prepare
 from harma_ray.settings import build_config, config_hash, to_dict
 from harma_ray.training.checkpoint import list_checkpoints, load_state
 from harma_ray.training.loop import run_training
@@ -195,18 +194,12 @@ def test_samples_end_to_end_are_not_cut_by_the_length_of_the_batch(scenes, tmp_p
         run(Compared(settings(scenes, train__accumulation=2)), tmp_path)
 
 
-def test_what_only_whole_models_or_equal_shapes_can_is_refused_before_anything_starts(scenes, monkeypatch):
+def test_what_only_whole_models_can_is_refused_before_anything_starts(scenes):
     compiled = settings(scenes, train__compile=True)
     with pytest.raises(UserError, match=r"recipe toy spreads its own over them; use train\.compile=false"):
         check_batch(SpreadTask(compiled), 2)
     check_batch(SpreadTask(compiled), 1)
     check_batch(PackedTask(compiled), 2)
-    in_tasks = settings(scenes, data__decode="tasks")
-    register(monkeypatch)
-    prepare(in_tasks)
-    register(monkeypatch, PackedTask)
-    with pytest.raises(UserError, match=r"samples of equal shapes only; use data\.decode=worker"):
-        prepare(in_tasks)
 
 
 def test_a_share_that_does_not_divide_into_its_parts_is_refused(scenes):

@@ -125,14 +125,14 @@ class TalkTransform(RowTransform):
         Returns:
             ``pixels`` uint8[T, 3, S, S]; ``ids``, ``mask`` and ``labels`` int64[B, L]; ``scores`` float32[B, L].
         """
-        pixels = [torch.as_tensor(sample["pixels"]) for sample in samples]
+        pixels = [np.asarray(sample["pixels"]) for sample in samples]
         if not sum(map(len, pixels)):
             size = self.reader.backbone.image_size
-            pixels.append(torch.full((1, 3, size, size), _WHITE, dtype=torch.uint8))
-        batch: dict[str, Array] = {"pixels": torch.cat(pixels)}
+            pixels.append(np.full((1, 3, size, size), _WHITE, np.uint8))
+        batch: dict[str, Array] = {"pixels": np.concatenate(pixels)}
         samples = [{**sample, "mask": np.ones_like(sample["ids"])} for sample in samples]
         for name in samples[0].keys() - {"pixels"}:
-            rows = [torch.as_tensor(sample[name]) for sample in samples]
+            rows = [torch.tensor(np.asarray(sample[name])) for sample in samples]
             padding = IGNORED if name == "labels" else 0
             batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         return batch
