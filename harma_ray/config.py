@@ -83,7 +83,7 @@ class DataConfig:
     """Encoded images that are shuffled together, in MiB; row groups are dealt anew into windows every epoch."""
     chunk_mb: Annotated[float, Field(ge=0.01, allow_inf_nan=False), Incidental()] = 32
     """Encoded images read by one Ray Data task, in MiB; bounds the memory of a task, and four times this what a
-    worker has waiting in Ray's object store. What fits one is read and decoded in the worker, without tasks."""
+    worker has waiting in Ray's object store. A split that fits one is read in the worker itself, sooner."""
     decode: Annotated[Literal["auto", "worker", "tasks"], Incidental()] = "auto"
     """Where images are decoded and augmented: in threads of the worker, or in Ray tasks on CPUs that no worker has.
     auto: in tasks for a worker on a GPU, which threads in its process would keep from its GPU."""

@@ -67,6 +67,10 @@ class DecodeRows:
         batch = self.transform.collate(self.samples(table))
         return {**batch, **{name: np.array(table[name].to_numpy()) for name in ("row", "caption")}}
 
+    def shared_by(self, num_batches: int) -> "DecodeRows":
+        """Returns the same for so many batches at a time, which share the threads."""
+        return DecodeRows(self.transform, self.seed, -(-self.num_threads // num_batches))
+
     def samples(self, table: pa.Table) -> list[dict[str, Any]]:
         """Returns what the transform makes of each row; errors as above."""
         rows = table.to_pylist()
@@ -126,7 +130,7 @@ def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -
         yield how.send(how.collate(rest))
 
 
-def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
+def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Generator[Batch, None, None]:
     """Yields the batches of `local_batches`, prepared in a thread ahead of their use."""
     batches = local_batches(source, chunks, how)
     pool = ThreadPoolExecutor(1)
@@ -221,6 +225,7 @@ class EvaluationStream:
         if not len(self.rows):
             return
         size = chunk_samples(self._source.index, self._config.chunk_mb)
+        size = max(1, size // batch_size) * batch_size
         chunks = [RowsChunk(self.rows[part]) for part in iterate_slices(len(self.rows), size)]
         how = Batches(
             batch_size, DecodeRows(transform, 0, self._worker.decode_threads), self._worker.device, self._config

@@ -37,20 +37,21 @@ class DecodeInTasks(DecodeRows):
         # "DEFAULT": outside the placement group of a trial, whose CPUs are all its worker's
         self._task = ray.remote(num_cpus=task_cpus, scheduling_strategy="DEFAULT")(_decoded)
 
+    def shared_by(self, num_batches: int) -> DecodeRows:
+        """Returns itself: tasks of several batches share the CPUs."""
+        return self
+
     def samples(self, table: pa.Table) -> list[dict[str, Any]]:
         """Returns the samples of the rows, in their order, as arrays that must not be written to."""
         size = max(LEAST_ROWS, -(-len(table) // TASKS_OF_A_BATCH))
-        parts = [self._task.remote(self._decode, table.slice(part.start, size)) for part in _parts(table, size)]
+        parts = iterate_slices(len(table), size)
+        tasks = [self._task.remote(self._decode, table.slice(part.start, size)) for part in parts]
         try:
-            return [sample for part in ray.get(parts) for sample in part]
+            return [sample for part in ray.get(tasks) for sample in part]
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
-
-
-def _parts(table: pa.Table, size: int) -> list[slice]:
-    return list(iterate_slices(len(table), size))
 
 
 def _decoded(decode: DecodeRows, table: pa.Table) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
 """What works around Ray 2.60, each workaround beside what Ray does without it.
 
-Each has a test in ``tests/on_ray`` that fails when Ray behaves otherwise: then it can go. Seven are a file each:
-`harma_ray.on_ray.address`, `harma_ray.on_ray.folder`, `harma_ray.on_ray.interruption`, `harma_ray.on_ray.own_cluster`,
-`harma_ray.on_ray.trainer`, `harma_ray.on_ray.process_group` and, for the words in which Ray says why a process has
-ended, `harma_ray.on_ray.deaths`. `harma_ray.tune.scheduling` stands for Ray's own searcher.
+Each has a test in ``tests/on_ray`` that fails when Ray behaves otherwise: then it can go. Eight are a file each:
+`harma_ray.on_ray.address`, `harma_ray.on_ray.closing`, `harma_ray.on_ray.folder`, `harma_ray.on_ray.interruption`,
+`harma_ray.on_ray.own_cluster`, `harma_ray.on_ray.trainer`, `harma_ray.on_ray.process_group` and, for the words in which
+Ray says why a process has ended, `harma_ray.on_ray.deaths`. `harma_ray.tune.scheduling` stands for Ray's own searcher.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -264,25 +264,6 @@ class Pause:
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None:
         """Does nothing."""
-
-
-@contextlib.contextmanager
-def closing_batches(iterable: Iterable[T]) -> Iterator[Iterator[T]]:
-    """Gives the batches of a Ray data set; on leaving, ends its execution and waits for the threads that served it.
-
-    Ray 2.60 does not wait for them, and one that asks for a block after Ray was shut down ends the whole process on
-    the spot.
-    """
-    before = set(threading.enumerate())
-    batches = iter(iterable)
-    assert isinstance(batches, Generator)
-    try:
-        yield batches
-    finally:
-        batches.close()
-        for thread in set(threading.enumerate()) - before:
-            if thread.name == "iter_threaded":
-                thread.join(timeout=10)
 
 
 def map_without_restarts(dataset: ray.data.Dataset, function: type, **options: Any) -> ray.data.Dataset:

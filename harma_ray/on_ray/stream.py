@@ -5,8 +5,10 @@ Kept free of torch: the process of a read task starts in half the time and memor
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,8 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
 from harma_ray.data.order import Chunk, IndexedSplit
-from harma_ray.on_ray.quirks import Pause, closing_batches, quiet_data
+from harma_ray.on_ray.closing import closing_batches
+from harma_ray.on_ray.quirks import Pause, quiet_data
 
 if TYPE_CHECKING:
     from harma_ray.data.stream import Batches
@@ -32,46 +35,55 @@ CHUNKS_AHEAD = 4
 
 
 def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
-    """Yields batches whose rows follow the chunks' order; one Ray Data execution for all of them.
+    """Yields batches whose rows follow the chunks' order.
 
-    A single chunk, such as the whole of a small split, is read and decoded in this process, sooner than tasks would
-    start.
+    A split that fits one chunk is read in this process. Of larger ones that is the first chunk alone, while the
+    processes start that read the others, in one Ray Data execution. It is decoded here, too, in threads.
 
     Args:
         source: What the chunks read from; put into the object store once.
-        chunks: One read task each.
+        chunks: What is read at a time; the rows of the first divide by the batch size, if there are more.
         how: Batch size, decoding and device.
     """
-    if len(chunks) == 1:
-        from harma_ray.data.stream import prefetched_batches  # torch, which this process has
-
-        yield from prefetched_batches(source, chunks, how)
-        return
-    from harma_ray.data.stream import DecodeRows
+    from harma_ray.data.stream import prefetched_batches  # torch, which this process has
     from harma_ray.on_ray.decoding import DecodeInTasks
 
+    config, first, later = how.config, chunks[:1], chunks[1:]
+    in_tasks = config.decodes_in_tasks(on_gpu=how.device != "cpu")
+    is_small = source.index.binary_bytes <= config.chunk_mb * 2**20
+    if not later or (is_small and not in_tasks):
+        yield from prefetched_batches(source, chunks, how)
+        return
+    rest = replace(how, decode=DecodeInTasks(how.decode, config.task_cpus)) if in_tasks else how
+    others = prefetched_batches(source, later, rest) if is_small else _read_by_tasks(source, later, rest)
+    with contextlib.closing(others), ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(next, others, None)
+        yield from prefetched_batches(source, first, how)
+        if (batch := begun.result()) is not None:
+            yield batch
+        yield from others
+
+
+def _read_by_tasks(
+    source: IndexedSplit, chunks: Sequence[Chunk], how: Batches
+) -> Generator[dict[str, Any], None, None]:
     quiet_data()
-    context = ray.data.DataContext.get_current()
+    context, config = ray.data.DataContext.get_current(), how.config
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
-    config = how.config
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
     )
     dataset = ray.data.read_datasource(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
     )
-    if config.decodes_in_tasks(on_gpu=how.device != "cpu"):
-        decode: DecodeRows = DecodeInTasks(how.decode, config.task_cpus)
-    else:
-        at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
-        decode = DecodeRows(how.decode.transform, how.decode.seed, -(-how.decode.num_threads // at_once))
+    at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
     batches = dataset.iter_torch_batches(
         batch_size=how.batch_size,
         prefetch_batches=config.prefetch_batches,
         device="cpu",
-        collate_fn=_Collate(replace(how, decode=decode)),
+        collate_fn=_Collate(replace(how, decode=how.decode.shared_by(at_once))),
     )
     with closing_batches(batches) as ready:
         for batch in ready:

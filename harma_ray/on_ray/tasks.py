@@ -6,8 +6,9 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from harma_ray.errors import UserError, WorkerDied, find_user_error
+from harma_ray.on_ray.closing import closing_batches
 from harma_ray.on_ray.deaths import why_died
-from harma_ray.on_ray.quirks import closing_batches, map_without_restarts, quiet_data
+from harma_ray.on_ray.quirks import map_without_restarts, quiet_data
 
 PlanT = TypeVar("PlanT")
 ResultT = TypeVar("ResultT")

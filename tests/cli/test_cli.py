@@ -186,8 +186,8 @@ def test_talks_that_a_recipe_could_not_read_are_refused_where_they_are_converted
 @pytest.mark.ray
 @ray_warns
 @pytest.mark.usefixtures("joined_here")
-def test_a_mistake_found_by_a_data_task_of_a_worker_is_one_clear_line(scenes, capfd, tmp_path):
-    wrong = ["--set", "data.max_pixels=10", "--set", "data.decode=tasks"]
+def test_an_image_that_a_worker_refuses_is_one_clear_line(scenes, capfd, tmp_path):
+    wrong = ["--set", "data.max_pixels=10"]
     error = refused(capfd, "train", "--recipe", "harma-scenes", "--data", scenes, "--runs", tmp_path, "--name", "bad",
                     "--workers", 1, *SMALL, *wrong)  # fmt: skip
     assert error.startswith("error: row ")

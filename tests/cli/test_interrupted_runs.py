@@ -33,6 +33,9 @@ from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
 
+SETTINGS = {**HARMA, "data.decode": "tasks"}
+"""Images are decoded as for workers on GPUs."""
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -42,7 +45,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def harma(scenes, runs):
     """A run that nobody disturbs."""
-    train_undisturbed("harma-scenes", scenes, runs / "quiet", HARMA)
+    train_undisturbed("harma-scenes", scenes, runs / "quiet", SETTINGS)
     return runs / "quiet"
 
 
@@ -50,7 +53,7 @@ def harma(scenes, runs):
 def stopped(joined, scenes, runs):
     """A run that was interrupted."""
     run = runs / "disturbed"
-    with started(train("harma-scenes", scenes, run, HARMA), joined) as process:
+    with started(train("harma-scenes", scenes, run, SETTINGS), joined) as process:
         wait_until(process, at_step(run, 8))
         interrupt(process, run)
     return run

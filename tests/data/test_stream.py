@@ -1,6 +1,8 @@
 import io
 import math
 import re
+import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -10,22 +12,37 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from ray import cloudpickle
 from torchvision.transforms import functional as F
 
 from harma_ray.config import DataConfig
 from harma_ray.data.order import training_order
+from harma_ray.data.samples import RowTransform
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import EvaluationStream, TrainingStream, Worker, local_batches
 from harma_ray.data.transforms import OPERATIONS, PUBLISHED, _draw_crop
 from harma_ray.errors import UserError, find_user_error
 from harma_ray.recipes import make_task, recipe_config
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # tasks cannot import a test
 CONFIG = DataConfig(chunk_mb=0.05)
 
 
 @pytest.fixture(scope="module")
 def transform():
     return make_task(recipe_config("harma-scenes")).transform(training=True)
+
+
+class LaterRefused(RowTransform):
+    """Refuses all rows of the second epoch, which are read by tasks."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, row, rng):
+        if row["epoch"]:
+            raise UserError("has been looked at")
+        return self.transform(row, rng)
 
 
 def stream(scenes, transform, *, world_size=1, rank=0, loader=local_batches, config=CONFIG):
@@ -145,9 +162,13 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
     from harma_ray.on_ray.stream import ray_batches
 
     config = replace(CONFIG, decode=decode)
-    expected = list(stream(scenes, transform).steps(45, 3))
-    batches = list(stream(scenes, transform, loader=ray_batches, config=config).steps(45, 3))
-    assert len(batches) == len(expected) == 30
+    expected = list(stream(scenes, transform).steps(55, 3))
+    batches = list(stream(scenes, transform, loader=ray_batches, config=config).steps(55, 3))
+    assert len(batches) == len(expected) == 20
+    rows = make_task(recipe_config("harma-scenes")).transform(training=False)
+    for loader, found in ((local_batches, expected), (ray_batches, batches)):
+        split = EvaluationStream(open_split(scenes, "train"), config, Worker(), loader, max_rows=33)
+        found += split.batches(rows, batch_size=7)
     for left, right in zip(expected, batches, strict=True):
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -155,7 +176,26 @@ def test_ray_data_yields_the_same_batches_as_reading_in_process(scenes, transfor
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_single_chunk_is_read_without_tasks_and_yields_the_same_batches(scenes, transform, ray_cluster, monkeypatch):
+def test_the_first_chunk_is_there_before_any_task_has_read(scenes, transform, ray_cluster, monkeypatch):
+    from harma_ray.on_ray import stream as on_ray
+
+    gate, by_tasks, expected = threading.Event(), on_ray._read_by_tasks, list(stream(scenes, transform).steps(0, 1))
+
+    def late(*arguments):
+        gate.wait()
+        yield from by_tasks(*arguments)
+
+    monkeypatch.setattr(on_ray, "_read_by_tasks", late)
+    batches = stream(scenes, transform, loader=on_ray.ray_batches).steps(0, 1)
+    found = [next(batches)]
+    gate.set()
+    found += batches
+    assert [batch["row"].tolist() for batch in found] == [batch["row"].tolist() for batch in expected]
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_split_that_fits_a_chunk_yields_the_same_batches_without_tasks(scenes, transform, ray_cluster, monkeypatch):
     import ray.data
 
     from harma_ray.on_ray.stream import ray_batches
@@ -165,13 +205,13 @@ def test_a_single_chunk_is_read_without_tasks_and_yields_the_same_batches(scenes
 
     monkeypatch.setattr(ray.data, "read_datasource", no_tasks)
     whole = replace(CONFIG, chunk_mb=32)
-    expected = list(stream(scenes, transform).steps(30, 2))
-    batches = list(stream(scenes, transform, loader=ray_batches, config=whole).steps(30, 2))
-    assert len(batches) == len(expected) == 20
+    expected = list(stream(scenes, transform).steps(20, 3))
+    batches = list(stream(scenes, transform, loader=ray_batches, config=whole).steps(20, 3))
+    assert len(batches) == len(expected) == 55
     for left, right in zip(expected, batches, strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
-    with pytest.raises(AssertionError):  # of two epochs there are two
-        list(stream(scenes, transform, loader=ray_batches, config=whole).steps(20, 2))
+    with pytest.raises(AssertionError):
+        list(stream(scenes, transform, loader=ray_batches).steps(20, 3))
 
 
 @pytest.mark.ray
@@ -180,10 +220,10 @@ def test_a_single_chunk_is_read_without_tasks_and_yields_the_same_batches(scenes
 def test_a_row_that_cannot_be_used_is_named_wherever_it_is_decoded(scenes, transform, ray_cluster, decode):
     from harma_ray.on_ray.stream import ray_batches
 
-    config = replace(CONFIG, decode=decode)
+    config, batches = replace(CONFIG, decode=decode), []
     with pytest.raises(Exception) as caught:  # noqa: PT011
-        next(stream(scenes, replace(transform, max_pixels=10), loader=ray_batches, config=config).steps(0, 1))
-    assert re.match(r"row \d+ \(.*\): [^\n]*pixels[^\n]*$", str(find_user_error(caught.value)))
+        batches += stream(scenes, LaterRefused(transform), loader=ray_batches, config=config).steps(0, 2)
+    assert re.match(r"row \d+ \(.*\): has been looked at$", str(find_user_error(caught.value)))
 
 
 @pytest.mark.ray

@@ -27,6 +27,7 @@ from harma_ray.data.order import training_order
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import TrainingStream, Worker
 from harma_ray.on_ray import quirks, stream
+from harma_ray.on_ray.closing import closing_batches
 from harma_ray.on_ray.folder import _SESSION
 from harma_ray.on_ray.workers import on_workers
 from harma_ray.recipes import make_task, recipe_config
@@ -243,7 +244,8 @@ def test_ray_datas_loop_spins_where_it_is_ahead_unless_it_pauses(scenes, ray_clu
     order = training_order(open_split(scenes, "train"), seed=3, global_batch_size=8, shuffle_window_mb=256)
     transform = make_task(recipe_config("harma-scenes")).transform(training=True)
     batches = TrainingStream(order, transform, DataConfig(chunk_mb=0.05), Worker(), stream.ray_batches).steps(0, 200)
-    next(batches)
+    for _ in range(40):  # the first chunk does without Ray Data
+        next(batches)
     time.sleep(3)
     batches.close()
     assert np.median(np.diff(steps)[-100:]) < 0.02
@@ -268,9 +270,27 @@ def test_the_threads_that_served_a_data_set_are_not_waited_for():
     (left,) = served()
     gate.set()
     left.join(timeout=10)
-    with quirks.closing_batches(iter_threaded(iter(range(3)), slow)) as batches:
+    with closing_batches(iter_threaded(iter(range(3)), slow)) as batches:
         next(batches)
     assert not [thread for thread in served() if thread.is_alive()]
+
+
+def test_a_data_set_that_ends_does_not_wait_for_the_threads_of_another():
+    from ray.data._internal.block_batching.util import iter_threaded
+
+    gate = threading.Event()
+
+    def blocked(items):
+        yield next(items)
+        gate.wait()
+
+    with closing_batches(iter_threaded(iter(range(3)), blocked)) as others:
+        with closing_batches(iter_threaded(iter(range(3)), iter)) as batches:
+            next(others)  # begins after the one that ends before it
+            begun = time.monotonic()
+            assert next(batches) == 0
+        assert time.monotonic() - begun < 5
+        gate.set()
 
 
 def test_a_stream_has_as_many_threads_that_collate_as_ray_data_starts():
