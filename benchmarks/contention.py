@@ -9,9 +9,9 @@ Run: python benchmarks/contention.py [--threads 2 4 16] [--batch 128] [--steps 4
 import argparse
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,12 @@ def measure(batches: Iterator[Any], size: int, steps: int) -> tuple[float, float
     for _ in range(steps // 2):  # the processes are still importing
         next(batches)
     seconds, begin = [], time.perf_counter()
-    taking = threading.Thread(target=lambda: [next(batches) for _ in range(steps)])
-    taking.start()
-    while taking.is_alive():
-        seconds.append(operations())
-        time.sleep(0.02)  # the GPU's time
-    return 1000 * statistics.median(seconds), steps * size / (time.perf_counter() - begin)
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(lambda: [next(batches)["row"] for _ in range(steps)])
+        while not taking.done():
+            seconds.append(operations())
+            time.sleep(0.02)  # the GPU's time
+    return 1000 * statistics.median(seconds), len(taking.result()) * size / (time.perf_counter() - begin)
 
 
 def main() -> None:

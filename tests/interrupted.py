@@ -44,9 +44,8 @@ HARMA = {
     "adapter.width": 16,
     "adapter.shared_width": 8,
     "adapter.num_heads": 4,
-    "data.chunk_mb": 0.05,
 }
-"""A training of a dozen steps an epoch, which reads by tasks of Ray, as one with more data does."""
+"""A training of a dozen steps an epoch."""
 TIMES = ("seconds", "pairs_per_second", "data_wait_fraction", "memory_mb", "training_seconds", "checkpoint_bytes")
 
 

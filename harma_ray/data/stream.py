@@ -67,9 +67,9 @@ class DecodeRows:
         batch = self.transform.collate(self.samples(table))
         return {**batch, **{name: np.array(table[name].to_numpy()) for name in ("row", "caption")}}
 
-    def shared_by(self, num_batches: int) -> "DecodeRows":
-        """Returns the same for so many batches at a time, which share the threads."""
-        return DecodeRows(self.transform, self.seed, -(-self.num_threads // num_batches))
+    def with_threads(self, num_threads: int) -> "DecodeRows":
+        """Returns the same with another number of threads."""
+        return DecodeRows(self.transform, self.seed, num_threads)
 
     def samples(self, table: pa.Table) -> list[dict[str, Any]]:
         """Returns what the transform makes of each row; errors as above."""
@@ -225,7 +225,7 @@ class EvaluationStream:
         if not len(self.rows):
             return
         size = chunk_samples(self._source.index, self._config.chunk_mb)
-        size = max(1, size // batch_size) * batch_size
+        size -= size % batch_size if size > batch_size else 0
         chunks = [RowsChunk(self.rows[part]) for part in iterate_slices(len(self.rows), size)]
         how = Batches(
             batch_size, DecodeRows(transform, 0, self._worker.decode_threads), self._worker.device, self._config

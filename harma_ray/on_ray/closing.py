@@ -25,8 +25,10 @@ def closing_batches(iterable: Iterable[T]) -> Iterator[Iterator[T]]:
     def served() -> Iterator[T]:
         with _starting:
             before = set(threading.enumerate())
-            first = list(itertools.islice(batches, 1))
-            own.update(set(threading.enumerate()) - before)
+            try:
+                first = list(itertools.islice(batches, 1))
+            finally:
+                own.update(set(threading.enumerate()) - before)
         yield from first
         yield from batches
 

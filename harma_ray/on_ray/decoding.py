@@ -35,10 +35,10 @@ class DecodeInTasks(DecodeRows):
         super().__init__(decode.transform, decode.seed)
         self._decode = ray.put(DecodeRows(decode.transform, decode.seed))
         # "DEFAULT": outside the placement group of a trial, whose CPUs are all its worker's
-        self._task = ray.remote(num_cpus=task_cpus, scheduling_strategy="DEFAULT")(_decoded)
+        self._task = _decoded.options(num_cpus=task_cpus, scheduling_strategy="DEFAULT")
 
-    def shared_by(self, num_batches: int) -> DecodeRows:
-        """Returns itself: tasks of several batches share the CPUs."""
+    def with_threads(self, num_threads: int) -> DecodeRows:
+        """Returns itself: its tasks have a thread each."""
         return self
 
     def samples(self, table: pa.Table) -> list[dict[str, Any]]:
@@ -48,12 +48,15 @@ class DecodeInTasks(DecodeRows):
         tasks = [self._task.remote(self._decode, table.slice(part.start, size)) for part in parts]
         try:
             return [sample for part in ray.get(tasks) for sample in part]
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError):
+        except BaseException as error:
+            for task in tasks:
+                ray.cancel(task)
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
 
 
+@ray.remote
 def _decoded(decode: DecodeRows, table: pa.Table) -> list[dict[str, Any]]:
-    torch.set_num_threads(1)  # as many of these processes as the machine has CPUs run at a time
+    torch.set_num_threads(1)  # one or two such processes a CPU run at a time
     return [{name: np.asarray(value) for name, value in sample.items()} for sample in decode.samples(table)]

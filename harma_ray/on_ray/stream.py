@@ -5,10 +5,11 @@ Kept free of torch: the process of a read task starts in half the time and memor
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,12 @@ BATCHES_AT_ONCE = 4
 """Batches that Ray Data collates at once, each in a thread of its own, if as many are prefetched (Ray 2.60). Threads
 inside a batch on top of these would only wait for each other."""
 
+THREADS_BESIDE_TASKS = 4
+"""Threads that decode the first chunk at most, where tasks decode the others: more keep a GPU's training waiting."""
+
+CLOSING_SECONDS = 10
+"""How long the end of a stream waits for Ray Data's first batch, which nobody needs any more."""
+
 CHUNKS_AHEAD = 4
 """Chunks of one worker that may lie in Ray's object store; what tasks decode for it lies there beside them."""
 
@@ -37,31 +44,52 @@ CHUNKS_AHEAD = 4
 def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
     """Yields batches whose rows follow the chunks' order.
 
-    A split that fits one chunk is read in this process. Of larger ones that is the first chunk alone, while the
-    processes start that read the others, in one Ray Data execution. It is decoded here, too, in threads.
+    The first chunk is read and decoded by threads of this process, while the processes start that read the others, in
+    one Ray Data execution. If no tasks decode, all chunks are read here of a split that would fit one.
 
     Args:
         source: What the chunks read from; put into the object store once.
-        chunks: What is read at a time; the rows of the first divide by the batch size, if there are more.
+        chunks: What is read at a time.
         how: Batch size, decoding and device.
     """
     from harma_ray.data.stream import prefetched_batches  # torch, which this process has
     from harma_ray.on_ray.decoding import DecodeInTasks
 
-    config, first, later = how.config, chunks[:1], chunks[1:]
+    config, here, there = how.config, how, how
     in_tasks = config.decodes_in_tasks(on_gpu=how.device != "cpu")
-    is_small = source.index.binary_bytes <= config.chunk_mb * 2**20
-    if not later or (is_small and not in_tasks):
+    if len(chunks) == 1 or (source.index.binary_bytes <= config.chunk_mb * 2**20 and not in_tasks):
         yield from prefetched_batches(source, chunks, how)
         return
-    rest = replace(how, decode=DecodeInTasks(how.decode, config.task_cpus)) if in_tasks else how
-    others = prefetched_batches(source, later, rest) if is_small else _read_by_tasks(source, later, rest)
-    with contextlib.closing(others), ThreadPoolExecutor(1) as pool:
-        begun = pool.submit(next, others, None)
-        yield from prefetched_batches(source, first, how)
-        if (batch := begun.result()) is not None:
-            yield batch
+    if in_tasks:
+        here = replace(how, decode=how.decode.with_threads(min(how.decode.num_threads, THREADS_BESIDE_TASKS)))
+        there = replace(how, decode=DecodeInTasks(how.decode, config.task_cpus))
+    own = 0 if chunks[0].num_rows % how.batch_size else 1  # no batch may lie in two
+    first, others = prefetched_batches(source, chunks[:own], here), _read_by_tasks(source, chunks[own:], there)
+    begun = _begin(others)
+    try:
+        yield from first
+        ready = begun.result()
+        while ready:
+            yield ready.pop()
         yield from others
+    finally:
+        wait([begun], CLOSING_SECONDS)
+        if begun.done():
+            others.close()
+
+
+def _begin(batches: Iterator[Any]) -> Future[list[Any]]:
+    """Has a thread take the first batch, which nobody but the taker of the list holds; at an end there is none."""
+    begun: Future[list[Any]] = Future()
+
+    def begin() -> None:
+        try:
+            begun.set_result(list(itertools.islice(batches, 1)))
+        except BaseException as error:
+            begun.set_exception(error)
+
+    threading.Thread(target=begin, daemon=True).start()
+    return begun
 
 
 def _read_by_tasks(
@@ -72,6 +100,9 @@ def _read_by_tasks(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
+    # One block a chunk: a task that has more to hand over keeps its CPU until somebody takes them, and whoever does may
+    # wait for tasks that decode, and these for the CPU.
+    context.target_max_block_size = None
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
     )
@@ -79,11 +110,12 @@ def _read_by_tasks(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
     )
     at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
+    decode = how.decode.with_threads(-(-how.decode.num_threads // at_once))
     batches = dataset.iter_torch_batches(
         batch_size=how.batch_size,
         prefetch_batches=config.prefetch_batches,
         device="cpu",
-        collate_fn=_Collate(replace(how, decode=how.decode.shared_by(at_once))),
+        collate_fn=_Collate(replace(how, decode=decode)),
     )
     with closing_batches(batches) as ready:
         for batch in ready:

@@ -4,9 +4,6 @@ import torch
 
 from harma_ray.config import RunConfig
 
-DECODE_THREADS = 4
-"""More of them in a process get in each other's way and in training's (``benchmarks/contention.py``)."""
-
 
 def use_threads(num_cpus: float, config: RunConfig | None = None) -> int:
     """Gives torch as many threads as this process has CPUs, unless ``train.threads`` says otherwise.
@@ -16,8 +13,8 @@ def use_threads(num_cpus: float, config: RunConfig | None = None) -> int:
         config: Settings; None: those that name no number.
 
     Returns:
-        Threads that decode: as many, but at most `DECODE_THREADS`, unless ``data.decode_threads`` says otherwise.
+        Threads that decode: as many, unless ``data.decode_threads`` says otherwise.
     """
     threads = max(1, int(num_cpus))
     torch.set_num_threads((config and config.train.threads) or threads)
-    return (config and config.data.decode_threads) or min(threads, DECODE_THREADS)
+    return (config and config.data.decode_threads) or threads

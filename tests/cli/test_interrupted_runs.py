@@ -33,8 +33,8 @@ from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
 
-SETTINGS = {**HARMA, "data.decode": "tasks"}
-"""Images are decoded as for workers on GPUs."""
+SETTINGS = {**HARMA, "data.chunk_mb": 0.05, "data.decode": "tasks"}
+"""Rows are read as those of more data, images decoded as for workers on GPUs."""
 
 
 @pytest.fixture(scope="module")

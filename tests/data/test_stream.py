@@ -187,10 +187,47 @@ def test_the_first_chunk_is_there_before_any_task_has_read(scenes, transform, ra
 
     monkeypatch.setattr(on_ray, "_read_by_tasks", late)
     batches = stream(scenes, transform, loader=on_ray.ray_batches).steps(0, 1)
-    found = [next(batches)]
-    gate.set()
+    try:
+        found = [next(batches)]
+    finally:
+        gate.set()
     found += batches
     assert [batch["row"].tolist() for batch in found] == [batch["row"].tolist() for batch in expected]
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_one_place_for_tasks_is_enough_for_reading_and_decoding(scenes, transform, ray_cluster, monkeypatch):
+    from ray.data import DataContext
+
+    from harma_ray.on_ray.stream import ray_batches
+
+    monkeypatch.setattr(DataContext.get_current(), "target_max_block_size", 1000)  # a chunk would be many blocks
+    config = replace(CONFIG, decode="tasks", task_cpus=ray_cluster.cpus, chunk_mb=0.1)
+    expected = list(stream(scenes, transform).steps(50, 3))
+    batches = list(stream(scenes, transform, loader=ray_batches, config=config).steps(50, 3))
+    assert [batch["row"].tolist() for batch in batches] == [batch["row"].tolist() for batch in expected]
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_stream_ends_soon_though_no_task_ever_reads(scenes, transform, ray_cluster, monkeypatch):
+    from harma_ray.on_ray import stream as on_ray
+
+    gate = threading.Event()
+
+    def never(*arguments):
+        gate.wait()
+        yield
+
+    monkeypatch.setattr(on_ray, "_read_by_tasks", never)
+    monkeypatch.setattr(on_ray, "CLOSING_SECONDS", 0.5)
+    batches = stream(scenes, transform, loader=on_ray.ray_batches).steps(0, 1)
+    next(batches)
+    begun = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begun < 5
+    gate.set()
 
 
 @pytest.mark.ray
@@ -201,7 +238,7 @@ def test_a_split_that_fits_a_chunk_yields_the_same_batches_without_tasks(scenes,
     from harma_ray.on_ray.stream import ray_batches
 
     def no_tasks(*arguments, **options):
-        raise AssertionError
+        raise AssertionError("tasks read")
 
     monkeypatch.setattr(ray.data, "read_datasource", no_tasks)
     whole = replace(CONFIG, chunk_mb=32)
@@ -210,7 +247,7 @@ def test_a_split_that_fits_a_chunk_yields_the_same_batches_without_tasks(scenes,
     assert len(batches) == len(expected) == 55
     for left, right in zip(expected, batches, strict=True):
         assert all(torch.equal(left[name], right[name]) for name in left)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="tasks read"):
         list(stream(scenes, transform, loader=ray_batches).steps(20, 3))
 
 

@@ -212,7 +212,7 @@ def test_a_trial_that_no_cluster_of_this_size_holds_is_refused(workers, shapes, 
 def test_trials_fill_the_cluster_and_always_fit(workers, fraction, decode, shapes):
     settings = config(scaling__num_workers=workers, scaling__gpus_per_worker=fraction, data__decode=decode)
     plan = plan_trials(settings, several(*shapes))
-    in_tasks = settings.data.decodes_in_tasks(on_gpu=plan.workers.use_gpu)
+    in_tasks = decode == "tasks" or (decode == "auto" and plan.workers.use_gpu)
     data_cpus = settings.data.task_cpus if workers > 1 or in_tasks else 0
     assert plan.concurrent >= 1
     assert plan.workers.num_workers == max(1, workers)

@@ -275,6 +275,24 @@ def test_the_threads_that_served_a_data_set_are_not_waited_for():
     assert not [thread for thread in served() if thread.is_alive()]
 
 
+def test_the_threads_of_a_data_set_that_fails_at_once_are_waited_for():
+    from ray.data._internal.block_batching.util import iter_threaded
+
+    gate = threading.Event()
+
+    def failing(items):
+        if next(items) == 0:
+            raise ValueError("the first")
+        gate.wait()
+        yield 1
+
+    with closing_batches(iter_threaded(iter(range(9)), failing, num_workers=2)) as batches:
+        threading.Timer(0.5, gate.set).start()
+        with pytest.raises(ValueError, match="the first"):
+            next(batches)
+    assert not [thread for thread in threading.enumerate() if thread.name == "iter_threaded"]
+
+
 def test_a_data_set_that_ends_does_not_wait_for_the_threads_of_another():
     from ray.data._internal.block_batching.util import iter_threaded
 
