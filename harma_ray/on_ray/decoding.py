@@ -1,4 +1,4 @@
-"""Decoding in Ray tasks, on CPUs that no worker has reserved: how a worker on a GPU gets its images.
+"""Decoding in Ray tasks, on CPUs that no worker has reserved: how a worker on a GPU gets all but its first images.
 
 A GPU's step is short, and what launches it is Python. Threads of the same process that decode take Python's lock from
 it thousands of times a step (``benchmarks/contention.py``); other processes do not.

@@ -100,8 +100,8 @@ def _read_by_tasks(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.custom_execution_callback_classes = [Pause]  # type: ignore[list-item]
-    # One block a chunk: a task that has more to hand over keeps its CPU until somebody takes them, and whoever does may
-    # wait for tasks that decode, and these for the CPU.
+    # One block a chunk: a task with more to hand over keeps its CPU until they are taken, while who takes them waits
+    # for tasks that decode, and these for the CPU, until Ray Data lets go, seconds later.
     context.target_max_block_size = None
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=CHUNKS_AHEAD * config.chunk_mb * 2**20
