@@ -71,12 +71,19 @@ class Bench:
         return self.order.steps_per_epoch - 3 * LEFT_OUT
 
     def ray(self) -> Rates:
-        """The training stream as a worker has it."""
+        """The training stream as a worker has it of more data than a chunk: read by tasks."""
+        return self._stream(DataConfig(chunk_mb=self.order.index.binary_bytes / 2**21))
+
+    def small(self) -> Rates:
+        """The training stream of a split that fits one chunk: read by the worker."""
+        return self._stream(DataConfig(chunk_mb=self.order.index.binary_bytes / 2**19))
+
+    def _stream(self, config: DataConfig) -> Rates:
         from harma_ray.on_ray.stream import ray_batches
 
         with ray_cluster(num_cpus=self.cores):
             worker = Worker(decode_threads=self.cores)
-            stream = TrainingStream(self.order, self.transform, DataConfig(), worker, ray_batches).steps(0, 3)
+            stream = TrainingStream(self.order, self.transform, config, worker, ray_batches).steps(0, 3)
             for _ in range(self.order.steps_per_epoch):  # Ray's own processes are still importing meanwhile
                 next(stream)
             begin = time.perf_counter()
@@ -135,6 +142,7 @@ def _decode(transform: PairTransform, table: Any, ready: Any) -> None:
 
 LABELS: dict[str, str] = {
     "ray": "Ray Data stream",
+    "small": "stream of one chunk",
     "loader": "torch DataLoader, shards",
     "files": "torch DataLoader, JPEG files",
     "mosaic": "MosaicML Streaming",

@@ -19,7 +19,7 @@ from harma_ray.errors import UserError
 TASKS_OF_A_BATCH = 16
 """Tasks that share a batch at most."""
 LEAST_ROWS = 8
-"""Rows of a task at least, if the batch has so many: a task costs the worker about as much time as half a row."""
+"""Rows of a task at least, if the batch has so many."""
 
 
 class DecodeInTasks(DecodeRows):
