@@ -194,8 +194,9 @@ def search_of_rates(epochs, **changes):
     return definition(epochs, parameters=(RATE,), enqueued=enqueued, limits=Limits(trials=14), **changes)
 
 
-@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
-@pytest.mark.parametrize(("grace", "grace_steps"), [(1, 0), (2, 100)])
+@pytest.mark.parametrize(
+    ("name", "grace", "grace_steps"), [("asha", 1, 0), ("hyperband", 1, 0), ("median", 1, 0), ("asha", 2, 100)]
+)
 def test_a_search_that_counts_steps_decides_as_one_that_counts_epochs(tmp_path, name, grace, grace_steps):
     """50 steps lie between two evaluations; it is interrupted once."""
     scheduler = Scheduler(name=name, grace_epochs=grace, reduction_factor=2, brackets=2)

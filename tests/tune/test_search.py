@@ -317,7 +317,7 @@ def takes_all_memory(assignment, setting, report):
         taken = []
         while True:
             taken.append(bytearray(os.urandom(1024) * 1024 * 64))
-            time.sleep(0.05)
+            time.sleep(0.02)
     learning_curve(assignment, setting, report)
 
 
@@ -329,7 +329,7 @@ import os, sys
 from pathlib import Path
 memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
 total, free = (int(memory[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
-os.environ["RAY_memory_usage_threshold"] = str(round((total - free + min(9 * 2**20, free // 2)) / total, 3))
+os.environ["RAY_memory_usage_threshold"] = str(round((total - free + min(6 * 2**20, free // 2)) / total, 3))
 sys.path[:0] = {[str(Path(__file__).parent), str(TESTS)]!r}
 import test_search as made
 from harma_ray.on_ray.cluster import ray_cluster
