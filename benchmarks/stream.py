@@ -71,7 +71,7 @@ class Bench:
         return self.order.steps_per_epoch - 3 * LEFT_OUT
 
     def ray(self) -> Rates:
-        """The training stream as a worker has it of more data than a chunk: read by tasks."""
+        """The training stream as a worker has it of more data than a chunk: read by tasks, half a split at a time."""
         return self._stream(DataConfig(chunk_mb=self.order.index.binary_bytes / 2**21))
 
     def small(self) -> Rates:

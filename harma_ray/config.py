@@ -84,12 +84,12 @@ class DataConfig:
     chunk_mb: Annotated[float, Field(ge=0.01, allow_inf_nan=False), Incidental()] = 32
     """Encoded images read by one Ray Data task, in MiB, but a training step at least; bounds the memory of a task, and
     four times this what a worker has waiting in Ray's object store. The first is read in the worker, which is sooner,
-    and so is all of a split that fits one, if no tasks decode."""
+    and so are all of a split that fits one, if no tasks decode."""
     decode: Annotated[Literal["auto", "worker", "tasks"], Incidental()] = "auto"
     """Where images are decoded and augmented: in threads of the worker, or in Ray tasks on CPUs that no worker has, but
     for the first chunk. auto: in tasks for a worker on a GPU, which threads of its process would keep from its GPU."""
     decode_threads: Annotated[Count, Incidental()] = 0
-    """Threads that decode in a worker; 0 = the CPUs of the worker's share of its node."""
+    """Threads that decode in a worker, at most 4 beside tasks; 0 = the CPUs of the worker's share of its node."""
     prefetch_batches: Annotated[PositiveCount, Incidental()] = 2
     """Batches prepared ahead."""
     task_cpus: Annotated[Positive, Incidental()] = 0.5

@@ -1,4 +1,4 @@
-"""Decoding in Ray tasks, on CPUs that no worker has reserved: how a worker on a GPU gets all but its first images.
+"""Decoding in Ray tasks, on CPUs that no worker has reserved: how a worker on a GPU gets most of its images.
 
 A GPU's step is short, and what launches it is Python. Threads of the same process that decode take Python's lock from
 it thousands of times a step (``benchmarks/contention.py``); other processes do not.
@@ -49,7 +49,7 @@ class DecodeInTasks(DecodeRows):
         try:
             return [sample for part in ray.get(tasks) for sample in part]
         except BaseException as error:
-            for task in tasks:
+            for task in tasks if ray.is_initialized() else ():
                 ray.cancel(task)
             if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
                 raise error.cause from None
@@ -58,5 +58,5 @@ class DecodeInTasks(DecodeRows):
 
 @ray.remote
 def _decoded(decode: DecodeRows, table: pa.Table) -> list[dict[str, Any]]:
-    torch.set_num_threads(1)  # one or two such processes a CPU run at a time
+    torch.set_num_threads(1)  # several such processes may share a CPU
     return [{name: np.asarray(value) for name, value in sample.items()} for sample in decode.samples(table)]

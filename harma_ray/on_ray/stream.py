@@ -5,6 +5,7 @@ Kept free of torch: the process of a read task starts in half the time and memor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -35,7 +36,8 @@ THREADS_BESIDE_TASKS = 4
 """Threads that decode the first chunk at most, where tasks decode the others: more keep a GPU's training waiting."""
 
 CLOSING_SECONDS = 10
-"""How long the end of a stream waits for Ray Data's first batch, which nobody needs any more."""
+"""How long the end of a stream waits for Ray Data's first batch, which nobody needs any more. If it comes later, it is
+closed then, and until then the process starts no other execution."""
 
 CHUNKS_AHEAD = 4
 """Chunks of one worker that may lie in Ray's object store; what tasks decode for it lies there beside them."""
@@ -44,8 +46,9 @@ CHUNKS_AHEAD = 4
 def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[dict[str, Any]]:
     """Yields batches whose rows follow the chunks' order.
 
-    The first chunk is read and decoded by threads of this process, while the processes start that read the others, in
-    one Ray Data execution. If no tasks decode, all chunks are read here of a split that would fit one.
+    The first chunk, if it is whole batches, is read and decoded by threads of this process, while the processes start
+    that read the others, in one Ray Data execution. A single chunk is read here as well and, if no tasks decode, all
+    chunks of a split that would fit one.
 
     Args:
         source: What the chunks read from; put into the object store once.
@@ -65,31 +68,44 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         there = replace(how, decode=DecodeInTasks(how.decode, config.task_cpus))
     own = 0 if chunks[0].num_rows % how.batch_size else 1  # no batch may lie in two
     first, others = prefetched_batches(source, chunks[:own], here), _read_by_tasks(source, chunks[own:], there)
-    begun = _begin(others)
-    try:
+    with _begun(others) as begun:
         yield from first
         ready = begun.result()
         while ready:
             yield ready.pop()
         yield from others
-    finally:
-        wait([begun], CLOSING_SECONDS)
-        if begun.done():
-            others.close()
 
 
-def _begin(batches: Iterator[Any]) -> Future[list[Any]]:
-    """Has a thread take the first batch, which nobody but the taker of the list holds; at an end there is none."""
-    begun: Future[list[Any]] = Future()
+@contextlib.contextmanager
+def _begun(batches: Generator[Any, None, None]) -> Iterator[Future[list[Any]]]:
+    """Has a thread take the first batch, if there is one; who takes it from the list is the only one that holds it.
+
+    The batches are closed on leaving or, if the first takes too long, by the thread.
+    """
+    first: Future[list[Any]] = Future()
+    closing = threading.Lock()
+    left = False
 
     def begin() -> None:
         try:
-            begun.set_result(list(itertools.islice(batches, 1)))
+            found = list(itertools.islice(batches, 1))
         except BaseException as error:
-            begun.set_exception(error)
+            first.set_exception(error)
+            return
+        with closing:
+            first.set_result(found)
+        if left:
+            batches.close()
 
     threading.Thread(target=begin, daemon=True).start()
-    return begun
+    try:
+        yield first
+    finally:
+        wait([first], CLOSING_SECONDS)
+        with closing:
+            left = not first.done()
+        if not left:
+            batches.close()
 
 
 def _read_by_tasks(

@@ -33,8 +33,8 @@ from harma_ray.training.tracking import read_records
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
 
-SETTINGS = {**HARMA, "data.chunk_mb": 0.05}
-"""Rows are read as those of more data."""
+SETTINGS = {**HARMA, "data.chunk_mb": 0.05, "data.decode": "tasks"}
+"""Rows are read as those of more data, images decoded as for workers on GPUs."""
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def five_batches(source, chunks, how):
 
 
 def test_another_number_of_workers_goes_on_with_the_same_batches(harma, stopped, joined, tmp_path):
-    """Two workers, then one, which is this process, then two, whose images are decoded as for workers on GPUs."""
+    """Two workers, then one, which is this process, then two."""
     run = Path(shutil.copytree(stopped, tmp_path / "passed on"))
-    config = build_config(open_run(run).config, {"scaling.num_workers": 1, "data.decode": "tasks"})
+    config = build_config(open_run(run).config, {"scaling.num_workers": 1})
     (run / CONFIG_NAME).write_text(to_yaml(config))
     with pytest.raises(Stop):
         run_training(make_task(config), config, run, worker=Worker(), loader=five_batches)

@@ -214,11 +214,14 @@ def test_one_place_for_tasks_is_enough_for_reading_and_decoding(scenes, transfor
 def test_a_stream_ends_soon_though_no_task_ever_reads(scenes, transform, ray_cluster, monkeypatch):
     from harma_ray.on_ray import stream as on_ray
 
-    gate = threading.Event()
+    gate, closed = threading.Event(), threading.Event()
 
     def never(*arguments):
         gate.wait()
-        yield
+        try:
+            yield
+        finally:
+            closed.set()
 
     monkeypatch.setattr(on_ray, "_read_by_tasks", never)
     monkeypatch.setattr(on_ray, "CLOSING_SECONDS", 0.5)
@@ -227,7 +230,9 @@ def test_a_stream_ends_soon_though_no_task_ever_reads(scenes, transform, ray_clu
     begun = time.monotonic()
     batches.close()
     assert time.monotonic() - begun < 5
+    assert not closed.is_set()
     gate.set()
+    assert closed.wait(10)
 
 
 @pytest.mark.ray

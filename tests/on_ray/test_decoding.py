@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,20 @@ class Refusing(Noise):
         raise UserError("has no letters")
 
 
+class FirstRefused(Noise):
+    """Refuses the first row; the others take a while and leave a mark."""
+
+    def __init__(self, marks):
+        self.marks = marks
+
+    def __call__(self, row, rng):
+        if not row["row"]:
+            raise UserError("has no letters")
+        time.sleep(0.1)
+        Path(self.marks, str(row["row"])).touch()
+        return super().__call__(row, rng)
+
+
 def rows(count=150):
     numbers = np.arange(count)
     return pa.table({
@@ -89,6 +104,14 @@ def test_a_task_whose_process_dies_is_done_again(tmp_path):
 def test_a_row_that_cannot_be_used_is_told_as_the_mistake_that_it_is():
     with pytest.raises(UserError, match=r"^row \d+ \(\d+\.png\): has no letters$"):
         in_tasks(Refusing())(rows())
+
+
+def test_nobody_decodes_the_rest_of_a_batch_with_a_row_that_cannot_be_used(tmp_path):
+    decode = in_tasks(FirstRefused(str(tmp_path)))
+    with pytest.raises(UserError, match="has no letters"):
+        decode(rows())
+    time.sleep(3)
+    assert len(list(tmp_path.iterdir())) < 100
 
 
 def test_a_worker_that_holds_all_cpus_of_its_place_is_not_waited_for():
