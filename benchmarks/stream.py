@@ -1,6 +1,6 @@
 """Rows per second of the Ray Data training stream against other loaders: same JPEG bytes, transform and cores.
 
-Run: python benchmarks/stream.py [--images 400] [--size 256] [--cores 2] [--rounds 5] [--only ray loader ...]
+Run: python benchmarks/stream.py [--images 1600] [--size 256] [--cores 2] [--rounds 5] [--only ray loader ...]
 
 All take turns, each alone on the machine: Ray is started for its own turn only. Of each the middle of an epoch is
 timed, while there is more to read. WebDataset (the extra ``benchmarks``) and MosaicML Streaming take part if they are
@@ -71,8 +71,8 @@ class Bench:
         return self.order.steps_per_epoch - 3 * LEFT_OUT
 
     def ray(self) -> Rates:
-        """The training stream as a worker has it of more data than a chunk: read by tasks, half a split at a time."""
-        return self._stream(DataConfig(chunk_mb=self.order.index.binary_bytes / 2**21))
+        """The training stream as a worker has it: by tasks, if there is more data than a chunk."""
+        return self._stream(DataConfig())
 
     def small(self) -> Rates:
         """The training stream of a split that fits one chunk: read by the worker."""
@@ -155,7 +155,7 @@ _MODULES = {"mosaic": "streaming", "webdataset": "webdataset"}
 def main() -> None:
     """Measures all in turn, and prints medians, spread and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=1600)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
