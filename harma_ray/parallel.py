@@ -2,19 +2,21 @@
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from harma_ray.distributed import rank
 from harma_ray.errors import UserError, first_few
+
+if TYPE_CHECKING:  # importing them takes half as long as importing torch, and few models are spread
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 KeyT = TypeVar("KeyT")
 
@@ -41,6 +43,9 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Mod
     Raises:
         UserError: If a parameter has no dimension along which it could be spread.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     scalars = [name for name, parameter in model.named_parameters() if not parameter.ndim]
     if scalars:
         raise UserError(
@@ -55,9 +60,25 @@ def shard(model: nn.Module, modules: Iterable[nn.Module], device: str) -> nn.Mod
     return model
 
 
+def is_spread(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Says whether a tensor is spread over the workers."""
+    return _is_a("torch.distributed.tensor", "DTensor", tensor)
+
+
+def is_shard(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    """Says whether a module's parameters are spread over the workers, and are put together when it is called."""
+    return _is_a("torch.distributed.fsdp", "FSDPModule", module)
+
+
+def _is_a(module: str, name: str, value: object) -> bool:
+    """Says whether a value is of a class of a module that may not have been imported: then nothing is."""
+    known = getattr(sys.modules.get(module), name, None)
+    return known is not None and isinstance(value, known)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Returns a tensor that may be spread over the workers as every worker can use it; called on all of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 def gather_tensors(tensors: Mapping[KeyT, Tensor]) -> dict[KeyT, Tensor]:
@@ -75,15 +96,17 @@ def gather_tensors(tensors: Mapping[KeyT, Tensor]) -> dict[KeyT, Tensor]:
 
 def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Returns this worker's part of a tensor that all workers have, if `like` is spread over them; nothing is sent."""
-    if not isinstance(like, DTensor):
+    if not is_spread(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextlib.contextmanager
 def whole_model(model: nn.Module) -> Iterator[None]:
     """Puts a model together on every worker, so that each may call it as often as it needs to; without gradients."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    parts = [module for module in model.modules() if is_shard(module)]
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
@@ -98,7 +121,7 @@ def whole_model(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def holding_gradients(model: nn.Module) -> Iterator[None]:
     """Adds gradients up on each worker; they are averaged over the workers by the first step outside of it."""
-    if isinstance(model, FSDPModule):
+    if is_shard(model):
         model.set_requires_gradient_sync(False)
         try:
             yield

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    ["errors", "shell", "distributed", "config"],
+    ["errors", "shell", "distributed", "config", "compiler"],
     ["files", "parallel", "progress", "settings"],
     ["resources", "models", "data.scenes"],
     ["data"],

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import harma_ray
 from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, recipes, retrieve, train, tune
 from harma_ray.cli.parser import Parser
+from harma_ray.compiler import defer_compiler
 from harma_ray.data.image_files import readable_name
 from harma_ray.errors import UserError, WorkerFailed
 
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # not all terminals take all names
             stream.reconfigure(errors="backslashreplace")
     started = time.perf_counter()
+    defer_compiler()
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _check_encoding(sys.argv[1:] if arguments is None else arguments)

@@ -10,11 +10,14 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
+from harma_ray.compiler import deferred_compiler
 from harma_ray.data.images import MAX_PIXELS, BadImage, is_wide, to_rgb
 from harma_ray.data.transforms import to_tensor
+
+with deferred_compiler():
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
 
 Padding = Literal["target", "square", "none"]
 

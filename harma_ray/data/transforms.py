@@ -15,11 +15,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
+from harma_ray.compiler import deferred_compiler
 from harma_ray.data.augmentation import MAX_LEVEL, Augmentation
 from harma_ray.data.images import crop
+
+with deferred_compiler():
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
 
 _FILL = [128.0, 128.0, 128.0]
 _CROP_ATTEMPTS = 10

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from harma_ray.compiler import deferred_compiler
+
 __all__ = ["QuickGELU", "Transformer", "VisionTransformer", "open_clip"]
 
 
@@ -26,6 +28,6 @@ def _without(name: str) -> Iterator[None]:
             del modules[name]
 
 
-with _without("wandb"), _without("transformers"):
+with deferred_compiler(), _without("wandb"), _without("transformers"):
     import open_clip
     from open_clip.transformer import QuickGELU, Transformer, VisionTransformer

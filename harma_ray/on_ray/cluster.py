@@ -113,7 +113,8 @@ def _initialise(options: Mapping[str, Any], address: str) -> Any:
     import ray.exceptions
 
     for tries_left in (1, 0):
-        lean = few_processes() if address == "local" else contextlib.nullcontext()
+        is_own, dashboard = address == "local", bool(options.get("include_dashboard"))
+        lean = few_processes(dashboard=dashboard) if is_own else contextlib.nullcontext()
         try:
             with lean:
                 return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)

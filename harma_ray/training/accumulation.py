@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from harma_ray.data.samples import Batch
 from harma_ray.distributed import sum_over_ranks, world_size
 from harma_ray.errors import UserError
-from harma_ray.parallel import holding_gradients
+from harma_ray.parallel import holding_gradients, is_shard
 from harma_ray.task import Task
 
 _TOLERANCE = 1e-5
@@ -102,7 +101,7 @@ class PartialForward:
     def _join(self, name: str, values: Sequence[Tensor]) -> Tensor:
         """Returns an output of the whole batch, which collects gradients."""
         if not values[0].ndim:
-            if isinstance(self._model, FSDPModule):
+            if is_shard(self._model):
                 raise UserError(
                     "`train.accumulation` above 1 needs a row for each sample in all outputs of a model that is spread "
                     f"over the workers, got the scalar `{name}`; expand it to the samples, or use train.accumulation=1"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from harma_ray.errors import UserError
+from harma_ray.parallel import is_spread
 
 
 class TrainingDiverged(UserError):
@@ -37,7 +37,7 @@ class GuardedOptimizer:
         self._optimizer, self._rank = optimizer, rank
         self._unsettled: _Step | None = None
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._is_spread = any(isinstance(parameter, DTensor) for parameter in trained)
+        self._is_spread = any(map(is_spread, trained))
         self._defers = trained[0].is_cuda and not self._is_spread
 
     def step(self, number: int, losses: Mapping[str, Tensor], grad_norm: Tensor) -> None:

@@ -1,6 +1,8 @@
 """A cluster of this machine alone has the processes that something here uses, and no others (Ray 2.60)."""
 
 import contextlib
+import os
+import re
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from interrupted import children
+from ray._private import utils
 from ray._private.node import Node
 
 from harma_ray.on_ray.own_cluster import AUTOSCALER, LOGS, few_processes
@@ -17,14 +20,18 @@ import contextlib
 import ray
 from harma_ray.on_ray import cluster
 if {plainly}:
-    cluster.few_processes = contextlib.nullcontext
-with cluster.ray_cluster(num_cpus=1):
-    assert ray.get(ray.remote(lambda: 4).remote()) == 4
+    cluster.few_processes = lambda dashboard: contextlib.nullcontext()
+with cluster.ray_cluster(num_cpus=2):
     print(ray._private.worker._global_node.get_logs_dir_path(), flush=True)
+    input()
+    assert ray.get(ray.remote(lambda: 4).remote()) == 4
+    print("done", flush=True)
     input()
 """
 STARTED = {LOGS: "log_monitor.py", AUTOSCALER: "monitor.py--logs-dir"}
 """How the process that a method of Ray's starts is told from others."""
+AHEAD = re.compile(r"^(?!.*--raylet_socket_name).*(ray::IDLE|default_worker\.py)")
+"""What is among the command lines of processes that wait for tasks."""
 
 
 def command_lines(pids):
@@ -58,6 +65,9 @@ def test_what_nobody_uses_is_not_started_and_nobody_looks_for_it(plainly):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     logs = Path(process.stdout.readline().strip())
+    ahead = [line for line in command_lines(children(process.pid)) if AHEAD.search(line)]
+    print("", file=process.stdin, flush=True)
+    assert process.stdout.readline() == "done\n"
     come_to_rest(logs)
     lines = command_lines(children(process.pid))
     _, error = process.communicate("\n", timeout=100)
@@ -65,10 +75,19 @@ def test_what_nobody_uses_is_not_started_and_nobody_looks_for_it(plainly):
     assert process.returncode == 0
     there = {name for name, part in STARTED.items() if any(part in line for line in lines)}
     assert there == (set(STARTED) if plainly else set())
+    assert len(ahead) == (2 if plainly else 0), ahead
+    assert any("--minimal" in line for line in lines) is not plainly, lines
 
 
 def test_ray_has_its_ways_back():
-    before = [getattr(Node, name) for name in STARTED]
-    with pytest.raises(KeyboardInterrupt), few_processes():
+    def ways():
+        return [*(getattr(Node, name) for name in STARTED), utils.get_dashboard_dependency_error, dict(os.environ)]
+
+    before = ways()
+    with pytest.raises(KeyboardInterrupt), few_processes(dashboard=False):
         raise KeyboardInterrupt
-    assert [getattr(Node, name) for name in STARTED] == before
+    assert ways() == before
+    with few_processes(dashboard=False):
+        assert utils.get_dashboard_dependency_error() is not None
+    with few_processes(dashboard=True):
+        assert utils.get_dashboard_dependency_error() is None
