@@ -1,0 +1,37 @@
+"""open_clip without what it brings along, and with timm as soon as an architecture needs it."""
+
+import subprocess
+import sys
+
+import pytest
+
+FIRST = {"ours": "import harma_ray.models.clip", "the user's": "import open_clip"}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_an_image_tower_of_timms_is_made_whoever_imports_open_clip_first(first):
+    code = f"""
+import sys
+{FIRST[first]}
+from harma_ray.models.architectures import outline_clip
+assert ("timm" in sys.modules) is ({first!r} == "the user's")
+for _ in range(2):
+    tower = outline_clip("convnext_base").visual
+    assert type(tower) is sys.modules["open_clip.timm_model"].TimmModel
+    assert type(tower.trunk).__module__.startswith("timm.")
+import open_clip
+assert type(open_clip.create_model("convnext_base", device="meta").visual) is type(tower)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_nothing_that_only_other_architectures_need_is_imported():
+    code = """
+import sys
+import harma_ray.models.clip
+from harma_ray.models.architectures import outline_clip
+outline_clip("ViT-B-32")
+assert not {"timm", "transformers", "wandb", "torch._inductor"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", "from harma_ray.compiler import defer_compiler; defer_compiler()" + code],
+                   check=True, timeout=300)  # fmt: skip
