@@ -1,6 +1,6 @@
 """Rows per second of the Ray Data training stream against other loaders: same JPEG bytes, transform and cores.
 
-Run: python benchmarks/stream.py [--images 1600] [--size 256] [--cores 2] [--rounds 5] [--only ray loader ...]
+Run: python benchmarks/stream.py [--images 2000] [--size 256] [--cores 2] [--rounds 5] [--only ray loader ...]
 
 All take turns, each alone on the machine: Ray is started for its own turn only. Of each the middle of an epoch is
 timed, while there is more to read. WebDataset (the extra ``benchmarks``) and MosaicML Streaming take part if they are
@@ -155,7 +155,7 @@ _MODULES = {"mosaic": "streaming", "webdataset": "webdataset"}
 def main() -> None:
     """Measures all in turn, and prints medians, spread and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1600)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -170,6 +170,10 @@ def main() -> None:
         sources = write_sources(Path(folder), options.images, options.size, names)
         split = open_split(sources.shards, "train")
         order = training_order(split, seed=0, global_batch_size=BATCH, shuffle_window_mb=256)
+        size, chunk = order.index.binary_bytes / 2**20, DataConfig().chunk_mb
+        print(f"an epoch: {len(order.index):,} samples, {size:.0f} MiB, in chunks of {chunk:g} MiB")
+        if "ray" in names and size <= chunk:
+            parser.error("the stream would read one chunk by itself, without Ray Data; draw more with --images")
         bench = Bench(order, transform, sources, options.cores)
         rates: dict[str, list[Rates]] = {name: [] for name in names}
         for number in range(options.rounds):

@@ -29,6 +29,8 @@ SHARES = (0.02, 0.05, 0.1, 0.25)
 """Of the grid's epochs, after which the best value is compared."""
 NEAR = 0.5
 """So much below the grid's best is near it: r_mean of 100 images moves as much by a caption or two."""
+OURS = "ours"
+"""The tuner that the others are compared with."""
 Trace = list[tuple[int, float, int]]
 """Epochs spent, best value, its setting, whenever there was a better one."""
 
@@ -61,6 +63,11 @@ def repeat(name: str, table: CurveTable, repetitions: int, budget: int, keep: Pa
 def best_after(trace: Trace, epochs: float) -> float:
     """Returns the best value after so many epochs."""
     return max(value for spent, value, _ in trace if spent <= max(epochs, 1))
+
+
+def average(trace: Trace, budget: int) -> float:
+    """Returns the best value after so many epochs, averaged over all numbers of epochs up to the budget."""
+    return float(np.mean([best_after(trace, epochs) for epochs in range(1, budget + 1)]))
 
 
 def reached_after(trace: Trace, value: float) -> float:
@@ -100,14 +107,30 @@ def summarise(table: CurveTable, found: Mapping[str, list[Trace]], budget: int) 
         for share in SHARES:
             mean, low, high = interval([best_after(trace, share * table.total) for trace in traces])
             cells.append(f"{mean:.2f} ({low:.2f}-{high:.2f})")
-        area = [np.mean([best_after(trace, epochs) for epochs in range(1, budget + 1)]) for trace in traces]
-        mean, low, high = interval([value - float(reached) for value, reached in zip(wanted, area, strict=True)])
+        mean, low, high = interval([value - average(trace, budget) for trace, value in pairs])
         others = [elsewhere(table, number, trace) for number, trace in enumerate(traces)]
         rows.append([name, cells[0], never, *cells[1:], f"{mean:.2f} ({low:.2f}-{high:.2f})", f"{np.mean(others):.2f}"])
     headers = [
         "", "share to the best", "not within", f"to {NEAR:g} less", *(f"best at {share:.0%}" for share in SHARES),
         "mean gap", "other seeds",
     ]  # fmt: skip
+    return tabulate(rows, headers=headers, disable_numparse=True)
+
+
+def compare(table: CurveTable, found: Mapping[str, list[Trace]], budget: int) -> str:
+    """Returns the table of what each tuner finds more than ours, by repetition: both on the same trainings."""
+    rows = []
+    others = {name: traces for name, traces in found.items() if name != OURS}
+    for name, traces in others.items():
+        cells = []
+        for share in SHARES:
+            epochs = share * table.total
+            pairs = zip(traces, found[OURS], strict=True)
+            cells.append(interval([best_after(own, epochs) - best_after(other, epochs) for own, other in pairs]))
+        areas = [[average(trace, budget) for trace in known] for known in (traces, found[OURS])]
+        cells.append(interval([own - other for own, other in zip(*areas, strict=True)]))
+        rows.append([name, *(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, low, high in cells)])
+    headers = ["more than ours", *(f"best at {share:.0%}" for share in SHARES), "on average"]
     return tabulate(rows, headers=headers, disable_numparse=True)
 
 
@@ -124,7 +147,7 @@ def draw(table: CurveTable, found: Mapping[str, list[Trace]], budget: int, path:
     ends: list[tuple[float, str, object]] = []
     for name, traces in found.items():
         bands = np.array([interval([best_after(trace, spent) for trace in traces]) for spent in epochs])
-        is_ours = name == "ours"
+        is_ours = name == OURS
         (line,) = axes.plot(epochs / table.total, bands[:, 0], lw=2.6 if is_ours else 1.3, zorder=3 if is_ours else 2)
         axes.fill_between(epochs / table.total, bands[:, 1], bands[:, 2], color=line.get_color(), alpha=0.12, lw=0)
         ends.append((float(bands[-1, 0]), name, line.get_color()))
@@ -140,7 +163,7 @@ def draw(table: CurveTable, found: Mapping[str, list[Trace]], budget: int, path:
         place = min(value, place - apart)
         axes.annotate(
             name, (1.01, place), xycoords=("axes fraction", "data"), color=colour, va="center", annotation_clip=False,
-            fontweight="bold" if name == "ours" else None,
+            fontweight="bold" if name == OURS else None,
         )  # fmt: skip
     axes.set_xlabel(f"epochs spent, in parts of all settings' {table.total}")
     axes.set_ylabel("best val r_mean so far, mean and 95 % interval")
@@ -176,6 +199,8 @@ def main() -> None:
         f"{options.repetitions} repetitions\n"
     )
     print(summarise(table, found, budget))
+    if OURS in found and len(found) > 1:
+        print(f"\n{compare(table, found, budget)}")
     if options.plot:
         draw(table, found, budget, options.plot)
 
