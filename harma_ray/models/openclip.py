@@ -6,7 +6,7 @@ from here.
 """
 
 import contextlib
-import importlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -36,13 +36,23 @@ with deferred_compiler(), _without("wandb"), _without("transformers"), _without(
     from open_clip.transformer import QuickGELU, Transformer, VisionTransformer
 
 
-def _make_timm_tower(*arguments: Any, **options: Any) -> Any:
-    """Makes an image tower as open_clip would have, had it found timm, and lets it find timm from now on."""
-    with deferred_compiler(), _without("wandb"):
-        tower = importlib.reload(open_clip.timm_model).TimmModel
-    setattr(open_clip.model, tower.__name__, tower)
-    return tower(*arguments, **options)
+def _import_timm_later(tower: Any) -> None:
+    """Has the class of timm's image towers import timm when the first is made."""
+    with_timm = tower.__init__
+
+    @functools.wraps(with_timm)
+    def make_first(*arguments: Any, **options: Any) -> None:
+        with deferred_compiler(), _without("wandb"):
+            import timm
+        names = {name: name for name in ("RotAttentionPool2d", "Mlp", "to_2tuple")}
+        names |= {"AbsAttentionPool2d": "AttentionPool2d"}
+        found = {name: getattr(timm.layers, theirs) for name, theirs in names.items()}
+        vars(sys.modules[tower.__module__]).update(found, timm=timm)
+        tower.__init__ = with_timm
+        with_timm(*arguments, **options)
+
+    tower.__init__ = make_first
 
 
 if open_clip.timm_model.timm is None:
-    setattr(open_clip.model, open_clip.timm_model.TimmModel.__name__, _make_timm_tower)
+    _import_timm_later(open_clip.timm_model.TimmModel)

@@ -5,19 +5,19 @@ Each imports Ray, in a start that is bound by the CPUs; what sends logs looks at
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LOGS, AUTOSCALER = "start_log_monitor", "start_monitor"
 """What sends workers' output to drivers, of which none asks for it: it stays in files. What adds machines.
 
 The dashboard's server stays where no dashboard is shown, too: the machine's agent looks for it every second, and logs
-that it has not found it. Both are told that what a dashboard needs is not installed, and import less.
+that it has not found it. Without a dashboard both are told that what it needs is not installed: they serve nothing
+then, no metrics either, and the driver, which would find out, does not import it.
 """
-AHEAD = "RAY_prestart_worker_first_driver"
-"""Variable for Ray's node: whether it starts a process for each CPU ahead, for which a driver waits.
-
-Most of what is started here are actors, which do not take them.
+PRESTART = "RAY_prestart_worker_first_driver"
+"""Variable for Ray's node: whether it starts a process for each CPU ahead, which a driver waits for. Actors, most of
+what is started here, do not take them. All processes of the cluster see it.
 """
 
 
@@ -31,23 +31,30 @@ def few_processes(*, dashboard: bool) -> Iterator[None]:
     from ray._private import utils
     from ray._private.node import Node
 
-    def start_nothing(self: Node, **settings: Any) -> None:
-        pass
+    with contextlib.ExitStack() as stack:
+        for name in (LOGS, AUTOSCALER):
+            stack.enter_context(_replaced(Node, name, _start_nothing))
+        if not dashboard:
+            stack.enter_context(_replaced(utils, "get_dashboard_dependency_error", _find_missing))
+        if PRESTART not in os.environ:
+            os.environ[PRESTART] = "0"
+            stack.callback(os.environ.pop, PRESTART, None)
+        yield
 
-    def find_missing() -> ImportError:
-        return ImportError("the dashboard's packages are not asked for")
 
-    ours = [(Node, name, start_nothing) for name in (LOGS, AUTOSCALER)]
-    ours += [] if dashboard else [(utils, utils.get_dashboard_dependency_error.__name__, find_missing)]
-    theirs = [(place, name, getattr(place, name)) for place, name, _ in ours]
-    is_free = AHEAD not in os.environ
+@contextlib.contextmanager
+def _replaced(place: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    before = getattr(place, name)
+    setattr(place, name, function)
     try:
-        for place, name, function in ours:
-            setattr(place, name, function)
-        os.environ.setdefault(AHEAD, "0")
         yield
     finally:
-        for place, name, function in theirs:
-            setattr(place, name, function)
-        if is_free:
-            os.environ.pop(AHEAD, None)
+        setattr(place, name, before)
+
+
+def _start_nothing(node: Any, **settings: Any) -> None:
+    pass
+
+
+def _find_missing() -> ImportError:
+    return ImportError("what a dashboard needs is not asked for")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from harma_ray.compiler import defer_compiler
 from harma_ray.config import OnDisk, RunConfig
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import Worker
@@ -251,6 +252,7 @@ def enter_worker(settings: dict[str, Any]) -> tuple[RunConfig, Worker]:
     from ray.train.torch import get_device
 
     config: RunConfig = settings["config"]
+    defer_compiler()  # the process group is there already
     adopt_variables(settings["variables"])  # a cluster that was joined has those of its own start
     context = ray.train.get_context()
     leave_note(Path(settings["notes"]), context.get_world_rank())

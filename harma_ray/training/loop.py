@@ -14,7 +14,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from harma_ray.compiler import defer_compiler
 from harma_ray.config import RunConfig
 from harma_ray.data.identity import data_identity, require_same_data, unknown_data
 from harma_ray.data.order import TrainingOrder, planned_order
@@ -143,7 +142,6 @@ class _Training:
     ):  # fmt: skip
         """Builds everything as it is at step 0; nothing is written yet."""
         check_batch(task, worker.world_size)
-        defer_compiler()
         torch.manual_seed(config.seed)  # the same model on every worker
         order = order or planned_order(config)
         started = time.perf_counter()

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import ray
 import torch
 
+from harma_ray.compiler import defer_compiler
 from harma_ray.config import RunConfig
 from harma_ray.data.stream import Loader, Worker, prefetched_batches
 from harma_ray.errors import UserError, find_user_error
@@ -160,6 +161,7 @@ def single_worker(config: RunConfig, plan: WorkerPlan) -> Worker:
     """Returns the only worker of a trial, which is this process, and gives torch its share of the machine."""
     if plan.use_gpu and not torch.cuda.is_available():
         raise UserError("Ray gave this trial a GPU, but torch finds none; check the driver, or use --cpu")
+    defer_compiler()
     threads = use_threads(plan.cpus_per_worker, config)
     return Worker(device="cuda" if plan.use_gpu else "cpu", decode_threads=threads)
 

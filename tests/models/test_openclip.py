@@ -19,8 +19,10 @@ for _ in range(2):
     tower = outline_clip("convnext_base").visual
     assert type(tower) is sys.modules["open_clip.timm_model"].TimmModel
     assert type(tower.trunk).__module__.startswith("timm.")
-import open_clip
-assert type(open_clip.create_model("convnext_base", device="meta").visual) is type(tower)
+import open_clip, pickle
+from open_clip.timm_model import TimmModel
+assert isinstance(tower, open_clip.model.TimmModel)
+assert type(pickle.loads(pickle.dumps(TimmModel("resnet18", 8, pool="abs_attn")))) is TimmModel
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
