@@ -195,7 +195,7 @@ def _tasks_on_ray(options: argparse.Namespace, task: Task | None) -> Iterator[Ta
 
         @functools.cache
         def start() -> None:
-            cluster = stack.enter_context(ray_cluster(options.address))
+            cluster = stack.enter_context(ray_cluster(options.address, for_tasks=True))
             require_shared_folder(output_path(options.out), cluster)
             require_visible([Path(source).expanduser() for source in sources], cluster)
 

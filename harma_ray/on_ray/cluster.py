@@ -1,13 +1,14 @@
 """The one place that starts or joins Ray."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from harma_ray.resources import Cluster
 
 OBJECT_STORE_LIMIT = 2 * 2**30
 LOOPBACK = "127.0.0.1"
+_Surroundings = Callable[[], contextlib.AbstractContextManager[None]]
 _logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def ray_cluster(
-    address: str | None = None, *, num_cpus: int | None = None, dashboard: bool = False
+    address: str | None = None, *, num_cpus: int | None = None, dashboard: bool = False, for_tasks: bool = False
 ) -> Iterator[Cluster]:
     """Joins a cluster, or starts one on this machine, and leaves or stops it at the end.
 
@@ -43,6 +45,7 @@ def ray_cluster(
         address: Of a cluster to join; None takes ``RAY_ADDRESS``, and without that a cluster of this machine's own.
         num_cpus: CPUs of a cluster that is started; None = all.
         dashboard: Whether a cluster that is started has Ray's dashboard: a dozen processes and a GiB of memory more.
+        for_tasks: Whether a cluster that is started is for tasks, not actors: a process for each CPU waits for them.
 
     Raises:
         UserError: If the cluster cannot be reached or started.
@@ -52,7 +55,8 @@ def ray_cluster(
     prepare_environment(own_cluster=not address)
     with announced_dashboard(LOOPBACK) if dashboard and not address else contextlib.nullcontext() as port:
         options = {"address": address} if address else _own_cluster(num_cpus, port)
-        with _connection(options, address or "local") as cluster:
+        lean = functools.partial(few_processes, dashboard=dashboard, for_tasks=for_tasks)
+        with _connection(options, address or "local", contextlib.nullcontext if address else lean) as cluster:
             yield cluster
 
 
@@ -78,12 +82,12 @@ def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
+def _connection(options: Mapping[str, Any], address: str, starting: _Surroundings) -> Iterator[Cluster]:
     import ray
 
     quiet_errors()
     with keeping_handler(signal.SIGTERM), heeding_interruptions():
-        context = _initialise(options, address)
+        context = _initialise(options, address, starting)
     try:
         resources = ray.cluster_resources()
         nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -99,12 +103,13 @@ def _connection(options: Mapping[str, Any], address: str) -> Iterator[Cluster]:
         ray.shutdown()
 
 
-def _initialise(options: Mapping[str, Any], address: str) -> Any:
+def _initialise(options: Mapping[str, Any], address: str, starting: _Surroundings) -> Any:
     """Returns Ray's context; a start of its own that fails, as on a busy machine, is tried once more.
 
     Args:
         options: Arguments of ``ray.init``.
         address: ``local``, or the cluster's.
+        starting: What Ray is started in.
 
     Raises:
         UserError: If Ray is not there then.
@@ -113,10 +118,8 @@ def _initialise(options: Mapping[str, Any], address: str) -> Any:
     import ray.exceptions
 
     for tries_left in (1, 0):
-        is_own, dashboard = address == "local", bool(options.get("include_dashboard"))
-        lean = few_processes(dashboard=dashboard) if is_own else contextlib.nullcontext()
         try:
-            with lean:
+            with starting():
                 return ray.init(**options, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
         except ray.exceptions.AuthenticationError as error:
             raise needs_token(address) from error

@@ -16,17 +16,18 @@ that it has not found it. Without a dashboard both are told that what it needs i
 then, no metrics either, and the driver, which would find out, does not import it.
 """
 PRESTART = "RAY_prestart_worker_first_driver"
-"""Variable for Ray's node: whether it starts a process for each CPU ahead, which a driver waits for. Actors, most of
-what is started here, do not take them. All processes of the cluster see it.
+"""Variable for Ray's node: whether it starts a process for each CPU ahead, which a driver waits for and actors do not
+take. All processes of the cluster see it.
 """
 
 
 @contextlib.contextmanager
-def few_processes(*, dashboard: bool) -> Iterator[None]:
+def few_processes(*, dashboard: bool = False, for_tasks: bool = False) -> Iterator[None]:
     """Leaves out what is not used of a cluster that this process starts in the block.
 
     Args:
         dashboard: Whether it has Ray's dashboard.
+        for_tasks: Whether it is for tasks, not actors.
     """
     from ray._private import utils
     from ray._private.node import Node
@@ -36,7 +37,7 @@ def few_processes(*, dashboard: bool) -> Iterator[None]:
             stack.enter_context(_replaced(Node, name, _start_nothing))
         if not dashboard:
             stack.enter_context(_replaced(utils, "get_dashboard_dependency_error", _find_missing))
-        if PRESTART not in os.environ:
+        if not for_tasks and PRESTART not in os.environ:
             os.environ[PRESTART] = "0"
             stack.callback(os.environ.pop, PRESTART, None)
         yield

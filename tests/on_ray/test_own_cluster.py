@@ -20,8 +20,8 @@ import contextlib
 import ray
 from harma_ray.on_ray import cluster
 if {plainly}:
-    cluster.few_processes = lambda dashboard: contextlib.nullcontext()
-with cluster.ray_cluster(num_cpus=2):
+    cluster.few_processes = lambda **wishes: contextlib.nullcontext()
+with cluster.ray_cluster(num_cpus=2, for_tasks={for_tasks}):
     print(ray._private.worker._global_node.get_logs_dir_path(), flush=True)
     input()
     assert ray.get(ray.remote(lambda: 4).remote()) == 4
@@ -58,10 +58,10 @@ def come_to_rest(logs):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("plainly", [False, True])
-def test_what_nobody_uses_is_not_started_and_nobody_looks_for_it(plainly):
+@pytest.mark.parametrize(("plainly", "for_tasks"), [(False, False), (False, True), (True, False)])
+def test_what_nobody_uses_is_not_started_and_nobody_looks_for_it(plainly, for_tasks):
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE.format(plainly=plainly)],
+        [sys.executable, "-c", CODE.format(plainly=plainly, for_tasks=for_tasks)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     logs = Path(process.stdout.readline().strip())
@@ -75,7 +75,7 @@ def test_what_nobody_uses_is_not_started_and_nobody_looks_for_it(plainly):
     assert process.returncode == 0
     there = {name for name, part in STARTED.items() if any(part in line for line in lines)}
     assert there == (set(STARTED) if plainly else set())
-    assert len(ahead) == (2 if plainly else 0), ahead
+    assert len(ahead) == (2 if plainly or for_tasks else 0), ahead
     assert any("--minimal" in line for line in lines) is not plainly, lines
 
 
@@ -84,10 +84,10 @@ def test_ray_has_its_ways_back():
         return [*(getattr(Node, name) for name in STARTED), utils.get_dashboard_dependency_error, dict(os.environ)]
 
     before = ways()
-    with pytest.raises(KeyboardInterrupt), few_processes(dashboard=False):
+    with pytest.raises(KeyboardInterrupt), few_processes():
         raise KeyboardInterrupt
     assert ways() == before
-    with few_processes(dashboard=False):
+    with few_processes():
         assert utils.get_dashboard_dependency_error() is not None
     with few_processes(dashboard=True):
         assert utils.get_dashboard_dependency_error() is None
