@@ -93,7 +93,7 @@ def seconds_of(run) -> float:
 def measure_conversion(sizes: list[int], side: int) -> list[list[float]]:
     """Returns files, seconds of the conversion, of the plain loop, and the peak memory of the former in MiB."""
     rows, settings = [], WriteSettings(map_tasks=map_with_ray)
-    with tempfile.TemporaryDirectory() as name, ray_cluster():
+    with tempfile.TemporaryDirectory() as name, ray_cluster(for_tasks=True):
         draw_files(Path(name, "first"), 200, side)
         convert_folder(Path(name, "first"), Path(name, "warm"), settings=settings)  # its tasks' processes stay
         for size in sizes:

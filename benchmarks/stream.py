@@ -171,7 +171,8 @@ def main() -> None:
         split = open_split(sources.shards, "train")
         order = training_order(split, seed=0, global_batch_size=BATCH, shuffle_window_mb=256)
         size, chunk = order.index.binary_bytes / 2**20, DataConfig().chunk_mb
-        print(f"an epoch: {len(order.index):,} samples, {size:.0f} MiB, in chunks of {chunk:g} MiB")
+        what = f"{order.num_samples:,} samples of {len(order.index):,} images"
+        print(f"an epoch: {what}, {size:.0f} MiB, in chunks of {chunk:g} MiB")
         if "ray" in names and size <= chunk:
             parser.error("the stream would read one chunk by itself, without Ray Data; draw more with --images")
         bench = Bench(order, transform, sources, options.cores)

@@ -26,23 +26,29 @@ def defer_compiler() -> None:
 
     For processes of this package, as it lasts: whoever imports the package gets `deferred_compiler`.
     """
-    if _NAME in sys.modules:
-        return
-    sys.modules.update(_STAND_INS)
-    if _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
+    _FINDER.lasts = True
+    _install()
 
 
 @contextlib.contextmanager
 def deferred_compiler() -> Iterator[None]:
     """Puts the import off during the block; what was asked for in it keeps on answering."""
-    is_own = _NAME not in sys.modules
-    defer_compiler()
+    is_own = _install()
     try:
         yield
     finally:
-        if is_own:
+        if is_own and not _FINDER.lasts:
             _withdraw()
+
+
+def _install() -> bool:
+    """Puts the stand-ins in place and returns True; False: there is something already."""
+    if _NAME in sys.modules:
+        return False
+    sys.modules.update(_STAND_INS)
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, _FINDER)
+    return True
 
 
 class _Deferred(ModuleType):
@@ -58,10 +64,11 @@ class _Deferred(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "__spec__":
-            package = find_spec("torch")
-            found = PathFinder.find_spec(_NAME, package.submodule_search_locations if package else None)
-            self.__spec__ = found if self.__name__ == _NAME else None
-            return self.__spec__
+            spec = find_spec("torch")
+            for full in (_NAME, _UTILS)[: 1 + (self.__name__ == _UTILS)]:
+                spec = PathFinder.find_spec(full, spec.submodule_search_locations) if spec else None
+            self.__spec__ = spec
+            return spec
         if name.startswith("__") and name != "__all__":  # asked of all modules, by what looks through them
             raise AttributeError(name)
         return getattr(_import_real(self.__name__), name)
@@ -70,11 +77,14 @@ class _Deferred(ModuleType):
 class _Finder(MetaPathFinder):
     """Finds the compiler's own modules while it is deferred, by importing it."""
 
+    lasts = False
+    """Whether the compiler is deferred beyond the block of `deferred_compiler`."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Returns a module that is imported already, which Python would load twice otherwise; None for all others."""
-        if not fullname.startswith(f"{_NAME}.") or not isinstance(sys.modules.get(_NAME), _Deferred):
+        if path is not _compiler.__path__:
             return None
         return spec_from_loader(fullname, _Loaded(_import_real(fullname)))
 
@@ -95,7 +105,7 @@ class _Loaded(Loader):
 _FINDER = _Finder()
 """Stays among Python's finders: another thread, at a later one of the list, would miss one if it were taken out."""
 _disabled: list[FunctionType] = []
-"""Functions that torch has told to be left alone, and which remember what they were given in return."""
+"""Functions that are not to be compiled; torch keeps with each what `_disable` has returned for it."""
 
 
 def _import_real(name: str) -> ModuleType:
@@ -103,17 +113,18 @@ def _import_real(name: str) -> ModuleType:
     _withdraw()
     importlib.import_module(_NAME)
     for module in _STAND_INS.values():  # somebody may hold them
-        for answer in [own for own in vars(module) if not own.startswith("__")]:
+        for answer in [own for own in [*vars(module)] if not own.startswith("__")]:
             vars(module).pop(answer, None)
-    while _disabled:
-        vars(_disabled.pop()).pop("__dynamo_disable", None)  # torch asks the real one at the next call
+    for function in [*_disabled]:
+        vars(function).pop("__dynamo_disable", None)  # torch asks the real one at the next call
+    _disabled.clear()
     return importlib.import_module(name)
 
 
 def _withdraw() -> None:
     for name, module in _STAND_INS.items():
         if sys.modules.get(name) is module:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 
 def _is_imported() -> bool:
@@ -130,7 +141,7 @@ def _disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
     """Returns a function that is not compiled: as it is, until there is a compiler to be asked."""
     if fn is None:
         return functools.partial(_disable, recursive=recursive, **options)
-    if not isinstance(fn, FunctionType):
+    if _is_imported() or not isinstance(fn, FunctionType):
         return _import_real(_NAME).disable(fn, recursive, **options)
     _disabled.append(fn)
     wrapped: list[Callable[..., Any]] = []
@@ -146,7 +157,7 @@ def _disable(fn: Any = None, recursive: bool = True, **options: Any) -> Any:
 
 def _get_optimize_ddp_mode() -> str:
     """Returns the compiler's default; nobody has set another one without importing it."""
-    return "ddp_optimizer"
+    return _import_real(_UTILS).get_optimize_ddp_mode() if _is_imported() else "ddp_optimizer"
 
 
 def _is_compile_supported(device_type: Any) -> bool:

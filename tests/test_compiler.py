@@ -62,14 +62,14 @@ def test_what_compiles_has_it_whole():
         "from torch._dynamo.utils import counters; name = 'torch._dynamo'; found = __import__('torch')._dynamo",
         "import torch; found = torch._dynamo.exc; name = 'torch._dynamo.exc'",
         "import torch._dynamo; torch._dynamo.reset(); name = 'torch._dynamo'; found = torch._dynamo",
-        "from torch._dynamo import *; name = 'torch._dynamo.optimize'; found = sys.modules['torch._dynamo']; explain",
+        "from torch._dynamo import *; name = 'torch._dynamo'; found = sys.modules[name]; explain",
     ],
 )
 def test_it_is_imported_once_however_it_is_asked_for(ask):
     run(
         f"defer_compiler()\n{ask}\n"
         "import torch\n"
-        "assert found is sys.modules.get(name, found)\n"
+        "assert found is sys.modules[name]\n"
         "assert found.__spec__.origin == found.__file__\n"
         "import torch._dynamo.eval_frame\n"
         "assert torch._dynamo.eval_frame is sys.modules['torch._dynamo.eval_frame']\n" + NOTHING_LEFT
@@ -82,7 +82,8 @@ def test_it_can_be_looked_for_without_being_imported():
         "defer_compiler()\n"
         "assert importlib.util.find_spec('torch._dynamo').origin.endswith('_dynamo/__init__.py')\n"
         "assert importlib.util.find_spec('json').name == 'json'\n"
-        "inspect.getmodule(run := lambda: 1)\n"
+        "assert importlib.util.find_spec('torch._dynamo.utils').origin.endswith('_dynamo/utils.py')\n"
+        "inspect.getmodule(compile('', inspect.__file__, 'exec'))\n"
         "assert not is_there()\n"
     )
 
@@ -116,11 +117,32 @@ def count(graph, inputs):
 @torch.compile(backend=count)
 def whole(x):
     return told(2 * x)
-whole(torch.ones(1))
+value = whole(torch.ones(1))
 assert len(seen) == {graphs}, len(seen)
+if "is_compiling" in {told!r}:
+    assert value == 2, value
 """
         + NOTHING_LEFT
     )
+
+
+def test_what_torch_keeps_of_the_stand_in_goes_when_the_compiler_comes():
+    run(
+        "defer_compiler()\n"
+        "import torch\n"
+        "optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])\n"
+        "optimizer.zero_grad()\n"
+        "method = torch.optim.Optimizer.zero_grad.__wrapped__\n"
+        "kept = vars(method)['__dynamo_disable']\n"
+        "assert kept.__code__.co_filename.endswith('compiler.py')\n"
+        "torch._dynamo.reset()\n"
+        "optimizer.zero_grad()\n"
+        "assert vars(method)['__dynamo_disable'] is not kept\n" + NOTHING_LEFT
+    )
+
+
+def test_a_lasting_deferral_outlives_a_block_that_it_happens_in():
+    run("with deferred_compiler():\n    defer_compiler()\nimport torch._dynamo\nassert not is_there()\n")
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -27,7 +27,7 @@ def _without(name: str) -> Iterator[None]:
         yield
     finally:
         if not is_there:
-            del modules[name]
+            modules.pop(name, None)
 
 
 with deferred_compiler(), _without("wandb"), _without("transformers"), _without("timm"):
@@ -37,21 +37,31 @@ with deferred_compiler(), _without("wandb"), _without("transformers"), _without(
 
 
 def _import_timm_later(tower: Any) -> None:
-    """Has the class of timm's image towers import timm when the first is made."""
-    with_timm = tower.__init__
+    """Has the class of timm's image towers import timm when the first is made or unpickled."""
+    with_timm, restore = tower.__init__, tower.__setstate__
 
-    @functools.wraps(with_timm)
-    def make_first(*arguments: Any, **options: Any) -> None:
+    def import_now() -> None:
         with deferred_compiler(), _without("wandb"):
             import timm
         names = {name: name for name in ("RotAttentionPool2d", "Mlp", "to_2tuple")}
         names |= {"AbsAttentionPool2d": "AttentionPool2d"}
         found = {name: getattr(timm.layers, theirs) for name, theirs in names.items()}
         vars(sys.modules[tower.__module__]).update(found, timm=timm)
-        tower.__init__ = with_timm
+        if tower.__init__ is make_first:
+            tower.__init__ = with_timm
+        if vars(tower).get("__setstate__") is restore_first:
+            del tower.__setstate__
+
+    @functools.wraps(with_timm)
+    def make_first(*arguments: Any, **options: Any) -> None:
+        import_now()
         with_timm(*arguments, **options)
 
-    tower.__init__ = make_first
+    def restore_first(self: Any, state: Any) -> None:
+        import_now()
+        restore(self, state)
+
+    tower.__init__, tower.__setstate__ = make_first, restore_first
 
 
 if open_clip.timm_model.timm is None:
