@@ -24,9 +24,10 @@ from stream_rivals import MosaicPairs, Shards, Sources, jpeg_files, tar_files, w
 from torch.utils.data import DataLoader
 
 from harma_ray.config import DataConfig
+from harma_ray.data.decoding import DecodeRows
 from harma_ray.data.order import TrainingOrder, read_samples, training_order
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import DecodeRows, TrainingStream, Worker
+from harma_ray.data.stream import TrainingStream, Worker
 from harma_ray.data.transforms import PUBLISHED
 from harma_ray.on_ray.cluster import ray_cluster
 from harma_ray.recipes.harma.task import PairTransform
@@ -71,8 +72,12 @@ class Bench:
         return self.order.steps_per_epoch - 3 * LEFT_OUT
 
     def ray(self) -> Rates:
-        """The training stream as a worker has it: by tasks, if there is more data than a chunk."""
+        """The training stream as a worker on CPUs has it: read by tasks, decoded in threads."""
         return self._stream(DataConfig())
+
+    def tasks(self) -> Rates:
+        """The training stream as a worker on a GPU has it: tasks decode, too."""
+        return self._stream(DataConfig(decode="tasks", task_cpus=1))
 
     def small(self) -> Rates:
         """The training stream of a split that fits one chunk: read by the worker."""
@@ -142,6 +147,7 @@ def _decode(transform: PairTransform, table: Any, ready: Any) -> None:
 
 LABELS: dict[str, str] = {
     "ray": "Ray Data stream",
+    "tasks": "Ray Data stream, tasks decode",
     "small": "stream of one chunk",
     "loader": "torch DataLoader, shards",
     "files": "torch DataLoader, JPEG files",
@@ -173,7 +179,7 @@ def main() -> None:
         size, chunk = order.index.binary_bytes / 2**20, DataConfig().chunk_mb
         what = f"{order.num_samples:,} samples of {len(order.index):,} images"
         print(f"an epoch: {what}, {size:.0f} MiB, in chunks of {chunk:g} MiB")
-        if "ray" in names and size <= chunk:
+        if {"ray", "tasks"} & set(names) and size <= chunk:
             parser.error("the stream would read one chunk by itself, without Ray Data; draw more with --images")
         bench = Bench(order, transform, sources, options.cores)
         rates: dict[str, list[Rates]] = {name: [] for name in names}

@@ -19,9 +19,9 @@ from torchvision.transforms.v2 import functional as F
 
 from harma_ray.config import DataConfig
 from harma_ray.data.convert.commands import convert_harma, convert_scenes
+from harma_ray.data.decoding import DecodeRows
 from harma_ray.data.order import TrainingOrder, chunk_samples, iterate_slices, read_samples
 from harma_ray.data.splits import open_split
-from harma_ray.data.stream import DecodeRows
 from harma_ray.models.architectures import pixel_statistics
 from harma_ray.recipes.harma.task import PairTransform
 

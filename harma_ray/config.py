@@ -91,7 +91,7 @@ class DataConfig:
     decode_threads: Annotated[Count, Incidental()] = 0
     """Threads that decode in a worker, at most 4 beside tasks; 0 = the CPUs of the worker's share of its node."""
     prefetch_batches: Annotated[PositiveCount, Incidental()] = 2
-    """Batches prepared ahead."""
+    """Batches prepared ahead; where tasks decode, as many more as keep their CPUs busy and do not exceed 512 MiB."""
     task_cpus: Annotated[Positive, Incidental()] = 0.5
     """CPUs that Ray reserves for one data task."""
     max_pixels: Annotated[Count, Incidental()] = 0

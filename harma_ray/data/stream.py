@@ -5,10 +5,9 @@ The loader is a parameter: `harma_ray.on_ray.stream.ray_batches` reads with Ray 
 an epoch after the first starts at once. Batches are checked against the order.
 """
 
+import contextlib
 import functools
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harma_ray.config import DataConfig
+from harma_ray.data.decoding import DecodeInThreads, Decoder, DecodeRows, decoded
 from harma_ray.data.order import (
     Chunk,
     IndexedSplit,
@@ -28,9 +28,8 @@ from harma_ray.data.order import (
     iterate_slices,
     worker_rows,
 )
-from harma_ray.data.samples import Array, Batch, RowTransform
+from harma_ray.data.samples import Batch, RowTransform
 from harma_ray.data.splits import Split, index_rows
-from harma_ray.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,60 +44,32 @@ class Worker:
     """Threads that decode in this process."""
 
 
-class DecodeRows:
-    """Applies a row transform to a table of rows; augmentation is seeded by (seed, epoch, row, caption) alone."""
-
-    def __init__(self, transform: RowTransform, seed: int, num_threads: int = 1):
-        """Prepares the transform.
-
-        Args:
-            transform: Turns one row into arrays.
-            seed: The run's seed.
-            num_threads: Rows decoded at a time.
-        """
-        self.transform, self.seed, self.num_threads = transform, seed, num_threads
-
-    def __call__(self, table: pa.Table) -> dict[str, Array]:
-        """Returns a batch: the transform's, and ``row`` and ``caption``.
-
-        Raises:
-            UserError: Naming the first row that cannot be used.
-        """
-        batch = self.transform.collate(self.samples(table))
-        return {**batch, **{name: np.array(table[name].to_numpy()) for name in ("row", "caption")}}
-
-    def with_threads(self, num_threads: int) -> "DecodeRows":
-        """Returns the same with another number of threads."""
-        return DecodeRows(self.transform, self.seed, num_threads)
-
-    def samples(self, table: pa.Table) -> list[dict[str, Any]]:
-        """Returns what the transform makes of each row; errors as above."""
-        rows = table.to_pylist()
-        if self.num_threads == 1 or len(rows) < 2:
-            return [self._sample(row) for row in rows]
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            return list(pool.map(self._sample, rows))
-
-    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, row["epoch"], row["row"], row["caption"]])
-        try:
-            return self.transform(row, rng)
-        except UserError as error:
-            raise UserError(f"row {row['row']} ({row['source']}): {error}") from error
-
-
 @dataclass(frozen=True)
 class Batches:
     """How a loader turns rows into batches."""
 
     batch_size: int
     decode: DecodeRows
+    num_threads: int
+    """Threads that decode, if tasks do not."""
     device: str
     config: DataConfig
 
-    def collate(self, table: pa.Table) -> Batch:
-        """Decodes rows into tensors on CPU, in memory from which they can be sent."""
-        return {name: self._sendable(torch.as_tensor(array)) for name, array in self.decode(table).items()}
+    def in_threads(self) -> DecodeInThreads:
+        """Returns what decodes in threads of this process, as many batches ahead as the settings say."""
+        return DecodeInThreads(self.decode, self.num_threads, self.config.prefetch_batches)
+
+    def decoded(self, tables: Iterable[pa.Table], decoder: Decoder[Any]) -> Generator[Batch, None, None]:
+        """Yields the batches of tables of so many rows, on the device, prepared ahead of their use; see `decoded`."""
+        arrays = decoded(tables, self.collate, decoder, self.config.prefetch_batches)
+        with contextlib.closing(arrays) as ready:
+            for batch in ready:
+                yield self.send(batch)
+
+    def collate(self, table: pa.Table, samples: list[dict[str, Any]]) -> Batch:
+        """Puts samples together to tensors on CPU, in memory from which they can be sent."""
+        arrays = self.decode.collate(table, samples)
+        return {name: self._sendable(torch.as_tensor(array)) for name, array in arrays.items()}
 
     def send(self, batch: Batch) -> Batch:
         """Returns a batch on the device, but for `RowTransform.on_cpu`; nobody waits for the device."""
@@ -118,29 +89,28 @@ Loader = Callable[[IndexedSplit, Sequence[Chunk], Batches], Iterator[Batch]]
 
 def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
     """Yields batches whose rows follow the chunks' order, read and decoded in this process as they are asked for."""
+    with how.in_threads() as decoder:
+        for table in _tables(source, chunks, how.batch_size):
+            yield how.send(how.collate(table, decoder.finish(decoder.begin(table))))
+
+
+def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Generator[Batch, None, None]:
+    """Yields the batches of `local_batches`, prepared ahead of their use."""
+    return how.decoded(_tables(source, chunks, how.batch_size), how.in_threads())
+
+
+def _tables(source: IndexedSplit, chunks: Sequence[Chunk], batch_size: int) -> Iterator[pa.Table]:
+    """Reads chunks one after the other; yields the rows of each batch."""
     rest: pa.Table | None = None
     for chunk in chunks:
         table = chunk.read(source)
         table = table if rest is None else pa.concat_tables([rest, table])
-        full = len(table) - len(table) % how.batch_size
-        for part in iterate_slices(full, how.batch_size):
-            yield how.send(how.collate(table.slice(part.start, how.batch_size)))
+        full = len(table) - len(table) % batch_size
+        for part in iterate_slices(full, batch_size):
+            yield table.slice(part.start, batch_size)
         rest = table.slice(full)
     if rest is not None and len(rest):
-        yield how.send(how.collate(rest))
-
-
-def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Generator[Batch, None, None]:
-    """Yields the batches of `local_batches`, prepared in a thread ahead of their use."""
-    batches = local_batches(source, chunks, how)
-    pool = ThreadPoolExecutor(1)
-    try:
-        waiting = deque(pool.submit(next, batches, None) for _ in range(how.config.prefetch_batches))
-        while (batch := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(next, batches, None))
-            yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
+        yield rest
 
 
 class TrainingStream:
@@ -159,7 +129,7 @@ class TrainingStream:
             loader: Makes batches of rows.
         """
         self.order, self._config, self._worker, self._loader = order, config, worker, loader
-        self._decode = DecodeRows(transform, order.seed, worker.decode_threads)
+        self._decode = DecodeRows(transform, order.seed)
 
     def steps(self, start_step: int, num_epochs: int, num_parts: int = 1) -> Generator[Batch, None, None]:
         """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end.
@@ -183,7 +153,7 @@ class TrainingStream:
             return
         expected, expected_epoch = np.empty(0), -1
         size = share // num_parts
-        how = Batches(size, self._decode, worker.device, self._config)
+        how = Batches(size, self._decode, worker.decode_threads, worker.device, self._config)
         for number, batch in enumerate(self._loader(self.order, chunks, how), start_step * num_parts):
             step, part = divmod(number, num_parts)
             epoch = step // per_epoch
@@ -227,9 +197,8 @@ class EvaluationStream:
         size = chunk_samples(self._source.index, self._config.chunk_mb)
         size -= size % batch_size if size > batch_size else 0
         chunks = [RowsChunk(self.rows[part]) for part in iterate_slices(len(self.rows), size)]
-        how = Batches(
-            batch_size, DecodeRows(transform, 0, self._worker.decode_threads), self._worker.device, self._config
-        )
+        worker = self._worker
+        how = Batches(batch_size, DecodeRows(transform, 0), worker.decode_threads, worker.device, self._config)
         done = 0
         for batch in self._loader(self._source, chunks, how):
             rows = self.rows[done : done + len(batch["row"])]

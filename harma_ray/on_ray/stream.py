@@ -18,7 +18,6 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data.block import BlockMetadata
-from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
 from harma_ray.data.order import Chunk, IndexedSplit
@@ -27,10 +26,6 @@ from harma_ray.on_ray.quirks import Pause, quiet_data
 
 if TYPE_CHECKING:
     from harma_ray.data.stream import Batches
-
-BATCHES_AT_ONCE = 4
-"""Batches that Ray Data collates at once, each in a thread of its own, if as many are prefetched (Ray 2.60). Threads
-inside a batch on top of these would only wait for each other."""
 
 THREADS_BESIDE_TASKS = 4
 """Threads that decode the first chunk at most, where tasks decode the others: more keep a GPU's training waiting."""
@@ -56,18 +51,16 @@ def ray_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> 
         how: Batch size, decoding and device.
     """
     from harma_ray.data.stream import prefetched_batches  # torch, which this process has
-    from harma_ray.on_ray.decoding import DecodeInTasks
 
-    config, here, there = how.config, how, how
+    config, here = how.config, how
     in_tasks = config.decodes_in_tasks(on_gpu=how.device != "cpu")
     if len(chunks) == 1 or (source.index.binary_bytes <= config.chunk_mb * 2**20 and not in_tasks):
         yield from prefetched_batches(source, chunks, how)
         return
     if in_tasks:
-        here = replace(how, decode=how.decode.with_threads(min(how.decode.num_threads, THREADS_BESIDE_TASKS)))
-        there = replace(how, decode=DecodeInTasks(how.decode, config.task_cpus))
+        here = replace(how, num_threads=min(how.num_threads, THREADS_BESIDE_TASKS))
     own = 0 if chunks[0].num_rows % how.batch_size else 1  # no batch may lie in two
-    first, others = prefetched_batches(source, chunks[:own], here), _read_by_tasks(source, chunks[own:], there)
+    first, others = prefetched_batches(source, chunks[:own], here), _read_by_tasks(source, chunks[own:], how, in_tasks)
     with _begun(others) as begun:
         yield from first
         ready = begun.result()
@@ -109,8 +102,10 @@ def _begun(batches: Generator[Any, None, None]) -> Iterator[Future[list[Any]]]:
 
 
 def _read_by_tasks(
-    source: IndexedSplit, chunks: Sequence[Chunk], how: Batches
+    source: IndexedSplit, chunks: Sequence[Chunk], how: Batches, in_tasks: bool
 ) -> Generator[dict[str, Any], None, None]:
+    from harma_ray.on_ray.decoding import DecodeInTasks
+
     quiet_data()
     context, config = ray.data.DataContext.get_current(), how.config
     context.enable_progress_bars = False
@@ -125,17 +120,12 @@ def _read_by_tasks(
     dataset = ray.data.read_datasource(
         _ChunkSource(ray.put(source), chunks), override_num_blocks=len(chunks), num_cpus=config.task_cpus
     )
-    at_once = min(BATCHES_AT_ONCE, config.prefetch_batches)
-    decode = how.decode.with_threads(-(-how.decode.num_threads // at_once))
-    batches = dataset.iter_torch_batches(
-        batch_size=how.batch_size,
-        prefetch_batches=config.prefetch_batches,
-        device="cpu",
-        collate_fn=_Collate(replace(how, decode=decode)),
+    tables = dataset.iter_batches(
+        batch_size=how.batch_size, batch_format="pyarrow", prefetch_batches=config.prefetch_batches
     )
-    with closing_batches(batches) as ready:
-        for batch in ready:
-            yield how.send(batch)
+    decoder = DecodeInTasks(how.decode, config.task_cpus, config.prefetch_batches) if in_tasks else how.in_threads()
+    with closing_batches(tables) as ready, contextlib.closing(how.decoded(ready, decoder)) as batches:
+        yield from batches
 
 
 class _ChunkSource(Datasource):
@@ -168,12 +158,3 @@ def _read_chunk(source: ray.ObjectRef, chunk: Chunk) -> Iterator[pa.Table]:
 @functools.lru_cache(maxsize=4)
 def _fetch(reference: ray.ObjectRef) -> IndexedSplit:
     return ray.get(reference)
-
-
-class _Collate(ArrowBatchCollateFn):
-    def __init__(self, how: Batches):
-        super().__init__()
-        self._how = how
-
-    def __call__(self, batch: pa.Table) -> dict[str, Any]:
-        return self._how.collate(batch)

@@ -1,5 +1,6 @@
 """Samples that tasks decode are those that threads of the worker decode, wherever it runs and whatever happens."""
 
+import gc
 import os
 import signal
 import sys
@@ -16,8 +17,8 @@ from ray import cloudpickle
 from toy_language import WholeCaption
 
 from harma_ray.config import DataConfig
+from harma_ray.data.decoding import DecodeInThreads, DecodeRows, decoded
 from harma_ray.data.samples import RowTransform
-from harma_ray.data.stream import DecodeRows
 from harma_ray.errors import UserError
 
 pytestmark = [
@@ -55,20 +56,6 @@ class Refusing(Noise):
         raise UserError("has no letters")
 
 
-class FirstRefused(Noise):
-    """Refuses the first row; the others take a while and leave a mark."""
-
-    def __init__(self, marks):
-        self.marks = marks
-
-    def __call__(self, row, rng):
-        if not row["row"]:
-            raise UserError("has no letters")
-        time.sleep(0.1)
-        Path(self.marks, str(row["row"])).touch()
-        return super().__call__(row, rng)
-
-
 def rows(count=150):
     numbers = np.arange(count)
     return pa.table({
@@ -81,37 +68,74 @@ def rows(count=150):
 def in_tasks(transform):
     from harma_ray.on_ray.decoding import DecodeInTasks
 
-    return DecodeInTasks(DecodeRows(transform, seed=5), task_cpus=0.5)
+    return DecodeInTasks(DecodeRows(transform, seed=5), task_cpus=0.5, num_tables=2)
+
+
+def batches(transform, *tables, decoder=in_tasks):
+    return list(decoded(tables, DecodeRows(transform, seed=5).collate, decoder(transform), ahead=2))
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # torch's, of arrays that must not be written to
 @pytest.mark.parametrize("transform", [Noise(), WholeCaption()], ids=["stacked", "end to end"])
 @pytest.mark.parametrize("count", [1, 7, 150])
-def test_tasks_make_the_batch_that_threads_make(transform, count):
-    expected = DecodeRows(transform, seed=5, num_threads=3)(rows(count))
-    found = in_tasks(transform)(rows(count))
-    assert found.keys() == expected.keys()
-    for name, values in expected.items():
-        assert torch.equal(torch.as_tensor(found[name]), torch.as_tensor(values))
+def test_tasks_and_threads_make_the_batches_that_are_made_one_by_one(transform, count):
+    tables = [rows(count).slice(start, 50) for start in range(0, count, 50)] * 4
+    expected = [DecodeRows(transform, seed=5)(table) for table in tables]
+    for decoder in (in_tasks, lambda transform: DecodeInThreads(DecodeRows(transform, seed=5), 3, 2)):
+        for left, right in zip(expected, batches(transform, *tables, decoder=decoder), strict=True):
+            assert left.keys() == right.keys()
+            assert all(torch.equal(torch.as_tensor(left[name]), torch.as_tensor(right[name])) for name in left)
 
 
 def test_a_task_whose_process_dies_is_done_again(tmp_path):
-    found = in_tasks(OnceDead(str(tmp_path / "died")))(rows())
+    (found,) = batches(OnceDead(str(tmp_path / "died")), rows())
     assert (tmp_path / "died").exists()
     np.testing.assert_array_equal(found["image"], DecodeRows(Noise(), seed=5)(rows())["image"])
 
 
-def test_a_row_that_cannot_be_used_is_told_as_the_mistake_that_it_is():
-    with pytest.raises(UserError, match=r"^row \d+ \(\d+\.png\): has no letters$"):
-        in_tasks(Refusing())(rows())
+def test_the_first_row_that_cannot_be_used_is_told_and_of_the_others_nothing(capfd):
+    with pytest.raises(UserError, match=r"^row 0 \(0\.png\): has no letters$"):
+        batches(Refusing(), *[rows()] * 5)
+    time.sleep(1)  # others end meanwhile, with the same mistake
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
 
 
-def test_nobody_decodes_the_rest_of_a_batch_with_a_row_that_cannot_be_used(tmp_path):
-    decode = in_tasks(FirstRefused(str(tmp_path)))
-    with pytest.raises(UserError, match="has no letters"):
-        decode(rows())
-    time.sleep(6)  # all of them take four
-    assert len(list(tmp_path.iterdir())) < 100
+def test_no_task_is_begun_for_a_stream_that_has_been_closed():
+    tables = (rows(1300).slice(64 * part, 64) for part in range(20))
+    stream = decoded(tables, DecodeRows(Noise(), seed=5).collate, in_tasks(Noise()), ahead=1)
+    next(stream)
+    stream.close()
+    assert len(list(tables)) > 10
+
+
+def test_small_batches_keep_all_cpus_busy_as_far_as_memory_goes(ray_cluster, monkeypatch):
+    from harma_ray.on_ray import decoding
+
+    def ahead(table):
+        with in_tasks(Noise()) as decoder:
+            before = decoder.ahead()
+            decoder.finish(decoder.begin(table))
+            return before, decoder.ahead()
+
+    busy = 3 * ray_cluster.cpus  # tasks of half a CPU, and half as many again
+    assert ahead(rows(4)) == (2, busy)
+    assert ahead(rows(65)) == (2, -(-busy // 2))  # of two tasks each
+    size = 3 * 5 * 8 + 4 * 8 + 8
+    monkeypatch.setattr(decoding, "MOST_BYTES", 3 * 4 * size + 1)
+    assert ahead(rows(4)) == (2, 3)
+    monkeypatch.setattr(decoding, "MOST_BYTES", 1)
+    assert ahead(rows(4)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "task_cpus", "tasks"),
+    [(2, 0, 0.5, 6), (16, 1, 0.5, 48), (16, 1, 1, 24), (64, 8, 0.5, 24), (2000, 0, 0.5, 64), (1, 0, 4, 1)],
+)
+def test_a_worker_has_as_many_tasks_begun_as_its_share_of_the_cluster_runs(cpus, gpus, task_cpus, tasks):
+    from harma_ray.on_ray.decoding import tasks_ahead
+
+    assert tasks_ahead({"CPU": cpus, "GPU": gpus, "memory": 1e9}, task_cpus) == tasks
 
 
 def test_a_worker_that_holds_all_cpus_of_its_place_is_not_waited_for():
@@ -126,7 +150,7 @@ def test_a_worker_that_holds_all_cpus_of_its_place_is_not_waited_for():
     @ray.remote(num_cpus=1, scheduling_strategy=strategy)
     class Trial:
         def batch(self):
-            return in_tasks(Noise())(rows())["image"]
+            return batches(Noise(), rows())[0]["image"]
 
     try:
         found = ray.get(Trial.remote().batch.remote(), timeout=60)

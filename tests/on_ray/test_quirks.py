@@ -311,12 +311,6 @@ def test_a_data_set_that_ends_does_not_wait_for_the_threads_of_another():
         gate.set()
 
 
-def test_a_stream_has_as_many_threads_that_collate_as_ray_data_starts():
-    from ray.data._internal.block_batching import iter_batches
-
-    assert iter_batches.DEFAULT_FORMAT_THREADPOOL_NUM_WORKERS == stream.BATCHES_AT_ONCE
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_only_a_deprecated_argument_says_that_actors_are_not_started_again():
     from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
