@@ -5,11 +5,13 @@ begins batches ahead of their use, so that all that decodes has work while one b
 """
 
 import contextlib
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,9 @@ import pyarrow as pa
 from harma_ray.data.order import iterate_slices
 from harma_ray.data.samples import Array, RowTransform
 from harma_ray.errors import UserError
+
+CLOSING_SECONDS = 10
+"""How long the end of a stream waits for what it is being read from. If that comes later, it is closed then."""
 
 T = TypeVar("T")
 Handle = TypeVar("Handle")
@@ -60,19 +65,11 @@ class DecodeRows:
 
 
 class Decoder(ABC, Generic[Handle]):
-    """Decodes several tables at a time; a context, whose end gives up what has been begun and not been waited for."""
-
-    def __enter__(self) -> Self:
-        """Returns the decoder."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Closes it."""
-        self.close()
+    """Decodes several tables at a time."""
 
     @abstractmethod
     def begin(self, table: pa.Table) -> Handle:
-        """Begins to decode a table, without waiting; any thread may do so."""
+        """Begins to decode a table of at least one row, without waiting; any thread may do so."""
 
     @abstractmethod
     def finish(self, handle: Handle) -> list[dict[str, Any]]:
@@ -84,25 +81,24 @@ class Decoder(ABC, Generic[Handle]):
 
     @abstractmethod
     def ahead(self) -> int:
-        """Returns how many tables should have been begun before the first of them is waited for."""
+        """Returns how many tables should have been begun beside that which is waited for."""
 
     @abstractmethod
     def close(self) -> None:
-        """Gives up what has been begun; who waits for it gets an error, and nothing can be begun any more."""
+        """Gives up what has been begun: who waits for it, or begins something, gets an error before long."""
 
 
 class DecodeInThreads(Decoder[list[Future[list[dict[str, Any]]]]]):
     """Decodes in threads of this process."""
 
-    def __init__(self, decode: DecodeRows, num_threads: int, num_tables: int):
+    def __init__(self, decode: DecodeRows, num_threads: int):
         """Starts no thread yet.
 
         Args:
             decode: What they apply.
             num_threads: Threads.
-            num_tables: See `Decoder.ahead`.
         """
-        self._decode, self._num_threads, self._num_tables = decode, num_threads, num_tables
+        self._decode, self._num_threads = decode, num_threads
         self._pool = ThreadPoolExecutor(num_threads)
 
     def begin(self, table: pa.Table) -> list[Future[list[dict[str, Any]]]]:
@@ -120,16 +116,87 @@ class DecodeInThreads(Decoder[list[Future[list[dict[str, Any]]]]]):
             raise
 
     def ahead(self) -> int:
-        """Returns the number that it was made with."""
-        return self._num_tables
+        """Returns 1: the threads have work while a table is put together."""
+        return 1
 
     def close(self) -> None:
-        """Waits for the rows that are being decoded."""
+        """Waits for the parts that are being decoded."""
         self._pool.shutdown(cancel_futures=True)
 
 
+class Ahead(Iterator[T]):
+    """The values of a generator, which a thread runs ahead of their use.
+
+    The thread runs it and closes it, for nobody else can while it waits for a value. The process ends without it.
+    """
+
+    def __init__(self, values: Generator[T, None, None], ahead: Callable[[], int]):
+        """Starts the thread.
+
+        Args:
+            values: The generator.
+            ahead: How many values may lie ready, asked again before each; at least 1.
+        """
+        self._values, self._allowed = values, ahead
+        self._ready: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = self._is_done = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        """Waits for the next value; ends after the last, and if somebody closes this.
+
+        Raises:
+            BaseException: What the generator has raised.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._is_done or self._is_closed)
+            if self._ready and not self._is_closed:
+                self._changed.notify_all()
+                return self._ready.popleft()
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Has the thread end as soon as it gets out of the generator; does not wait for it."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def join(self, seconds: float) -> None:
+        """Waits for the thread's end, so long at most."""
+        self._thread.join(max(0.0, seconds))
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            with contextlib.closing(self._values):
+                while self._has_room():
+                    value = next(self._values)
+                    with self._changed:
+                        self._ready.append(value)
+                        self._changed.notify_all()
+                    del value
+        except StopIteration:
+            pass
+        except BaseException as raised:
+            error = raised
+        with self._changed:
+            self._is_done, self._error = True, error
+            self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        """Waits for room; tells whether there is any use for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or len(self._ready) < self._allowed())
+            return not self._is_closed
+
+
 def decoded(
-    tables: Iterable[pa.Table],
+    tables: Generator[pa.Table, None, None],
     collate: Callable[[pa.Table, list[dict[str, Any]]], T],
     decoder: Decoder[Any],
     ahead: int,
@@ -137,36 +204,33 @@ def decoded(
     """Yields the batches of some tables, in order; a thread has begun the next ones, another has put some together.
 
     Args:
-        tables: One for each batch.
+        tables: One for each batch; closed at the end, by the thread that asks for them. If it still waits for one, its
+            end is waited for `CLOSING_SECONDS` at most.
         collate: Puts the samples of a table together.
         decoder: Makes samples; is closed at the end.
         ahead: Batches that are put together ahead of their use.
     """
-    begun = ((table, decoder.begin(table)) for table in tables)
-    with contextlib.closing(prefetched(begun, decoder.ahead)) as waiting:
-        batches = (collate(table, decoder.finish(handle)) for table, handle in waiting)
-        with contextlib.closing(prefetched(batches, lambda: ahead)) as ready, decoder:
-            yield from ready
 
+    def begin() -> Generator[tuple[pa.Table, Any], None, None]:
+        with contextlib.closing(tables):
+            for table in tables:
+                yield table, decoder.begin(table)
 
-def prefetched(iterator: Iterator[T], ahead: Callable[[], int]) -> Generator[T, None, None]:
-    """Yields what an iterator yields, asked for by a thread ahead of its use.
+    def together(taken: tuple[pa.Table, Any]) -> T:
+        table, handle = taken
+        return collate(table, decoder.finish(handle))
 
-    Args:
-        iterator: Never yields None; is waited for at the end, if the thread is within it.
-        ahead: How far ahead, asked again before each; at least 1.
-    """
-    pool = ThreadPoolExecutor(1)
-    waiting: deque[Future[T | None]] = deque()
+    def finish() -> Generator[T, None, None]:
+        yield from map(together, begun)  # which holds nothing meanwhile
 
-    def fill() -> None:
-        while len(waiting) < ahead():
-            waiting.append(pool.submit(next, iterator, None))
-
+    begun = Ahead(begin(), decoder.ahead)
+    batches = Ahead(finish(), lambda: ahead)
     try:
-        fill()
-        while (value := waiting.popleft().result()) is not None:
-            fill()
-            yield value
+        yield from batches
     finally:
-        pool.shutdown(cancel_futures=True)
+        begun.close()
+        batches.close()
+        decoder.close()
+        until = time.monotonic() + CLOSING_SECONDS
+        for thread in (batches, begun):
+            thread.join(until - time.monotonic())

@@ -56,10 +56,10 @@ class Batches:
     config: DataConfig
 
     def in_threads(self) -> DecodeInThreads:
-        """Returns what decodes in threads of this process, as many batches ahead as the settings say."""
-        return DecodeInThreads(self.decode, self.num_threads, self.config.prefetch_batches)
+        """Returns what decodes in threads of this process."""
+        return DecodeInThreads(self.decode, self.num_threads)
 
-    def decoded(self, tables: Iterable[pa.Table], decoder: Decoder[Any]) -> Generator[Batch, None, None]:
+    def decoded(self, tables: Generator[pa.Table, None, None], decoder: Decoder[Any]) -> Generator[Batch, None, None]:
         """Yields the batches of tables of so many rows, on the device, prepared ahead of their use; see `decoded`."""
         arrays = decoded(tables, self.collate, decoder, self.config.prefetch_batches)
         with contextlib.closing(arrays) as ready:
@@ -89,7 +89,7 @@ Loader = Callable[[IndexedSplit, Sequence[Chunk], Batches], Iterator[Batch]]
 
 def local_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batches) -> Iterator[Batch]:
     """Yields batches whose rows follow the chunks' order, read and decoded in this process as they are asked for."""
-    with how.in_threads() as decoder:
+    with contextlib.closing(how.in_threads()) as decoder:
         for table in _tables(source, chunks, how.batch_size):
             yield how.send(how.collate(table, decoder.finish(decoder.begin(table))))
 
@@ -99,7 +99,7 @@ def prefetched_batches(source: IndexedSplit, chunks: Sequence[Chunk], how: Batch
     return how.decoded(_tables(source, chunks, how.batch_size), how.in_threads())
 
 
-def _tables(source: IndexedSplit, chunks: Sequence[Chunk], batch_size: int) -> Iterator[pa.Table]:
+def _tables(source: IndexedSplit, chunks: Sequence[Chunk], batch_size: int) -> Generator[pa.Table, None, None]:
     """Reads chunks one after the other; yields the rows of each batch."""
     rest: pa.Table | None = None
     for chunk in chunks:

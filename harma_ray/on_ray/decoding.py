@@ -5,6 +5,7 @@ it thousands of times a step (``benchmarks/contention.py``); other processes do 
 """
 
 import math
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,9 +21,11 @@ from harma_ray.errors import UserError
 ROWS_OF_A_TASK = 64
 """Rows that a task decodes at most. With 32, 428 rows take the worker's process 72-94 ms in place of 43-51."""
 MOST_TASKS = 64
-"""Tasks that are begun ahead for a worker at most."""
-MOST_BYTES = 512 * 2**20
-"""Samples that are decoded ahead for a worker at most, but as many batches as the settings say anyway."""
+"""Tasks that are begun ahead for a worker, unless the batches that the settings want prepared take more."""
+STORE_SHARE = 0.25
+"""Of a worker's share of Ray's object store, what samples that are decoded ahead may take; likewise."""
+
+_LOOK_SECONDS = 0.5
 
 
 class DecodeInTasks(Decoder[list[ray.ObjectRef]]):
@@ -40,7 +43,9 @@ class DecodeInTasks(Decoder[list[ray.ObjectRef]]):
         # "DEFAULT": outside the placement group of a trial, whose CPUs are all its worker's
         self._task = _decoded.options(num_cpus=task_cpus, scheduling_strategy="DEFAULT")
         self._num_tables, self._most_tables = num_tables, num_tables
-        self._num_tasks = tasks_ahead(ray.cluster_resources(), task_cpus)
+        resources = ray.cluster_resources()
+        self._num_tasks = tasks_ahead(resources, task_cpus)
+        self._num_bytes = STORE_SHARE * resources.get("object_store_memory", 0) / max(1, resources.get("GPU", 0))
         self._closed = False
 
     def begin(self, table: pa.Table) -> list[ray.ObjectRef]:
@@ -48,22 +53,34 @@ class DecodeInTasks(Decoder[list[ray.ObjectRef]]):
         count = -(-len(table) // ROWS_OF_A_TASK)
         size = -(-len(table) // count)
         parts = [table.slice(part.start, size) for part in iterate_slices(len(table), size)]
-        if self._closed:
-            raise RuntimeError("the stream has been closed")
+        self._check()
         return [self._task.remote(self._decode, part) for part in parts]
 
     def finish(self, handle: list[ray.ObjectRef]) -> list[dict[str, Any]]:
         """Puts the parts together; they are arrays, also where the transform has made tensors."""
         samples = []
-        for reference in handle:
-            part = ray.get(reference)
-            if isinstance(part, UserError):
-                self.close()
-                raise part
-            samples += part
-        most = MOST_BYTES // max(1, sum(_num_bytes(sample.values()) for sample in samples))
-        self._most_tables = max(self._num_tables, min(most, math.ceil(self._num_tasks / len(handle))))
+        try:
+            for reference in handle:
+                self._check()
+                samples += self._part(reference)
+        except BaseException:
+            self.close()
+            raise
+        most = self._num_bytes // max(1, sum(_num_bytes(sample.values()) for sample in samples))
+        self._most_tables = int(max(self._num_tables, min(most, math.ceil(self._num_tasks / len(handle)))))
         return samples
+
+    def _part(self, reference: ray.ObjectRef) -> list[dict[str, Any]]:
+        while not ray.wait([reference], timeout=_LOOK_SECONDS)[0]:
+            self._check()
+        part = ray.get(reference)
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def _check(self) -> None:
+        if self._closed or not ray.is_initialized():  # else a call would start a cluster
+            raise RuntimeError("the stream has been closed")
 
     def ahead(self) -> int:
         """Returns as many as keep all CPUs of the worker's share of the cluster busy, as far as memory goes."""
@@ -72,16 +89,20 @@ class DecodeInTasks(Decoder[list[ray.ObjectRef]]):
     def close(self) -> None:
         """Begins nothing more. What has been begun is done, for nobody, but before long.
 
-        It is not cancelled: if a task ends just then, Ray 2.60 ends this process (``CompletePendingTask``).
+        It is not cancelled: now and then the answer of a task that is cancelled as it ends makes Ray 2.60 end this
+        process (``TaskManager::CompletePendingTask``).
         """
         self._closed = True
 
 
 def tasks_ahead(resources: Mapping[str, float], task_cpus: float) -> int:
-    """Returns how many tasks a worker should have begun: half as many again as may run for it at a time.
+    """Returns how many tasks a worker should have begun: half as many again as its share of the CPUs runs at a time.
+
+    More than can run, for workers have reserved some of these CPUs; and workers without GPUs, and those that share one,
+    all take the same share. Those that wait cost nothing but the memory of their rows.
 
     Args:
-        resources: Those of the cluster, of which a GPU's worker is given its share of the CPUs.
+        resources: Those of the cluster, of which each GPU has a share of the CPUs.
         task_cpus: CPUs of a task.
     """
     share = resources.get("CPU", 1) / max(1, resources.get("GPU", 0))
@@ -93,11 +114,13 @@ def _num_bytes(values: Iterable[Any]) -> int:
 
 
 @ray.remote
-def _decoded(decode: DecodeRows, table: pa.Table) -> list[dict[str, Any]] | UserError:
-    """Returns a mistake instead of raising it, for of those that nobody asks for Ray would tell the terminal."""
+def _decoded(decode: DecodeRows, table: pa.Table) -> list[dict[str, Any]] | Exception:
+    """Returns what goes wrong instead of raising it, for of that which nobody asks for Ray would tell the terminal."""
     torch.set_num_threads(1)  # several such processes may share a CPU
     try:
         samples = decode.samples(table)
-    except UserError as error:
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(traceback.format_exc())
         return error
     return [{name: np.asarray(value) for name, value in sample.items()} for sample in samples]

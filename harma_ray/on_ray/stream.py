@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from harma_ray.data.decoding import CLOSING_SECONDS
 from harma_ray.data.order import Chunk, IndexedSplit
 from harma_ray.on_ray.closing import closing_batches
 from harma_ray.on_ray.quirks import Pause, quiet_data
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
 
 THREADS_BESIDE_TASKS = 4
 """Threads that decode the first chunk at most, where tasks decode the others: more keep a GPU's training waiting."""
-
-CLOSING_SECONDS = 10
-"""How long the end of a stream waits for Ray Data's first batch, which nobody needs any more. If it comes later, it is
-closed then, and until then the process starts no other execution."""
 
 CHUNKS_AHEAD = 4
 """Chunks of one worker that may lie in Ray's object store; what tasks decode for it lies there beside them."""
@@ -124,8 +121,12 @@ def _read_by_tasks(
         batch_size=how.batch_size, batch_format="pyarrow", prefetch_batches=config.prefetch_batches
     )
     decoder = DecodeInTasks(how.decode, config.task_cpus, config.prefetch_batches) if in_tasks else how.in_threads()
-    with closing_batches(tables) as ready, contextlib.closing(how.decoded(ready, decoder)) as batches:
-        yield from batches
+    yield from how.decoded(_closing(tables), decoder)
+
+
+def _closing(tables: Iterable[pa.Table]) -> Generator[pa.Table, None, None]:
+    with closing_batches(tables) as ready:
+        yield from ready
 
 
 class _ChunkSource(Datasource):

@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,11 @@ class Noise(RowTransform):
 
     def __call__(self, row, rng):
         return {"image": torch.from_numpy(rng.random((3, 5))), "text": rng.integers(9, size=4), "number": rng.random()}
+
+
+class Broken(Noise):
+    def __call__(self, row, rng):
+        raise TypeError("no number")
 
 
 class OnceDead(Noise):
@@ -72,7 +78,9 @@ def in_tasks(transform):
 
 
 def batches(transform, *tables, decoder=in_tasks):
-    return list(decoded(tables, DecodeRows(transform, seed=5).collate, decoder(transform), ahead=2))
+    return list(
+        decoded((table for table in tables), DecodeRows(transform, seed=5).collate, decoder(transform), ahead=2)
+    )
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # torch's, of arrays that must not be written to
@@ -81,7 +89,7 @@ def batches(transform, *tables, decoder=in_tasks):
 def test_tasks_and_threads_make_the_batches_that_are_made_one_by_one(transform, count):
     tables = [rows(count).slice(start, 50) for start in range(0, count, 50)] * 4
     expected = [DecodeRows(transform, seed=5)(table) for table in tables]
-    for decoder in (in_tasks, lambda transform: DecodeInThreads(DecodeRows(transform, seed=5), 3, 2)):
+    for decoder in (in_tasks, lambda transform: DecodeInThreads(DecodeRows(transform, seed=5), 3)):
         for left, right in zip(expected, batches(transform, *tables, decoder=decoder), strict=True):
             assert left.keys() == right.keys()
             assert all(torch.equal(torch.as_tensor(left[name]), torch.as_tensor(right[name])) for name in left)
@@ -93,38 +101,77 @@ def test_a_task_whose_process_dies_is_done_again(tmp_path):
     np.testing.assert_array_equal(found["image"], DecodeRows(Noise(), seed=5)(rows())["image"])
 
 
-def test_the_first_row_that_cannot_be_used_is_told_and_of_the_others_nothing(capfd):
-    with pytest.raises(UserError, match=r"^row 0 \(0\.png\): has no letters$"):
-        batches(Refusing(), *[rows()] * 5)
-    time.sleep(1)  # others end meanwhile, with the same mistake
+def finished(*batches):
+    """Waits for all tasks of some tables."""
+    import ray
+
+    references = [reference for batch in batches for reference in batch]
+    assert len(ray.wait(references, num_returns=len(references), timeout=60)[0]) == len(references)
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind", "message"),
+    [
+        (Refusing(), UserError, r"^row 0 \(0\.png\): has no letters$"),
+        (Broken(), TypeError, "no number"),
+    ],
+    ids=["mistake", "bug"],
+)
+def test_what_goes_wrong_first_is_told_and_of_the_rest_nothing(transform, kind, message, capfd):
+    decoder = in_tasks(transform)
+    begun = [decoder.begin(rows()) for _ in range(4)]
+    with pytest.raises(kind, match=message) as caught:
+        decoder.finish(begun[0])
+    assert ("in _sample" in "".join(getattr(caught.value, "__notes__", []))) == (kind is TypeError)  # where it happened
+    finished(*begun)
+    del begun
     gc.collect()
+    with pytest.raises(RuntimeError, match="closed"):
+        decoder.begin(rows())
     assert capfd.readouterr() == ("", "")
 
 
-def test_no_task_is_begun_for_a_stream_that_has_been_closed():
-    tables = (rows(1300).slice(64 * part, 64) for part in range(20))
-    stream = decoded(tables, DecodeRows(Noise(), seed=5).collate, in_tasks(Noise()), ahead=1)
-    next(stream)
-    stream.close()
-    assert len(list(tables)) > 10
+def test_a_stream_that_waits_for_tasks_ends_soon_though_they_never_run(ray_cluster):
+    import ray
+
+    @ray.remote(num_cpus=ray_cluster.cpus)
+    class Everything:
+        pass
+
+    everything = Everything.remote()
+    ray.get(everything.__ray_ready__.remote())
+    decoder = in_tasks(Noise())
+    begun, closing = decoder.begin(rows()), threading.Timer(1, decoder.close)
+    try:
+        closing.start()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="closed"):
+            decoder.finish(begun)
+        assert 0.9 < time.monotonic() - start < 8
+    finally:
+        ray.kill(everything)
+        finished(begun)
 
 
 def test_small_batches_keep_all_cpus_busy_as_far_as_memory_goes(ray_cluster, monkeypatch):
+    import ray
+
     from harma_ray.on_ray import decoding
 
     def ahead(table):
-        with in_tasks(Noise()) as decoder:
-            before = decoder.ahead()
-            decoder.finish(decoder.begin(table))
-            return before, decoder.ahead()
+        decoder = in_tasks(Noise())
+        before = decoder.ahead()
+        decoder.finish(decoder.begin(table))
+        return before, decoder.ahead()
 
     busy = 3 * ray_cluster.cpus  # tasks of half a CPU, and half as many again
     assert ahead(rows(4)) == (2, busy)
     assert ahead(rows(65)) == (2, -(-busy // 2))  # of two tasks each
     size = 3 * 5 * 8 + 4 * 8 + 8
-    monkeypatch.setattr(decoding, "MOST_BYTES", 3 * 4 * size + 1)
+    store = ray.cluster_resources()["object_store_memory"]
+    monkeypatch.setattr(decoding, "STORE_SHARE", (3 * 4 * size + 1) / store)
     assert ahead(rows(4)) == (2, 3)
-    monkeypatch.setattr(decoding, "MOST_BYTES", 1)
+    monkeypatch.setattr(decoding, "STORE_SHARE", 1 / store)
     assert ahead(rows(4)) == (2, 2)
 
 
