@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else Ray reports to its makers
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # else a thread that outlives a cluster starts another one by asking for anything
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # every report waits for the controller's next poll, one in 2 s
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else workers leave the folder that relative paths are meant from
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # else Ctrl-C ends a search otherwise than a training

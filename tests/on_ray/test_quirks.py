@@ -65,6 +65,20 @@ def unset(monkeypatch):
 # Starting Ray
 
 
+def test_no_call_starts_a_cluster_by_itself():
+    script = """
+from harma_ray.on_ray.quirks import set_variables
+set_variables()
+import ray
+try:
+    ray.put(1)
+except Exception as error:
+    print(type(error).__name__, ray.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "RaySystemError False\n"
+
+
 def two_clusters(address):
     raise ConnectionError("Found multiple active Ray instances")
 
