@@ -17,6 +17,11 @@ from harma_ray.vectors.job import JobSettings, _Process
 from harma_ray.vectors.parts import _lines
 from harma_ray.vectors.queries import composed_requests
 
+pytestmark = [
+    pytest.mark.ray,  # an encoder asks Ray for the CPUs of its node
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.usefixtures("ray_cluster"),
+]
 SMALL = {"combiner.projection_dim": 32, "combiner.hidden_dim": 16, "model.pretrained": "random"}
 
 
