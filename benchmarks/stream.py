@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from harma_ray.config import DataConfig
 from harma_ray.data.decoding import DecodeRows
 from harma_ray.data.order import TrainingOrder, read_samples, training_order
+from harma_ray.data.samples import Batch, Send
 from harma_ray.data.splits import open_split
 from harma_ray.data.stream import TrainingStream, Worker
 from harma_ray.data.transforms import PUBLISHED
@@ -57,6 +58,14 @@ def timed(batches: Iterator[Any], count: int) -> float:
     return BATCH * count / (time.perf_counter() - begin)
 
 
+class SentPairs(PairTransform):
+    """Leaves out what is done on a device."""
+
+    def finish(self, batch: Batch, send: Send) -> Batch:
+        """Returns the batch as it is sent."""
+        return batch
+
+
 @dataclass(frozen=True)
 class Bench:
     """The same rows for everybody."""
@@ -76,8 +85,12 @@ class Bench:
         return self._stream(DataConfig())
 
     def tasks(self) -> Rates:
-        """The training stream as a worker on a GPU has it: tasks decode, too."""
+        """The same, where tasks decode, too."""
         return self._stream(DataConfig(decode="tasks", task_cpus=1))
+
+    def sent(self) -> Rates:
+        """What a worker on a GPU is sent: tasks decode and crop; what the GPU does then is left out."""
+        return self._stream(DataConfig(decode="tasks", task_cpus=1, augment="device"))
 
     def small(self) -> Rates:
         """The training stream of a split that fits one chunk: read by the worker."""
@@ -148,6 +161,7 @@ def _decode(transform: PairTransform, table: Any, ready: Any) -> None:
 LABELS: dict[str, str] = {
     "ray": "Ray Data stream",
     "tasks": "Ray Data stream, tasks decode",
+    "sent": "the same, sent to a GPU",
     "small": "stream of one chunk",
     "loader": "torch DataLoader, shards",
     "files": "torch DataLoader, JPEG files",
@@ -170,7 +184,7 @@ def main() -> None:
     if options.images * 5 < BATCH * 4 * LEFT_OUT:
         parser.error(f"--images must be at least {BATCH * 4 * LEFT_OUT // 5}, got {options.images}")
     torch.set_num_threads(1)
-    transform = PairTransform("ViT-B-32", 224, 10**8, PUBLISHED)
+    transform = SentPairs("ViT-B-32", 224, 10**8, PUBLISHED)
     names = [name for name in options.only if name not in _MODULES or importlib.util.find_spec(_MODULES[name])]
     with tempfile.TemporaryDirectory() as folder:
         sources = write_sources(Path(folder), options.images, options.size, names)
@@ -179,7 +193,7 @@ def main() -> None:
         size, chunk = order.index.binary_bytes / 2**20, DataConfig().chunk_mb
         what = f"{order.num_samples:,} samples of {len(order.index):,} images"
         print(f"an epoch: {what}, {size:.0f} MiB, in chunks of {chunk:g} MiB")
-        if {"ray", "tasks"} & set(names) and size <= chunk:
+        if {"ray", "tasks", "sent"} & set(names) and size <= chunk:
             parser.error("the stream would read one chunk by itself, without Ray Data; draw more with --images")
         bench = Bench(order, transform, sources, options.cores)
         rates: dict[str, list[Rates]] = {name: [] for name in names}

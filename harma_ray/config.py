@@ -82,12 +82,14 @@ class DataConfig:
     shuffle_window_mb: Annotated[float, Field(ge=0.01, allow_inf_nan=False)] = 256
     """Encoded images that are shuffled together, in MiB; row groups are dealt anew into windows every epoch."""
     chunk_mb: Annotated[float, Field(ge=0.01, allow_inf_nan=False), Incidental()] = 32
-    """Encoded images read by one Ray Data task, in MiB, but a training step at least; bounds the memory of a task, and
-    four times this what a worker has waiting in Ray's object store. The first is read in the worker, which is sooner,
-    and so are all of a split that fits one, if no tasks decode."""
+    """Encoded images read by one Ray Data task, in MiB, but a training step at least; four of them may wait in Ray's
+    object store for a worker, which reads the first itself, and all of a split that fits one, if no tasks decode."""
     decode: Annotated[Literal["auto", "worker", "tasks"], Incidental()] = "auto"
-    """Where images are decoded and augmented: in threads of the worker, or in Ray tasks on CPUs that no worker has, but
-    for the first chunk. auto: in tasks for a worker on a GPU, which threads of its process would keep from its GPU."""
+    """Where images are decoded: in threads of the worker, or in Ray tasks on CPUs that no worker has, but for the first
+    chunk. auto: in tasks for a worker on a GPU, which threads of its process would keep from its GPU."""
+    augment: Annotated[Literal["auto", "cpu", "device"], Incidental()] = "auto"
+    """Where HarMA's training images are resized and changed, with the same pixels: one by one where they are decoded,
+    or batch by batch on the device of the model. auto: on the device if it is a GPU."""
     decode_threads: Annotated[Count, Incidental()] = 0
     """Threads that decode in a worker, at most 4 beside tasks; 0 = the CPUs of the worker's share of its node."""
     prefetch_batches: Annotated[PositiveCount, Incidental()] = 2

@@ -1,8 +1,8 @@
 """What samples and batches are to those who make them, hand them on and train on them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # read tasks and converters hand samples on without torch: a 
 
 Batch: TypeAlias = "dict[str, Tensor]"
 """A batch: tensors, as `RowTransform.collate` makes them; always with ``row`` and ``caption`` (int64[B])."""
+
+Send: TypeAlias = "Callable[[Tensor], Tensor]"
+"""Brings a tensor from the CPU to a model's device, without waiting for it."""
 
 Array: TypeAlias = "np.ndarray | np.generic | Tensor"
 """What a transform may return for a sample: an array, a number, a tensor."""
@@ -45,3 +48,16 @@ class RowTransform(ABC):
         them.
         """
         return {name: np.stack([np.asarray(sample[name]) for sample in samples]) for name in samples[0]}
+
+    def for_device(self) -> Self:
+        """Returns a transform that leaves to `finish` what can be done to whole batches; by default nothing."""
+        return self
+
+    def finish(self, batch: Batch, send: Send) -> Batch:
+        """Does, on the model's device, what is left to do of a batch; by default nothing.
+
+        Args:
+            batch: As collated, with ``row`` and ``caption``; all but ``on_cpu`` is on the device.
+            send: Brings more there.
+        """
+        return batch

@@ -72,12 +72,14 @@ class Batches:
         return {name: self._sendable(torch.as_tensor(array)) for name, array in arrays.items()}
 
     def send(self, batch: Batch) -> Batch:
-        """Returns a batch on the device, but for `RowTransform.on_cpu`; nobody waits for the device."""
-        kept = self.decode.transform.on_cpu | {"row", "caption"}
-        return {
-            name: value if name in kept else self._sendable(value).to(self.device, non_blocking=True)
-            for name, value in batch.items()
-        }
+        """Returns a finished batch on the device, but for `RowTransform.on_cpu`; nobody waits for the device."""
+        transform = self.decode.transform
+        kept = transform.on_cpu | {"row", "caption"}
+        sent = {name: value if name in kept else self._sent(value) for name, value in batch.items()}
+        return transform.finish(sent, self._sent)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return self._sendable(tensor).to(self.device, non_blocking=True)
 
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if torch.device(self.device).type == "cuda" else tensor
@@ -129,7 +131,8 @@ class TrainingStream:
             loader: Makes batches of rows.
         """
         self.order, self._config, self._worker, self._loader = order, config, worker, loader
-        self._decode = DecodeRows(transform, order.seed)
+        on_device = config.augment == "device" or (config.augment == "auto" and worker.device != "cpu")
+        self._decode = DecodeRows(transform.for_device() if on_device else transform, order.seed)
 
     def steps(self, start_step: int, num_epochs: int, num_parts: int = 1) -> Generator[Batch, None, None]:
         """Yields the batches of all steps from `start_step` (counted over the whole run) to the last epoch's end.

@@ -2,50 +2,70 @@
 
 Everything random comes from the generator that the caller passes, nothing from a global one, and nothing here keeps
 state: all functions may be called from many threads. Division by 255 and normalisation happen on the device, elsewhere.
+`harma_ray.data.batch_transforms` makes the same changes to whole batches.
 """
-
-# torchvision's functions take and return PIL images too, but their annotations speak of tensors alone.
-# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
-from harma_ray.compiler import deferred_compiler
 from harma_ray.data.augmentation import MAX_LEVEL, Augmentation
 from harma_ray.data.images import crop
 
-with deferred_compiler():
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-
-_FILL = [128.0, 128.0, 128.0]
+FILL = 128
+"""Of all three bands, where an operation uncovers pixels."""
 _CROP_ATTEMPTS = 10
 _SHIFT = 10 / 224  # of the side of an image
 
 # Strength lies in 0..1; signed, in -1..1, is that of what can go two ways.
 _OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
     "identity": lambda image, strength, signed: image,
-    "autocontrast": lambda image, strength, signed: F.autocontrast(image),
-    "equalize": lambda image, strength, signed: F.equalize(image),
-    "brightness": lambda image, strength, signed: F.adjust_brightness(image, 1.8 * strength + 0.1),
-    "sharpness": lambda image, strength, signed: _sharpen(image, 1.8 * strength + 0.1),
-    "shear_x": lambda image, strength, signed: _affine(image, shear=(0.3 * signed, 0.0)),
-    "shear_y": lambda image, strength, signed: _affine(image, shear=(0.0, 0.3 * signed)),
-    "translate_x": lambda image, strength, signed: _shift(image, _SHIFT * signed * image.width, 0.0),
-    "translate_y": lambda image, strength, signed: _shift(image, 0.0, _SHIFT * signed * image.height),
-    "rotate": lambda image, strength, signed: F.rotate(image, 30 * signed, InterpolationMode.BILINEAR, fill=_FILL),
+    "autocontrast": lambda image, strength, signed: ImageOps.autocontrast(image),
+    "equalize": lambda image, strength, signed: ImageOps.equalize(image),
+    "brightness": lambda image, strength, signed: ImageEnhance.Brightness(image).enhance(blend_factor(strength)),
+    "sharpness": lambda image, strength, signed: _sharpen(image, blend_factor(strength)),
+    "shear_x": lambda image, strength, signed: _warp(image, warp_matrix("shear_x", signed, image.size)),
+    "shear_y": lambda image, strength, signed: _warp(image, warp_matrix("shear_y", signed, image.size)),
+    "translate_x": lambda image, strength, signed: _warp(image, warp_matrix("translate_x", signed, image.size)),
+    "translate_y": lambda image, strength, signed: _warp(image, warp_matrix("translate_y", signed, image.size)),
+    "rotate": lambda image, strength, signed: _warp(image, warp_matrix("rotate", signed, image.size)),
 }
 OPERATIONS = tuple(_OPERATIONS)
 """What the augmentation draws from."""
 
 PUBLISHED = Augmentation()
 """The augmentation of the paper's code."""
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is drawn for one image, in the order in which it happens."""
+
+    box: tuple[int, int, int, int]
+    """Top, left, height and width of the crop, in pixels."""
+    is_mirrored: bool
+    """Left to right, once the crop has been resized."""
+    operations: tuple[tuple[str, bool], ...]
+    """Those that are applied, and whether in their negative direction."""
+
+
+def draw_changes(height: int, width: int, rng: np.random.Generator, augmentation: Augmentation) -> Changes:
+    """Draws the changes of an image of so many pixels; equal generators give equal ones."""
+    box = _draw_crop(height, width, rng, augmentation) if augmentation.min_scale < 1 else (0, 0, height, width)
+    is_mirrored = rng.random() < augmentation.flip_probability
+    operations = []
+    for position in rng.integers(len(OPERATIONS), size=augmentation.num_operations):
+        # Both numbers are drawn even if unused, so that another probability or level moves no later draw.
+        applied, negative = rng.random(2) < (augmentation.operation_probability, 0.5)
+        if applied:
+            operations.append((OPERATIONS[position], bool(negative)))
+    return Changes(box, is_mirrored, tuple(operations))
 
 
 def train_transform(
@@ -62,19 +82,19 @@ def train_transform(
     Returns:
         uint8[3, size, size].
     """
-    if augmentation.min_scale < 1:
-        top, left, height, width = _draw_crop(image.height, image.width, rng, augmentation)
-        image = _resize(crop(image, left, top, width, height), size)
-    else:
-        image = _resize(image, size)
-    if rng.random() < augmentation.flip_probability:
+    changes = draw_changes(image.height, image.width, rng, augmentation)
+    image = resize(cut(image, changes), size)
+    if changes.is_mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for position in rng.integers(len(OPERATIONS), size=augmentation.num_operations):
-        # Both numbers are drawn even if unused, so that another probability or level moves no later draw.
-        applied, negative = rng.random(2) < (augmentation.operation_probability, 0.5)
-        if applied:
-            image = apply_operation(image, OPERATIONS[position], augmentation.level, negative=bool(negative))
+    for name, negative in changes.operations:
+        image = apply_operation(image, name, augmentation.level, negative=negative)
     return to_tensor(image)
+
+
+def cut(image: Image.Image, changes: Changes) -> Image.Image:
+    """Returns the part of an RGB image that is kept."""
+    top, left, height, width = changes.box
+    return image if image.size == (width, height) else crop(image, left, top, width, height)
 
 
 def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
@@ -83,7 +103,7 @@ def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
     Returns:
         uint8[3, size, size].
     """
-    return to_tensor(_resize(image, size))
+    return to_tensor(resize(image, size))
 
 
 def apply_operation(image: Image.Image, name: str, level: float, *, negative: bool = False) -> Image.Image:
@@ -99,6 +119,36 @@ def apply_operation(image: Image.Image, name: str, level: float, *, negative: bo
         raise ValueError(f"`name` must be one of {', '.join(OPERATIONS)}, got {name}")
     strength = level / MAX_LEVEL
     return _OPERATIONS[name](image, strength, -strength if negative else strength)
+
+
+def blend_factor(strength: float) -> float:
+    """Returns the weight of an image that is blended with black or with its smoothed self."""
+    return 1.8 * strength + 0.1
+
+
+def warp_matrix(name: str, signed: float, size: tuple[int, int]) -> tuple[float, float, float, float, float, float]:
+    """Returns where an operation takes each pixel from, in the order of torchvision's and Pillow's arithmetic.
+
+    Args:
+        name: A shear (about the upper left corner), a shift or the rotation (about the middle).
+        signed: Its strength, -1 to 1: of at most 0.3 pixels a pixel, of 10/224 of a side, of 30 degrees.
+        size: Width and height of the image, in pixels.
+
+    Returns:
+        (a, b, c, d, e, f): pixel (x, y), taken at its middle, comes from (a x + b y + c, d x + e y + f).
+    """
+    width, height = size
+    if name.startswith("translate"):
+        right, down = (_SHIFT * signed * width, 0.0) if name == "translate_x" else (0.0, _SHIFT * signed * height)
+        return 1.0, 0.0, -right, 0.0, 1.0, -down
+    if name.startswith("shear"):
+        angle = math.radians(math.degrees(math.atan(0.3 * signed)))
+        along, down = (math.tan(angle), 0.0) if name == "shear_x" else (0.0, math.sin(angle) / math.cos(angle))
+        return 1.0, along, 0.0, down, 1.0, 0.0
+    angle = -math.radians(30 * signed % 360)
+    cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
+    x, y = width / 2, height / 2
+    return cosine, sine, cosine * -x + sine * -y + x, -sine, cosine, -sine * -x + cosine * -y + y
 
 
 def _sharpen(image: Image.Image, factor: float) -> Image.Image:
@@ -119,7 +169,7 @@ def _sharpen(image: Image.Image, factor: float) -> Image.Image:
     sums += 4 * inner
     places = _SMOOTHED.take(sums)
     places += inner
-    values[1:-1, 3:-3] = _blends(factor).take(places)
+    values[1:-1, 3:-3] = blend_table(factor).take(places)
     return Image.fromarray(pixels)
 
 
@@ -128,37 +178,22 @@ _SMOOTHED = ((2 * np.arange(13 * 255 + 1) + 13) // 26 * 256).astype(np.uint16)
 
 
 @functools.lru_cache(maxsize=16)
-def _blends(factor: float) -> np.ndarray:
-    """Returns what Pillow blends of a smoothed value and its own: uint8[256 * 256]."""
-    smoothed, own = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
-    return np.array(Image.blend(Image.fromarray(smoothed), Image.fromarray(own), factor)).ravel()
+def blend_table(factor: float) -> np.ndarray:
+    """Returns what Pillow blends of another value and an image's own: uint8[256 * 256], the other first."""
+    other, own = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8), indexing="ij")
+    return np.array(Image.blend(Image.fromarray(other), Image.fromarray(own), factor)).ravel()
 
 
-def _shift(image: Image.Image, right: float, down: float) -> Image.Image:
-    """Shifts, in pixels; uncovered pixels become grey."""
-    if not (right.is_integer() and down.is_integer()):
-        return _affine(image, translate=(right, down))
-    # Nothing lies between pixels then (224 pixels at the published level: 7), and to paste is 15 times as fast.
-    shifted = Image.new("RGB", image.size, tuple(map(int, _FILL)))
-    shifted.paste(image, (int(right), int(down)))
-    return shifted
-
-
-def _affine(
-    image: Image.Image, *, shear: tuple[float, float] = (0.0, 0.0), translate: tuple[float, float] = (0.0, 0.0)
-) -> Image.Image:
-    """Shears about the upper left corner (as tangents) and shifts (in pixels); uncovered pixels become grey."""
-    degrees = [math.degrees(math.atan(value)) for value in shear]
-    return F.affine(
-        image,
-        angle=0.0,
-        translate=list(translate),  # fractions of pixels work on PIL images
-        scale=1.0,
-        shear=degrees,
-        interpolation=InterpolationMode.BILINEAR,
-        fill=_FILL,
-        center=[0, 0],
-    )
+def _warp(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+    """Takes each pixel from where a matrix says, bilinear; uncovered pixels become grey."""
+    grey = (FILL, FILL, FILL)
+    *turned, right, down = (matrix[place] for place in (0, 1, 3, 4, 2, 5))
+    if turned == [1, 0, 0, 1] and right.is_integer() and down.is_integer():
+        # Nothing lies between pixels then (224 pixels at the published level: 7), and to paste is 15 times as fast.
+        shifted = Image.new("RGB", image.size, grey)
+        shifted.paste(image, (-int(right), -int(down)))
+        return shifted
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=grey)
 
 
 def _draw_crop(
@@ -180,7 +215,8 @@ def _draw_crop(
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def _resize(image: Image.Image, size: int) -> Image.Image:
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """Resizes an RGB image to a square, bicubic."""
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import uuid
@@ -29,7 +30,11 @@ from harma_ray.on_ray.quirks import (
 )
 from harma_ray.resources import Cluster
 
-OBJECT_STORE_LIMIT = 2 * 2**30
+STORE_BYTES = 2 * 2**30
+"""Of the object store of a cluster that is started, unless it has many CPUs; at most a fifth of the memory."""
+STORE_BYTES_OF_A_CPU = 256 * 2**20
+"""Of a larger one, a quarter of which is for what tasks have decoded (`harma_ray.on_ray.decoding`)."""
+_SHARED_MEMORY = Path("/dev/shm")
 LOOPBACK = "127.0.0.1"
 _Surroundings = Callable[[], contextlib.AbstractContextManager[None]]
 _logger = logging.getLogger(__name__)
@@ -75,10 +80,17 @@ def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, 
         "include_dashboard": dashboard_port is not None,
         "dashboard_host": LOOPBACK,
         "dashboard_port": dashboard_port,
-        "object_store_memory": min(OBJECT_STORE_LIMIT, int(0.2 * machine_memory())),
+        "object_store_memory": _object_store_bytes(num_cpus or os.cpu_count() or 1),
         "_temp_dir": str(folder),
         **({"object_spilling_directory": str(spill)} if spill else {}),
     }
+
+
+def _object_store_bytes(num_cpus: int) -> int:
+    """Returns how large a store a cluster is given; no larger than shared memory for its CPUs, or Ray takes a disk."""
+    shared = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
+    wanted = max(STORE_BYTES, min(num_cpus * STORE_BYTES_OF_A_CPU, int(0.9 * shared)))
+    return min(wanted, int(0.2 * machine_memory()))
 
 
 @contextlib.contextmanager

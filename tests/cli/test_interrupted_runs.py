@@ -51,9 +51,9 @@ def harma(scenes, runs):
 
 @pytest.fixture(scope="module")
 def stopped(joined, scenes, runs):
-    """A run that was interrupted."""
+    """A run that was interrupted, which changes images batch by batch."""
     run = runs / "disturbed"
-    with started(train("harma-scenes", scenes, run, SETTINGS), joined) as process:
+    with started(train("harma-scenes", scenes, run, {**SETTINGS, "data.augment": "device"}), joined) as process:
         wait_until(process, at_step(run, 8))
         interrupt(process, run)
     return run

@@ -99,12 +99,16 @@ def plain_operation(image, name, sign):
     }[name]()
 
 
-@pytest.mark.parametrize("size", [64, 224])
-def test_batches_are_those_of_plain_pillow_torchvision_and_tokenizer(scenes, transform, size):
+@pytest.mark.parametrize("augment", ["cpu", "device"])
+@pytest.mark.parametrize(
+    "size", [40, 64, 224]
+)  # scenes of 64 pixels, which a side of 40 has resized before they are sent
+def test_batches_are_those_of_plain_pillow_torchvision_and_tokenizer(scenes, transform, size, augment):
     published = replace(transform, architecture="ViT-B-32", size=size, augmentation=PUBLISHED)
     rows = open_split(scenes, "train").read(["image", "captions"]).to_pylist()
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    for step, batch in enumerate(stream(scenes, published).steps(0, 2)):
+    for step, batch in enumerate(stream(scenes, published, config=replace(CONFIG, augment=augment)).steps(0, 2)):
+        assert batch.keys() == {"row", "caption", "image", "text", "image_id", "label"}
         for number, (row, caption) in enumerate(zip(batch["row"].tolist(), batch["caption"].tolist(), strict=True)):
             image = plain_image(rows[row]["image"], size, [3, step // 25, row, caption])
             assert torch.equal(batch["image"][number], image)

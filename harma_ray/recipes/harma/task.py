@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from harma_ray.data.augmentation import Augmentation
+from harma_ray.data.batch_transforms import changed_batch, collate_cuts, cut_transform
 from harma_ray.data.images import decode_stored, to_rgb
 from harma_ray.data.kinds.images import IMAGES
 from harma_ray.data.order import captions_of_group
-from harma_ray.data.samples import Array, Batch, RowTransform
+from harma_ray.data.samples import Array, Batch, RowTransform, Send
 from harma_ray.data.splits import Split
 from harma_ray.data.stream import EvaluationStream
 from harma_ray.data.transforms import eval_transform, train_transform
@@ -237,7 +238,7 @@ class HarmaTask(Task[HarmaConfig, DualEncoder]):
 class PairTransform(RowTransform):
     """An augmented image and one of its captions, or a group of them."""
 
-    on_cpu = frozenset({"text"})  # where it is cut without a GPU being waited for
+    on_cpu = frozenset({"text", "crop_size", "changes"})  # which are read without a GPU being waited for
 
     architecture: str
     size: int
@@ -245,16 +246,43 @@ class PairTransform(RowTransform):
     augmentation: Augmentation
     captions_per_image: int | None = None
     """Captions of a group; None: one, of which there is no group."""
+    cuts: bool = False
+    """Whether images are cropped alone, and changed by `finish`."""
 
     def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Array]:
         """Returns ``image`` uint8[3, S, S], ``text`` int64[L] or [K, L], ``image_id`` and ``label`` (-1: none)."""
         image = decode_stored(row["image"], max_pixels=self.max_pixels)
+        if self.cuts:
+            pixels = cut_transform(image, rng, self.size, self.augmentation)
+        else:
+            pixels = {"image": train_transform(image, rng, self.size, self.augmentation)}
         return {
-            "image": train_transform(image, rng, self.size, self.augmentation),
+            **pixels,
             "text": self._tokens(row),
             "image_id": np.int64(row["image_id"]),
             "label": np.int64(-1 if row["label"] is None else row["label"]),
         }
+
+    def collate(self, samples: Sequence[dict[str, Array]]) -> dict[str, Array]:
+        """Stacks samples; crops, which differ in size, are padded."""
+        if not self.cuts:
+            return super().collate(samples)
+        cuts = collate_cuts(samples)
+        return (
+            super().collate([{name: sample[name] for name in sample if name not in cuts} for sample in samples]) | cuts
+        )
+
+    def for_device(self) -> "PairTransform":
+        """Returns one whose images are changed by `finish`."""
+        return replace(self, cuts=True)
+
+    def finish(self, batch: Batch, send: Send) -> Batch:
+        """Resizes and changes what was only cropped."""
+        if not self.cuts:
+            return batch
+        sizes, changes = batch.pop("crop_size"), batch.pop("changes")
+        image = changed_batch(batch["image"], sizes, changes, self.size, self.augmentation.level, send)
+        return batch | {"image": image}
 
     def _tokens(self, row: Mapping[str, Any]) -> Tensor:
         captions, number = row["captions"], row["caption"]

@@ -1,0 +1,118 @@
+"""Batches on a device against the same changes image by image, by Pillow."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harma_ray.data.augmentation import Augmentation
+from harma_ray.data.batch_transforms import changed_batch, collate_cuts, cut_transform, is_height_first
+from harma_ray.data.transforms import OPERATIONS, apply_operation, to_tensor, train_transform
+
+
+def _pictures(count, shapes):
+    """Noise, smooth pictures, flat, two-valued and dark ones."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        height, width = shapes[number % len(shapes)]
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        match number % 5:
+            case 1:
+                few = Image.fromarray(pixels[: height // 8 + 1, : width // 8 + 1])
+                pixels = np.asarray(few.resize((width, height), Image.Resampling.BICUBIC))
+            case 2:
+                pixels = np.full_like(pixels, rng.integers(256))
+            case 3:
+                pixels = pixels // 128 * 200 + 20
+            case 4:
+                pixels = pixels // 5
+        yield Image.fromarray(pixels)
+
+
+def _one_by_one(pictures, size, augmentation):
+    rngs = map(np.random.default_rng, range(len(pictures)))
+    return torch.stack([train_transform(*each, size, augmentation) for each in zip(pictures, rngs, strict=True)])
+
+
+def _together(pictures, size, augmentation, send=lambda tensor: tensor):
+    rngs = map(np.random.default_rng, range(len(pictures)))
+    samples = [cut_transform(*each, size, augmentation) for each in zip(pictures, rngs, strict=True)]
+    images, sizes, changes = map(torch.from_numpy, collate_cuts(samples).values())
+    return changed_batch(send(images), sizes, changes, size, augmentation.level, send)
+
+
+SHAPES = [
+    (224, [(256, 256), (224, 224), (300, 200)]),
+    (32, [(48, 40), (7, 9), (400, 300), (30, 300), (1, 1), (33, 32)]),
+    (65, [(65, 65), (64, 66), (97, 97), (98, 98), (2, 50)]),
+    (1, [(1, 1), (3, 2), (50, 50)]),
+    (2, [(2, 2), (3, 3)]),
+]
+MANY = Augmentation(operation_probability=0.9, num_operations=3)
+
+
+@pytest.mark.parametrize(("size", "shapes"), SHAPES)
+def test_a_batch_has_the_pixels_of_its_images_one_by_one(size, shapes):
+    pictures = list(_pictures(60, shapes))
+    assert torch.equal(_together(pictures, size, MANY), _one_by_one(pictures, size, MANY))
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [Augmentation(num_operations=0, min_scale=1.0, flip_probability=0.0), Augmentation(), Augmentation(min_scale=0.01)],
+)
+def test_so_has_one_that_is_changed_little_or_as_published(augmentation):
+    pictures = list(_pictures(50, [(40, 64), (64, 40), (96, 96)]))
+    assert torch.equal(_together(pictures, 48, augmentation), _one_by_one(pictures, 48, augmentation))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("size", "shapes"), SHAPES)
+def test_so_has_one_on_a_gpu_which_nobody_waits_for(size, shapes):
+    pictures = list(_pictures(60, shapes))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = _together(pictures, size, MANY, lambda tensor: tensor.pin_memory().to("cuda", non_blocking=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(batch.cpu(), _one_by_one(pictures, size, MANY))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2.5, 5, 7, 10])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_has_the_pixels_of_pillow(name, level):
+    pictures = [picture for size in (1, 2, 3, 57) for picture in _pictures(10, [(size, size)])]
+    for number, picture in enumerate(pictures):
+        negative = number % 2 == 1
+        changes = torch.tensor([[0, 0, 1 + 2 * OPERATIONS.index(name) + negative]])
+        image = torch.from_numpy(np.array(picture))[None]
+        sizes = torch.tensor([picture.size])
+        result = changed_batch(image, sizes, changes, picture.width, level, lambda tensor: tensor)
+        assert torch.equal(result[0], to_tensor(apply_operation(picture, name, level, negative=negative)))
+
+
+def test_pillow_resizes_in_the_order_that_is_taken_for_its():
+    """By turns, Pillow itself shows which side it takes first."""
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(2000):
+        size, height, width = (int(side) for side in rng.integers(1, [40, 90, 90]))
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        first = (width, size) if (high := is_height_first(height, width, size)) else (size, height)
+        by_turns = image.resize(first, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
+        direct = image.resize((size, size), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(np.asarray(by_turns), np.asarray(direct))
+        seen.add(high)
+    assert False in seen
+
+
+def test_an_empty_batch_stays_empty():
+    nothing = torch.empty(0, 5, 5, 3, dtype=torch.uint8), torch.empty(0, 2).long(), torch.empty(0, 3).long()
+    assert changed_batch(*nothing, 4, 7.0, lambda tensor: tensor).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("height", "width", "sent"), [(48, 48, (48, 48)), (49, 48, (32, 32)), (1, 400, (32, 32))])
+def test_a_crop_that_is_much_larger_than_the_result_is_resized_before_it_is_sent(height, width, sent):
+    whole = Augmentation(min_scale=1.0)
+    sample = cut_transform(Image.new("RGB", (width, height)), np.random.default_rng(0), 32, whole)
+    assert sample["image"].shape == (*sent, 3)

@@ -1,0 +1,31 @@
+"""How large an object store a cluster of one machine is given."""
+
+from collections import namedtuple
+
+import pytest
+
+from harma_ray.on_ray import cluster
+
+GIB = 2**30
+USAGE = namedtuple("USAGE", ["total", "used", "free"])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "memory", "shared", "expected"),
+    [
+        (2, 24, 24, 2),
+        (2, 5, 24, 1),  # a fifth of the memory
+        (16, 128, 64, 4),  # one GPU
+        (128, 2000, 1000, 32),  # eight
+        (128, 100, 1000, 20),
+        (128, 2000, 10, 9),  # a container's: what it has free
+        (128, 2000, 0.0625, 2),  # as a container is given that asks for nothing
+        (128, 2000, None, 2),
+    ],
+)
+def test_the_store_grows_with_the_cpus_as_far_as_memory_goes(monkeypatch, tmp_path, cpus, memory, shared, expected):
+    monkeypatch.setattr(cluster, "_SHARED_MEMORY", tmp_path if shared is not None else tmp_path / "none")
+    monkeypatch.setattr(cluster, "machine_memory", lambda: memory * GIB)
+    if shared is not None:
+        monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: USAGE(0, 0, int(shared * GIB)))
+    assert cluster._object_store_bytes(cpus) == expected * GIB
