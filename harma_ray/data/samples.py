@@ -34,7 +34,7 @@ class RowTransform(ABC):
             rng: Seeded by (seed, epoch, row, caption) alone; the only source of randomness.
 
         Returns:
-            Arrays, by default of equal shapes over all rows; see `collate`.
+            Arrays, of the same names and types in all rows, and by default of equal shapes; see `collate`.
 
         Raises:
             UserError: If the row cannot be used; the stream adds the row's source.

@@ -95,6 +95,25 @@ def test_tasks_and_threads_make_the_batches_that_are_made_one_by_one(transform, 
             assert all(torch.equal(torch.as_tensor(left[name]), torch.as_tensor(right[name])) for name in left)
 
 
+def test_samples_that_are_joined_come_apart_as_they_were():
+    from harma_ray.on_ray.decoding import Joined
+
+    rng = np.random.default_rng(0)
+    samples = [
+        {"image": rng.integers(0, 256, (number, 2, 3), np.uint8), "text": torch.arange(number), "id": np.int64(number)}
+        for number in (3, 0, 1)
+    ]
+    found = list(Joined.of(samples).samples())
+    for sample, back in zip(samples, found, strict=True):
+        assert sample.keys() == back.keys()
+        for name, value in sample.items():
+            assert back[name].dtype == np.asarray(value).dtype
+            np.testing.assert_array_equal(back[name], np.asarray(value), strict=True)
+    for change in ({"more": 1}, {"id": 1.0}):
+        with pytest.raises(TypeError, match="same names and types"):
+            Joined.of([*samples, samples[0] | change])
+
+
 def test_a_task_whose_process_dies_is_done_again(tmp_path):
     (found,) = batches(OnceDead(str(tmp_path / "died")), rows())
     assert (tmp_path / "died").exists()
