@@ -1,6 +1,7 @@
 """A training whose backbone gives all images one embedding: told in the record, the report, the terminal, a page."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,7 @@ from harma_ray.training.step import evaluate_split
 from harma_ray.training.tracking import METRICS_NAME, read_records
 
 
-class Stop(Exception):
-    pass
-
-
-def run(config, path, stop_after=None):
-    def callback(metrics):
-        if metrics["epoch"] == stop_after:
-            raise Stop
-
-    path.mkdir(exist_ok=True)
+def run(config, path, callback=lambda metrics: None):
     return run_training(make_task(config), config, path, worker=Worker(), loader=local_batches, callback=callback)
 
 
@@ -40,6 +32,7 @@ def findings(path):
 
 @pytest.fixture(scope="module")
 def dead(scenes, tmp_path_factory):
+    """The settings, folder and report of a run; beside it stands what there was of it after each epoch."""
     folder = tmp_path_factory.mktemp("dead")
     weights = build_clip("scenes-tiny", "random").state_dict()
     weights["visual.proj"] = torch.zeros_like(weights["visual.proj"])
@@ -55,7 +48,13 @@ def dead(scenes, tmp_path_factory):
         "model.pretrained": str(folder / "backbone.safetensors"),
     }
     config = build_config(recipe_config("harma-scenes"), changes)
-    return config, folder / "run", run(config, folder / "run")
+    path = folder / "run"
+    path.mkdir()
+
+    def keep(metrics):
+        shutil.copytree(path, folder / f"epoch {metrics['epoch']:.0f}")
+
+    return config, path, run(config, path, keep)
 
 
 def test_a_dead_training_is_told_in_record_report_and_tensorboard(dead):
@@ -118,16 +117,14 @@ def test_a_page_shows_what_is_wrong_and_what_to_try(dead, tmp_path):
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_resumed_dead_training_tells_the_same(dead, tmp_path, epoch):
     config, path, report = dead
-    with pytest.raises(Stop):
-        run(config, tmp_path / "run", epoch)
+    shutil.copytree(path.with_name(f"epoch {epoch}"), tmp_path / "run")
     assert run(config, tmp_path / "run")["health"] == report["health"]
     assert findings(tmp_path / "run") == findings(path)
 
 
 def test_a_run_of_code_that_did_not_watch_is_judged_when_it_goes_on(dead, tmp_path):
-    config, _, report = dead
-    with pytest.raises(Stop):
-        run(config, tmp_path / "run", 2)
+    config, path, report = dead
+    shutil.copytree(path.with_name("epoch 2"), tmp_path / "run")
     record = Path(tmp_path / "run" / METRICS_NAME)
     lines = [line for line in record.read_text().splitlines(keepends=True) if '"health"' not in line]
     record.write_text("".join(lines))
