@@ -3,8 +3,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from disk import file_size_limit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -67,6 +66,21 @@ def stop_after(epoch):
             raise Stop
 
     return callback
+
+
+@pytest.fixture(scope="module")
+def begun(scenes, tmp_path_factory):
+    """A run that was stopped after its first epoch."""
+    path = tmp_path_factory.mktemp("begun")
+    with pytest.raises(Stop):
+        run(settings(scenes), path, stop_after(1))
+    return path
+
+
+@pytest.fixture
+def stopped(begun, tmp_path):
+    """A copy of it, to go on with."""
+    return shutil.copytree(begun, tmp_path / "stopped")
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +176,17 @@ def scalars(events, tag):
 
 def test_the_hparams_page_shows_what_was_set_by_hand_then_key_settings(finished, scenes, tmp_path):
     """A run has no table of its own, which TensorBoard would take for all runs of a folder."""
-    config, path, _ = finished
+    _, path, _ = finished
+    config = settings(scenes, train__captions="one")  # five times fewer steps
     label = Label.of(tmp_path / "mine", changed_settings(config))
     run_training(make_task(config), config, tmp_path / "mine", worker=Worker(), loader=local_batches, label=label)
-    for folder, changed in (
-        (path, {}),
-        (tmp_path / "mine", {key: SMALL[key] for key in SMALL if "log_every" not in key}),
-    ):
+    by_hand = {key: SMALL[key] for key in SMALL if "log_every" not in key} | {"train.captions": "one"}
+    for folder, changed in ((path, {}), (tmp_path / "mine", by_hand)):
         metadata = read_events(folder).summary_metadata
         assert not [tag for tag in metadata if "experiment" in tag]
         content = metadata["_hparams_/session_start_info"].plugin_data.content
         start = HParamsPluginData.FromString(content).session_start_info
-        shown = {name: value.number_value for name, value in start.hparams.items()}
+        shown = {name: value.string_value or value.number_value for name, value in start.hparams.items()}
         key = {"optim.learning_rate": 1e-3, "train.global_batch_size": 20, "train.epochs": 2, "seed": 0}
         assert shown == {**changed, **key}
         assert "_hparams_/session_end_info" in metadata
@@ -188,30 +201,26 @@ def test_the_backbone_is_not_copied_into_checkpoints(finished):
     assert report["checkpoint_bytes"] < backbone_bytes / 20
 
 
-def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(finished, scenes, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_like_one_never_stopped(finished, stopped):
     config, path, report = finished
-    with pytest.raises(Stop):
-        run(config, tmp_path, stop_after(1))
-    resumed = run(config, tmp_path)
+    resumed = run(config, stopped)
     assert resumed["metrics"] == report["metrics"]
-    last, expected = list_checkpoints(tmp_path)[-1], list_checkpoints(path)[-1]
+    last, expected = list_checkpoints(stopped)[-1], list_checkpoints(path)[-1]
     assert (last / "trainable.safetensors").read_bytes() == (expected / "trainable.safetensors").read_bytes()
     moments, others = load_state(last)["optimizer"]["state"], load_state(expected)["optimizer"]["state"]
     assert all(torch.equal(moments[key]["exp_avg_sq"], others[key]["exp_avg_sq"]) for key in others)
-    steps = [record["step"] for record in read_records(tmp_path) if record["kind"] == "step"]
+    steps = [record["step"] for record in read_records(stopped) if record["kind"] == "step"]
     assert steps == list(range(1, 21))
-    assert [event.step for event in read_events(tmp_path).Scalars("main/loss")] == steps
+    assert [event.step for event in read_events(stopped).Scalars("main/loss")] == steps
 
 
-def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, tmp_path):
+def test_a_run_that_starts_anew_forgets_its_first_attempt(finished, stopped):
     config, path, _ = finished
-    with pytest.raises(Stop):
-        run(config, tmp_path, stop_after(1))
-    shutil.rmtree(tmp_path / "checkpoints")
-    run(config, tmp_path)
-    kinds = [[record["kind"] for record in read_records(folder)] for folder in (path, tmp_path)]
+    shutil.rmtree(stopped / "checkpoints")
+    run(config, stopped)
+    kinds = [[record["kind"] for record in read_records(folder)] for folder in (path, stopped)]
     assert kinds[0] == kinds[1]
-    assert [event.step for event in read_events(tmp_path).Scalars("main/loss")] == list(range(1, 21))
+    assert [event.step for event in read_events(stopped).Scalars("main/loss")] == list(range(1, 21))
 
 
 def last_seconds(path):
@@ -428,12 +437,9 @@ def test_a_parameter_without_a_gradient_is_found(scenes):
     ]
 
 
-def test_resuming_with_other_settings_is_refused(scenes, tmp_path):
-    config = settings(scenes)
-    with pytest.raises(Stop):
-        run(config, tmp_path, stop_after(1))
+def test_resuming_with_other_settings_is_refused(scenes, stopped):
     with pytest.raises(UserError, match="other settings"):
-        run(settings(scenes, loss__gamma=1.0), tmp_path)
+        run(settings(scenes, loss__gamma=1.0), stopped)
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(finished):
@@ -452,25 +458,15 @@ def test_recall_does_not_depend_on_the_batch_size(finished):
         assert evaluation.metrics == report["metrics"]["test"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the thread of TensorBoard
 def test_a_full_disk_leaves_the_older_checkpoint_whole(scenes, tmp_path):
-    code = f"""
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_loop import run, settings
-from pathlib import Path
-from harma_ray.errors import UserError
-config = settings({str(scenes)!r})
-def callback(metrics):
-    if metrics["epoch"] == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-try:
-    run(config, Path({str(tmp_path)!r}), callback)
-except UserError as error:
-    print("REFUSED", error)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "REFUSED cannot write" in result.stdout, result.stderr[-2000:]
+    with contextlib.ExitStack() as limits:
+
+        def fill(metrics):
+            limits.enter_context(file_size_limit(60_000))
+
+        with pytest.raises(UserError, match=r"^cannot write"):
+            run(settings(scenes), tmp_path, fill)
     assert [read_meta(path).step for path in list_checkpoints(tmp_path)] == [0]
 
 
