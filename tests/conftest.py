@@ -15,6 +15,7 @@ from harma_ray.on_ray.cluster import prepare_environment
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # else torch's threads, waiting for one another, keep others from the cores
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # else a process more for every training
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that the tests start compiles the package anew
 prepare_environment(own_cluster=True)  # before anything imports Ray
 QUICK_START = Path(__file__).parent / "quick_start"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(QUICK_START), os.environ.get("PYTHONPATH"))))
