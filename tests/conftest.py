@@ -95,6 +95,16 @@ def joined_here(cluster_address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", cluster_address)
 
 
+@pytest.fixture
+def encode_here(monkeypatch):
+    """Has this process encode, in tests of what does not depend on which process does."""
+
+    def map_here(build, plans, *, num_actors, use_gpu):
+        yield from map(build(), plans)
+
+    monkeypatch.setattr("harma_ray.vectors.job.map_in_actors", map_here)
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """A data set of drawn scenes: 40 train, 13 val, 11 test images of 64 px with 5 captions each."""

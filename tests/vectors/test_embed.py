@@ -68,6 +68,7 @@ def test_vectors_are_those_of_evaluation_in_its_order(random_run, scenes, embedd
         embed(random_run, scenes, out, JobSettings())
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_bf16_vectors_are_made_where_they_are_asked_for_and_said(random_run, scenes, tmp_path, ray_cluster):
     rough = Run(random_run.path, build_config(random_run.config, {"train.eval_precision": "bf16"}))
     assert "of width 128, in bf16, to" in embed(rough, scenes, tmp_path / "vectors", JobSettings(), split="test")
@@ -78,6 +79,7 @@ def test_bf16_vectors_are_made_where_they_are_asked_for_and_said(random_run, sce
     assert not torch.allclose(found, exact, atol=1e-5)
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_folders_are_walked_as_in_conversion_and_bad_images_listed_and_limited(
     random_run, scenes, tmp_path, ray_cluster
 ):
@@ -109,6 +111,7 @@ def test_folders_are_walked_as_in_conversion_and_bad_images_listed_and_limited(
     assert manifest["left_out"] == {"hidden": 1, "no images": 1}
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_a_line_of_pixels_is_told_of_and_may_be_left_out(tmp_path, ray_cluster):
     run = make_random_run(tmp_path / "runs", "vitp", recipe_config("scenes-vitp"))
     for name, size in (("farm/1", (30, 20)), ("farm/2", (1, 4000)), ("lake/3", (10, 1000))):
@@ -120,6 +123,7 @@ def test_a_line_of_pixels_is_told_of_and_may_be_left_out(tmp_path, ray_cluster):
     assert open_store(tmp_path / "out").ids == ["farm/1.png", "lake/3.png"]
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_a_damaged_shard_is_one_clear_line(random_run, scenes_copy, tmp_path, ray_cluster):
     shard = open_split(scenes_copy, "test").shard_paths()[0]
     shard.write_bytes(bytes(shard.stat().st_size))
@@ -142,6 +146,7 @@ def test_triplets_are_refused_before_ray_works(random_run, composed, tmp_path, r
         embed(random_run, composed, tmp_path / "out", JobSettings(), split="train")
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_a_store_of_either_layout_reads_back_equal_with_classes_and_hashes(random_run, scenes, embedded, tmp_path):
     split = open_split(scenes, "test")
     summary = embed(random_run, scenes, tmp_path / "store.npz", JobSettings(4), split="test")

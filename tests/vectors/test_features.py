@@ -89,6 +89,7 @@ def test_features_are_pictured_by_the_images_they_came_from(cached, composed, tm
     assert changed.pictured is None
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_a_query_with_two_captions_keeps_its_four_texts(ray_cluster, tmp_path):
     """FashionIQ, by category: vectors give the figures of the images, and training draws all four texts."""
     data = tmp_path / "data"
@@ -175,6 +176,7 @@ def test_on_the_fly_nothing_is_written(config, ray_cluster, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("encode_here")
 def test_an_unreadable_image_is_named_and_leaves_nothing(config, cached, composed, ray_cluster, tmp_path):
     """The split before it is whole, and what it was the first time to the bit."""
     import pyarrow as pa
