@@ -170,7 +170,7 @@ def test_a_batch_that_does_not_divide_by_the_workers_leaves_no_run(scenes, capfd
 @pytest.mark.ray
 @ray_warns
 @pytest.mark.usefixtures("joined_here")
-def test_talks_that_a_recipe_could_not_read_are_refused_where_they_are_converted(capsys, tmp_path):
+def test_talks_that_a_recipe_could_not_read_are_refused_where_they_are_converted(capsys, tmp_path, monkeypatch):
     talk = json.dumps({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "on and on " * 9}]})
     (tmp_path / "talks.jsonl").write_text(f"\n{talk}\n")
     (tmp_path / "meta.json").write_text(json.dumps({"talks": {"annotation": "talks.jsonl"}}))
@@ -179,6 +179,7 @@ def test_talks_that_a_recipe_could_not_read_are_refused_where_they_are_converted
     assert main(list(map(str, [*command, *limits]))) == 2
     assert re.search(r"error: talks\.jsonl line 2: has \d+ tokens, of which 20 are read", capsys.readouterr().err)
     assert not (tmp_path / "data").exists()
+    monkeypatch.setattr("harma_ray.on_ray.tasks.map_with_ray", map)
     assert "lengths of talks were not looked at" not in done(capsys, *command, *limits[:2])
     assert "lengths of talks were not looked at, which takes a tokenizer" in done(capsys, *command)
 
