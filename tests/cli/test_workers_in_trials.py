@@ -28,6 +28,7 @@ from harma_ray.training.tracking import read_records
 from harma_ray.tune.folder import open_search, read_search
 from harma_ray.tune.study import trial_folder
 
+SETTINGS = {**HARMA, "train.epochs": 2}
 SPACE = """
 recipe: harma-scenes
 fixed: {fixed}
@@ -71,7 +72,7 @@ def test_trials_of_two_workers_end_as_runs_of_their_settings(scenes, tmp_path):
     """A worker of the first is killed, then the search is interrupted, and resumed."""
     runs = tmp_path / "it's runs"
     runs.mkdir()
-    (runs / "space.yaml").write_text(SPACE.format(fixed=json.dumps(HARMA)))
+    (runs / "space.yaml").write_text(SPACE.format(fixed=json.dumps(SETTINGS)))
     folder, quiet = runs / "search", runs / "quiet"
     first = trial_folder(folder, 0)
     options = ["--data", scenes, "--runs", runs, "--name", "search", "--workers", 2]
@@ -87,8 +88,8 @@ def test_trials_of_two_workers_end_as_runs_of_their_settings(scenes, tmp_path):
     with another_cluster():
         done(["tune", "--resume", folder], alone())
     results = read_search(*open_search(folder))
-    assert [(trial.state, len(trial.curve)) for trial in results.trials] == [("complete", 4), ("stopped", 1)]
-    train_undisturbed("harma-scenes", scenes, quiet, HARMA)
+    assert [(trial.state, len(trial.curve)) for trial in results.trials] == [("complete", 2), ("stopped", 1)]
+    train_undisturbed("harma-scenes", scenes, quiet, SETTINGS)
     assert steps_and_epochs(first) == steps_and_epochs(quiet)
     kept = list_checkpoints(first)
     assert [path.name for path in kept] == [path.name for path in list_checkpoints(quiet)]
