@@ -98,7 +98,7 @@ class Watched:
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16"])
 def test_training_in_bf16_picks_its_best_epoch_by_figures_in_what_was_asked_for(scenes, tmp_path, asked):
-    small = {"data.path": str(scenes), "train.global_batch_size": 20, "train.epochs": 1}
+    small = {"data.path": str(scenes), "train.global_batch_size": 20, "train.epochs": 1, "train.captions": "one"}
     config = build_config(
         recipe_config("harma-scenes"), {**small, "train.precision": "bf16", "train.eval_precision": asked}
     )
