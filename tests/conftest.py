@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from harma_ray.on_ray.cluster import prepare_environment
 
@@ -27,6 +29,12 @@ from harma_ray.recipes import recipe_config  # noqa: E402
 from harma_ray.settings import build_config  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@event.listens_for(Engine, "connect")
+def _leave_writing_to_the_system(connection, record):
+    """No test takes the power away, so that studies need not wait for the disk."""
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 @pytest.fixture(scope="session", autouse=True)
