@@ -161,7 +161,7 @@ def _decode(transform: PairTransform, table: Any, ready: Any) -> None:
 LABELS: dict[str, str] = {
     "ray": "Ray Data stream",
     "tasks": "Ray Data stream, tasks decode",
-    "sent": "the same, sent to a GPU",
+    "sent": "the same, cropped alone",
     "small": "stream of one chunk",
     "loader": "torch DataLoader, shards",
     "files": "torch DataLoader, JPEG files",

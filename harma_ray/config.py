@@ -1,8 +1,7 @@
 """Configuration: frozen dataclasses whose fields say what they are, in which range, and what they change.
 
 A recipe's configuration is a subclass of `RunConfig` that adds the recipe's own sections. Ranges stand beside the
-field and are checked where settings come in, by `harma_ray.settings.build_config`; what relates two fields is checked
-in ``__post_init__``.
+field and are checked by `harma_ray.settings.build_config`; what relates two fields is checked in ``__post_init__``.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -100,6 +99,10 @@ class DataConfig:
     """Images of more pixels are refused before they are decoded; 0 = all that conversion let into the data set are
     read, and of files beside it (``embed``) up to 100 million pixels."""
 
+    def augments_on_device(self, *, on_gpu: bool) -> bool:
+        """Returns whether training images are changed batch by batch on a worker's device."""
+        return self.augment == "device" or (self.augment == "auto" and on_gpu)
+
     def decodes_in_tasks(self, *, on_gpu: bool) -> bool:
         """Returns whether tasks decode for a worker."""
         return self.decode == "tasks" or (self.decode == "auto" and on_gpu)
@@ -148,8 +151,7 @@ class TrainConfig:
     """Micro-batches a worker cuts its share into. Exact: contrastive losses cache features, so that no negatives are
     lost, which costs one more forward pass; losses that are means over samples or tokens are summed up."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast of the model in training steps; losses are always fp32. auto = bf16 on GPUs that compute it themselves,
-    else fp32."""
+    """Autocast of the model in training steps, not of losses. auto = bf16 on GPUs that compute it themselves."""
     eval_precision: Annotated[Literal["fp32", "bf16"], AddedLater(before="fp32")] = "fp32"
     """Precision in which models are evaluated, while training and after: fp32 on any device, as the published figures
     were measured (without TF32 too), or bf16 autocast, which moves ranks."""
@@ -249,8 +251,7 @@ class ScalingConfig:
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; null = if the cluster has GPUs."""
     cpus_per_worker: NonNegative = 0
-    """CPUs Ray reserves for a worker; 0 = an equal share of what the data tasks leave; in a search: one, or with GPUs
-    an equal share."""
+    """CPUs Ray reserves for a worker; 0 = an equal share of what data tasks leave; in a search 1, or with GPUs that."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1
     """GPUs of a worker that uses them; below 1, trials of one worker each share a GPU."""
     max_failures: Count = 0

@@ -71,12 +71,7 @@ def train_undisturbed(recipe, data, run, settings, first=None):
     base = recipe_config(recipe)
     before = base.after(open_run(first)) if first else {}
     config = build_config(base, {"data.path": str(data), "scaling.num_workers": 2, **before, **settings})
-    train_on_plainly(create_run(run.parent, run.name, config))
-
-
-def train_on_plainly(run):
-    """Goes on with a run in two plain processes of torch, from where it stands."""
-    run_on_ranks(_train_rank, 2, run, run.path.with_name(f"{run.path.name}.store"))
+    run_on_ranks(_train_rank, 2, create_run(run.parent, run.name, config), run.parent / f"{run.name}.store")
 
 
 def _train_rank(rank, run, store):

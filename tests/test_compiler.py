@@ -101,6 +101,10 @@ def test_it_is_imported_once_however_it_is_asked_for(run_deferred, ask):
     )
 
 
+def test_who_asks_for_it_first_of_all_has_torch_imported_with_it():
+    run("defer_compiler()\nimport torch._dynamo\ntorch._dynamo.reset()\nimport torch\n" + NOTHING_LEFT)
+
+
 def test_it_can_be_looked_for_without_being_imported(run_deferred):
     run_deferred(
         "import importlib.util, inspect\n"
@@ -178,7 +182,7 @@ def test_a_lasting_deferral_outlives_a_block_that_it_happens_in():
 @pytest.mark.parametrize("ours", [True, False])
 def test_torchvision_asks_the_real_one_and_may_be_compiled(ours):
     run(
-        ("import harma_ray.data.transforms\nassert 'torch._dynamo' not in sys.modules\n" if ours else "")
+        ("import harma_ray.data.padding\nassert 'torch._dynamo' not in sys.modules\n" if ours else "")
         + "import torch\n"
         "from torchvision.ops import roi_align\n"
         "from importlib import import_module\n"

@@ -1,4 +1,4 @@
-"""The settings of the random changes of training images; what makes them is `harma_ray.data.transforms`."""
+"""The settings of the random changes of training images, which `transforms` and `batch_transforms` make."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -2,8 +2,9 @@
 
 What is done image by image there, on CPUs that read the data, is done here to all images of a batch: the pixels are the
 same to the bit, for Pillow's arithmetic is repeated, integers and doubles in its order (libImaging's Resample.c,
-Geometry.c and Blend.c; ImageOps). Divisors are tensors, for torch may multiply by a number's inverse. Nothing waits for
-the device.
+Geometry.c and Blend.c; ImageOps). So it is where Pillow is compiled as for x86-64; elsewhere a product and a sum may be
+rounded once, and few pixels differ by one. Divisors are tensors, for torch may multiply by a number's inverse. Nothing
+waits for the device.
 
 Shape letters: B batch, G some images of it, H and W the largest crop, S side of the result.
 """
@@ -11,7 +12,7 @@ Shape letters: B batch, G some images of it, H and W the largest crop, S side of
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from harma_ray.data.augmentation import MAX_LEVEL, Augmentation
+from harma_ray.data.order import iterate_slices
 from harma_ray.data.samples import Array, Send
 from harma_ray.data.transforms import (
     FILL,
@@ -32,7 +34,8 @@ from harma_ray.data.transforms import (
 )
 
 _LARGEST_SIDE = 1.5
-_AT_A_TIME = 2**25  # numbers of an intermediate result: 128 MiB of int32
+_HIGHEST_RATIO = 100  # which Pillow resizes in another order, depending on its version
+_AT_A_TIME = 2**25  # numbers of an intermediate result in int32, and four times those in doubles or int64
 _BITS = 22  # of Pillow's weights
 
 
@@ -48,14 +51,14 @@ def cut_transform(
         augmentation: What may happen.
 
     Returns:
-        ``image``, uint8[h, w, 3]: the crop or, if a side is more than 1.5 times as long as ``size``, the crop resized,
-        for to send it would take longer. ``changes``, int64[2 + operations]: whether its height is resized before its
-        width, whether it is mirrored then, and the operations to apply: 0 for none, else 1 + twice the place in
-        ``OPERATIONS``, and 1 more in the negative direction.
+        ``image``, uint8[h, w, 3]: the crop, resized if a side is more than 1.5 times as long as ``size``, as sending it
+        would take longer, or if it is a line of pixels. ``changes``, int64[2 + operations]: whether its height is
+        resized before its width, whether it is mirrored then, and the operations to apply: 0 for none, else 1 + twice
+        the place in ``OPERATIONS``, and 1 more in the negative direction.
     """
     drawn = draw_changes(image.height, image.width, rng, augmentation)
     kept = cut(image, drawn)
-    if max(kept.size) > _LARGEST_SIDE * size:
+    if max(kept.size) > _LARGEST_SIDE * size or kept.height > _HIGHEST_RATIO * kept.width:
         kept = resize(kept, size)
     changes = np.zeros(2 + augmentation.num_operations, np.int64)
     changes[:2] = is_height_first(kept.height, kept.width, size), drawn.is_mirrored
@@ -66,6 +69,9 @@ def cut_transform(
 
 def collate_cuts(samples: Sequence[Mapping[str, Array]]) -> dict[str, np.ndarray]:
     """Puts what `cut_transform` returns together.
+
+    Args:
+        samples: At least one.
 
     Returns:
         ``image``, uint8[B, H, W, 3], crops in the upper left corner; ``crop_size``, int64[B, 2], their heights and
@@ -110,7 +116,16 @@ def changed_batch(images: Tensor, crop_sizes: Tensor, changes: Tensor, size: int
 
 
 def is_height_first(height: int, width: int, size: int) -> bool:
-    """Returns whether Pillow resizes an image's height before its width, which since version 13 it does of some."""
+    """Returns whether Pillow, of the version that is there, resizes an image's height before its width.
+
+    Version 13 does so where the height shrinks by more than twice what the width does. Before, it was the other way
+    round, from some version on but for images more than 100 times as high as wide, of which nothing is said here.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Likewise, at least a hundredth of that.
+        size: Height and width of the result.
+    """
     return _is_height_ever_first() and height > size and height - size > 2 * (width - size)
 
 
@@ -182,30 +197,29 @@ class _Weights:
 
 def _change(images: Tensor, operations: Tensor, strength: float, send: Send) -> None:
     """Applies one operation, if any, to each image, uint8[B, 3, S, S]; operations int64[B] as in `cut_transform`."""
-    rows: dict[str, list[int]] = {}
-    matrices, side = [], images.shape[3]
+    rows: dict[Callable[[Tensor, Sequence[_Operation], Send], Tensor], list[tuple[int, _Operation]]] = {}
     for row, code in enumerate(operations.tolist()):
         name, negative = OPERATIONS[(code - 1) // 2], (code - 1) % 2
-        if not code or name == "identity":
-            continue
-        if name in ("autocontrast", "equalize", "brightness", "sharpness"):
-            rows.setdefault(name, []).append(row)
-        else:
-            rows.setdefault("warp", []).append(row)
-            matrices.append(warp_matrix(name, -strength if negative else strength, (side, side)))
-    change: dict[str, Callable[[Tensor], Tensor]] = {
-        "autocontrast": _autocontrast,
-        "equalize": _equalize,
-        "brightness": lambda chosen: _blended(send, chosen, torch.zeros_like(chosen), blend_factor(strength)),
-        "sharpness": lambda chosen: _blended(send, chosen, _smooth(chosen), blend_factor(strength)),
-        "warp": lambda chosen: _warp(chosen, send(torch.tensor(matrices, dtype=torch.float64))),
-    }
-    for name, chosen in rows.items():
-        places = send(torch.tensor(chosen))
-        images.index_copy_(0, places, change[name](images.index_select(0, places)))
+        if code and name != "identity":
+            drawn = _Operation(name, strength, -strength if negative else strength)
+            rows.setdefault(_CHANGES.get(name, _warp), []).append((row, drawn))
+    at_a_time = max(1, _AT_A_TIME // 4 // images[0].numel())
+    for change, chosen in rows.items():
+        for part in iterate_slices(len(chosen), at_a_time):
+            numbers, drawn = zip(*chosen[part], strict=True)
+            places = send(torch.tensor(numbers))
+            images.index_copy_(0, places, change(images.index_select(0, places), drawn, send))
 
 
-def _autocontrast(images: Tensor) -> Tensor:
+class _Operation(NamedTuple):
+    """What is applied to an image; strengths as in `harma_ray.data.transforms`."""
+
+    name: str
+    strength: float
+    signed: float
+
+
+def _autocontrast(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
     """Stretches each plane from its darkest and brightest pixel to 0 and 255."""
     low, high = (extreme.double() for extreme in (images.amin((2, 3), True), images.amax((2, 3), True)))
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
@@ -213,7 +227,7 @@ def _autocontrast(images: Tensor) -> Tensor:
     return torch.where(high > low, stretched, images)
 
 
-def _equalize(images: Tensor) -> Tensor:
+def _equalize(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
     """Makes the values of each plane about equally frequent."""
     values = images.flatten(2).long()
     counts = values.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, torch.ones_like(values))
@@ -224,24 +238,32 @@ def _equalize(images: Tensor) -> Tensor:
     return torch.where(step > 0, table.gather(2, values), images.flatten(2)).view_as(images)
 
 
-def _smooth(images: Tensor) -> Tensor:
-    """Smooths images as Pillow's filter of that name: (8 neighbours + 5 x itself) / 13, borders left as they are."""
+def _brighten(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+    """Blends each image with black."""
+    return _blended(images, torch.zeros_like(images), drawn, send)
+
+
+def _sharpen(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+    """Blends each image with what Pillow's filter makes smooth, (8 neighbours + 5 x itself) / 13 but for borders."""
     wide = images.int()
     rows = wide[..., :-2] + wide[..., 1:-1] + wide[..., 2:]
     sums = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :] + 4 * wide[..., 1:-1, 1:-1]
     smooth = images.clone()
     smooth[..., 1:-1, 1:-1] = ((2 * sums + 13) // 26).to(torch.uint8)
-    return smooth
+    return _blended(images, smooth, drawn, send)
 
 
-def _blended(send: Send, images: Tensor, others: Tensor, factor: float) -> Tensor:
-    """Blends images with others as Pillow does."""
-    table = send(torch.from_numpy(blend_table(factor)))
+def _blended(images: Tensor, others: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+    """Blends images with others as Pillow does, all as much."""
+    table = send(torch.from_numpy(blend_table(blend_factor(drawn[0].strength))))
     return table[256 * others.int() + images.int()]
 
 
-def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Takes each pixel of images from where a matrix says, float64[G, 6], bilinear; uncovered pixels become grey."""
+def _warp(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+    """Takes each pixel of an image from where its operation's matrix says, bilinear; uncovered pixels become grey."""
+    matrices = send(torch.tensor(
+        [warp_matrix(each.name, each.signed, (images.shape[3], images.shape[2])) for each in drawn], dtype=torch.float64
+    ))  # fmt: skip
     size = images.shape[3]
     middles = torch.arange(size, dtype=torch.float64, device=images.device) + 0.5
     a, b, c, d, e, f = matrices[:, :, None, None].unbind(1)
@@ -260,6 +282,10 @@ def _warp(images: Tensor, matrices: Tensor) -> Tensor:
     upper, lower = between(top), between(bottom)
     blended = upper + (lower - upper) * down[:, None]
     return torch.where(inside[:, None], blended.to(torch.uint8), FILL)
+
+
+_CHANGES = {"autocontrast": _autocontrast, "equalize": _equalize, "brightness": _brighten, "sharpness": _sharpen}
+"""All others warp."""
 
 
 def _neighbours(places: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:

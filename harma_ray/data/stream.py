@@ -131,7 +131,7 @@ class TrainingStream:
             loader: Makes batches of rows.
         """
         self.order, self._config, self._worker, self._loader = order, config, worker, loader
-        on_device = config.augment == "device" or (config.augment == "auto" and worker.device != "cpu")
+        on_device = config.augments_on_device(on_gpu=worker.device != "cpu")
         self._decode = DecodeRows(transform.for_device() if on_device else transform, order.seed)
 
     def steps(self, start_step: int, num_epochs: int, num_parts: int = 1) -> Generator[Batch, None, None]:

@@ -56,7 +56,14 @@ class Changes:
 
 
 def draw_changes(height: int, width: int, rng: np.random.Generator, augmentation: Augmentation) -> Changes:
-    """Draws the changes of an image of so many pixels; equal generators give equal ones."""
+    """Draws the changes of an image.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Likewise.
+        rng: Source of all randomness; equal states give equal changes.
+        augmentation: What may happen.
+    """
     box = _draw_crop(height, width, rng, augmentation) if augmentation.min_scale < 1 else (0, 0, height, width)
     is_mirrored = rng.random() < augmentation.flip_probability
     operations = []
@@ -92,7 +99,7 @@ def train_transform(
 
 
 def cut(image: Image.Image, changes: Changes) -> Image.Image:
-    """Returns the part of an RGB image that is kept."""
+    """Returns the part of an RGB image that the changes drawn for it keep."""
     top, left, height, width = changes.box
     return image if image.size == (width, height) else crop(image, left, top, width, height)
 

@@ -24,6 +24,7 @@ from harma_ray.on_ray.quirks import (
     is_late_start,
     is_stranger,
     keeping_handler,
+    machine_cpus,
     machine_memory,
     quiet_errors,
     set_variables,
@@ -80,14 +81,14 @@ def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, 
         "include_dashboard": dashboard_port is not None,
         "dashboard_host": LOOPBACK,
         "dashboard_port": dashboard_port,
-        "object_store_memory": _object_store_bytes(num_cpus or os.cpu_count() or 1),
+        "object_store_memory": _object_store_bytes(num_cpus or machine_cpus()),
         "_temp_dir": str(folder),
         **({"object_spilling_directory": str(spill)} if spill else {}),
     }
 
 
 def _object_store_bytes(num_cpus: int) -> int:
-    """Returns how large a store a cluster is given; no larger than shared memory for its CPUs, or Ray takes a disk."""
+    """Returns how large a store a cluster is given; above 2 GiB only as shared memory allows, else Ray takes a disk."""
     shared = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
     wanted = max(STORE_BYTES, min(num_cpus * STORE_BYTES_OF_A_CPU, int(0.9 * shared)))
     return min(wanted, int(0.2 * machine_memory()))

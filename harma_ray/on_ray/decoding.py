@@ -122,12 +122,18 @@ class Joined:
     def of(cls, samples: Sequence[Mapping[str, Any]]) -> "Joined":
         """Joins samples.
 
+        Args:
+            samples: At least one, each with an array at least; of any shapes.
+
         Raises:
             TypeError: Their arrays differ in names or types.
         """
         rows = [{name: np.asarray(value) for name, value in sample.items()} for sample in samples]
-        if len({frozenset((name, array.dtype) for name, array in row.items()) for row in rows}) > 1:
-            raise TypeError("a transform must return arrays of the same names and types for all rows")
+        kinds = [{name: str(array.dtype) for name, array in row.items()} for row in rows]
+        if unlike := next((kind for kind in kinds if kind != kinds[0]), None):
+            raise TypeError(
+                f"a transform must return arrays of the same names and types for all rows, got {kinds[0]} and {unlike}"
+            )
         return cls({
             name: (np.concatenate([row[name].ravel() for row in rows]), [row[name].shape for row in rows])
             for name in rows[0]

@@ -205,6 +205,16 @@ def machine_memory() -> int:
     return get_system_memory()
 
 
+def machine_cpus() -> int:
+    """Returns the CPUs of this machine, or its container's limit if that is less, as Ray counts them.
+
+    Ray 2.60 has no public name for it.
+    """
+    from ray._private.utils import get_num_cpus
+
+    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
+
+
 def find_running_cluster() -> str:
     """Returns the address of the cluster that Ray finds by itself on this machine; raises ConnectionError.
 

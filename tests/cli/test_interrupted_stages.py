@@ -16,12 +16,10 @@ from interrupted import (
     resume,
     started,
     train,
-    train_on_plainly,
     train_undisturbed,
     wait_until,
 )
 
-from harma_ray.runs import open_run
 from harma_ray.vectors.features import FOLDER
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500), ray_warns]
@@ -46,7 +44,7 @@ def test_both_stages_of_composed_retrieval_survive_dead_workers_and_a_dead_drive
     command = result.error.partition("continue with: ")[2]
     assert shlex.split(command) == ["python", "launch.py", "train", "--resume", str(run)]
     crash = result.error.partition("where it crashed in ")[2].partition(";")[0]
-    train_on_plainly(open_run(run))
+    done_here(resume(run), joined)
     assert_equal_to_the_bit(run, quiet)
     assert "Segmentation fault" in Path(crash).read_text()
 

@@ -79,7 +79,7 @@ def test_trials_of_two_workers_end_as_runs_of_their_settings(scenes, tmp_path):
     with started(["tune", runs / "space.yaml", *options], alone()) as process:
         wait_until(process, at_step(first, 5))
         kill_worker(first, 1)
-        wait_until(process, at_step(first, 10, starts=2))
+        wait_until(process, at_step(first, 7, starts=2))
         os.killpg(process.pid, signal.SIGINT)
         result = ended(process)
     assert (result.status, len(result.error.splitlines())) == (2, 1), result.error

@@ -1,10 +1,13 @@
 """Batches on a device against the same changes image by image, by Pillow."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from harma_ray.data import batch_transforms
 from harma_ray.data.augmentation import Augmentation
 from harma_ray.data.batch_transforms import changed_batch, collate_cuts, cut_transform, is_height_first
 from harma_ray.data.transforms import OPERATIONS, apply_operation, to_tensor, train_transform
@@ -47,14 +50,23 @@ SHAPES = [
     (65, [(65, 65), (64, 66), (97, 97), (98, 98), (2, 50)]),
     (1, [(1, 1), (3, 2), (50, 50)]),
     (2, [(2, 2), (3, 3)]),
+    (300, [(405, 4), (303, 3), (404, 2), (2, 404)]),
 ]
 MANY = Augmentation(operation_probability=0.9, num_operations=3)
 
 
 @pytest.mark.parametrize(("size", "shapes"), SHAPES)
 def test_a_batch_has_the_pixels_of_its_images_one_by_one(size, shapes):
-    pictures = list(_pictures(60, shapes))
-    assert torch.equal(_together(pictures, size, MANY), _one_by_one(pictures, size, MANY))
+    pictures = list(_pictures(40, shapes))
+    for augmentation in (MANY, replace(MANY, min_scale=1.0)):
+        assert torch.equal(_together(pictures, size, augmentation), _one_by_one(pictures, size, augmentation))
+
+
+def test_so_has_one_that_takes_several_turns(monkeypatch):
+    pictures = list(_pictures(60, [(40, 64), (64, 40), (50, 50)]))
+    for limit in (1, 4 * 7 * 3 * 48 * 64):  # one image at a time; seven, and as many as that of operations
+        monkeypatch.setattr(batch_transforms, "_AT_A_TIME", limit)
+        assert torch.equal(_together(pictures, 48, MANY), _one_by_one(pictures, 48, MANY))
 
 
 @pytest.mark.parametrize(
@@ -67,12 +79,13 @@ def test_so_has_one_that_is_changed_little_or_as_published(augmentation):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize(("size", "shapes"), SHAPES)
 def test_so_has_one_on_a_gpu_which_nobody_waits_for(size, shapes):
     pictures = list(_pictures(60, shapes))
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         batch = _together(pictures, size, MANY, lambda tensor: tensor.pin_memory().to("cuda", non_blocking=True))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -229,4 +229,7 @@ def test_tasks_decode_for_gpus_unless_the_settings_say_otherwise():
     settings = DataConfig()
     assert [settings.decodes_in_tasks(on_gpu=gpu) for gpu in (False, True)] == [False, True]
     assert [replace(settings, decode="tasks").decodes_in_tasks(on_gpu=gpu) for gpu in (False, True)] == [True, True]
+    assert [settings.augments_on_device(on_gpu=gpu) for gpu in (False, True)] == [False, True]
+    assert [replace(settings, augment="device").augments_on_device(on_gpu=gpu) for gpu in (False, True)] == [True, True]
+    assert [replace(settings, augment="cpu").augments_on_device(on_gpu=gpu) for gpu in (False, True)] == [False, False]
     assert [replace(settings, decode="worker").decodes_in_tasks(on_gpu=gpu) for gpu in (False, True)] == [False, False]
