@@ -256,7 +256,7 @@ def _sharpen(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
 def _blended(images: Tensor, others: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
     """Blends images with others as Pillow does, all as much."""
     table = send(torch.from_numpy(blend_table(blend_factor(drawn[0].strength))))
-    return table[256 * others.int() + images.int()]
+    return table[256 * others.long() + images]
 
 
 def _warp(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
