@@ -1,9 +1,12 @@
 """Seconds from the command to the first step of a training, by phase; against another checkout, taken in turn.
 
+Python's byte code is written before, as a first command does where the environment lets it.
+
 Run: python benchmarks/start.py [--against FOLDER] [--rounds 3] [--workers 2]
 """
 
 import argparse
+import compileall
 import re
 import signal
 import statistics
@@ -54,6 +57,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     checkouts = [HERE, *([options.against.resolve()] if options.against else [])]
+    for checkout in checkouts:
+        compileall.compile_dir(checkout / "harma_ray", quiet=1)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         drawn = ["convert", "scenes", "--style", "summer", "--counts", "200", "60", "60", "--out", str(data)]
