@@ -161,7 +161,7 @@ def _decode(transform: PairTransform, table: Any, ready: Any) -> None:
 LABELS: dict[str, str] = {
     "ray": "Ray Data stream",
     "tasks": "Ray Data stream, tasks decode",
-    "sent": "the same, cropped alone",
+    "sent": "the same, but only cropped",
     "small": "stream of one chunk",
     "loader": "torch DataLoader, shards",
     "files": "torch DataLoader, JPEG files",

@@ -34,8 +34,8 @@ from harma_ray.data.transforms import (
 )
 
 _LARGEST_SIDE = 1.5
-_HIGHEST_RATIO = 100  # which Pillow resizes in another order, depending on its version
-_AT_A_TIME = 2**25  # numbers of an intermediate result in int32, and four times those in doubles or int64
+_HIGHEST_RATIO = 100  # above it, some versions of Pillow resize in another order
+_AT_A_TIME = 2**25  # numbers of an intermediate result in int32 (128 MiB); of several in doubles or int64 a quarter
 _BITS = 22  # of Pillow's weights
 
 

@@ -113,7 +113,7 @@ def tasks_ahead(resources: Mapping[str, float], task_cpus: float) -> int:
 
 @dataclass(frozen=True)
 class Joined:
-    """Samples whose arrays lie end to end: those that lie alone take the worker ten times as long to get."""
+    """Samples whose arrays lie end to end: those that lie alone take the worker some times as long to get."""
 
     columns: Mapping[str, tuple[np.ndarray, Sequence[tuple[int, ...]]]]
     """By name, the values of all samples and the shape of each."""
@@ -130,10 +130,11 @@ class Joined:
         """
         rows = [{name: np.asarray(value) for name, value in sample.items()} for sample in samples]
         kinds = [{name: str(array.dtype) for name, array in row.items()} for row in rows]
-        if unlike := next((kind for kind in kinds if kind != kinds[0]), None):
-            raise TypeError(
-                f"a transform must return arrays of the same names and types for all rows, got {kinds[0]} and {unlike}"
-            )
+        for kind in kinds:
+            if kind != kinds[0]:
+                raise TypeError(
+                    f"a transform must return arrays of the same names and types in all rows, got {kinds[0]} and {kind}"
+                )
         return cls({
             name: (np.concatenate([row[name].ravel() for row in rows]), [row[name].shape for row in rows])
             for name in rows[0]

@@ -208,11 +208,16 @@ def machine_memory() -> int:
 def machine_cpus() -> int:
     """Returns the CPUs of this machine, or its container's limit if that is less, as Ray counts them.
 
-    Ray 2.60 has no public name for it.
+    Ray 2.60 has no public name for it, and warns of a limit that is no whole number.
     """
-    from ray._private.utils import get_num_cpus
+    from ray._private import utils
 
-    return max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
+    level = utils.logger.level
+    utils.logger.setLevel(logging.ERROR)
+    try:
+        return max(1, int(utils.get_num_cpus(override_docker_cpu_warning=True)))
+    finally:
+        utils.logger.setLevel(level)
 
 
 def find_running_cluster() -> str:

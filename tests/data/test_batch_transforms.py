@@ -62,11 +62,18 @@ def test_a_batch_has_the_pixels_of_its_images_one_by_one(size, shapes):
         assert torch.equal(_together(pictures, size, augmentation), _one_by_one(pictures, size, augmentation))
 
 
-def test_so_has_one_that_takes_several_turns(monkeypatch):
+@pytest.mark.parametrize(("limit", "resized", "warped"), [(1, 1, 1), (9 * 3 * 48 * 48, 8, 2)])
+def test_so_has_one_that_takes_several_turns(monkeypatch, limit, resized, warped):
     pictures = list(_pictures(60, [(40, 64), (64, 40), (50, 50)]))
-    for limit in (1, 4 * 7 * 3 * 48 * 64):  # one image at a time; seven, and as many as that of operations
-        monkeypatch.setattr(batch_transforms, "_AT_A_TIME", limit)
-        assert torch.equal(_together(pictures, 48, MANY), _one_by_one(pictures, 48, MANY))
+    counts = {"resize": [], "warp": []}
+    resize, warp = batch_transforms._Weights.resize, batch_transforms._warp
+    monkeypatch.setattr(
+        batch_transforms._Weights, "resize", lambda *args: counts["resize"].append(len(args[1])) or resize(*args)
+    )
+    monkeypatch.setattr(batch_transforms, "_warp", lambda *args: counts["warp"].append(len(args[0])) or warp(*args))
+    monkeypatch.setattr(batch_transforms, "_AT_A_TIME", limit)
+    assert torch.equal(_together(pictures, 48, MANY), _one_by_one(pictures, 48, MANY))
+    assert (max(counts["resize"]), max(counts["warp"])) == (resized, warped)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +131,17 @@ def test_an_empty_batch_stays_empty():
     assert changed_batch(*nothing, 4, 7.0, lambda tensor: tensor).shape == (0, 3, 4, 4)
 
 
-@pytest.mark.parametrize(("height", "width", "sent"), [(48, 48, (48, 48)), (49, 48, (32, 32)), (1, 400, (32, 32))])
-def test_a_crop_that_is_much_larger_than_the_result_is_resized_before_it_is_sent(height, width, sent):
+@pytest.mark.parametrize(
+    ("size", "height", "width", "sent"),
+    [
+        (32, 48, 48, (48, 48)),
+        (32, 49, 48, (32, 32)),
+        (32, 1, 400, (32, 32)),
+        (300, 300, 3, (300, 3)),
+        (300, 303, 3, (300, 300)),  # in which order Pillow resizes it depends on its version
+    ],
+)
+def test_a_crop_that_is_large_or_a_line_is_resized_before_it_is_sent(size, height, width, sent):
     whole = Augmentation(min_scale=1.0)
-    sample = cut_transform(Image.new("RGB", (width, height)), np.random.default_rng(0), 32, whole)
+    sample = cut_transform(Image.new("RGB", (width, height)), np.random.default_rng(0), size, whole)
     assert sample["image"].shape == (*sent, 3)

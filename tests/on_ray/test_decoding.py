@@ -109,9 +109,9 @@ def test_samples_that_are_joined_come_apart_as_they_were():
         for name, value in sample.items():
             assert back[name].dtype == np.asarray(value).dtype
             np.testing.assert_array_equal(back[name], np.asarray(value), strict=True)
-    for change in ({"more": 1}, {"id": 1.0}):
+    for unlike in (samples[0] | {"more": 1}, samples[0] | {"id": 1.0}, {}):
         with pytest.raises(TypeError, match="same names and types"):
-            Joined.of([*samples, samples[0] | change])
+            Joined.of([*samples, unlike])
 
 
 def test_a_task_whose_process_dies_is_done_again(tmp_path):

@@ -5,6 +5,7 @@ from collections import namedtuple
 import pytest
 
 from harma_ray.on_ray import cluster
+from harma_ray.on_ray.quirks import machine_cpus
 
 GIB = 2**30
 USAGE = namedtuple("USAGE", ["total", "used", "free"])
@@ -29,3 +30,14 @@ def test_the_store_grows_with_the_cpus_as_far_as_memory_goes(monkeypatch, tmp_pa
     if shared is not None:
         monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: USAGE(0, 0, int(shared * GIB)))
     assert cluster._object_store_bytes(cpus) == expected * GIB
+
+
+@pytest.mark.parametrize(("limit", "cpus"), [(64, 64), (17.5, 17), (0.5, 1)])
+def test_a_containers_cpus_count_not_the_machines(monkeypatch, capfd, limit, cpus):
+    monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: limit)
+    monkeypatch.setattr(cluster, "machine_memory", lambda: 2000 * GIB)
+    monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: USAGE(0, 0, 1000 * GIB))
+    assert machine_cpus() == cpus
+    assert cluster._own_cluster(None, None)["object_store_memory"] == max(2 * GIB, cpus * GIB // 4)
+    assert cluster._own_cluster(32, None)["object_store_memory"] == 8 * GIB
+    assert capfd.readouterr() == ("", "")
