@@ -151,7 +151,7 @@ class TrainConfig:
     """Micro-batches a worker cuts its share into. Exact: contrastive losses cache features, so that no negatives are
     lost, which costs one more forward pass; losses that are means over samples or tokens are summed up."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast of the model in training steps, not of losses. auto = bf16 on GPUs that compute it themselves."""
+    """Autocast of the model in training steps, not of losses; auto = bf16 on GPUs that compute it, else fp32."""
     eval_precision: Annotated[Literal["fp32", "bf16"], AddedLater(before="fp32")] = "fp32"
     """Precision in which models are evaluated, while training and after: fp32 on any device, as the published figures
     were measured (without TF32 too), or bf16 autocast, which moves ranks."""
@@ -251,7 +251,7 @@ class ScalingConfig:
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; null = if the cluster has GPUs."""
     cpus_per_worker: NonNegative = 0
-    """CPUs Ray reserves for a worker; 0 = an equal share of what data tasks leave; in a search 1, or with GPUs that."""
+    """CPUs Ray reserves for a worker; 0 = an equal share of what data tasks leave, in a search on CPUs one."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1
     """GPUs of a worker that uses them; below 1, trials of one worker each share a GPU."""
     max_failures: Count = 0

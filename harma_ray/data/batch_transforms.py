@@ -152,9 +152,7 @@ class _Weights:
 
     @classmethod
     def of(cls, sizes: Tensor, mirrored: Tensor, size: int, longest: int) -> Self:
-        """Computes them for crops of heights and widths int64[G, 2], none above ``longest``, of which some, bool[G],
-        are mirrored.
-        """
+        """Computes those of crops of heights and widths int64[G, 2], none above ``longest``; mirrored: bool[G]."""
         scale = (sizes.double() / torch.full_like(sizes, size))[..., None]
         filter_scale = scale.clamp(min=1)
         support = 2 * filter_scale

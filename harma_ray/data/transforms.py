@@ -24,17 +24,20 @@ _CROP_ATTEMPTS = 10
 _SHIFT = 10 / 224  # of the side of an image
 
 # Strength lies in 0..1; signed, in -1..1, is that of what can go two ways.
-_OPERATIONS: dict[str, Callable[[Image.Image, float, float], Image.Image]] = {
+_Operation = Callable[[Image.Image, float, float], Image.Image]
+
+
+def _warped(name: str) -> _Operation:
+    return lambda image, strength, signed: _warp(image, warp_matrix(name, signed, image.size))
+
+
+_OPERATIONS: dict[str, _Operation] = {
     "identity": lambda image, strength, signed: image,
     "autocontrast": lambda image, strength, signed: ImageOps.autocontrast(image),
     "equalize": lambda image, strength, signed: ImageOps.equalize(image),
     "brightness": lambda image, strength, signed: ImageEnhance.Brightness(image).enhance(blend_factor(strength)),
     "sharpness": lambda image, strength, signed: _sharpen(image, blend_factor(strength)),
-    "shear_x": lambda image, strength, signed: _warp(image, warp_matrix("shear_x", signed, image.size)),
-    "shear_y": lambda image, strength, signed: _warp(image, warp_matrix("shear_y", signed, image.size)),
-    "translate_x": lambda image, strength, signed: _warp(image, warp_matrix("translate_x", signed, image.size)),
-    "translate_y": lambda image, strength, signed: _warp(image, warp_matrix("translate_y", signed, image.size)),
-    "rotate": lambda image, strength, signed: _warp(image, warp_matrix("rotate", signed, image.size)),
+    **{name: _warped(name) for name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")},
 }
 OPERATIONS = tuple(_OPERATIONS)
 """What the augmentation draws from."""
