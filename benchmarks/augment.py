@@ -60,6 +60,32 @@ def on_device(batch: list[Tensor], size: int, device: str) -> tuple[Tensor, floa
     return result.cpu(), 1000 * (time.perf_counter() - begin), 1000 * launched
 
 
+def compare(batch: int, side: int, size: int, device: str, rounds: int) -> bool:
+    """Prints what both ways take; returns whether their pixels are equal."""
+    files = [draw_file(side, seed) for seed in range(batch)]
+    whole, cut, on = [], [], []
+    good = True
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(rounds):
+        one_by_one, took = of_each(files, train_transform, size)
+        whole.append(took)
+        cuts, took = of_each(files, cut_transform, size)
+        cut.append(took)
+        result, *took = on_device([torch.from_numpy(values) for values in collate_cuts(cuts).values()], size, device)
+        on.append(took)
+        good &= torch.equal(result, torch.stack(one_by_one))
+    median = statistics.median
+    print(f"image by image: {median(whole):.2f} ms of a CPU an image; decoded and cropped alone: {median(cut):.2f} ms")
+    there, launched = (median(times) for times in zip(*on, strict=True))
+    name, held = f"CPU, {torch.get_num_threads()} threads", ""
+    if device == "cuda":
+        name, held = torch.cuda.get_device_name(), f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most"
+    print(f"{name}: a batch of {batch} in {there:.1f} ms, launched in {launched:.1f} ms{held}")
+    print("equal to the bit" if good else "NOT EQUAL", flush=True)
+    return good
+
+
 def main() -> None:
     """Draws, measures, compares, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,25 +95,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    files = [draw_file(options.side, seed) for seed in range(options.batch)]
-    whole, cut, device = [], [], []
-    good = True
-    for _ in range(options.rounds):
-        one_by_one, took = of_each(files, train_transform, options.size)
-        whole.append(took)
-        cuts, took = of_each(files, cut_transform, options.size)
-        cut.append(took)
-        batch = [torch.from_numpy(values) for values in collate_cuts(cuts).values()]
-        result, *took = on_device(batch, options.size, options.device)
-        device.append(took)
-        good &= torch.equal(result, torch.stack(one_by_one))
-    median = statistics.median
-    print(f"image by image: {median(whole):.2f} ms of a CPU an image; decoded and cropped alone: {median(cut):.2f} ms")
-    there, launched = (median(times) for times in zip(*device, strict=True))
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}: a batch of {options.batch} in {there:.1f} ms, launched in {launched:.1f} ms")
-    print("equal to the bit" if good else "NOT EQUAL")
-    sys.exit(not good)
+    sys.exit(not compare(options.batch, options.side, options.size, options.device, options.rounds))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """HarMA's training step on a GPU: held against the CPU in fp32, then timed against the released step.
 
-Needs torch, torchvision and open_clip alone. Ends with status 1 if a figure on the GPU is wrong.
+Needs torch, torchvision and open_clip alone; the augmentation on the GPU is tried too (`augment`) where pyarrow and
+pydantic are there as well. Ends with status 1 if a figure on the GPU is wrong.
 
 Run: python benchmarks/gpu.py [--architectures ViT-B-32 ViT-L-14] [--batches 32 128 428] [--no-compile]
      [--no-check] [--ways released "bf16 trim compiled"] [--device cuda]
@@ -16,7 +17,7 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,17 @@ def check(architecture: str, device: str, compiled: bool) -> bool:
     return good and error < 1e-5
 
 
+def check_augmentation(device: str, batches: list[int]) -> bool:
+    """Prints what the augmentation takes, on CPUs and on the device; returns whether the pixels are equal."""
+    try:
+        from augment import compare
+    except ModuleNotFoundError as error:
+        print(f"the augmentation is not tried: there is no {error.name} here")
+        return True
+    equal = [compare(batch, 256, 224, device, rounds=3) for batch in batches]
+    return all(equal)
+
+
 def matrix_rate(device: str, dtype: torch.dtype, size: int = 8192) -> float:
     """Returns floating-point operations per second of a large matrix product of random numbers."""
     size = size if device == "cuda" else 1024
@@ -235,7 +247,7 @@ def measure(way: str, architecture: str, batches: list[Pairs], device: str) -> R
     """Times a way of taking steps, over batches in turn."""
     tokens = next((name for name in ("trim", "packed") if name in way), "full")
     captions, size = CAPTIONS if "grouped" in way else 1, len(batches[0].ids)
-    model, turn = new_model(architecture, device, tokens), cycle(batches)
+    model, turn = new_model(architecture, device, tokens), itertools.cycle(batches)
     if way == "released":
         released = ReleasedStep(model)
         one = lambda batch: released.step(batch.normalised, batch.text, batch.ids)  # noqa: E731
@@ -269,12 +281,6 @@ def flops_of(step: Callable[[Pairs], object], batch: Pairs) -> float:
     with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
         step(batch)
     return counter.get_total_flops()
-
-
-def cycle(batches: list[Pairs]) -> Iterator[Pairs]:
-    """Yields batches over and over."""
-    while True:
-        yield from batches
 
 
 def table(architecture: str, sizes: list[int], ways: list[str], device: str, rates: dict[str, float]) -> None:
@@ -330,6 +336,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}")
     good = options.no_check or check(options.architectures[0], options.device, not options.no_compile)
+    good &= options.no_check or check_augmentation(options.device, options.batches)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rates = {key: matrix_rate(options.device, dtype) for key, dtype in types.items()}
     print("matrix products, TFLOP/s: " + ", ".join(f"{key} {rate / 1e12:.1f}" for key, rate in rates.items()))
