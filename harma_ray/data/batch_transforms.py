@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from harma_ray.data.augmentation import MAX_LEVEL, Augmentation
-from harma_ray.data.order import iterate_slices
 from harma_ray.data.samples import Array, Send
 from harma_ray.data.transforms import (
     FILL,
@@ -189,27 +188,27 @@ class _Weights:
         shape = (*planes.shape[:3], first.shape[3])
         total = torch.full(shape, 1 << (_BITS - 1), dtype=torch.int32, device=planes.device)
         for tap, weight in enumerate(self.taps[:, axis, None, None].unbind(-1)):
-            total += planes.gather(3, torch.minimum(first + tap, last).expand(shape)) * weight
+            total.addcmul_(planes.gather(3, torch.minimum(first + tap, last).expand(shape)), weight)
         return (total >> _BITS).clamp_(0, 255).to(torch.uint8)
 
 
 def _change(images: Tensor, operations: Tensor, strength: float, send: Send) -> None:
     """Applies one operation, if any, to each image, uint8[B, 3, S, S]; operations int64[B] as in `cut_transform`."""
-    rows: dict[Callable[[Tensor, Sequence[_Operation], Send], Tensor], list[tuple[int, _Operation]]] = {}
+    rows: dict[Callable[[Tensor, Sequence[_Drawn], Send], Tensor], list[tuple[int, _Drawn]]] = {}
     for row, code in enumerate(operations.tolist()):
         name, negative = OPERATIONS[(code - 1) // 2], (code - 1) % 2
         if code and name != "identity":
-            drawn = _Operation(name, strength, -strength if negative else strength)
+            drawn = _Drawn(name, strength, -strength if negative else strength)
             rows.setdefault(_CHANGES.get(name, _warp), []).append((row, drawn))
     at_a_time = max(1, _AT_A_TIME // 4 // images[0].numel())
     for change, chosen in rows.items():
-        for part in iterate_slices(len(chosen), at_a_time):
-            numbers, drawn = zip(*chosen[part], strict=True)
+        for start in range(0, len(chosen), at_a_time):
+            numbers, drawn = zip(*chosen[start : start + at_a_time], strict=True)
             places = send(torch.tensor(numbers))
             images.index_copy_(0, places, change(images.index_select(0, places), drawn, send))
 
 
-class _Operation(NamedTuple):
+class _Drawn(NamedTuple):
     """What is applied to an image; strengths as in `harma_ray.data.transforms`."""
 
     name: str
@@ -217,7 +216,7 @@ class _Operation(NamedTuple):
     signed: float
 
 
-def _autocontrast(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+def _autocontrast(images: Tensor, drawn: Sequence[_Drawn], send: Send) -> Tensor:
     """Stretches each plane from its darkest and brightest pixel to 0 and 255."""
     low, high = (extreme.double() for extreme in (images.amin((2, 3), True), images.amax((2, 3), True)))
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
@@ -225,7 +224,7 @@ def _autocontrast(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Te
     return torch.where(high > low, stretched, images)
 
 
-def _equalize(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+def _equalize(images: Tensor, drawn: Sequence[_Drawn], send: Send) -> Tensor:
     """Makes the values of each plane about equally frequent."""
     values = images.flatten(2).long()
     counts = values.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, torch.ones_like(values))
@@ -236,12 +235,12 @@ def _equalize(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor
     return torch.where(step > 0, table.gather(2, values), images.flatten(2)).view_as(images)
 
 
-def _brighten(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+def _brighten(images: Tensor, drawn: Sequence[_Drawn], send: Send) -> Tensor:
     """Blends each image with black."""
     return _blended(images, torch.zeros_like(images), drawn, send)
 
 
-def _sharpen(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+def _sharpen(images: Tensor, drawn: Sequence[_Drawn], send: Send) -> Tensor:
     """Blends each image with what Pillow's filter makes smooth, (8 neighbours + 5 x itself) / 13 but for borders."""
     wide = images.int()
     rows = wide[..., :-2] + wide[..., 1:-1] + wide[..., 2:]
@@ -251,13 +250,13 @@ def _sharpen(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
     return _blended(images, smooth, drawn, send)
 
 
-def _blended(images: Tensor, others: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+def _blended(images: Tensor, others: Tensor, drawn: Sequence[_Drawn], send: Send) -> Tensor:
     """Blends images with others as Pillow does, all as much."""
     table = send(torch.from_numpy(blend_table(blend_factor(drawn[0].strength))))
     return table[256 * others.long() + images]
 
 
-def _warp(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
+def _warp(images: Tensor, drawn: Sequence[_Drawn], send: Send) -> Tensor:
     """Takes each pixel of an image from where its operation's matrix says, bilinear; uncovered pixels become grey."""
     matrices = send(torch.tensor(
         [warp_matrix(each.name, each.signed, (images.shape[3], images.shape[2])) for each in drawn], dtype=torch.float64
@@ -272,10 +271,10 @@ def _warp(images: Tensor, drawn: Sequence[_Operation], send: Send) -> Tensor:
 
     def between(row: Tensor) -> Tensor:
         one, two = (
-            flat.gather(2, (row * size + column).flatten(1)[:, None].expand_as(flat)).view_as(images).double()
+            flat.gather(2, (row * size + column).flatten(1)[:, None].expand_as(flat)).view_as(images)
             for column in (left, right)
         )
-        return one + (two - one) * to_right[:, None]
+        return one + (two.short() - one) * to_right[:, None]
 
     upper, lower = between(top), between(bottom)
     blended = upper + (lower - upper) * down[:, None]

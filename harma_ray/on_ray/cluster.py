@@ -75,13 +75,14 @@ def require_reachable(address: str | None) -> None:
 def _own_cluster(num_cpus: int | None, dashboard_port: int | None) -> dict[str, Any]:
     """Returns how a cluster is started."""
     folder, spill = choose_folder()
+    num_cpus = num_cpus or machine_cpus()
     return {
         "address": "local",
-        "num_cpus": num_cpus,  # None: Ray counts them, and heeds a container's limit
+        "num_cpus": num_cpus,
         "include_dashboard": dashboard_port is not None,
         "dashboard_host": LOOPBACK,
         "dashboard_port": dashboard_port,
-        "object_store_memory": _object_store_bytes(num_cpus or machine_cpus()),
+        "object_store_memory": _object_store_bytes(num_cpus),
         "_temp_dir": str(folder),
         **({"object_spilling_directory": str(spill)} if spill else {}),
     }

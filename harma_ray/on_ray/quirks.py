@@ -206,9 +206,9 @@ def machine_memory() -> int:
 
 
 def machine_cpus() -> int:
-    """Returns the CPUs of this machine, or its container's limit if that is less, as Ray counts them.
+    """Returns the CPUs of this machine, or its container's limit if that is less: as Ray counts them, but at least one.
 
-    Ray 2.60 has no public name for it, and warns of a limit that is no whole number.
+    Ray 2.60 has no public name for it, warns of a limit that is no whole number, and counts none of half a CPU.
     """
     from ray._private import utils
 

@@ -1,16 +1,23 @@
 """Batches on a device against the same changes image by image, by Pillow."""
 
+import contextlib
+import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
+from harma_ray.config import DataConfig
 from harma_ray.data import batch_transforms
 from harma_ray.data.augmentation import Augmentation
 from harma_ray.data.batch_transforms import changed_batch, collate_cuts, cut_transform, is_height_first
+from harma_ray.data.decoding import DecodeRows
+from harma_ray.data.stream import Batches
 from harma_ray.data.transforms import OPERATIONS, apply_operation, to_tensor, train_transform
+from harma_ray.recipes.harma.task import PairTransform
 
 
 def _pictures(count, shapes):
@@ -85,18 +92,56 @@ def test_so_has_one_that_is_changed_little_or_as_published(augmentation):
     assert torch.equal(_together(pictures, 48, augmentation), _one_by_one(pictures, 48, augmentation))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize(("size", "shapes"), SHAPES)
-def test_so_has_one_on_a_gpu_which_nobody_waits_for(size, shapes):
-    pictures = list(_pictures(60, shapes))
+@contextlib.contextmanager
+def _nobody_waits():
+    """Nothing may make the host wait for a GPU."""
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.cuda.set_sync_debug_mode("error")
-        batch = _together(pictures, size, MANY, lambda tensor: tensor.pin_memory().to("cuda", non_blocking=True))
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+ON_A_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.mark.parametrize("in_turns", [False, True])
+@pytest.mark.parametrize(("size", "shapes"), SHAPES)
+def test_so_has_one_on_a_gpu_which_nobody_waits_for(monkeypatch, size, shapes, in_turns, device):
+    if in_turns:
+        monkeypatch.setattr(batch_transforms, "_AT_A_TIME", 9 * 3 * size * size)
+    pictures = list(_pictures(60, shapes))
+    with _nobody_waits():
+        batch = _together(pictures, size, MANY, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
     assert torch.equal(batch.cpu(), _one_by_one(pictures, size, MANY))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_a_stream_sends_crops_and_gives_what_it_gives_without(device):
+    files = [io.BytesIO() for _ in range(40)]
+    for file, picture in zip(files, _pictures(40, [(40, 64), (64, 40), (96, 96)]), strict=True):
+        picture.save(file, "PNG")
+    rows = [
+        {"image": file.getvalue(), "captions": ["a farm"], "image_id": 7 * place, "label": None, "source": "",
+         "row": place, "caption": 0, "epoch": 1}
+        for place, file in enumerate(files)
+    ]  # fmt: skip
+    table, whole = pa.Table.from_pylist(rows), PairTransform("ViT-B-32", 48, 10**8, MANY)
+    how = Batches(40, DecodeRows(whole.for_device(), 3), 1, device, DataConfig())
+    batch = how.collate(table, how.decode.samples(table))
+    assert {tensor.is_pinned() for tensor in batch.values()} == {device == "cuda"}
+    with _nobody_waits() if device == "cuda" else contextlib.nullcontext():
+        batch = how.send(batch)
+    assert (batch["image"].device.type, batch["text"].device.type) == (device, "cpu")
+    expected = DecodeRows(whole, 3)(table)
+    assert batch.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(batch[name].cpu(), values)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2.5, 5, 7, 10])

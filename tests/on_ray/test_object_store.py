@@ -33,11 +33,13 @@ def test_the_store_grows_with_the_cpus_as_far_as_memory_goes(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(("limit", "cpus"), [(64, 64), (17.5, 17), (0.5, 1)])
-def test_a_containers_cpus_count_not_the_machines(monkeypatch, capfd, limit, cpus):
+def test_a_containers_cpus_count_not_the_machines(monkeypatch, caplog, limit, cpus):
     monkeypatch.setattr("ray._private.utils._get_docker_cpus", lambda: limit)
     monkeypatch.setattr(cluster, "machine_memory", lambda: 2000 * GIB)
     monkeypatch.setattr(cluster.shutil, "disk_usage", lambda path: USAGE(0, 0, 1000 * GIB))
     assert machine_cpus() == cpus
-    assert cluster._own_cluster(None, None)["object_store_memory"] == max(2 * GIB, cpus * GIB // 4)
-    assert cluster._own_cluster(32, None)["object_store_memory"] == 8 * GIB
-    assert capfd.readouterr() == ("", "")
+    options = cluster._own_cluster(None, None)
+    assert (options["num_cpus"], options["object_store_memory"]) == (cpus, max(2 * GIB, cpus * GIB // 4))
+    options = cluster._own_cluster(32, None)
+    assert (options["num_cpus"], options["object_store_memory"]) == (32, 8 * GIB)
+    assert not caplog.records
