@@ -9,9 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python launch.py demo
 
-# Three processes on two cores: one waits for its Ray processes most of the time.
 test: $(READY) check
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -3,13 +3,13 @@
 import errno
 import io
 import logging
-import signal
 import sys
 import time
 from collections.abc import Sequence
 
 import harma_ray
 from harma_ray.cli import checkpoint, convert, demo, evaluate, generate, recipes, retrieve, train, tune
+from harma_ray.cli.interruptions import raised_between_imports
 from harma_ray.cli.parser import Parser
 from harma_ray.compiler import defer_compiler
 from harma_ray.data.image_files import readable_name
@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     defer_compiler()
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        _check_encoding(sys.argv[1:] if arguments is None else arguments)
-        options = make_parser().parse_args(arguments)
-        options.started = started
-        options.run_command(options)
+        with raised_between_imports():
+            _check_encoding(sys.argv[1:] if arguments is None else arguments)
+            options = make_parser().parse_args(arguments)
+            options.started = started
+            options.run_command(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE

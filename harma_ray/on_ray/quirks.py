@@ -97,26 +97,30 @@ def heeding_interruptions() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, interrupted = signal.getsignal(signal.SIGINT), False
+    handle, interrupted = signal.getsignal(signal.SIGINT), False
 
     def note(number: int, frame: Any) -> None:
         nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
+        assert callable(handle)
+        try:
+            handle(number, frame)
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
 
     def print_others(unraisable: Any) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
             print_ignored(unraisable)
 
-    if before is signal.default_int_handler:
+    if callable(handle):
         signal.signal(signal.SIGINT, note)
     print_ignored, sys.unraisablehook = sys.unraisablehook, print_others
     try:
         yield
     finally:
         sys.unraisablehook = print_ignored
-        if before is signal.default_int_handler:
-            signal.signal(signal.SIGINT, before)
+        if callable(handle):
+            signal.signal(signal.SIGINT, handle)
     if interrupted:
         import ray
 
