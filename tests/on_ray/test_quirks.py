@@ -1,5 +1,6 @@
 """What Ray 2.60 does wrong or keeps to itself: where one of these fails, a workaround can go or needs another name."""
 
+import contextlib
 import inspect
 import logging
 import math
@@ -22,6 +23,7 @@ import ray.exceptions
 import ray.tune
 from ray._private import services
 
+from harma_ray.cli.interruptions import raised_between_imports
 from harma_ray.config import DataConfig
 from harma_ray.data.order import training_order
 from harma_ray.data.splits import open_split
@@ -113,7 +115,8 @@ def lost(self):
         pass
 
 
-def test_ray_forks_and_a_ctrl_c_that_python_loses_then_is_raised_in_the_end_and_prints_nothing(capfd):
+@pytest.mark.parametrize("command", [contextlib.nullcontext, raised_between_imports])
+def test_ray_forks_and_a_ctrl_c_that_python_loses_then_is_raised_in_the_end_and_prints_nothing(capfd, command):
     assert "preexec_fn=" in inspect.getsource(services.start_ray_process)
     went_on = []
 
@@ -123,7 +126,7 @@ def test_ray_forks_and_a_ctrl_c_that_python_loses_then_is_raised_in_the_end_and_
             del instance
             went_on.append(True)
 
-    with pytest.raises(KeyboardInterrupt):
+    with command(), pytest.raises(KeyboardInterrupt):
         start()
     assert went_on
     assert capfd.readouterr().err == ""
