@@ -131,9 +131,12 @@ def test_an_interruption_before_anything_has_begun_is_one_line(scenes, tmp_path,
             text=True,
             env={**os.environ, "RAY_TMPDIR": folder},
         )
-        moment(process, Path(folder))
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=120)
+        try:
+            moment(process, Path(folder))
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=120)
+        finally:
+            process.kill()
     written = (error or "") + (tmp_path / "stderr").read_text()
     (line,) = (line for line in written.splitlines() if not line.startswith(IMPORT))
     assert process.returncode == 2, line
