@@ -287,9 +287,7 @@ def flops_of(step: Callable[[Pairs], object], batch: Pairs) -> float:
 
 def table(architecture: str, sizes: list[int], ways: list[str], device: str, rates: dict[str, float]) -> None:
     """Prints what each way took at each batch size, against the released step."""
-    print(
-        "| model | batch | step | pairs/s (slowest-fastest) | times released | GiB | of the matrix rate | first steps |"
-    )
+    print("| model | batch | step | pairs/s (slowest-fastest) | times released | GiB | of matrix rate | first steps |")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         batches = [Pairs.draw(random_model(architecture), size, seed, pin=device == "cuda") for seed in range(4)]
