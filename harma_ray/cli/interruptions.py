@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-PATIENCE_SECONDS = 2.0
-"""An import that takes longer is interrupted: ``ray job stop`` kills three seconds after its SIGTERM."""
+PATIENCE_SECONDS = 20.0
+"""Imports that take longer, one after another, are interrupted: a start's take some five on a busy machine."""
 _AGAIN_SECONDS = 0.05
 _IMPORTS = "<frozen importlib._bootstrap>"
 
@@ -18,9 +18,9 @@ _IMPORTS = "<frozen importlib._bootstrap>"
 def raised_between_imports() -> Iterator[None]:
     """Has Ctrl-C and SIGTERM raise KeyboardInterrupt in the block; those that come in an import, once it is done.
 
-    Who imports may forget what is raised, as pyarrow does, which imports pandas when it first gives numbers to NumPy:
-    the command went on then, and waited for ever for a lock that the import had left. A Ctrl-C that this process was
-    started to ignore stays ignored.
+    What imports may forget what is raised, as pyarrow does, which imports pandas when it first gives numbers to NumPy:
+    the command went on then, and waited for ever for a lock that the import had left. Or it may end the process, as
+    torch's C++ does. A Ctrl-C that this process was started to ignore stays ignored.
     """
     interruption = _Interruption()
     numbers = [signal.SIGTERM]

@@ -75,13 +75,17 @@ def announced_dashboard(host: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def keeping_handler(number: int) -> Iterator[None]:
-    """Puts a signal's handler back at the end of the block.
+    """Puts a signal's handler back at the end of the block, which it interrupts like Ctrl-C if it comes.
 
-    ``ray.init`` replaces that of SIGTERM for good (Ray 2.60).
+    ``ray.init`` replaces that of SIGTERM for good, by one that ends the process with the signal's number (Ray 2.60).
     """
     handler = signal.getsignal(number)
     try:
         yield
+    except SystemExit as left:
+        if left.code == number:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)

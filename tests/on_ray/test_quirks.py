@@ -108,6 +108,19 @@ def test_ray_replaces_the_handler_of_sigterm_for_good():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_one_that_comes_while_ray_has_replaced_it_interrupts_like_ctrl_c():
+    def terminated():
+        with quirks.keeping_handler(signal.SIGTERM):
+            with pytest.raises(ValueError, match="address"):
+                ray.init(address="a:b:c")
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        terminated()
+    with pytest.raises(SystemExit, match="3"), quirks.keeping_handler(signal.SIGTERM):
+        sys.exit(3)
+
+
 def lost(self):
     """Interrupts in a place from which Python lets no exception out."""
     os.kill(os.getpid(), signal.SIGINT)
