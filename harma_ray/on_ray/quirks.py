@@ -113,7 +113,10 @@ def heeding_interruptions() -> Iterator[None]:
             raise
 
     def print_others(unraisable: Any) -> None:
-        if unraisable.exc_type is not KeyboardInterrupt:
+        nonlocal interrupted
+        if unraisable.exc_type is SystemExit:  # of Ray's handler of SIGTERM, see `keeping_handler`
+            interrupted = True
+        elif unraisable.exc_type is not KeyboardInterrupt:
             print_ignored(unraisable)
 
     if callable(handle):

@@ -146,6 +146,17 @@ def test_ray_forks_and_a_ctrl_c_that_python_loses_then_is_raised_in_the_end_and_
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_sigterm_that_is_lost_so_by_rays_handler_is_raised_in_the_end_too(capfd):
+    def start():
+        with quirks.heeding_interruptions():
+            instance = type("Lost", (), {"__del__": lambda self: sys.exit(15)})()
+            del instance
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert capfd.readouterr().err == ""
+
+
 def test_without_a_ctrl_c_nothing_happens_and_all_is_as_before():
     before = sys.unraisablehook
     with quirks.heeding_interruptions():
